@@ -1,0 +1,80 @@
+# Two jobs: `make book` and `make test`. Each makes the environment if it is missing, and does nothing twice.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready
+# Outputs of both jobs; nothing is written outside the checkout.
+export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
+export PYTHONWARNINGS ?= ignore::SyntaxWarning
+export MPLBACKEND := agg
+
+LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' | sort)
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+EXECUTED := $(NOTEBOOKS:%=book/%)
+PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/*)
+HTML := book/_build/html/index.html
+
+.PHONY: help
+help:
+	@echo "make book    execute the notebooks and build the book"
+	@echo "make test    run the tests"
+	@echo "make lock    resolve requirements.lock anew"
+	@echo "make clean   remove what the jobs made, except the environment"
+	@echo "make address URL=https://github.com/OWNER/REPO   set the repository the Colab buttons open"
+
+.PHONY: book
+book: $(HTML)
+	@echo "The book is built. First page: $(CURDIR)/$(HTML)"
+
+.PHONY: test
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Any Python 3.11 or 3.12 will do; PYTHON=... names one.
+$(READY): requirements.lock pyproject.toml
+	@if [ ! -x $(BIN)/python ]; then \
+	  for p in $${PYTHON:-} python3.12 python3.11 python3 python; do \
+	    if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then found=$$p; break; fi; \
+	  done; \
+	  [ -n "$${found:-}" ] || { echo "peka_lite needs Python 3.11 or 3.12 on the PATH (or make PYTHON=/path/to/python)"; exit 1; }; \
+	  echo "Making .venv with $$found"; $$found -m venv .venv; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Run folders of an older library must not feed newer pages.
+build/.fresh: $(LIBRARY)
+	@rm -rf build/results && mkdir -p build/results && touch $@
+
+book/notebooks/%.ipynb: notebooks/%.ipynb build/.fresh | $(READY)
+	@mkdir -p book/notebooks build/executed
+	@echo "Running $<"
+	@start=$$SECONDS; $(BIN)/papermill --no-progress-bar --log-level WARNING --cwd build $< build/executed/$*.ipynb \
+	  && mv build/executed/$*.ipynb $@ && echo "  $$((SECONDS - start)) s"
+
+$(HTML): $(EXECUTED) $(PAGES) $(LIBRARY)
+	@cp build/results/front_map.png book/notebooks/front_map.png
+	$(BIN)/jupyter-book build book -W -n --keep-going --quiet
+	@touch $@
+
+.PHONY: lock
+lock:
+	@command -v uv >/dev/null || [ -x $(BIN)/uv ] || { echo "make lock needs uv: run make test once, or install uv"; exit 1; }
+	$$(command -v $(BIN)/uv || command -v uv) pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --upgrade \
+	  --output-file requirements.lock
+
+.PHONY: address
+address: $(READY)
+	$(BIN)/python book/address.py "$(URL)"
+
+.PHONY: clean
+clean:
+	rm -rf build book/_build book/notebooks

@@ -1,0 +1,43 @@
+"""peka_lite: teach a pathology foundation model to predict gene expression from H&E.
+
+The rooms, in the order data walks through them: `hest`, `expression`, `splits`, `teachers`, `pseudolabels`,
+`backbones`, `adapters`, `transfer`, `probe`, `maps`; `run` is one experiment from start to end.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> the room it lives in. Rooms are imported on first use, so that `import peka_lite` stays light.
+_ROOMS = {
+    "hest": ("Cohort", "HestFormatError", "Slide", "read_cohort", "read_slide"),
+    "tiles": ("TileStore",),
+    "mini": ("noise_ceiling", "write_mini_cohort"),
+    "expression": ("align_genes", "normalize", "qc", "targets", "top_hvg"),
+    "splits": ("folds",),
+    "teachers": ("embed_cohort", "load_teacher"),
+    "pseudolabels": ("PseudoLabeler",),
+    "backbones": ("BACKBONES", "Backbone", "embed_tiles", "load_backbone"),
+    "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
+    "transfer": ("TransferModel", "fit", "transfer_loss"),
+    "probe": ("PCARidge", "cross_validate", "pearson", "summarize"),
+    "maps": ("expression_map", "gene_bars", "local_pcc", "pcc_map"),
+    "config": ("RunConfig",),
+    "results": ("fingerprint",),
+    "run": ("cohort_root", "load_or_run", "load_run", "open_cohort", "run_name"),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(f"peka_lite.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"peka_lite.{name}")
+    raise AttributeError(f"module 'peka_lite' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_HOME, *_ROOMS})

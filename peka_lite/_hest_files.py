@@ -1,0 +1,105 @@
+"""What each file of a HEST-1k folder must hold, and the one error that says so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from peka_lite.tiles import TILE_SHAPE
+
+
+class HestFormatError(ValueError):
+    """A file that is not what HEST-1k's layout says; the message names the file, the field and the fix."""
+
+    def __init__(self, path, field: str, fix: str):
+        super().__init__(f"{path}: {field}. {fix}")
+
+
+def read_spots(path: Path) -> ad.AnnData:
+    """Read raw counts (N, G) as CSR float32, with unique barcodes, whole counts and finite pixel centres."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(Observation|Variable) names are not unique")
+            adata = ad.read_h5ad(path)
+    except Exception as error:
+        raise HestFormatError(path, f"cannot be read as .h5ad ({error})", "Download the file again") from error
+    if adata.X is None:
+        raise HestFormatError(path, "X is missing", "X must hold raw counts")
+    if not adata.obs_names.is_unique:
+        twice = adata.obs_names[adata.obs_names.duplicated()][0]
+        raise HestFormatError(path, f"barcode {twice!r} stands more than once in obs_names", "Barcodes must be unique")
+    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    counts = adata.X.data
+    for bad, what in (
+        (~np.isfinite(counts), "NaN or infinite"),
+        (counts < 0, "negative"),
+        (counts != np.rint(counts), "non-integer"),
+    ):
+        if bad.any():
+            raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", "X must hold raw counts")
+    spatial = adata.obsm.get("spatial")
+    if spatial is None or spatial.shape[1] < 2 or not np.isfinite(np.asarray(spatial, dtype=float)[:, :2]).all():
+        raise HestFormatError(path, "obsm['spatial'] is missing or not finite", "It must hold (N, 2) pixel centres")
+    # A symbol that names two genes (two Ensembl ids) keeps both columns, told apart as scanpy does.
+    adata.var_names_make_unique()
+    return adata
+
+
+def read_tile_barcodes(path: Path) -> pd.Index:
+    """Return the barcode of each tile of a patches file, after checking its tiles' shape and type."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise HestFormatError(path, f"cannot be read as HDF5 ({error})", "Download the file again") from None
+    with file:
+        if "img" not in file:
+            raise HestFormatError(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
+        key = next((k for k in ("barcode", "barcodes") if k in file), None)
+        if key is None:
+            raise HestFormatError(path, "dataset 'barcode' is missing", "Tiles join spots on it; 'barcodes' will do")
+        img = file["img"]
+        if img.ndim != 4 or img.shape[1:] != TILE_SHAPE or img.dtype != np.uint8:
+            raise HestFormatError(
+                path, f"img is {img.dtype} {img.shape}", f"Tiles must be uint8 (N, {', '.join(map(str, TILE_SHAPE))})"
+            )
+        barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
+        if len(barcodes) != len(img):
+            raise HestFormatError(path, f"{len(barcodes)} barcodes for {len(img)} tiles", "There must be one a tile")
+    if not barcodes.is_unique:
+        twice = barcodes[barcodes.duplicated()][0]
+        raise HestFormatError(path, f"barcode {twice!r} names more than one tile", "Barcodes must be unique")
+    return barcodes
+
+
+def read_patients(patients) -> dict[str, str]:
+    """Return slide id -> patient from a mapping or a CSV file with columns id and patient."""
+    if patients is None or isinstance(patients, Mapping):
+        return dict(patients or {})
+    path = Path(patients)
+    if not path.is_file():
+        raise HestFormatError(path, "file is missing", "Give a CSV file with columns id and patient")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"id", "patient"} <= rows[0].keys():
+        raise HestFormatError(path, "columns id and patient are missing", "Give one line a slide: id,patient")
+    return {r["id"].strip(): r["patient"].strip() for r in rows if (r["patient"] or "").strip()}
+
+
+def read_metadata(path: Path) -> dict:
+    """Read a slide's JSON fields."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HestFormatError(path, f"not valid JSON ({error})", "Download the file again") from None
+    if not isinstance(fields, dict):
+        raise HestFormatError(path, f"holds a {type(fields).__name__}", "It must hold one object of named fields")
+    return fields

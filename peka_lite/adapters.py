@@ -1,0 +1,266 @@
+"""Bone: block-affine adapters on attention, with LoRA, AdaLoRA and MiSS (peft) beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+METHODS = ("none", "bone", "lora", "adalora", "miss")
+
+
+class BoneLinear(nn.Module):
+    """A frozen linear layer with a block-affine update (PEKA eq. 3, arXiv:2504.07061; Bone, arXiv:2409.15371).
+
+    The weight is cut into r x r tiles ``W_g``. Each output band g has one trainable block ``B_g``, shared by all
+    tiles of the band: ``W'_g = W_g + W_g B_g + B_g``. Blocks start at zero, so the layer starts as its base.
+
+    Parameters
+    ----------
+    base
+        `torch.nn.Linear` (in, out); frozen in place. Its bias is untouched.
+    r
+        Block size; must divide both `in` and `out`.
+
+    Attributes
+    ----------
+    block : torch.nn.Parameter
+        (out / r, r, r) float32.
+
+    Examples
+    --------
+    >>> layer = BoneLinear(nn.Linear(8, 24), r=4)
+    >>> x = torch.randn(2, 8)
+    >>> torch.equal(layer(x), layer.base(x)), tuple(layer.block.shape)
+    (True, (6, 4, 4))
+    """
+
+    def __init__(self, base: nn.Linear, *, r: int):
+        super().__init__()
+        if r < 1 or base.in_features % r or base.out_features % r:
+            fits = [d for d in range(1, 1025) if math.gcd(base.in_features, base.out_features) % d == 0]
+            raise ValueError(
+                f"r={r} must divide in_features={base.in_features} and out_features={base.out_features}; "
+                f"these would: {', '.join(map(str, fits))}"
+            )
+        self.base, self.r = base.requires_grad_(False), r
+        self.block = nn.Parameter(torch.zeros(base.out_features // r, r, r, device=base.weight.device))
+
+    def merged_weight(self) -> torch.Tensor:
+        """Return W' (out, in), float32 for float32 blocks."""
+        W = self.base.weight.to(self.block.dtype)
+        out, into = W.shape
+        tiles = W.view(out // self.r, self.r, into // self.r, self.r)  # (band, row, tile, column)
+        mixed = (tiles.flatten(1, 2) @ self.block).view_as(tiles)  # W_g B_g: B mixes columns inside each tile
+        return (tiles + mixed + self.block[:, :, None, :]).view(out, into)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        return F.linear(x, self.merged_weight(), self.base.bias)
+
+    def extra_repr(self) -> str:
+        """Show the block size."""
+        return f"r={self.r}"
+
+
+@dataclass
+class Adapter:
+    """What `adapt` did to a model: kept at ``model.adapter`` for training, saving and merging."""
+
+    method: str
+    layers: tuple[str, ...]
+    options: dict
+    n_base: int
+    tuner: object = None  # peft's AdaLoraModel, which owns the rank schedule
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    *,
+    r: int = 256,
+    alpha: int = 32,
+    dropout: float = 0.1,
+    targets: str = "qkv",
+    total_steps: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Freeze a student and put trainable adapters on every ``attn.{targets}`` layer, in place.
+
+    Parameters
+    ----------
+    model
+        A timm vision transformer. A registry row without a block size (ResNet-50, CTransPath) takes only ``"none"``.
+    method
+        ``"none"`` (freeze only), ``"bone"``, or through peft ``"lora"``, ``"adalora"``, ``"miss"``.
+    r
+        Block size of Bone and MiSS, rank of LoRA, starting rank of AdaLoRA (which prunes to half of it, as the
+        authors' configuration does).
+    alpha, dropout
+        LoRA's and AdaLoRA's scaling and input dropout; MiSS takes the dropout. Bone has neither.
+    targets
+        Name of the attention sub-layer.
+    total_steps
+        Optimiser steps to come; AdaLoRA needs it for its rank schedule.
+    seed
+        Decides the random starts of LoRA, AdaLoRA and MiSS; Bone starts at zero.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model; ``model.adapter`` says what was done.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, an `r` that does not divide the layers, a model without such layers, a model already
+        adapted, or AdaLoRA without `total_steps`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if getattr(model, "adapter", None) is not None:
+        raise ValueError(f"this model already carries {model.adapter.method!r}; merge it or load a fresh one")
+    spec = getattr(model, "spec", None)
+    pattern = rf"(.*\.)?attn\.{re.escape(targets)}"
+    layers = tuple(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
+    )
+    if method != "none" and (not layers or (spec is not None and spec.bone_r is None)):
+        name = spec.name if spec is not None else type(model).__name__
+        raise ValueError(f"{name} takes only method 'none': adapters go on a vision transformer's attn.{targets}")
+    n_base = sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    tuner = None
+    if method == "bone":
+        for name in layers:
+            _replace(model, name, BoneLinear(model.get_submodule(name), r=r))
+    elif method != "none":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tuner = _inject_peft(model, method, pattern, r=r, alpha=alpha, dropout=dropout, total_steps=total_steps)
+    used = {
+        "none": {},
+        "bone": {"r": r},
+        "lora": {"r": r, "alpha": alpha, "dropout": dropout},
+        "adalora": {"r": r, "alpha": alpha, "dropout": dropout, "total_steps": total_steps},
+        "miss": {"r": r, "dropout": dropout},
+    }[method]
+    model.adapter = Adapter(method, layers if method != "none" else (), used, n_base, tuner)
+    return model
+
+
+def check_block_size(spec, r: int) -> None:
+    """Raise the ValueError that Bone would raise for this registry row, without weights or memory."""
+    from peka_lite.backbones import build
+
+    with torch.device("meta"):
+        adapt(build(spec), "bone", r=r)
+
+
+def adapted_share(model: nn.Module) -> float:
+    """Return trainable weights as a share of the student's own weights (0 to 1).
+
+    Examples
+    --------
+    >>> import timm
+    >>> vit = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0), "bone", r=64)
+    >>> f"{adapted_share(vit):.1%}"
+    '8.0%'
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) / model.adapter.n_base
+
+
+def lora_rank_like_bone(in_features: int, out_features: int, r: int) -> int:
+    """Return the LoRA rank with the parameter count of Bone at block size `r` on one layer (rounded down).
+
+    Bone trains ``out * r`` weights a layer, LoRA ``rank * (in + out)``.
+
+    Examples
+    --------
+    >>> lora_rank_like_bone(1024, 3072, 256)
+    192
+    """
+    return max(1, out_features * r // (in_features + out_features))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold adapters into plain timm weights, in place: same outputs, no extra layers, nothing trainable."""
+    adapter = getattr(model, "adapter", None)
+    if adapter is None:
+        raise ValueError("nothing to merge: this model carries no adapter")
+    with torch.no_grad():
+        for name in adapter.layers:
+            layer = model.get_submodule(name)
+            if isinstance(layer, BoneLinear):
+                base = layer.base
+                base.weight.copy_(layer.merged_weight())
+            else:
+                layer.merge()
+                base = layer.get_base_layer()
+            _replace(model, name, base)
+    model.__dict__.pop("peft_config", None)  # or peft would take the model for an adapted one
+    model.adapter = None
+    return model.requires_grad_(False)
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by name, detached, on the CPU: what is saved."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _is_adapter(n)}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    """Copy saved adapter tensors into a model adapted the same way; names and shapes must agree."""
+    own = {n: p for n, p in model.named_parameters() if _is_adapter(n)}
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise ValueError(
+            f"adapter and model differ in {len(odd)} tensors, first {odd[0]}: adapt with the same method and r"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model")
+            own[name].copy_(value)
+    return model
+
+
+def orthogonal_term(model: nn.Module) -> torch.Tensor:
+    """Return AdaLoRA's regulariser (arXiv:2303.10512, eq. 4): mean distance of P'P and QQ' from the identity."""
+    distances = []
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            distances.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
+    return torch.stack(distances).mean()
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith(".block") or any(part in name for part in ("lora_", "miss_block", "ranknum"))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _inject_peft(model, method, pattern, *, r, alpha, dropout, total_steps):
+    from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, MissConfig, inject_adapter_in_model
+
+    if method == "lora":
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+    elif method == "miss":
+        config = MissConfig(r=r, miss_dropout=dropout, target_modules=pattern)
+    else:
+        if not total_steps:
+            raise ValueError("adalora needs total_steps, the optimiser steps to come, for its rank schedule")
+        config = AdaLoraConfig(
+            init_r=r, target_r=max(1, r // 2), lora_alpha=alpha, lora_dropout=dropout, total_step=total_steps,
+            target_modules=pattern,
+        )  # fmt: skip
+        return AdaLoraModel(model, {"default": config}, "default")
+    inject_adapter_in_model(config, model)
+    return None

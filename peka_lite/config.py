@@ -1,0 +1,124 @@
+"""What decides a run's numbers, checked before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from peka_lite.adapters import METHODS, check_block_size
+from peka_lite.backbones import BACKBONES
+from peka_lite.expression import NORMALIZATIONS
+from peka_lite.probe import PCARidge
+from peka_lite.pseudolabels import METHODS as LABEL_METHODS
+from peka_lite.pseudolabels import PseudoLabeler
+from peka_lite.splits import SPLITS
+from peka_lite.teachers import TEACHERS
+from peka_lite.transfer import KD_SPACES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's numbers; `config.yml` in the run's folder is this, field by field.
+
+    Attributes
+    ----------
+    cohort
+        ``"mini"`` (the embedded synthetic cohort, written to the cache when missing) or a folder in HEST-1k's layout.
+    slides
+        Slide ids to use; all by default.
+    patients
+        CSV file with columns id and patient, where the metadata has none.
+    teacher, backbone, method, split
+        Names known to `load_teacher`, `BACKBONES`, `adapt` and `folds`.
+    weights
+        ``"hub"``, a file, or ``"random"``.
+    r
+        Block size or rank; None takes the backbone's own.
+    label_method, resolution, n_clusters
+        Pseudo-labels: ``"knn-leiden"`` with `resolution`, or ``"kmeans"`` with `n_clusters`.
+    kd_space, tau, kd_weight, ce_weight, epochs, batch_size, lr
+        As in `TransferModel` and `fit`.
+    normalization, n_genes
+        Targets: how counts are normalised, and how many highly variable genes are predicted.
+    alpha
+        The probe's ridge penalty, ``"hest"`` or a number (`PCARidge`). Never choose it by looking at test scores.
+    n_splits, seed, min_genes, max_mito, device
+        Folds wanted; seed of every random choice; quality control as in `qc`; None takes a GPU where there is one.
+    """
+
+    cohort: str = "mini"
+    slides: tuple[str, ...] | None = None
+    patients: str | None = None
+    teacher: str = "pca"
+    backbone: str = "mini"
+    method: str = "bone"
+    split: str = "patient"
+    weights: str = "hub"
+    r: int | None = None
+    label_method: str = "knn-leiden"
+    resolution: float | None = None
+    n_clusters: int | None = None
+    kd_space: str = "embedding"
+    tau: float = 2.0
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+    epochs: int = 50
+    batch_size: int = 32
+    lr: float = 1e-4
+    normalization: str = "log1p-cp10k"
+    n_genes: int = 50
+    alpha: str | float = "hest"
+    n_splits: int = 5
+    seed: int = 0
+    min_genes: int = 200
+    max_mito: float | None = None
+    device: str | None = None
+
+    def __post_init__(self):
+        if self.slides is not None:
+            object.__setattr__(self, "slides", tuple(self.slides))
+        known = {
+            "teacher": TEACHERS, "backbone": BACKBONES, "method": METHODS, "split": SPLITS, "kd_space": KD_SPACES,
+            "label_method": LABEL_METHODS, "normalization": NORMALIZATIONS,
+        }  # fmt: skip
+        for field, names in known.items():
+            if getattr(self, field) not in names:
+                raise ValueError(f"unknown {field} {getattr(self, field)!r}; known: {', '.join(names)}")
+        for field in ("tau", "epochs", "batch_size", "lr", "n_genes", "min_genes"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
+        PCARidge(alpha=self.alpha)  # refuses what is no penalty
+        if self.n_splits < 2:
+            raise ValueError(f"n_splits must be at least 2, not {self.n_splits}")
+        if self.resolution is not None and self.label_method != "knn-leiden":
+            raise ValueError("resolution belongs to label_method 'knn-leiden'; kmeans takes n_clusters")
+        if self.n_clusters is not None and self.label_method != "kmeans":
+            raise ValueError("n_clusters belongs to label_method 'kmeans'; knn-leiden takes resolution")
+        spec = BACKBONES[self.backbone]
+        if self.method != "none" and spec.bone_r is None:
+            raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention to adapt")
+        if self.r is not None and (self.method == "none" or self.r < 1):
+            raise ValueError(f"r={self.r} does not fit method {self.method!r}")
+        if self.method == "bone":
+            check_block_size(spec, self.block_size)
+        if self.weights == "hub" and spec.source is None:
+            raise ValueError(f"no weights are published for {spec.name!r}; pass weights='random' or a file")
+        if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
+            raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
+        if self.cohort != "mini" and not Path(self.cohort).is_dir():
+            raise FileNotFoundError(f"{self.cohort}: no such cohort folder; give one in HEST-1k's layout, or 'mini'")
+
+    @property
+    def block_size(self) -> int:
+        """Block size or rank in use."""
+        return self.r or BACKBONES[self.backbone].bone_r or 0
+
+    def labeler(self) -> PseudoLabeler:
+        """Return the pseudo-labeler these settings ask for, not fitted."""
+        wanted = {"resolution": self.resolution, "n_clusters": self.n_clusters}
+        return PseudoLabeler(self.label_method, seed=self.seed, **{k: v for k, v in wanted.items() if v is not None})
+
+    def as_dict(self) -> dict:
+        """Return the fields as plain values, as `config.yml` holds them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,0 +1,163 @@
+"""Counts: which spots are good enough, how they are normalised, which genes are predicted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+NORMALIZATIONS = ("log1p-cp10k", "log1p")
+
+
+def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
+    """Drop spots that express too few genes, or too much of the mitochondrial genome.
+
+    Parameters
+    ----------
+    cohort
+        `peka_lite.Cohort`. Each slide is judged on all of its own genes.
+    min_genes
+        Fewest genes with a count above zero; 200 is what scFoundation's preprocessing asks for
+        (Hao et al. 2024, doi:10.1038/s41592-024-02305-7).
+    max_mito
+        Largest fraction (0 to 1) of a spot's counts in genes named ``MT-*``; None keeps all.
+
+    Returns
+    -------
+    Cohort
+        A new cohort; each slide's `dropped` says how many spots went and why.
+    """
+    if max_mito is not None and not 0 < max_mito <= 1:
+        raise ValueError(f"max_mito is a fraction between 0 and 1, not {max_mito}")
+    expressed = np.concatenate([np.diff(s.adata.X.indptr) - _explicit_zeros(s.adata.X) for s in cohort.slides])
+    cohort = cohort.select(expressed >= min_genes, reason=f"spots with fewer than {min_genes} genes")
+    if max_mito is not None:
+        mito = np.concatenate([_mito_fraction(s.adata) for s in cohort.slides])
+        cohort = cohort.select(mito <= max_mito, reason=f"spots above {max_mito:g} mitochondrial")
+    return cohort
+
+
+def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_matrix:
+    """Normalise raw counts.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, G); left as it is.
+    method
+        ``"log1p-cp10k"``: each spot scaled to 10,000 counts over the given genes, then log1p (as scFoundation);
+        ``"log1p"``: log1p of the raw counts (what HEST-bench computes, so sequencing depth stays in).
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        (N, G) float32; a spot without counts stays zero.
+    """
+    if method not in NORMALIZATIONS:
+        raise ValueError(f"unknown normalisation {method!r}; known: {', '.join(NORMALIZATIONS)}")
+    X = sparse.csr_matrix(adata.X, dtype=np.float64)
+    if method == "log1p-cp10k":
+        total = np.asarray(X.sum(1)).ravel()  # (N,)
+        X = sparse.diags(np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)) @ X
+    return sparse.csr_matrix(X.log1p(), dtype=np.float32)
+
+
+def top_hvg(
+    adata: ad.AnnData, *, n: int = 50, rows=None, method: str = "log1p-cp10k", min_spots: float = 0.1
+) -> list[str]:
+    """Choose the `n` most variable genes from the given rows only.
+
+    scanpy's dispersion ranking (Seurat flavour) among genes found in at least a share `min_spots` of the rows
+    (HEST-bench's filter), so that held-out spots have no say in what is predicted.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, G).
+    n
+        How many genes.
+    rows
+        Training rows (indices or mask); None means all.
+    method
+        Normalisation before ranking, as in `normalize`.
+    min_spots
+        Smallest share of rows in which a gene is seen.
+
+    Returns
+    -------
+    list of str
+        Gene names, most variable first.
+
+    Raises
+    ------
+    ValueError
+        If fewer than `n` genes pass the filter.
+    """
+    import scanpy as sc
+
+    train = adata if rows is None else adata[rows]
+    X = sparse.csr_matrix(train.X)
+    seen = np.asarray((X > 0).sum(0)).ravel() >= max(1, math.ceil(min_spots * X.shape[0]))
+    if seen.sum() < n:
+        raise ValueError(
+            f"{seen.sum()} genes are seen in at least {min_spots:.0%} of {X.shape[0]} spots: fewer than n={n}. "
+            "Lower n or min_spots."
+        )
+    # Normalise over all genes first: the filter must not change a spot's total.
+    work = ad.AnnData(normalize(train, method=method)[:, seen], var=pd.DataFrame(index=adata.var_names[seen]))
+    work.uns["log1p"] = {"base": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sc.pp.highly_variable_genes(work, n_top_genes=n, flavor="seurat", inplace=False)
+    found.index = work.var_names
+    ranked = found[found["highly_variable"]].sort_values("dispersions_norm", ascending=False, kind="stable")
+    return ranked.index[:n].tolist()
+
+
+def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> np.ndarray:
+    """Return what the probe predicts: normalised expression of `genes`, (N, len(genes)) float32.
+
+    Totals are taken over all genes of `adata`, before the selection.
+    """
+    if missing := [g for g in genes if g not in adata.var_names]:
+        raise KeyError(f"genes not in the data: {', '.join(missing[:10])}")
+    return normalize(adata, method=method)[:, adata.var_names.get_indexer(genes)].toarray()
+
+
+def align_genes(adata: ad.AnnData, genes: Sequence[str]) -> tuple[sparse.csr_matrix, float]:
+    """Put counts into another gene order; a gene that was not measured becomes a column of zeros.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        (N, len(genes)) float32.
+    float
+        Coverage: the share of the data's own genes that the wanted order knows.
+    """
+    genes = pd.Index(genes)
+    if not genes.is_unique:
+        raise ValueError(f"gene {genes[genes.duplicated()][0]!r} stands more than once in the wanted order")
+    at = adata.var_names.get_indexer(genes)  # -1 where not measured
+    found = np.flatnonzero(at >= 0)
+    pick = sparse.csr_matrix(
+        (np.ones(len(found), dtype=np.float32), (at[found], found)), shape=(adata.n_vars, len(genes))
+    )
+    return sparse.csr_matrix(sparse.csr_matrix(adata.X, dtype=np.float32) @ pick), len(found) / max(adata.n_vars, 1)
+
+
+def _explicit_zeros(X: sparse.csr_matrix) -> np.ndarray:
+    zeros = sparse.csr_matrix((X.data == 0, X.indices, X.indptr), shape=X.shape)
+    return np.asarray(zeros.sum(1)).ravel()
+
+
+def _mito_fraction(adata: ad.AnnData) -> np.ndarray:
+    mito = adata.var_names.str.upper().str.startswith("MT-")
+    if not mito.any():
+        raise ValueError("max_mito was given, but no gene is named MT-*; leave max_mito out for such data")
+    total = np.asarray(adata.X.sum(1)).ravel()
+    return np.asarray(adata.X[:, mito].sum(1)).ravel() / np.maximum(total, 1)

@@ -1,0 +1,274 @@
+"""HEST-1k on disk: one slide, one cohort, with tiles and spots in one row order.
+
+A cohort folder holds ``st/{id}.h5ad`` (raw counts), ``patches/{id}.h5`` (224 px tiles) and ``metadata/{id}.json``,
+as HEST-1k distributes them (Jaume et al. 2024, arXiv:2406.16192).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from peka_lite._hest_files import HestFormatError, read_metadata, read_patients, read_spots, read_tile_barcodes
+from peka_lite.tiles import TileStore
+
+
+@dataclass(frozen=True, repr=False)
+class Slide:
+    """One slide whose spots and tiles share one row order.
+
+    Attributes
+    ----------
+    id
+        HEST sample id.
+    adata
+        Raw counts (N, G) as CSR float32, all genes of the slide; ``obsm["spatial"]`` holds (N, 2) pixel centres.
+    tiles
+        `TileStore` of N tiles; row i is the tile of spot i.
+    patient
+        Who the tissue came from, or None where the metadata does not say.
+    metadata
+        The slide's JSON fields.
+    dropped
+        Why rows of the files are not here, and how many: ``{"spots without a tile": 2, ...}``.
+    """
+
+    id: str
+    adata: ad.AnnData
+    tiles: TileStore
+    patient: str | None
+    metadata: dict
+    dropped: dict[str, int]
+
+    @property
+    def n_spots(self) -> int:
+        """Number of spots, each with its tile."""
+        return self.adata.n_obs
+
+    def select(self, rows, *, reason: str) -> Slide:
+        """Keep the given rows (indices or mask) and count the others under `reason`."""
+        adata = self.adata[rows].copy()
+        lost = self.n_spots - adata.n_obs
+        dropped = self.dropped | ({reason: self.dropped.get(reason, 0) + lost} if lost else {})
+        return dataclasses.replace(self, adata=adata, tiles=self.tiles.select(rows), dropped=dropped)
+
+    def __repr__(self) -> str:
+        lost = "".join(f"; dropped {n} {why}" for why, n in self.dropped.items())
+        who = self.patient or "patient unknown"
+        return f"Slide {self.id}: {self.n_spots} spots x {self.adata.n_vars} genes, {who}{lost}"
+
+    def _repr_html_(self) -> str:
+        from peka_lite._html import slide_html
+
+        return slide_html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Cohort:
+    """Slides one after the other; row i means the same spot in every array made from a cohort.
+
+    Attributes
+    ----------
+    slides
+        The slides, in order.
+    left_out
+        Slides that were found but not taken: id -> why.
+    """
+
+    slides: tuple[Slide, ...]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(s.n_spots for s in self.slides)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """One row a spot: slide, patient (None where unknown) and barcode."""
+        sizes = [s.n_spots for s in self.slides]
+        return pd.DataFrame(
+            {
+                "slide": np.repeat([s.id for s in self.slides], sizes),
+                "patient": np.repeat(np.array([s.patient for s in self.slides], dtype=object), sizes),
+                "barcode": np.concatenate([s.adata.obs_names for s in self.slides]),
+            }
+        )
+
+    @cached_property
+    def genes(self) -> pd.Index:
+        """Genes that every slide measured, in the order of the first slide."""
+        shared = set.intersection(*(set(s.adata.var_names) for s in self.slides))
+        return self.slides[0].adata.var_names[self.slides[0].adata.var_names.isin(list(shared))]
+
+    @cached_property
+    def adata(self) -> ad.AnnData:
+        """Raw counts of the shared genes (N, len(genes)) CSR float32; obs holds slide, patient and barcode."""
+        by_slide = {s.id: s.adata[:, self.genes] for s in self.slides}
+        joined = ad.concat(by_slide, merge="same", index_unique="/")
+        joined.obs = joined.obs.drop(columns=self.obs.columns, errors="ignore")
+        joined.obs_names = self.obs["slide"] + "/" + self.obs["barcode"].astype(str)
+        for column in self.obs:
+            joined.obs[column] = self.obs[column].to_numpy()
+        joined.X = sparse.csr_matrix(joined.X)
+        return joined
+
+    @cached_property
+    def tiles(self) -> TileStore:
+        """All tiles, (N, 224, 224, 3) uint8, read lazily."""
+        return TileStore.concat([s.tiles for s in self.slides])
+
+    def rows_of(self, slide_id: str) -> np.ndarray:
+        """Return the rows of one slide, as int64 indices into the cohort."""
+        rows = np.flatnonzero(self.obs["slide"] == slide_id)
+        if not len(rows):
+            raise KeyError(f"no slide {slide_id!r} in this cohort; it has {', '.join(s.id for s in self.slides)}")
+        return rows
+
+    def by_slide(self, rows) -> list[ad.AnnData]:
+        """Return the given rows (indices or mask) slide by slide, each with all genes of its slide: for a teacher."""
+        keep = np.zeros(len(self), dtype=bool)
+        keep[rows] = True
+        parts = [s.adata[keep[self.rows_of(s.id)]] for s in self.slides]
+        return [part for part in parts if part.n_obs]
+
+    def select(self, rows, *, reason: str) -> Cohort:
+        """Keep the given rows (indices or mask), in the order they stand in; the others are counted."""
+        keep = np.zeros(len(self), dtype=bool)
+        keep[rows] = True
+        masks = [keep[self.rows_of(s.id)] for s in self.slides]
+        kept = [s.select(m, reason=reason) for s, m in zip(self.slides, masks, strict=True) if m.any()]
+        gone = {s.id: reason for s, m in zip(self.slides, masks, strict=True) if not m.any()}
+        if not kept:
+            raise ValueError(f"no spot is left: all {len(self)} were dropped for {reason!r}")
+        return Cohort(tuple(kept), self.left_out | gone)
+
+    def __repr__(self) -> str:
+        lines = [f"Cohort of {len(self.slides)} slides, {len(self)} spots, {len(self.genes)} shared genes"]
+        lines += [f"  {s!r}" for s in self.slides]
+        lines += [f"  left out {i}: {why}" for i, why in self.left_out.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from peka_lite._html import cohort_html
+
+        return cohort_html(self)
+
+
+def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = None) -> Slide:
+    """Read one slide and join its tiles to its spots on the barcode.
+
+    Rows follow the order of the ``.h5ad``; spots without a tile and tiles without a spot are left out and counted.
+
+    Parameters
+    ----------
+    root
+        Folder that holds ``st``, ``patches`` and ``metadata``.
+    slide_id
+        HEST sample id, for example ``"TENX39"``.
+    patient
+        Overrides the metadata's ``patient``.
+
+    Raises
+    ------
+    HestFormatError
+        For a missing file or dataset, duplicate barcodes, no overlap, a wrong tile shape or dtype, counts that are
+        negative, NaN or not whole, and missing coordinates.
+    """
+    root = Path(root)
+    st, patches, meta = (
+        root / "st" / f"{slide_id}.h5ad",
+        root / "patches" / f"{slide_id}.h5",
+        root / "metadata" / f"{slide_id}.json",
+    )
+    for path in (st, patches, meta):
+        if not path.is_file():
+            raise HestFormatError(path, "file is missing", f"HEST-1k distributes it as {path.parent.name}/{path.name}")
+    metadata = read_metadata(meta)
+    adata = read_spots(st)
+    barcodes = read_tile_barcodes(patches)
+    tile_of = pd.Series(np.arange(len(barcodes)), index=barcodes)
+    has_tile = adata.obs_names.isin(tile_of.index)
+    if not has_tile.any():
+        raise HestFormatError(
+            patches,
+            f"no barcode is shared with {st} (tiles: {barcodes[0]!r}, spots: {adata.obs_names[0]!r})",
+            "The two files must come from one slide and spell barcodes the same way",
+        )
+    lost = {"spots without a tile": int((~has_tile).sum()), "tiles without a spot": len(barcodes) - int(has_tile.sum())}
+    adata = adata[has_tile].copy()
+    rows = tile_of.loc[adata.obs_names].to_numpy()
+    tiles = TileStore([patches], np.zeros(len(rows)), rows)
+    who = patient or str(metadata.get("patient") or "").strip() or None
+    return Slide(slide_id, adata, tiles, who, metadata, {why: n for why, n in lost.items() if n})
+
+
+def read_cohort(
+    root: str | os.PathLike,
+    ids: Sequence[str] | None = None,
+    *,
+    patients: Mapping[str, str] | str | os.PathLike | None = None,
+    keep_targeted: bool = False,
+) -> Cohort:
+    """Read the slides of a folder in HEST-1k's layout.
+
+    Parameters
+    ----------
+    root
+        Folder that holds ``st/{id}.h5ad``, ``patches/{id}.h5`` and ``metadata/{id}.json``.
+    ids
+        Slides to read, in this order; by default every slide of ``st``, sorted by name.
+    patients
+        Slide id -> patient, or a CSV file with columns ``id`` and ``patient``. It fills in and overrides the
+        metadata, which HEST leaves blank for whole cohorts. Blocks cut from one person get one name.
+    keep_targeted
+        Keep slides measured with a targeted panel. By default a slide with fewer than half of the cohort's median
+        number of genes is left out, named in a warning and in `Cohort.left_out`: sharing genes with it would
+        shrink the whole cohort to its panel.
+
+    Raises
+    ------
+    HestFormatError
+        As `read_slide`, and where the folder holds no slide or `patients` is not such a table.
+    """
+    root = Path(root)
+    found = sorted(p.stem for p in (root / "st").glob("*.h5ad"))
+    if not found:
+        raise HestFormatError(root / "st", "no .h5ad file here", "Give the folder that holds st, patches and metadata")
+    ids = list(found if ids is None else ids)
+    if missing := [i for i in ids if i not in found]:
+        raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(found)}")
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
+        raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
+    who = read_patients(patients)
+    slides = [read_slide(root, i, patient=who.get(i)) for i in ids]
+
+    median = np.median([s.adata.n_vars for s in slides])
+    targeted = {} if keep_targeted else {s.id: s.adata.n_vars for s in slides if s.adata.n_vars < median / 2}
+    left_out = {i: f"targeted panel of {n} genes (cohort median {median:.0f})" for i, n in targeted.items()}
+    for slide_id, why in left_out.items():
+        warnings.warn(f"left out {slide_id}: {why}; keep_targeted=True keeps it", stacklevel=2)
+    slides = [s for s in slides if s.id not in targeted]
+
+    # "Patient 1" of two studies is two people; a name given by the reader is taken as it is.
+    studies = {s.metadata.get("dataset_title") for s in slides}
+    if len(studies) > 1:
+        slides = [
+            s
+            if s.patient is None or s.id in who
+            else dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
+            for s in slides
+        ]
+    cohort = Cohort(tuple(slides), left_out)
+    if not len(cohort.genes):
+        raise HestFormatError(root / "st", "the slides share no gene", "Do they spell genes alike (symbols, Ensembl)?")
+    return cohort

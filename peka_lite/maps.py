@@ -1,0 +1,190 @@
+"""Pictures of tissue: measured and predicted expression, and where they agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from sklearn.neighbors import NearestNeighbors
+
+from peka_lite.probe import pearson
+
+IMAGE_KEY = "downscaled_fullres"
+OVER = ("neighbours", "genes")
+
+
+def local_pcc(
+    coords: np.ndarray,
+    measured: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    over: str = "neighbours",
+    n_neighbors: int = 18,
+) -> np.ndarray:
+    """Pearson correlation between measured and predicted expression at every spot.
+
+    Parameters
+    ----------
+    coords
+        (N, 2) spot centres, any unit.
+    measured, predicted
+        (N, G) normalised expression. With ``over="genes"`` each gene is first centred and scaled over the spots,
+        or genes that are high everywhere would decide.
+    over
+        ``"neighbours"``: per gene over the spot and its `n_neighbors` nearest neighbours, then the mean over genes
+        (18 are the two rings around a spot on Visium's hexagons). ``"genes"``: over genes at the spot alone.
+
+    Returns
+    -------
+    numpy.ndarray
+        (N,) float64; NaN where it is not defined (no gene varies).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> xy, Y = rng.random((50, 2)), rng.random((50, 4))
+    >>> bool(np.allclose(local_pcc(xy, Y, 2 * Y + 1), 1))
+    True
+    """
+    Y, P = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if over not in OVER:
+        raise ValueError(f"unknown over={over!r}; known: {', '.join(OVER)}")
+    if Y.shape != P.shape or len(coords) != len(Y):
+        raise ValueError(f"rows disagree: coords {np.shape(coords)}, measured {Y.shape}, predicted {P.shape}")
+    if over == "genes":
+        if Y.shape[1] < 3:
+            raise ValueError(f"over='genes' needs at least 3 genes, not {Y.shape[1]}")
+        return pearson(_zscore(Y).T, _zscore(P).T)
+    if not 3 <= n_neighbors < len(Y):
+        raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
+    near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(coords).kneighbors(coords, return_distance=False)
+    per_gene = np.stack([pearson(Y[rows], P[rows]) for rows in near])  # (N, G)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a spot where no gene varies stays NaN
+        return np.nanmean(per_gene, axis=1)
+
+
+def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, gene: str) -> Figure:
+    """Draw one gene on the slide's H&E: measured, predicted (one colour scale) and residual, side by side.
+
+    Parameters
+    ----------
+    adata
+        A slide's AnnData, with ``obsm["spatial"]`` and the image in ``uns["spatial"]``.
+    measured, predicted
+        (N,) normalised expression at the slide's spots.
+    gene
+        Name for the titles.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
+    pcc = pearson(measured[:, None], predicted[:, None])[0]
+    low, high = np.nanpercentile(np.concatenate([measured, predicted]), [1, 99])
+    residual = measured - predicted
+    reach = max(float(np.nanpercentile(np.abs(residual), 99)), 1e-9)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    same = {"cmap": "viridis", "norm": Normalize(low, max(high, low + 1e-9)), "label": "log1p expression"}
+    _spots(axes[0], adata, measured, title=f"{gene}: measured", **same)
+    _spots(axes[1], adata, predicted, title=f"{gene}: predicted (PCC {pcc:.2f})", **same)
+    _spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-reach, reach),
+           label="log1p difference")  # fmt: skip
+    return fig
+
+
+def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:
+    """Draw where on the slide a prediction holds: `local_pcc` over neighbourhoods and over genes, beside the H&E.
+
+    `measured` and `predicted` are (N, G) normalised expression at the slide's spots.
+    """
+    coords = np.asarray(adata.obsm["spatial"])[:, :2]
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    _spots(axes[0], adata, None, title="H&E")
+    shared = {"cmap": "RdBu_r", "norm": Normalize(-1, 1), "label": "PCC"}
+    for ax, over, words in (
+        (axes[1], "neighbours", "each spot's neighbourhood"),
+        (axes[2], "genes", "genes at the spot"),
+    ):
+        values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)
+        _spots(ax, adata, values, title=f"PCC over {words} (mean {np.nanmean(values):.2f})", **shared)
+    return fig
+
+
+def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) -> Figure:
+    """Draw PCC per gene, one bar a method, as the paper's Fig. 2; whiskers are the range over folds.
+
+    Parameters
+    ----------
+    table
+        Tidy results with columns method, fold, gene and pcc.
+    n
+        How many genes, the best first.
+    order_by
+        Method whose mean PCC orders the genes; the first in the table by default.
+    """
+    import seaborn as sns
+
+    methods = list(dict.fromkeys(table["method"]))
+    order_by = order_by or methods[0]
+    if order_by not in methods:
+        raise ValueError(f"no method {order_by!r} in the table; it has {', '.join(methods)}")
+    ranked = table[table["method"] == order_by].groupby("gene")["pcc"].mean().sort_values(ascending=False)
+    genes: Sequence[str] = ranked.index[:n].tolist()
+    fig, ax = plt.subplots(figsize=(max(6, 0.5 * len(genes)), 3.8), layout="constrained")
+    sns.barplot(
+        table[table["gene"].isin(genes)], x="gene", y="pcc", hue="method", order=genes, hue_order=methods,
+        errorbar=("pi", 100), err_kws={"linewidth": 1}, palette="colorblind", ax=ax,
+    )  # fmt: skip
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="", ylabel="PCC on held-out spots", title=f"PCC per gene (the {len(genes)} best of {order_by})")
+    ax.tick_params(axis="x", rotation=90)
+    ax.legend(title="", frameon=False)
+    return fig
+
+
+def _zscore(A: np.ndarray) -> np.ndarray:
+    std = A.std(0)
+    return (A - A.mean(0)) / np.where(std > 0, std, 1)
+
+
+def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None) -> None:
+    """One panel: the slide's image cut to its tissue, and spots coloured by values where there are any."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # squidpy's import warns of its own dependencies
+        import squidpy as sq
+
+    name, library = next(iter(adata.uns["spatial"].items()))
+    image = library["images"][IMAGE_KEY]
+    scale = float(library["scalefactors"]["tissue_downscaled_fullres_scalef"])
+    diameter = float(library["scalefactors"]["spot_diameter_fullres"])
+    coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
+    edge = np.array(image.shape[1::-1]) / scale
+    low = np.clip(coords.min(0) - 2 * diameter, 0, edge)
+    high = np.clip(coords.max(0) + 2 * diameter, 0, edge)
+    ax.set(title=title)
+    ax.set_axis_off()
+    if values is None:
+        (x0, y0), (x1, y1) = (low * scale).astype(int), np.ceil(high * scale).astype(int)
+        ax.imshow(image[y0:y1, x0:x1])
+        return
+    view = ad.AnnData(obs=pd.DataFrame({"value": values}, index=adata.obs_names), obsm={"spatial": coords})
+    # HEST names the scale factor of its image in its own way; squidpy derives the name from the image's.
+    factors = {"spot_diameter_fullres": diameter, f"tissue_{IMAGE_KEY}_scalef": scale}
+    view.uns["spatial"] = {name: {"images": {IMAGE_KEY: image}, "scalefactors": factors}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sq.pl.spatial_scatter(
+            view, color="value", library_id=name, img_res_key=IMAGE_KEY, crop_coord=(*low, *high), ax=ax, title=title,
+            cmap=cmap, norm=norm, img_alpha=0.55, size=1.3, colorbar=False, frameon=False,
+        )  # fmt: skip
+    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75)
+    bar.set_label(label)
+    ax.set(xlabel="", ylabel="")

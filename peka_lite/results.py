@@ -1,0 +1,76 @@
+"""What a run leaves behind: held-out predictions, maps, and the fingerprint of its data."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from peka_lite.hest import Cohort
+
+
+def fingerprint(cohort: Cohort) -> str:
+    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits."""
+    digest = hashlib.sha256()
+    for slide in cohort.slides:
+        X = slide.adata.X
+        digest.update("\n".join([slide.id, *slide.adata.obs_names, *slide.adata.var_names]).encode())
+        for part in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data.astype(np.float32)):
+            digest.update(part.tobytes())
+        sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
+        digest.update(slide.tiles[sample].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
+    """Join the folds' test predictions into one AnnData in the cohort's row order.
+
+    `predicted` maps a fold to (test rows, genes, measured, predicted). ``X`` holds predictions (N, genes of any fold)
+    float32, ``layers["measured"]`` the measured values; both are NaN where a gene was not among a fold's targets.
+    """
+    genes = sorted({g for _, names, _, _ in predicted.values() for g in names})
+    column = {g: j for j, g in enumerate(genes)}
+    P = np.full((len(cohort), len(genes)), np.nan, dtype=np.float32)
+    Y, held_out_in = P.copy(), np.full(len(cohort), -1)
+    for fold, (test, names, measured, guess) in predicted.items():
+        at = np.ix_(test, [column[g] for g in names])
+        P[at], Y[at], held_out_in[test] = guess, measured, fold
+    obs = cohort.obs.astype({"slide": str, "barcode": str}).assign(fold=held_out_in)
+    obs["patient"] = obs["patient"].fillna("unknown").astype(str)
+    obs.index = cohort.adata.obs_names
+    spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
+    return ad.AnnData(P, obs=obs, var=pd.DataFrame(index=genes), layers={"measured": Y}, obsm={"spatial": spatial})
+
+
+def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, folder: Path) -> None:
+    """Draw for each slide the gene its folds predicted best, and where its predictions hold, as PNG files."""
+    import matplotlib.pyplot as plt
+
+    from peka_lite.maps import IMAGE_KEY, expression_map, pcc_map
+
+    folder.mkdir(exist_ok=True)
+    for slide in cohort.slides:
+        library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
+        if IMAGE_KEY not in library.get("images", {}):
+            warnings.warn(
+                f"{slide.id} has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}]: no maps", stacklevel=3
+            )
+            continue
+        here = predictions[cohort.rows_of(slide.id)]
+        shown = ~np.isnan(here.X).any(0)  # genes that every fold of this slide predicted
+        scores = table[table["gene"].isin(here.var_names[shown])].groupby("gene")["pcc"].mean().dropna()
+        if scores.empty:
+            warnings.warn(f"{slide.id}: no gene was predicted at all of its spots: no maps", stacklevel=3)
+            continue
+        best = scores.idxmax()
+        j = here.var_names.get_loc(best)
+        figures = {best: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
+        if shown.sum() >= 3 and slide.n_spots > 18:
+            figures["pcc"] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{slide.id}_{name}.png", dpi=90)
+            plt.close(figure)

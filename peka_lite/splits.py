@@ -1,0 +1,71 @@
+"""Who is held out: spots, slides or patients."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from sklearn.model_selection import GroupKFold, KFold
+
+SPLITS = ("patient", "slide", "spot")
+
+
+def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Split the rows of a cohort into folds in which no group stands on both sides.
+
+    Parameters
+    ----------
+    cohort
+        `peka_lite.Cohort`.
+    by
+        ``"patient"``: people are held out, what a new patient would see. ``"slide"``: sections are held out; two
+        sections of one person may stand on both sides. ``"spot"``: random spots, the paper's protocol; neighbours
+        of a test spot are in training.
+    n_splits
+        Number of folds. With fewer groups than folds, each group is one fold, and a warning says so.
+    seed
+        Decides the shuffle.
+
+    Returns
+    -------
+    list of (train, test)
+        int64 row indices, ascending, disjoint; the tests together hold each row once.
+
+    Raises
+    ------
+    ValueError
+        With one group, or where a slide's patient is unknown: nobody can be held out by guessing.
+    """
+    if by not in SPLITS:
+        raise ValueError(f"unknown split {by!r}; known: {', '.join(SPLITS)}")
+    if n_splits < 2:
+        raise ValueError(f"n_splits must be at least 2, not {n_splits}")
+    n = len(cohort)
+    if by == "spot":
+        if n < n_splits:
+            raise ValueError(f"{n} spots cannot make {n_splits} folds")
+        return [_as_rows(s) for s in KFold(n_splits, shuffle=True, random_state=seed).split(np.zeros(n))]
+
+    if by == "patient" and (unknown := [s.id for s in cohort.slides if s.patient is None]):
+        raise ValueError(
+            f"no patient is known for {', '.join(unknown)}, and a patient split does not guess. Give patients=FILE.csv "
+            "(columns id,patient), or split by slide and say so beside the result."
+        )
+    groups = cohort.obs[by].to_numpy().astype(str)
+    names = np.unique(groups)
+    if len(names) == 1:
+        raise ValueError(f"the cohort holds one {by} ({names[0]}); there is none to hold out")
+    if len(names) < n_splits:
+        warnings.warn(f"{len(names)} {by}s for {n_splits} folds: each {by} is one fold", stacklevel=2)
+        n_splits = len(names)
+    splitter = GroupKFold(n_splits, shuffle=True, random_state=seed)
+    made = [_as_rows(s) for s in splitter.split(np.zeros(n), groups=groups)]
+    for train, test in made:
+        if crossing := set(groups[train]) & set(groups[test]):
+            raise AssertionError(f"{by} on both sides of a fold: {', '.join(sorted(crossing))}")
+    return made
+
+
+def _as_rows(split) -> tuple[np.ndarray, np.ndarray]:
+    train, test = split
+    return np.sort(train).astype(np.int64), np.sort(test).astype(np.int64)

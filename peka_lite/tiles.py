@@ -1,0 +1,104 @@
+"""Tiles on disk, read by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+TILE_SHAPE = (224, 224, 3)
+
+
+class TileStore:
+    """Uint8 tiles of one or more slides, read from disk only when a row is asked for.
+
+    Rows keep the order they are given; no file is opened before the first read. A store can be pickled and
+    used in DataLoader workers: each process opens its own file handles.
+
+    Parameters
+    ----------
+    paths
+        Files that hold tiles: ``.h5`` with a dataset ``img``, or ``.npy``; each (n, 224, 224, 3) uint8.
+    part
+        (N,) int, for each row of the store the index of its file in `paths`.
+    row
+        (N,) int, for each row of the store the row inside that file.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike], part: np.ndarray, row: np.ndarray):
+        self.paths = tuple(Path(p) for p in paths)
+        self.part = np.asarray(part, dtype=np.int64)  # (N,)
+        self.row = np.asarray(row, dtype=np.int64)  # (N,)
+        self._open: dict[tuple[int, int], object] = {}
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, 224, 224, 3)."""
+        return (len(self), *TILE_SHAPE)
+
+    def __repr__(self) -> str:
+        return f"TileStore({len(self)} tiles of {TILE_SHAPE[0]} px from {len(self.paths)} file(s))"
+
+    def __getitem__(self, index) -> np.ndarray:
+        """Read one row (224, 224, 3) or several (n, 224, 224, 3), in the order asked for."""
+        if isinstance(index, (int, np.integer)):
+            i = range(len(self))[index]
+            return np.asarray(self._source(self.part[i])[self.row[i]])
+        rows = np.arange(len(self))[index]
+        tiles = np.empty((len(rows), *TILE_SHAPE), dtype=np.uint8)
+        for out, i in enumerate(rows):
+            tiles[out] = self._source(self.part[i])[self.row[i]]
+        return tiles
+
+    def select(self, rows) -> TileStore:
+        """Return a store of the given rows (indices or a boolean mask); reads nothing."""
+        return TileStore(self.paths, self.part[rows], self.row[rows])
+
+    @staticmethod
+    def concat(stores: Sequence[TileStore]) -> TileStore:
+        """Join stores end to end; reads nothing."""
+        offsets = np.cumsum([0, *(len(s.paths) for s in stores)])
+        return TileStore(
+            [p for s in stores for p in s.paths],
+            np.concatenate([s.part + o for s, o in zip(stores, offsets, strict=False)]),
+            np.concatenate([s.row for s in stores]),
+        )
+
+    def to_memmap(self, path: str | os.PathLike) -> TileStore:
+        """Lay all rows out once as a uint8 ``.npy`` memory map, and return a store that reads from it.
+
+        Reading a compressed HEST file decodes each tile every time; training reads each tile once an epoch.
+        The file is written under a temporary name and renamed when whole. It needs N x 147 KiB of disk.
+        """
+        path = Path(path)
+        if path.suffix != ".npy":
+            raise ValueError(f"{path}: a memory map of tiles is a .npy file; give a name that ends in .npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
+            for start in range(0, len(self), 256):
+                out[start : start + 256] = self[start : start + 256]
+            out.flush()
+            del out
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return TileStore([path], np.zeros(len(self)), np.arange(len(self)))
+
+    def _source(self, part: int):
+        # A handle opened before a fork must not be shared with the child, so the key holds the process id.
+        key = (os.getpid(), int(part))
+        if key not in self._open:
+            path = self.paths[part]
+            self._open[key] = np.load(path, mmap_mode="r") if path.suffix == ".npy" else h5py.File(path, "r")["img"]
+        return self._open[key]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}

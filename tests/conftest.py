@@ -1,0 +1,43 @@
+"""What tests share: a small synthetic cohort, and the outside data that may be absent."""
+
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def mini_root(tmp_path_factory):
+    """A small synthetic cohort on disk: 3 patients, 4 slides, 40 to 60 spots each."""
+    from peka_lite.mini import write_mini_cohort
+
+    root = tmp_path_factory.mktemp("cohort") / "mini"
+    return write_mini_cohort(root, seed=7, n_patients=3, n_slides=4, spots_per_slide=(40, 60))
+
+
+@pytest.fixture(scope="session")
+def mini_cohort(mini_root):
+    """The small synthetic cohort, read."""
+    from peka_lite.hest import read_cohort
+
+    return read_cohort(mini_root)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of numbers that reference implementations gave."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("../shared/golden is absent: reference numbers cannot be compared")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def her2st():
+    """Folder of real slides in HEST-1k's layout."""
+    if not (SHARED / "real" / "her2st").is_dir():
+        pytest.skip("../shared/real/her2st is absent: real slides cannot be read")
+    return SHARED / "real" / "her2st"
