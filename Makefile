@@ -11,7 +11,6 @@ READY := .venv/.ready
 # Outputs of both jobs; nothing is written outside the checkout.
 export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
-export MPLBACKEND := agg
 
 LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' | sort)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))

@@ -34,6 +34,8 @@ def read_spots(path: Path) -> ad.AnnData:
         raise HestFormatError(path, f"cannot be read as .h5ad ({error})", "Download the file again") from error
     if adata.X is None:
         raise HestFormatError(path, "X is missing", "X must hold raw counts")
+    if not adata.n_obs:
+        raise HestFormatError(path, "holds no spot", "obs_names must be the barcodes of spots")
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} stands more than once in obs_names", "Barcodes must be unique")
@@ -61,9 +63,9 @@ def read_tile_barcodes(path: Path) -> pd.Index:
     except OSError as error:
         raise HestFormatError(path, f"cannot be read as HDF5 ({error})", "Download the file again") from None
     with file:
-        if "img" not in file:
+        if not isinstance(file.get("img"), h5py.Dataset):
             raise HestFormatError(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
-        key = next((k for k in ("barcode", "barcodes") if k in file), None)
+        key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
         if key is None:
             raise HestFormatError(path, "dataset 'barcode' is missing", "Tiles join spots on it; 'barcodes' will do")
         img = file["img"]
@@ -74,16 +76,23 @@ def read_tile_barcodes(path: Path) -> pd.Index:
         barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
         if len(barcodes) != len(img):
             raise HestFormatError(path, f"{len(barcodes)} barcodes for {len(img)} tiles", "There must be one a tile")
+        if not len(img):
+            raise HestFormatError(path, "img holds no tile", "Tiles must be uint8 (N, 224, 224, 3) with N above 0")
     if not barcodes.is_unique:
         twice = barcodes[barcodes.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} names more than one tile", "Barcodes must be unique")
     return barcodes
 
 
+def patient_name(value) -> str | None:
+    """Return a patient's name, or None where the field is blank: null, NaN (Python's JSON knows it) or spaces."""
+    return None if pd.isna(value) else str(value).strip() or None
+
+
 def read_patients(patients) -> dict[str, str]:
     """Return slide id -> patient from a mapping or a CSV file with columns id and patient."""
     if patients is None or isinstance(patients, Mapping):
-        return dict(patients or {})
+        return {i: name for i, value in (patients or {}).items() if (name := patient_name(value))}
     path = Path(patients)
     if not path.is_file():
         raise HestFormatError(path, "file is missing", "Give a CSV file with columns id and patient")
@@ -91,7 +100,7 @@ def read_patients(patients) -> dict[str, str]:
         rows = list(csv.DictReader(file))
     if not rows or not {"id", "patient"} <= rows[0].keys():
         raise HestFormatError(path, "columns id and patient are missing", "Give one line a slide: id,patient")
-    return {r["id"].strip(): r["patient"].strip() for r in rows if (r["patient"] or "").strip()}
+    return {r["id"].strip(): name for r in rows if (name := patient_name(r["patient"]))}
 
 
 def read_metadata(path: Path) -> dict:

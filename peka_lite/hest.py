@@ -20,7 +20,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from peka_lite._hest_files import HestFormatError, read_metadata, read_patients, read_spots, read_tile_barcodes
+from peka_lite._hest_files import (
+    HestFormatError,
+    patient_name,
+    read_metadata,
+    read_patients,
+    read_spots,
+    read_tile_barcodes,
+)
 from peka_lite.tiles import TileStore
 
 
@@ -208,7 +215,7 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
     adata = adata[has_tile].copy()
     rows = tile_of.loc[adata.obs_names].to_numpy()
     tiles = TileStore([patches], np.zeros(len(rows)), rows)
-    who = patient or str(metadata.get("patient") or "").strip() or None
+    who = patient_name(patient) or patient_name(metadata.get("patient"))
     return Slide(slide_id, adata, tiles, who, metadata, {why: n for why, n in lost.items() if n})
 
 

@@ -1,0 +1,71 @@
+"""The command line: parses, calls, prints; one line for what is wrong."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from peka_lite.cli import main
+from peka_lite.config import RunConfig
+
+
+def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
+    out = tmp_path / "out"
+    status = main(
+        ["run", "--cohort", str(mini_root), "--weights", "random", "--method", "none", "--slides", "MINI1,MINI2",
+         "--n-splits", "2", "--n-genes", "10", "--out", str(out)]
+    )  # fmt: skip
+    assert status == 0
+    assert "mean PCC" in capsys.readouterr().out
+    assert (out / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cohort", "nowhere"], "no such cohort folder"),
+        (["--weights", "hub"], "no weights are published"),
+        (["--r", "7", "--weights", "random"], "must divide"),
+        (["--method", "dora"], "unknown method"),
+        (["--slides", "NOBODY", "--weights", "random"], "no slide NOBODY"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(mini_root, tmp_path, capsys, options, message):
+    assert main(["run", "--cohort", str(mini_root), *options, "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert message in shown
+    assert "\n" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [["run", "--methd", "bone", "--out", "x"], ["run"], ["sweeep"], ["run", "--epochs", "many"]]
+)
+def test_unknown_options_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in shown for f in dataclasses.fields(RunConfig))
+
+
+def test_import_stays_light():
+    code = "import sys, peka_lite; print([m for m in ('torch', 'scanpy', 'squidpy', 'timm') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_every_public_name_is_there():
+    import peka_lite
+
+    assert all(getattr(peka_lite, name) is not None for name in peka_lite.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = peka_lite.nothing

@@ -1,0 +1,249 @@
+"""One experiment from start to end: its folder, its honesty, its refusals."""
+
+import json
+import shutil
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors import safe_open
+from scipy import sparse
+
+from peka_lite.backbones import BACKBONES
+from peka_lite.config import RunConfig
+from peka_lite.results import fingerprint
+from peka_lite.run import cohort_root, load_or_run, load_run, open_cohort, run, run_name
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
+)
+
+
+def config(root, **changes):
+    settings = {"cohort": str(root), "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20, "resolution": 0.5}
+    settings |= changes
+    if settings.get("label_method") == "kmeans":
+        del settings["resolution"]
+    return RunConfig(**settings)
+
+
+@pytest.fixture(scope="module")
+def bone_run(mini_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bone"
+    run(config(mini_root), out)
+    return out
+
+
+def adapters(out):
+    with safe_open(out / "adapter.safetensors", "np") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - safe_open is no dict
+
+
+def test_run_folder_holds_everything_and_nothing_else(bone_run):
+    assert {p.name for p in bone_run.iterdir()} == {
+        "config.yml", "metrics.csv", "summary.json", "training.csv", "adapter.safetensors", "predictions.h5ad", "maps",
+    }  # fmt: skip
+    assert not bone_run.with_name("bone.partial").exists()
+    assert len(list((bone_run / "maps").glob("*.png"))) == 2 * 4
+
+
+def test_metrics_are_tidy(bone_run, mini_cohort):
+    table = pd.read_csv(bone_run / "metrics.csv")
+    assert list(table) == ["method", "backbone", "split", "fold", "gene", "pcc", "n_train", "n_test"]
+    assert table.groupby("fold").size().eq(20).all()
+    assert table["fold"].nunique() == 3
+    assert (table["n_train"] + table["n_test"] == len(mini_cohort)).all()
+
+
+def test_summary_says_what_ran(bone_run, mini_cohort):
+    summary = json.loads((bone_run / "summary.json").read_text())
+    table = pd.read_csv(bone_run / "metrics.csv")
+    assert summary["mean_pcc"] == pytest.approx(table.groupby("fold")["pcc"].mean().mean())
+    assert summary["ci_low"] < summary["mean_pcc"] < summary["ci_high"]
+    assert summary["weights"] == "random, seed 0"
+    assert summary["data_fingerprint"] == fingerprint(mini_cohort)
+    assert summary["synthetic"] is True
+    assert 0.02 < summary["adapted_share"] < 0.08
+    assert summary["seconds"] > 0
+    assert summary["versions"]["torch"]
+
+
+def test_adapters_of_each_fold_are_saved_and_trained(bone_run):
+    saved = adapters(bone_run)
+    assert len(saved) == 3 * 6
+    assert all(v.shape == (18, 32, 32) and np.abs(v).max() > 0 for v in saved.values())
+
+
+def test_predictions_agree_with_metrics(bone_run):
+    _, table, _, predictions = load_run(bone_run)
+    row = table.dropna(subset="pcc").iloc[0]
+    here = predictions[predictions.obs["fold"] == row["fold"], row["gene"]]
+    assert np.corrcoef(here.X.ravel(), here.layers["measured"].ravel())[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
+
+
+def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path):
+    run(config(mini_root), tmp_path / "again")
+    assert (tmp_path / "again" / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
+    first, second = adapters(bone_run), adapters(tmp_path / "again")
+    assert all(np.array_equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "none"},
+        {"method": "lora", "r": 8},
+        {"method": "adalora", "r": 8},
+        {"method": "miss"},
+        {"label_method": "kmeans", "n_clusters": 5, "kd_space": "logits"},
+        {"split": "slide", "normalization": "log1p", "alpha": 100.0},
+        {"split": "spot"},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_every_choice_runs(mini_root, tmp_path, changes):
+    summary = run(config(mini_root, n_splits=2, **changes), tmp_path / "out")
+    assert -1 <= summary["mean_pcc"] <= 1
+    assert (tmp_path / "out" / "adapter.safetensors").exists() == (changes.get("method") != "none")
+
+
+def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_path):
+    """Replace one patient's counts by noise: the folds that hold him out must not notice, the others must."""
+    cohort = open_cohort(mini_root)
+    victim = cohort.slides[0].patient
+    root = tmp_path / "cohort"
+    shutil.copytree(mini_root, root)
+    rng = np.random.default_rng(0)
+    for slide in (s for s in cohort.slides if s.patient == victim):
+        path = root / "st" / f"{slide.id}.h5ad"
+        adata = ad.read_h5ad(path)
+        adata.X = sparse.csr_matrix(rng.poisson(3, adata.shape).astype(np.float32))
+        adata.write_h5ad(path)
+    run(config(root), tmp_path / "out")
+
+    _, before, _, predictions = load_run(bone_run)
+    _, after, _, _ = load_run(tmp_path / "out")
+    held_out_in = set(predictions.obs.loc[predictions.obs["patient"] == victim, "fold"])
+    assert len(held_out_in) == 1
+    clean, noisy = adapters(bone_run), adapters(tmp_path / "out")
+    for fold in range(3):
+        names = [k for k in clean if k.startswith(f"fold{fold}.")]
+        same_student = all(np.array_equal(clean[k], noisy[k]) for k in names)
+        same_genes = before[before["fold"] == fold]["gene"].tolist() == after[after["fold"] == fold]["gene"].tolist()
+        assert (same_student, same_genes) == ((True, True) if fold in held_out_in else (False, False))
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_path, monkeypatch):
+    import peka_lite.run as room
+
+    real, calls = room.fit, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(room, "fit", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(config(mini_root), out)
+    assert not out.exists()
+    with pytest.raises(FileExistsError, match="unfinished run with other settings"):
+        run(config(mini_root, seed=5), out)
+    run(config(mini_root), out)
+    assert (out / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
+
+
+def test_a_finished_folder_is_never_overwritten(bone_run, mini_root):
+    with pytest.raises(FileExistsError, match="there already"):
+        run(config(mini_root), bone_run)
+
+
+def test_load_or_run_reads_what_is_there_and_refuses_other_settings(bone_run, mini_root):
+    stamp = (bone_run / "summary.json").stat().st_mtime_ns
+    loaded, *_ = load_or_run(config(mini_root), bone_run)
+    assert loaded == config(mini_root)
+    assert (bone_run / "summary.json").stat().st_mtime_ns == stamp
+    with pytest.raises(FileExistsError, match="other settings"):
+        load_or_run(config(mini_root, seed=1), bone_run)
+
+
+def test_load_run_needs_a_finished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        load_run(tmp_path)
+
+
+def test_config_file_holds_every_field(bone_run, mini_root):
+    assert RunConfig(**yaml.safe_load((bone_run / "config.yml").read_text())) == config(mini_root)
+
+
+def test_run_names_differ_with_any_setting(mini_root):
+    changes = [{}, {"seed": 1}, {"tau": 1.0}, {"epochs": 2}, {"slides": ("MINI1",)}]
+    assert len({run_name(config(mini_root, **c)) for c in changes}) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dora"}, "unknown method 'dora'"),
+        ({"teacher": "scgpt"}, "unknown teacher"),
+        ({"backbone": "vgg"}, "unknown backbone"),
+        ({"split": "organ"}, "unknown split"),
+        ({"kd_space": "tokens"}, "unknown kd_space"),
+        ({"normalization": "sct"}, "unknown normalization"),
+        ({"r": 50}, "r=50 must divide .* these would: .* 32"),
+        ({"method": "none", "r": 32}, "does not fit method 'none'"),
+        ({"backbone": "resnet50", "weights": "hub"}, "only method 'none'"),
+        ({"backbone": "ctranspath", "weights": "hub"}, "only method 'none'"),
+        ({"weights": "hub"}, "no weights are published for 'mini'"),
+        ({"resolution": 1.0, "label_method": "kmeans_"}, "unknown label_method"),
+        ({"n_clusters": 5}, "belongs to label_method 'kmeans'"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"n_splits": 1}, "at least 2"),
+        ({"alpha": -1.0}, "alpha"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(mini_root, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(mini_root, **changes)
+
+
+def test_missing_files_are_refused_before_any_work(mini_root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        config(mini_root, weights=str(tmp_path / "uni.bin"))
+    with pytest.raises(FileNotFoundError, match="no such cohort folder"):
+        config(tmp_path / "nowhere")
+
+
+def test_one_patient_cannot_be_split_by_patient(mini_root, tmp_path):
+    with pytest.raises(ValueError, match="none to hold out"):
+        run(config(mini_root, slides=("MINI1",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_uni_accepts_the_papers_block_size(mini_root):
+    assert BACKBONES["uni"].bone_r == 256
+    assert config(mini_root, backbone="uni", weights="hub").block_size == 256
+
+
+def test_the_default_cohort_is_written_once(tmp_path, monkeypatch):
+    import peka_lite.run as room
+
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(room, "write_mini_cohort", lambda root: asked.append(root) or root)
+    assert cohort_root("mini") == tmp_path / "mini"
+    assert cohort_root(tmp_path / "other") == tmp_path / "other"
+    assert asked == [tmp_path / "mini"]
+
+
+def test_real_slides_run_end_to_end(her2st, tmp_path):
+    settings = config(her2st, method="none", split="slide", slides=("HER2_C2", "HER2_C3"), n_splits=2, n_genes=50)
+    summary = run(settings, tmp_path / "out")
+    assert summary["n_spots"] == 187 + 180
+    assert summary["synthetic"] is False
+    assert len(list((tmp_path / "out" / "maps").glob("*.png"))) == 4
