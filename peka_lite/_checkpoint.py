@@ -23,7 +23,7 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
     state = {
         "settings": settings,
         "history": history,
-        "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or "ranknum" in n},
+        "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or _kept_frozen(n)},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
@@ -60,3 +60,7 @@ def restore_checkpoint(path: Path, model, optimizer, scaler, settings: dict) -> 
             setattr(tuner.rankallocator, key, value)
         tuner.peft_config["default"].rank_pattern = state["rank_pattern"]
     return state["history"]
+
+
+def _kept_frozen(name: str) -> bool:
+    return "ranknum" in name or name.startswith("classifier.")  # the teacher head of kd_space="logits"

@@ -154,11 +154,13 @@ def load_backbone(
     Raises
     ------
     ValueError
-        For an unknown name, a hub that has no such weights, or a file that does not fit the architecture.
+        For an unknown name, a row without published weights, or a file that does not fit the architecture.
     PermissionError
         For gated weights without access; the message names the page to ask on.
+    ConnectionError
+        For a hub that cannot be reached.
     FileNotFoundError
-        For a local file that is not there.
+        For a local file that is not there, or a hub repository that holds no weights file.
     """
     spec = _row(name)
     weights = str(weights)
@@ -261,30 +263,42 @@ def _from_hub(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     if spec.source.startswith("datasets/"):
         _, owner, repo, file = spec.source.split("/", 3)
         kind, repo, files = "dataset", f"{owner}/{repo}", (file,)
     else:
         kind, repo, files = "model", spec.source, ("model.safetensors", "pytorch_model.bin")
+    missing = None
     for file in files:
         try:
             return Path(hf_hub_download(repo, file, repo_type=kind, revision=spec.revision))
-        except EntryNotFoundError as error:
-            if file == files[-1] and not isinstance(error, OSError | ConnectionError):
-                raise FileNotFoundError(f"{repo} on the hub holds none of {', '.join(files)}") from error
+        except EntryNotFoundError as error:  # not in the repository; or offline, and not in the cache
+            missing = error
         except (GatedRepoError, RepositoryNotFoundError) as error:
             page = spec.gate or _page(f"datasets/{repo}" if kind == "dataset" else repo)
             raise PermissionError(
                 f"{spec.name} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
             ) from error
         except (HfHubHTTPError, OSError) as error:
-            raise ConnectionError(
-                f"{spec.name} could not be fetched from the hub ({type(error).__name__}); go online, or pass "
-                f"weights=FILE with a copy of {repo}"
-            ) from error
-    raise FileNotFoundError(f"{repo} on the hub holds none of {', '.join(files)}")
+            raise _unreachable(spec, repo, error) from error
+    if isinstance(missing, LocalEntryNotFoundError):
+        raise _unreachable(spec, repo, missing) from missing
+    raise FileNotFoundError(f"{repo} on the hub holds none of {', '.join(files)}") from missing
+
+
+def _unreachable(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"{spec.name} could not be fetched from the hub ({type(error).__name__}); go online, or pass "
+        f"weights=FILE with a copy of {repo}"
+    )
 
 
 def _load_file(model: nn.Module, spec: Backbone, path: Path) -> None:

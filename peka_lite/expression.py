@@ -115,7 +115,8 @@ def top_hvg(
         warnings.simplefilter("ignore")
         found = sc.pp.highly_variable_genes(work, n_top_genes=n, flavor="seurat", inplace=False)
     found.index = work.var_names
-    ranked = found[found["highly_variable"]].sort_values("dispersions_norm", ascending=False, kind="stable")
+    # A gene that is the same everywhere has no dispersion (NaN) and comes last.
+    ranked = found.sort_values("dispersions_norm", ascending=False, kind="stable")
     return ranked.index[:n].tolist()
 
 

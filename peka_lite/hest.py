@@ -101,7 +101,7 @@ class Cohort:
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """One row a spot: slide, patient (None where unknown) and barcode."""
+        """Table with a row for every spot and columns slide, patient (None where unknown) and barcode."""
         sizes = [s.n_spots for s in self.slides]
         return pd.DataFrame(
             {
@@ -257,6 +257,10 @@ def read_cohort(
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
     who = read_patients(patients)
+    if who and not who.keys() & set(found):
+        raise ValueError(
+            f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
+        )
     slides = [read_slide(root, i, patient=who.get(i)) for i in ids]
 
     median = np.median([s.adata.n_vars for s in slides])
@@ -266,12 +270,13 @@ def read_cohort(
         warnings.warn(f"left out {slide_id}: {why}; keep_targeted=True keeps it", stacklevel=2)
     slides = [s for s in slides if s.id not in targeted]
 
-    # "Patient 1" of two studies is two people; a name given by the reader is taken as it is.
-    studies = {s.metadata.get("dataset_title") for s in slides}
-    if len(studies) > 1:
+    # "Patient 1" of two studies is two people, so names from metadata carry their study. A name that the reader gave
+    # stays as it is, also where metadata use it: joining two people costs data, parting one person leaks him.
+    if len({s.metadata.get("dataset_title") for s in slides}) > 1:
+        given = {None, *who.values()}
         slides = [
             s
-            if s.patient is None or s.id in who
+            if s.patient in given
             else dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
             for s in slides
         ]

@@ -151,8 +151,9 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
 
 
 def _zscore(A: np.ndarray) -> np.ndarray:
-    std = A.std(0)
-    return (A - A.mean(0)) / np.where(std > 0, std, 1)
+    mean, std = A.mean(0), A.std(0)
+    varies = std > 1e-10 * np.abs(mean)  # rounding leaves a constant gene with a tiny spread, not with none
+    return np.where(varies, A - mean, 0) / np.where(varies, std, 1)
 
 
 def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None) -> None:

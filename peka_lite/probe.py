@@ -58,7 +58,7 @@ class PCARidge:
         self.n_components, self.alpha, self.solver, self.fit_intercept = n_components, alpha, solver, fit_intercept
 
     def fit(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
-        """Fit on features (n, d) and targets (n, genes); sets `coef_` (d, genes) for the exact solver."""
+        """Fit on features (n, d) and targets (n, genes); sets ``coef_`` (d, genes) for the exact solver."""
         X, Y = np.asarray(X), np.asarray(Y)
         if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
             raise ValueError(f"features (n, d) and targets (n, genes) must share rows, not {X.shape} and {Y.shape}")
@@ -72,7 +72,7 @@ class PCARidge:
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Predict (n, genes) float64 from features (n, d)."""
         if self.solver == "hest-bench":
-            return self.ridge_.predict(self._reduce(X))
+            return self.ridge_.predict(self._reduce(X)).reshape(len(X), -1).astype(np.float64)
         return (np.asarray(X, dtype=np.float64) - self.mean_) / self.scale_ @ self.coef_ + self.intercept_
 
     def _alpha(self, width: int, genes: int) -> float:

@@ -34,7 +34,7 @@ class PseudoLabeler:
     Attributes
     ----------
     labels_
-        (N,) int64, 0 to n_labels_ - 1, of the rows given to `fit`.
+        (N,) int64, numbered from 0 by size without gaps, of the rows given to `fit`.
     n_labels_
         How many clusters were found.
 
@@ -65,7 +65,7 @@ class PseudoLabeler:
         return f"PseudoLabeler({self.method!r}, {shown}, seed={self.seed})"
 
     def fit(self, E: np.ndarray) -> PseudoLabeler:
-        """Cluster the rows of `E` (N, D_t); sets `labels_` and `n_labels_`."""
+        """Cluster the rows of `E` (N, D_t); sets ``labels_`` and ``n_labels_``."""
         E = _check(E)
         k = self.options["n_neighbors"]
         if len(E) <= k:
@@ -81,7 +81,7 @@ class PseudoLabeler:
     def predict(self, E: np.ndarray) -> np.ndarray:
         """Give new rows (M, D_t) the label most of their nearest fitted neighbours carry; (M,) int64.
 
-        A tie goes to the label whose neighbours are nearer in sum.
+        A tie goes to the label whose neighbours are nearer: the larger sum of 1 / (1 + distance).
         """
         if not hasattr(self, "labels_"):
             raise RuntimeError("this PseudoLabeler is not fitted; call fit(E) first")

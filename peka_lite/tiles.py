@@ -49,7 +49,7 @@ class TileStore:
         """Read one row (224, 224, 3) or several (n, 224, 224, 3), in the order asked for."""
         if isinstance(index, (int, np.integer)):
             i = range(len(self))[index]
-            return np.asarray(self._source(self.part[i])[self.row[i]])
+            return np.array(self._source(self.part[i])[self.row[i]])
         rows = np.arange(len(self))[index]
         tiles = np.empty((len(rows), *TILE_SHAPE), dtype=np.uint8)
         for out, i in enumerate(rows):

@@ -34,9 +34,10 @@ class TransferModel(nn.Module):
     hidden
         Width of the hidden layer of the projector, and of the teacher head.
     kd_space
-        ``"embedding"``: the student's projection is compared with the teacher's embedding (the paper's equation 4);
-        a linear classifier learns beside it. ``"logits"``: a classifier of teacher embeddings (two layers) is
-        trained first and frozen, and both sides are compared through it (what the authors' code does).
+        ``"embedding"``: the student's projection is compared with the teacher's embedding (the paper's equation 4),
+        and a linear classifier reads the pseudo-label from the student's features beside it. ``"logits"``: a
+        classifier of teacher embeddings (two layers) is trained first and frozen; both losses compare what it says
+        of the student's projection with what it says of the teacher, and with the label (the authors' code).
     seed
         Decides the random start of projector and classifier.
     """
@@ -59,13 +60,16 @@ class TransferModel(nn.Module):
             torch.manual_seed(seed)
             self.projector = _mlp(backbone.spec.dim, hidden, teacher_dim)
             self.classifier = (
-                nn.Linear(teacher_dim, n_classes) if kd_space == "embedding" else _mlp(teacher_dim, hidden, n_classes)
+                nn.Linear(backbone.spec.dim, n_classes)
+                if kd_space == "embedding"
+                else _mlp(teacher_dim, hidden, n_classes)
             )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map normalised images (B, 3, H, W) to a projection (B, D_t) and label logits (B, n_classes)."""
-        z = self.projector(pooled(self.backbone, x))
-        return z, self.classifier(z)
+        features = pooled(self.backbone, x)  # (B, D_s)
+        z = self.projector(features)
+        return z, self.classifier(features if self.kd_space == "embedding" else z)
 
 
 def transfer_loss(
@@ -174,10 +178,8 @@ def fit(
     model.to(device)
     T = torch.from_numpy(np.ascontiguousarray(teacher, dtype=np.float32)).to(device)  # (N, D_t)
     y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)  # (N,)
-    if model.kd_space == "logits":
+    if model.kd_space == "logits" and any(p.requires_grad for p in model.classifier.parameters()):
         _fit_teacher_head(model.classifier, T, y, seed=seed)
-        with torch.no_grad():
-            T = model.classifier(T)  # (N, n_classes): what the student is compared with
 
     adapter, spec = model.backbone.adapter, model.backbone.spec
     dtype = precision_for(spec, device)
@@ -192,6 +194,11 @@ def fit(
     history: list[dict] = []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
         history = restore_checkpoint(Path(checkpoint), model, optimizer, scaler, settings)
+        if len(history) > epochs:
+            raise ValueError(f"{checkpoint} is past {epochs} epochs, at {len(history)}; remove it to start over")
+    if model.kd_space == "logits":
+        with torch.no_grad():
+            T = model.classifier(T)  # (N, n_classes): what the student is compared with
 
     steps = -(-n // batch_size)
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not progress)
@@ -199,6 +206,9 @@ def fit(
         start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
         order = np.random.default_rng((seed, epoch)).permutation(n)
         model.train()
+        model.backbone.eval()  # frozen: no batch statistics, no stochastic depth; only adapters may drop out
+        for name in adapter.layers:
+            model.backbone.get_submodule(name).train()
         with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout of LoRA and AdaLoRA
             for step in range(steps):

@@ -416,7 +416,7 @@ def test_patients_can_be_a_mapping(two):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_patients_can_be_a_csv_file(two, encoding):
-    path = write_csv(two, "organ,id,patient\nBreast,S1, Bo \nBreast,S2,Ann\n", encoding)
+    path = write_csv(two, "id,organ,patient\nS1,Breast, Bo \nS2,Breast,Ann\n", encoding)
     assert patients_of(two, patients=path) == ["Bo", "Ann"]
     assert patients_of(two, patients=str(path)) == ["Bo", "Ann"]
 
@@ -540,3 +540,16 @@ def test_a_real_teacher_embeds_every_spot_and_a_second_patient_makes_a_split(her
 
 def test_a_real_slide_shows_itself(real):
     assert real.slides[0]._repr_html_().count("<img") == 2
+
+
+def test_a_given_name_joins_the_same_name_in_metadata_rather_than_parting_one_person(tmp_path):
+    for slide_id, title in (("S1", "Study"), ("S2", "Study"), ("S3", "Other")):
+        write_slide(tmp_path, slide_id, meta={"patient": "Patient 1", "dataset_title": title})
+    cohort = read_cohort(tmp_path, patients={"S1": "Patient 1"})
+    assert cohort.slides[0].patient == cohort.slides[1].patient
+
+
+def test_a_patients_table_of_other_slides_is_refused(tmp_path):
+    write_slide(tmp_path, "S1")
+    with pytest.raises(ValueError, match="patients names none of the slides"):
+        read_cohort(tmp_path, patients={"TYPO": "Patient 1"})

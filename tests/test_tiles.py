@@ -1,5 +1,7 @@
 """Tiles on disk behave like one big array that is never in memory."""
 
+import multiprocessing
+import os
 import pickle
 
 import h5py
@@ -64,12 +66,13 @@ def test_a_selection_is_that_of_an_array(both, index):
     np.testing.assert_array_equal(chosen[:], array[index])
 
 
-@given(parts=st.lists(several, min_size=1, max_size=3))
+@given(first=several, last=several)
 @settings(max_examples=15, deadline=None)
-def test_stores_join_end_to_end(both, parts):
+def test_stores_of_different_files_join_end_to_end(both, first, last):
     store, array = both
-    joined = TileStore.concat([store.select(i) for i in parts])
-    np.testing.assert_array_equal(joined[:], np.concatenate([array[i] for i in parts]))
+    of_b = store_of(store.paths[1], rows=[(0, 0), (0, 1), (0, 2)])
+    joined = TileStore.concat([store.select(first), of_b, store.select(last)])
+    np.testing.assert_array_equal(joined[:], np.concatenate([array[first], array[[1, 4, 3]], array[last]]))
 
 
 @pytest.mark.parametrize("index", [N, -N - 1, np.array([0, N])])
@@ -101,12 +104,26 @@ def test_one_row_of_a_file_larger_than_memory_is_read_alone(tmp_path):
 # --- workers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_the_same_tiles_as_this_process(both, context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_read_the_same_tiles_as_this_process(both, context, workers):
     store, array = both
     assert store[0].any()  # a file handle is open here before the workers start
-    loader = DataLoader(store, batch_size=2, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(store, batch_size=2, num_workers=workers, multiprocessing_context=context)
     np.testing.assert_array_equal(np.concatenate([batch.numpy() for batch in loader]), array)
+
+
+def test_a_forked_process_opens_its_own_file(both, monkeypatch):
+    opened_by, real_file = [], h5py.File
+    monkeypatch.setattr(h5py, "File", lambda *args: (opened_by.append(os.getpid()), real_file(*args))[1])
+    store = both[0].select([0])
+    assert store[0].any()
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    child = context.Process(target=lambda: (store[0], told.put(opened_by[-1])))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert told.get() == child.pid
 
 
 def test_this_process_reads_on_while_forked_workers_do(both):

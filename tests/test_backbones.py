@@ -1,0 +1,385 @@
+"""Students by name: every row builds, weights come from where they are said to, tiles embed in order."""
+
+import pickle
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
+from safetensors.torch import save_file
+
+from peka_lite.backbones import (
+    BACKBONES,
+    IMAGENET,
+    Backbone,
+    build,
+    embed_tiles,
+    load_backbone,
+    pooled,
+    precision_for,
+    preprocess,
+)
+
+NAMES = ["resnet50", "ctranspath", "uni", "h-optimus-0", "uni2-h", "h0-mini", "h-optimus-1", "virchow2", "gigapath"]
+NAMES += ["mini"]
+GATED = [n for n in NAMES if n not in ("resnet50", "ctranspath", "mini")]
+TINY = Backbone(
+    "tiny", "vit_tiny_patch16_224", "us/tiny", 48, *IMAGENET, "BSD-3-Clause", "https://huggingface.co/us/tiny",
+    input_size=32, pooling="avg", bone_r=16,
+    options={"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"},
+)  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+def random_model(spec=TINY, seed=0):
+    return load_backbone(spec, weights="random", seed=seed)
+
+
+def tiles(n=7, side=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def hub(monkeypatch, answer):
+    """Put `answer(repo, file, **options)` in place of the hub and return the list of what was asked for."""
+    asked = []
+
+    def download(repo, file, **options):
+        asked.append((options["repo_type"], repo, file))
+        result = answer(repo, file)
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def refusal(kind):
+    return kind("refused", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+
+def test_registry_holds_the_students_in_the_order_of_the_paper_and_its_successors():
+    assert list(BACKBONES) == NAMES
+    assert all(name == row.name for name, row in BACKBONES.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_row_builds_and_gives_its_width(name):
+    spec = BACKBONES[name]
+    with torch.device("meta"):
+        model = build(spec).eval()
+        model.spec = spec
+        out = pooled(model, torch.zeros(2, 3, spec.input_size, spec.input_size))
+    assert out.shape == (2, spec.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet50", 23.5), ("uni", 303.4), ("h-optimus-0", 1134.8), ("uni2-h", 681.4), ("h0-mini", 85.7),
+     ("h-optimus-1", 1134.8), ("virchow2", 631.2), ("gigapath", 1135.0)],
+)  # fmt: skip
+def test_each_published_row_has_the_parameters_of_its_model(name, millions):
+    with torch.device("meta"):
+        model = build(BACKBONES[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_each_gated_row_names_the_page_of_its_own_repository(name):
+    assert BACKBONES[name].gate == f"https://huggingface.co/{BACKBONES[name].source}"
+
+
+def test_registry_cannot_be_changed_by_accident():
+    with pytest.raises(TypeError):
+        BACKBONES["uni"] = TINY
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'unl'.*resnet50.*mini"):
+        load_backbone("unl", weights="random")
+
+
+def test_random_start_is_said_aloud_and_recorded():
+    with pytest.warns(UserWarning, match=r"tiny starts from random weights \(seed 4\)"):
+        model = load_backbone(TINY, weights="random", seed=4)
+    assert model.weights_origin == "random, seed 4"
+    assert model.spec is TINY
+    assert not model.training
+
+
+def test_same_seed_same_weights():
+    assert same(random_model(seed=1), random_model(seed=1))
+    assert not same(random_model(seed=1), random_model(seed=2))
+
+
+def test_random_start_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    random_model(seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
+    source = random_model(seed=3)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    asked = hub(monkeypatch, lambda repo, name: tmp_path / name if name == file else refusal(RemoteEntryNotFoundError))
+    model = load_backbone(TINY)
+    assert same(model, source)
+    assert model.weights_origin == "hub us/tiny"
+    assert asked[-1] == ("model", "us/tiny", file)
+
+
+def test_offline_with_only_the_second_format_in_the_cache_still_loads(tmp_path, monkeypatch):
+    torch.save(random_model(seed=3).state_dict(), tmp_path / "pytorch_model.bin")
+    hub(monkeypatch, lambda _, name: tmp_path / name if name.endswith(".bin") else LocalEntryNotFoundError("offline"))
+    assert same(load_backbone(TINY), random_model(seed=3))
+
+
+def test_a_row_may_point_into_a_dataset_repository(monkeypatch):
+    asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    with pytest.raises(PermissionError, match=re.escape("huggingface.co/datasets/MahmoodLab/hest-bench")):
+        load_backbone("ctranspath")
+    assert asked == [("dataset", "MahmoodLab/hest-bench", "fm_v1/ctranspath/CHIEF_CTransPath.pth")]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_weights_without_access_say_in_one_sentence_where_to_ask(monkeypatch, name):
+    hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    with pytest.raises(PermissionError) as caught:
+        load_backbone(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name} is gated: ask for access at {BACKBONES[name].gate}, then")
+    assert "\n" not in message
+    assert ". " not in message
+
+
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("off"), ConnectionError("no route"), LocalEntryNotFoundError("no route, no cache")]
+)
+def test_unreachable_hub_says_to_go_online_or_pass_a_file(monkeypatch, error):
+    hub(monkeypatch, lambda *_: error)
+    with pytest.raises(ConnectionError, match=r"tiny could not be fetched.*weights=FILE with a copy of us/tiny"):
+        load_backbone(TINY)
+
+
+def test_repository_without_weights_lists_what_was_looked_for(monkeypatch):
+    asked = hub(monkeypatch, lambda *_: refusal(RemoteEntryNotFoundError))
+    with pytest.raises(FileNotFoundError, match=r"us/tiny.*model\.safetensors, pytorch_model\.bin"):
+        load_backbone(TINY)
+    assert len(asked) == 2
+
+
+def test_missing_weights_never_become_a_random_start():
+    with pytest.raises(ValueError, match="no weights are published for mini; pass weights='random' or a file"):
+        load_backbone("mini")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])
+def test_local_file_round_trip(tmp_path, name):
+    source = random_model(seed=5)
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(source.state_dict(), tmp_path / name)
+    model = load_backbone(TINY, weights=tmp_path / name)
+    assert same(model, source)
+    assert model.weights_origin == f"file {name}"
+
+
+def test_classifier_in_a_file_is_left_out(tmp_path):
+    source = random_model()
+    torch.save(
+        source.state_dict() | {"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}, tmp_path / "w.pth"
+    )
+    assert same(load_backbone(TINY, weights=tmp_path / "w.pth"), source)
+
+
+def test_file_of_another_architecture_is_refused_by_name(tmp_path):
+    torch.save(random_model(replace(TINY, options={**TINY.options, "depth": 3})).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match=r"deep\.pth: these weights do not fit tiny \(vit_tiny_patch16_224\)"):
+        load_backbone(TINY, weights=tmp_path / "deep.pth")
+
+
+def test_file_with_a_tensor_missing_is_refused_by_its_name(tmp_path):
+    state = random_model().state_dict()
+    del state["fc_norm.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"fc_norm\.bias"):
+        load_backbone(TINY, weights=tmp_path / "w.pth")
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such weights file for tiny"):
+        load_backbone(TINY, weights=tmp_path / "nowhere.pth")
+
+
+def test_broken_file_is_named(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"half a header")
+    with pytest.raises(ValueError, match=r"cut\.safetensors: cannot be read as weights"):
+        load_backbone(TINY, weights=tmp_path / "cut.safetensors")
+
+
+class Intruder:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickle_that_needs_code_is_refused_and_not_run(tmp_path):
+    torch.save({"norm.bias": Intruder(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth: cannot be read as weights"):
+        load_backbone(TINY, weights=tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Intruder(tmp_path / "ran"))).close()
+    assert (tmp_path / "ran").exists()  # so the file above would have run something
+
+
+@pytest.fixture(scope="module")
+def ctranspath():
+    model = load_backbone("ctranspath", weights="random", seed=1)
+    for module in model.modules():  # statistics that differ from a fresh start's
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def original_layout(model):
+    """Name a Swin's tensors as timm 0.5.4 did: the stage before downsamples, buffers and classifier are stored."""
+    state = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k): v
+        for k, v in model.state_dict().items()
+    }
+    for stage, depth in enumerate((2, 2, 6, 2)):
+        for block in range(depth):
+            at = f"layers.{stage}.blocks.{block}"
+            state[f"{at}.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+            if block % 2 and stage < 3:
+                state[f"{at}.attn_mask"] = torch.zeros(4 ** (3 - stage), 49, 49)
+    return state | {"head.weight": torch.zeros(1000, 768), "head.bias": torch.zeros(1000)}
+
+
+def test_ctranspath_in_its_original_layout_gives_the_same_outputs(tmp_path, ctranspath):
+    state = original_layout(ctranspath)
+    assert "layers.0.downsample.reduction.weight" in state
+    assert "layers.3.downsample.reduction.weight" not in state
+    torch.save({"model": state}, tmp_path / "ctranspath.pth")
+    loaded = load_backbone("ctranspath", weights=tmp_path / "ctranspath.pth")
+    x = tiles(2, 224)
+    assert np.array_equal(embed_tiles(loaded, x, device="cpu"), embed_tiles(ctranspath, x, device="cpu"))
+
+
+def test_ctranspath_in_timms_layout_loads_too(tmp_path, ctranspath):
+    torch.save(ctranspath.state_dict(), tmp_path / "timm.pth")
+    assert same(load_backbone("ctranspath", weights=tmp_path / "timm.pth"), ctranspath)
+
+
+def test_ctranspath_starts_with_convolutions(ctranspath):
+    kernels = [m.kernel_size for m in ctranspath.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert kernels == [(3, 3), (3, 3), (1, 1)]
+
+
+def test_pixels_are_normalised_with_the_rows_statistics():
+    white = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
+    x = preprocess(white, TINY)
+    assert x.shape == (1, 3, 32, 32)
+    expected = [(1 - m) / s for m, s in zip(TINY.mean, TINY.std, strict=True)]
+    np.testing.assert_allclose(x.mean((0, 2, 3)), expected, rtol=1e-5)
+
+
+def test_channels_and_rows_keep_their_place():
+    batch = torch.from_numpy(tiles(2))
+    x = preprocess(batch, TINY)
+    pixel = batch[1, 5, 9].double() / 255
+    np.testing.assert_allclose(x[1, :, 5, 9], (pixel - torch.tensor(TINY.mean)) / torch.tensor(TINY.std), rtol=1e-5)
+
+
+def test_tiles_of_another_size_are_averaged_down():
+    spec = replace(TINY, mean=(0, 0, 0), std=(1, 1, 1), input_size=16)
+    batch = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    batch[:, ::2] = 254  # stripes of one pixel: without antialiasing they would stay or vanish
+    inner = preprocess(batch, spec)[:, :, 2:-2, 2:-2]
+    np.testing.assert_allclose(inner, 127 / 255, atol=0.01)
+
+
+def test_mini_embeds_full_tiles_at_its_own_size():
+    model = random_model(BACKBONES["mini"])
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    out = embed_tiles(model, tiles(3, 224), device="cpu")
+    assert out.shape == (3, 192)
+    assert seen == [(3, 3, 112, 112)]
+
+
+def test_embeddings_are_float32_and_finite():
+    out = embed_tiles(random_model(), tiles(), device="cpu")
+    assert out.dtype == np.float32
+    assert np.isfinite(out).all()
+
+
+def test_embeddings_follow_the_order_of_the_tiles():
+    model, x = random_model(), tiles()
+    order = np.random.default_rng(1).permutation(len(x))
+    np.testing.assert_allclose(
+        embed_tiles(model, x[order], device="cpu"), embed_tiles(model, x, device="cpu")[order], atol=1e-5
+    )
+    assert np.abs(np.diff(embed_tiles(model, x, device="cpu"), axis=0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_embeddings_do_not_depend_on_the_batch_size(batch_size):
+    model, x = random_model(), tiles()
+    whole = embed_tiles(model, x, device="cpu")
+    np.testing.assert_allclose(embed_tiles(model, x, batch_size=batch_size, device="cpu"), whole, atol=1e-5)
+
+
+def test_embeddings_of_a_tile_store_equal_those_of_its_array(mini_cohort):
+    model, rows = random_model(BACKBONES["mini"]), [5, 0, 63]
+    store = mini_cohort.tiles.select(rows)
+    np.testing.assert_array_equal(
+        embed_tiles(model, store, device="cpu"), embed_tiles(model, mini_cohort.tiles[rows], device="cpu")
+    )
+
+
+def test_a_model_left_in_training_mode_embeds_in_eval_mode():
+    spec = replace(TINY, options={**TINY.options, "proj_drop_rate": 0.5})
+    model = random_model(spec)
+    first = embed_tiles(model, tiles(), device="cpu")
+    np.testing.assert_array_equal(embed_tiles(model.train(), tiles(), device="cpu"), first)
+
+
+def test_token_and_mean_pooling_equals_a_computation_by_hand():
+    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "reg_tokens": 4}
+    spec = replace(TINY, dim=96, pooling="token+avg", options=options)
+    model = random_model(spec)
+    tokens = []
+    model.norm.register_forward_hook(lambda *call: tokens.append(call[-1].numpy()))  # class, 4 registers, 4 patches
+    out = embed_tiles(model, tiles(), device="cpu")
+    assert tokens[0].shape == (7, 1 + 4 + 4, 48)
+    by_hand = np.concatenate([tokens[0][:, 0], tokens[0][:, 5:].mean(1)], axis=1)
+    np.testing.assert_allclose(out, by_hand, atol=1e-6)
+
+
+def test_compute_type_is_a_value_of_the_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    capability = (7, 0)
+    assert precision_for(TINY, "cuda") is torch.float16
+    capability = (8, 0)
+    assert precision_for(TINY, "cuda") is torch.bfloat16
+    assert precision_for(TINY, "cpu") is torch.float32

@@ -1,0 +1,238 @@
+"""Pictures of tissue: local correlation equals a loop by hand, figures hold what they say they do."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import pearsonr
+
+from peka_lite.hest import read_slide
+from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def slide(mini_cohort):
+    return mini_cohort.slides[0]
+
+
+def field(n=40, genes=5, seed=0):
+    rng = np.random.default_rng(seed)
+    coords, Y = rng.random((n, 2)), rng.random((n, genes))
+    return coords, Y, Y + 0.5 * rng.random((n, genes))
+
+
+def panels(fig):
+    """The figure's maps, without their colour bars."""
+    return [ax for ax in fig.axes if ax.get_title()]
+
+
+def bars_of(fig):
+    return [ax for ax in fig.axes if not ax.get_title()]
+
+
+def spots(ax):
+    """The coloured spots of a panel."""
+    (collection,) = [c for c in ax.collections if c.get_array() is not None]
+    return collection
+
+
+def painted(ax):
+    """Values of the spots of a panel."""
+    return np.asarray(spots(ax).get_array())
+
+
+@pytest.mark.parametrize("k", [3, 6, 18])
+def test_neighbourhood_pcc_equals_a_loop_by_hand(k):
+    coords, Y, P = field()
+    expected = []
+    for centre in coords:
+        near = np.argsort(((coords - centre) ** 2).sum(1))[: k + 1]  # the spot itself and its k nearest
+        expected.append(np.mean([pearsonr(Y[near, g], P[near, g]).statistic for g in range(Y.shape[1])]))
+    np.testing.assert_allclose(local_pcc(coords, Y, P, n_neighbors=k), expected, atol=1e-10)
+
+
+def test_gene_pcc_equals_a_loop_by_hand():
+    coords, Y, P = field()
+    y, p = ((A - A.mean(0)) / A.std(0) for A in (Y, P))
+    expected = [pearsonr(y[i], p[i]).statistic for i in range(len(Y))]
+    np.testing.assert_allclose(local_pcc(coords, Y, P, over="genes"), expected, atol=1e-10)
+
+
+def test_genes_that_do_not_vary_around_a_spot_are_left_out_of_its_mean():
+    coords, Y, P = field()
+    Y[:, 0] = 1
+    np.testing.assert_allclose(local_pcc(coords, Y, P), local_pcc(coords, Y[:, 1:], P[:, 1:]), atol=1e-12)
+
+
+def test_spots_where_nothing_varies_are_nan_and_only_they():
+    coords, Y, P = field()
+    coords[:10] += 100  # an island of ten spots in which no gene varies
+    Y[:10] = 1
+    assert np.isnan(local_pcc(coords, Y, P, n_neighbors=5)).tolist() == [True] * 10 + [False] * 30
+
+
+def test_a_spot_whose_genes_do_not_vary_is_nan_and_only_it():
+    rng = np.random.default_rng(0)
+    half = rng.integers(1, 9, (20, 5)).astype(float)
+    P = np.concatenate([half, np.zeros((1, 5)), -half])  # spot 20 lies at the mean of every gene
+    pcc = local_pcc(rng.random((41, 2)), rng.random((41, 5)), P, over="genes")
+    assert np.flatnonzero(np.isnan(pcc)).tolist() == [20]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
+def test_a_gene_that_is_constant_everywhere_says_nothing_about_a_spot(value):
+    coords, Y, P = field()
+    zero, constant = P.copy(), P.copy()
+    zero[:, 2], constant[:, 2] = 0, value
+    np.testing.assert_allclose(
+        local_pcc(coords, Y, constant, over="genes"), local_pcc(coords, Y, zero, over="genes"), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("over", ["neighbours", "genes"])
+def test_a_constant_prediction_has_no_local_pcc(over):
+    coords, Y, P = field()
+    assert np.isnan(local_pcc(coords, Y, np.full_like(P, 0.1), over=over)).all()
+
+
+@pytest.mark.parametrize("over", ["neighbours", "genes"])
+def test_units_of_coordinates_and_expression_do_not_matter(over):
+    coords, Y, P = field()
+    np.testing.assert_allclose(
+        local_pcc(1000 * coords + 7, 3 * Y, 2 * P - 5, over=over), local_pcc(coords, Y, P, over=over), atol=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"over": "spots"}, "unknown over='spots'; known: neighbours, genes"),
+        ({"n_neighbors": 2}, "n_neighbors must be at least 3 and below the 40 spots, not 2"),
+        ({"n_neighbors": 40}, "below the 40 spots, not 40"),
+    ],
+)
+def test_unknown_options_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        local_pcc(*field(), **options)
+
+
+def test_rows_that_disagree_are_refused():
+    coords, Y, P = field()
+    with pytest.raises(ValueError, match="rows disagree"):
+        local_pcc(coords[1:], Y, P)
+    with pytest.raises(ValueError, match="rows disagree"):
+        local_pcc(coords, Y, P[:, 1:])
+
+
+def test_two_genes_are_too_few_to_correlate_over():
+    coords, Y, P = field(genes=2)
+    with pytest.raises(ValueError, match="at least 3 genes, not 2"):
+        local_pcc(coords, Y, P, over="genes")
+
+
+def test_expression_map_shows_measured_predicted_and_residual(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, measured**2, gene="EPCAM")
+    pcc = pearsonr(measured, measured**2).statistic
+    titles = ["EPCAM: measured", f"EPCAM: predicted (PCC {pcc:.2f})", "measured minus predicted"]
+    assert [ax.get_title() for ax in panels(fig)] == titles
+    for ax, values in zip(panels(fig), [measured, measured**2, measured - measured**2], strict=True):
+        np.testing.assert_allclose(painted(ax), values)
+
+
+def test_expression_map_has_one_scale_for_both_and_one_around_zero_for_the_residual(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, 2 * measured, gene="EPCAM")
+    a, b, residual = (spots(ax).norm for ax in panels(fig))
+    assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
+    assert residual.vmin == -residual.vmax
+    labels = [ax.get_ylabel() for ax in bars_of(fig)]
+    assert labels == ["log1p expression", "log1p expression", "log1p difference"]
+
+
+def test_expression_map_of_a_constant_gene_still_draws(slide):
+    fig = expression_map(slide.adata, np.zeros(slide.n_spots), np.zeros(slide.n_spots), gene="G")
+    assert panels(fig)[1].get_title() == "G: predicted (PCC nan)"
+
+
+def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
+    rng = np.random.default_rng(0)
+    Y = rng.random((slide.n_spots, 6))
+    P = Y + rng.random(Y.shape)
+    fig = pcc_map(slide.adata, Y, P, n_neighbors=8)
+    tissue, near, genes = panels(fig)
+    coords = slide.adata.obsm["spatial"]
+    assert tissue.get_title() == "H&E"
+    for ax, over, words in ((near, "neighbours", "each spot's neighbourhood"), (genes, "genes", "genes at the spot")):
+        expected = local_pcc(coords, Y, P, over=over, n_neighbors=8)
+        np.testing.assert_allclose(painted(ax), expected, atol=1e-6)
+        assert ax.get_title() == f"PCC over {words} (mean {expected.mean():.2f})"
+        assert (spots(ax).norm.vmin, spots(ax).norm.vmax) == (-1, 1)
+
+
+def test_every_panel_lies_on_the_slides_image(slide):
+    Y = np.random.default_rng(0).random((slide.n_spots, 4))
+    for ax in panels(pcc_map(slide.adata, Y, Y[:, ::-1], n_neighbors=8)):
+        assert len(ax.images) == 1
+
+
+def test_drawing_leaves_the_slide_as_it_was(slide):
+    keys = set(slide.adata.uns), set(slide.adata.obsm), set(slide.adata.obs)
+    Y = np.random.default_rng(0).random((slide.n_spots, 4))
+    pcc_map(slide.adata, Y, Y + 1, n_neighbors=8)
+    assert (set(slide.adata.uns), set(slide.adata.obsm), set(slide.adata.obs)) == keys
+
+
+@pytest.mark.parametrize("name", ["HER2_A1", "HER2_C2"])
+def test_real_slides_draw(her2st, name):
+    adata = read_slide(her2st, name).adata
+    Y = np.log1p(adata[:, ["ERBB2", "GNAS", "FASN"]].X.toarray())
+    P = Y + np.random.default_rng(0).random(Y.shape)
+    fig = expression_map(adata, Y[:, 0], P[:, 0], gene="ERBB2")
+    np.testing.assert_allclose(painted(panels(fig)[0]), Y[:, 0], rtol=1e-6)
+    assert len(panels(pcc_map(adata, Y, P))) == 3
+    fig.canvas.draw()
+
+
+def table():
+    rows = [("none", f, g, 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
+    rows += [("bone", f, g, 0.5 - 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
+    return pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"])
+
+
+def heights(ax):
+    return [[bar.get_height() for bar in container] for container in ax.containers if len(container)]
+
+
+def test_gene_bars_order_genes_by_the_first_method():
+    (ax,) = gene_bars(table()).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["D", "C", "B", "A"]
+    assert ax.get_title() == "PCC per gene (the 4 best of none)"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "bone"]
+
+
+def test_gene_bars_are_means_over_folds():
+    (ax,) = gene_bars(table()).axes
+    np.testing.assert_allclose(heights(ax), [[0.31, 0.21, 0.11, 0.01], [0.21, 0.31, 0.41, 0.51]])
+
+
+def test_gene_bars_show_the_best_of_the_method_asked_for():
+    (ax,) = gene_bars(table(), n=2, order_by="bone").axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "B"]
+
+
+def test_gene_bars_whiskers_are_the_range_over_folds():
+    (ax,) = gene_bars(table()[lambda t: t["method"] == "none"], n=1).axes
+    whisker = ax.lines[0]
+    assert sorted(whisker.get_ydata()) == pytest.approx([0.3, 0.32])
+
+
+def test_unknown_method_to_order_by_is_refused():
+    with pytest.raises(ValueError, match="no method 'lora' in the table; it has none, bone"):
+        gene_bars(table(), order_by="lora")
