@@ -10,6 +10,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Outputs of both jobs; nothing is written outside the checkout.
 export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
+# Waiting threads must not spin: where cores are shared, PyTorch is several times slower otherwise.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
 LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' | sort)

@@ -114,7 +114,7 @@ def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n
         (axes[2], "genes", "genes at the spot"),
     ):
         values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)
-        _spots(ax, adata, values, title=f"PCC over {words} (mean {np.nanmean(values):.2f})", **shared)
+        _spots(ax, adata, values, title=f"PCC over {words} (mean {pd.Series(values).mean():.2f})", **shared)
     return fig
 
 
@@ -126,7 +126,7 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     table
         Tidy results with columns method, fold, gene and pcc.
     n
-        How many genes, the best first.
+        How many genes, the best first, among those that most folds predicted.
     order_by
         Method whose mean PCC orders the genes; the first in the table by default.
     """
@@ -136,7 +136,9 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     order_by = order_by or methods[0]
     if order_by not in methods:
         raise ValueError(f"no method {order_by!r} in the table; it has {', '.join(methods)}")
-    ranked = table[table["method"] == order_by].groupby("gene")["pcc"].mean().sort_values(ascending=False)
+    scores = table[table["method"] == order_by].groupby("gene")["pcc"].agg(["count", "mean"])
+    # Folds choose their genes; one that few folds chose would win by luck.
+    ranked = scores[scores["count"] == scores["count"].max()].sort_values("mean", ascending=False)
     genes: Sequence[str] = ranked.index[:n].tolist()
     fig, ax = plt.subplots(figsize=(max(6, 0.5 * len(genes)), 3.8), layout="constrained")
     sns.barplot(
@@ -184,7 +186,7 @@ def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None) -
         warnings.simplefilter("ignore")
         sq.pl.spatial_scatter(
             view, color="value", library_id=name, img_res_key=IMAGE_KEY, crop_coord=(*low, *high), ax=ax, title=title,
-            cmap=cmap, norm=norm, img_alpha=0.55, size=1.3, colorbar=False, frameon=False,
+            cmap=cmap, norm=norm, img_alpha=0.55, size=1.0, colorbar=False, frameon=False,
         )  # fmt: skip
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75)
     bar.set_label(label)

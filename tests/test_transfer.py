@@ -61,7 +61,7 @@ class Interrupting:
     """Tiles that can be read `reads` times; then somebody pulls the plug."""
 
     def __init__(self, tiles, reads):
-        self.tiles, self.reads = tiles, reads
+        self.tiles, self.reads, self.rows = tiles, reads, []
 
     def __len__(self):
         return len(self.tiles)
@@ -70,6 +70,7 @@ class Interrupting:
         self.reads -= 1
         if self.reads < 0:
             raise KeyboardInterrupt
+        self.rows.extend(rows)
         return self.tiles[rows]
 
 
@@ -146,6 +147,15 @@ def test_history_has_one_row_an_epoch():
     history = teach(student(), epochs=3)
     assert list(history) == ["epoch", "loss", "kd", "ce", "accuracy", "seconds"]
     assert history["epoch"].tolist() == [0, 1, 2]
+
+
+def test_every_epoch_reads_every_row_once_in_an_order_of_its_own():
+    spy = Interrupting(TASK[0], 2 * STEPS)
+    teach(student(), (spy, *TASK[1:]), epochs=2)
+    n = len(TASK[0])
+    first, second = spy.rows[:n], spy.rows[n:]
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
@@ -283,6 +293,15 @@ def test_training_goes_on_in_the_same_model_as_in_a_fresh_one(tmp_path, kd_space
     for epochs in (1, 2, 3):
         teach(stepwise, epochs=epochs, checkpoint=tmp_path / "c.pt", resume=True)
     assert differing(weights(whole), weights(stepwise)) == []
+
+
+@pytest.mark.parametrize("kd_space", KD_SPACES)
+def test_a_resumed_run_does_not_depend_on_how_its_model_started(tmp_path, kd_space):
+    whole, resumed = student(kd_space=kd_space, seed=0), student(kd_space=kd_space, seed=5)
+    teach(whole, epochs=2)
+    teach(student(kd_space=kd_space, seed=0), epochs=1, checkpoint=tmp_path / "c.pt")
+    teach(resumed, epochs=2, checkpoint=tmp_path / "c.pt", resume=True)
+    assert differing(weights(whole), weights(resumed)) == []
 
 
 def test_a_finished_checkpoint_gives_its_weights_without_training(tmp_path):
