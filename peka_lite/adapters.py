@@ -140,7 +140,7 @@ def adapt(
             _replace(model, name, BoneLinear(model.get_submodule(name), r=r))
     elif method != "none":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
             tuner = _inject_peft(model, method, pattern, r=r, alpha=alpha, dropout=dropout, total_steps=total_steps)
     used = {
         "none": {},
@@ -257,6 +257,8 @@ def _inject_peft(model, method, pattern, *, r, alpha, dropout, total_steps):
     else:
         if not total_steps:
             raise ValueError("adalora needs total_steps, the optimiser steps to come, for its rank schedule")
+        if r < 2:
+            raise ValueError(f"adalora prunes its starting rank to half, so r must be at least 2, not {r}")
         config = AdaLoraConfig(
             init_r=r, target_r=max(1, r // 2), lora_alpha=alpha, lora_dropout=dropout, total_step=total_steps,
             target_modules=pattern,

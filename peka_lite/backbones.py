@@ -169,7 +169,7 @@ def load_backbone(
             f"{spec.name} starts from random weights (seed {seed}): a model to test with, not to judge by", stacklevel=2
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
             model = build(spec)
         origin = f"random, seed {seed}"
     else:
@@ -282,12 +282,13 @@ def _from_hub(spec: Backbone) -> Path:
             return Path(hf_hub_download(repo, file, repo_type=kind, revision=spec.revision))
         except EntryNotFoundError as error:  # not in the repository; or offline, and not in the cache
             missing = error
-        except (GatedRepoError, RepositoryNotFoundError) as error:
-            page = spec.gate or _page(f"datasets/{repo}" if kind == "dataset" else repo)
-            raise PermissionError(
-                f"{spec.name} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
-            ) from error
         except (HfHubHTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
+                page = spec.gate or _page(f"datasets/{repo}" if kind == "dataset" else repo)
+                raise PermissionError(
+                    f"{spec.name} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
+                ) from error
             raise _unreachable(spec, repo, error) from error
     if isinstance(missing, LocalEntryNotFoundError):
         raise _unreachable(spec, repo, missing) from missing

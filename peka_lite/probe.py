@@ -220,7 +220,7 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict
             f = rng.integers(0, values.shape[0], values.shape[0])
             g = rng.integers(0, values.shape[1], values.shape[1])
             means[b] = np.nanmean(np.nanmean(values[np.ix_(f, g)], axis=1))
-    n_folds = len(per_fold)
+    n_folds = int(per_fold.notna().sum())
     error = np.nanstd(means) * math.sqrt(n_folds / (n_folds - 1)) if n_folds > 1 else math.nan
     reach = error * t.ppf(0.975, n_folds - 1) if n_folds > 1 else math.nan
     mean = float(per_fold.mean())

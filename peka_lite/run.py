@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
     """
     begun, out = time.perf_counter(), Path(out)
     work = out.with_name(out.name + ".partial")
+    scratch = work / "scratch"  # tiles and checkpoints; not part of the result
     _claim(config, out, work)
     cohort = open_cohort(
         config.cohort,
@@ -97,7 +99,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
     work.mkdir(parents=True, exist_ok=True)
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
 
-    tiles = cohort.tiles.to_memmap(work / "tiles.npy")
+    tiles = cohort.tiles.to_memmap(scratch / "tiles.npy")
     origin, frozen = None, None
     if config.method == "none":
         student = _student(config)
@@ -108,7 +110,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         Y = targets(cohort.adata, genes, method=config.normalization)
         features = frozen
         if frozen is None:
-            student, history = _teach(config, cohort, tiles, train, fold, work, device, progress)
+            student, history = _teach(config, cohort, tiles, train, fold, scratch, device, progress)
             histories.append(history.assign(fold=fold))
             adapters |= {f"fold{fold}.{k}": v for k, v in adapter_state(student).items()}
             origin, share = student.weights_origin, adapted_share(student)
@@ -154,9 +156,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         | {p: version(p) for p in ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")},
     }
     (work / "summary.json").write_text(json.dumps(summary, indent=1))
-    (work / "tiles.npy").unlink()
-    for checkpoint in work.glob("fold*.pt"):
-        checkpoint.unlink()
+    shutil.rmtree(scratch)
     os.replace(work, out)
     return summary
 
@@ -207,7 +207,7 @@ def _student(config: RunConfig):
     return load_backbone(config.backbone, weights=config.weights, seed=config.seed)
 
 
-def _teach(config, cohort, tiles, train, fold, work, device, progress):
+def _teach(config, cohort, tiles, train, fold, scratch, device, progress):
     """One fold's student: teacher, clusters and transfer, all on the training rows."""
     teacher = load_teacher(config.teacher).fit(cohort.by_slide(train))
     E = embed_cohort(teacher, cohort, device=device)[train]  # (n_train, D_t)
@@ -225,7 +225,7 @@ def _teach(config, cohort, tiles, train, fold, work, device, progress):
         labeler.labels_,
         **wanted,
         device=device,
-        checkpoint=work / f"fold{fold}.pt",
+        checkpoint=scratch / f"fold{fold}.pt",
         resume=True,
         progress=progress,
     )

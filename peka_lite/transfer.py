@@ -57,7 +57,7 @@ class TransferModel(nn.Module):
             raise ValueError(f"unknown kd_space {kd_space!r}; known: {', '.join(KD_SPACES)}")
         self.backbone, self.kd_space, self.n_classes = backbone, kd_space, n_classes
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.projector = _mlp(backbone.spec.dim, hidden, teacher_dim)
             self.classifier = (
                 nn.Linear(backbone.spec.dim, n_classes)
@@ -170,10 +170,13 @@ def fit(
         raise ValueError(
             f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: one row each is needed"
         )
+    if np.shape(teacher)[1:] != (model.projector[-1].out_features,):
+        raise ValueError(f"teacher is {np.shape(teacher)}, the projector gives {model.projector[-1].out_features}")
     if labels.min() < 0 or labels.max() >= model.n_classes:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the classifier has {model.n_classes}")
     if epochs < 1 or batch_size < 1 or tau <= 0:
         raise ValueError(f"epochs, batch_size and tau must be above 0, not {epochs}, {batch_size}, {tau}")
+    adapter, spec, steps = model.backbone.adapter, model.backbone.spec, -(-n // batch_size)
     device = device or default_device()
     model.to(device)
     T = torch.from_numpy(np.ascontiguousarray(teacher, dtype=np.float32)).to(device)  # (N, D_t)
@@ -181,15 +184,15 @@ def fit(
     if model.kd_space == "logits" and any(p.requires_grad for p in model.classifier.parameters()):
         _fit_teacher_head(model.classifier, T, y, seed=seed)
 
-    adapter, spec = model.backbone.adapter, model.backbone.spec
     dtype = precision_for(spec, device)
     learn = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learn, lr=lr)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
     settings = {
         "backbone": spec.name, "weights": model.backbone.weights_origin, "method": adapter.method, **adapter.options,
-        "kd_space": model.kd_space, "batch_size": batch_size, "lr": lr, "tau": tau, "kd_weight": kd_weight,
-        "ce_weight": ce_weight, "seed": seed, "data": digest(teacher, labels),
+        "kd_space": model.kd_space, "teacher_dim": T.shape[1], "n_classes": model.n_classes,
+        "hidden": model.projector[0].out_features, "batch_size": batch_size, "lr": lr, "tau": tau,
+        "kd_weight": kd_weight, "ce_weight": ce_weight, "seed": seed, "data": digest(teacher, labels),
     }  # fmt: skip
     history: list[dict] = []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
@@ -200,7 +203,6 @@ def fit(
         with torch.no_grad():
             T = model.classifier(T)  # (N, n_classes): what the student is compared with
 
-    steps = -(-n // batch_size)
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not progress)
     for epoch in range(len(history), epochs):
         start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
@@ -253,11 +255,12 @@ def _mlp(into: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(into, hidden), nn.GELU(), nn.Linear(hidden, out))
 
 
-def _fit_teacher_head(head: nn.Module, T: torch.Tensor, y: torch.Tensor, *, seed: int, epochs: int = 20) -> None:
+def _fit_teacher_head(head: nn.Module, T: torch.Tensor, y: torch.Tensor, *, seed: int) -> None:
     """Teach a classifier to name a teacher embedding's cluster, then freeze it."""
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    # Twenty passes as the authors', but at least a thousand steps: few spots make few steps a pass.
+    for _ in range(max(20, -(-1000 // -(-len(T) // 64)))):
         for rows in torch.randperm(len(T), generator=order).to(T.device).split(64):
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(head(T[rows]), y[rows]).backward()

@@ -256,6 +256,11 @@ def test_adalora_needs_the_number_of_steps():
         adapt(tiny(), "adalora", r=4)
 
 
+def test_adalora_needs_a_rank_that_can_be_halved():
+    with pytest.raises(ValueError, match="r must be at least 2, not 1"):
+        adapted("adalora", r=1)
+
+
 def test_a_refused_adapter_leaves_the_student_as_it_was():
     model = tiny()
     with pytest.raises(ValueError, match="r=7 must divide"):

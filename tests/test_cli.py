@@ -24,7 +24,7 @@ def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cohort", "nowhere"], "no such cohort folder"),
+        (["--cohort", "nowhere", "--weights", "random"], "no such cohort folder"),
         (["--weights", "hub"], "no weights are published"),
         (["--r", "7", "--weights", "random"], "must divide"),
         (["--method", "dora"], "unknown method"),

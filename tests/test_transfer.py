@@ -424,6 +424,14 @@ def test_rows_that_disagree_are_refused(short):
         teach(student(), data)
 
 
+@pytest.mark.parametrize("kd_space", KD_SPACES)
+@pytest.mark.parametrize("width", [1, 5])
+def test_a_teacher_of_another_width_is_refused(width, kd_space):
+    tiles, teacher, labels = TASK
+    with pytest.raises(ValueError, match=rf"teacher is \(20, {width}\), the projector gives 6"):
+        teach(student(kd_space=kd_space), (tiles, teacher[:, :width], labels))
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 def test_labels_outside_the_classifier_are_refused(label):
     tiles, teacher, labels = TASK
