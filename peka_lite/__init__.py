@@ -15,7 +15,11 @@ _ROOMS = {
     "mini": ("noise_ceiling", "write_mini_cohort"),
     "expression": ("align_genes", "normalize", "qc", "targets", "top_hvg"),
     "splits": ("folds",),
+    "manifest": ("fetch", "located", "read_manifest"),
+    "cohorts": ("cohort_root", "open_cohort"),
     "teachers": ("embed_cohort", "load_teacher"),
+    "teachers.scfoundation": ("ScFoundation",),
+    "teachers.tokens": ("tokenize",),
     "pseudolabels": ("PseudoLabeler",),
     "backbones": ("BACKBONES", "Backbone", "embed_tiles", "load_backbone"),
     "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
@@ -24,7 +28,7 @@ _ROOMS = {
     "maps": ("expression_map", "gene_bars", "local_pcc", "pcc_map"),
     "config": ("RunConfig",),
     "results": ("fingerprint",),
-    "run": ("cohort_root", "load_or_run", "load_run", "open_cohort", "run_name"),
+    "run": ("load_or_run", "load_run", "run_name"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -17,11 +17,10 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 from tqdm.auto import tqdm
 
+from peka_lite.devices import PRECISION, compute_dtype, default_device
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-
-# Compute type by device: bf16 needs compute capability 8.0 (Ampere); V100 and T4 have fp16 tensor cores only.
-PRECISION = MappingProxyType({"cpu": torch.float32, "cuda<8.0": torch.float16, "cuda>=8.0": torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -185,15 +184,7 @@ def load_backbone(
 
 def precision_for(spec: Backbone, device: str | torch.device) -> torch.dtype:
     """Return the compute type of a student on a device, from its registry row."""
-    if torch.device(device).type != "cuda":
-        return spec.precision["cpu"]
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return spec.precision["cuda>=8.0" if modern else "cuda<8.0"]
-
-
-def default_device() -> str:
-    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return compute_dtype(device, precision=spec.precision)
 
 
 def preprocess(tiles: torch.Tensor, spec: Backbone) -> torch.Tensor:

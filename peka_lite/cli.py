@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from peka_lite import __version__
 
 _HELP = {
-    "cohort": "'mini' (synthetic, embedded) or a folder in HEST-1k's layout",
+    "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
     "slides": "comma-separated slide ids; all by default",
-    "patients": "CSV file with columns id,patient, where the metadata has none",
-    "teacher": "pca",
+    "patients": "CSV file with columns id,patient, where nothing else names them",
+    "teacher": "pca or scfoundation",
+    "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
+    "teacher_genes": "its gene list; the one beside the checkpoint or the fetched one by default",
+    "teacher_mapping": "HGNC's complete set, for Ensembl ids and aliases",
     "backbone": "mini, uni, h-optimus-0, ... (see the book)",
     "method": "none, bone, lora, adalora or miss",
     "split": "patient, slide or spot",
@@ -65,27 +68,54 @@ def parser() -> argparse.ArgumentParser:
         flag = f"--{field.name.replace('_', '-')}"
         run.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
     run.add_argument("--out", required=True, help="folder to make", metavar="DIR")
+    get = commands.add_parser("fetch", help="get a cohort, a checkpoint or a gene list", allow_abbrev=False)
+    get.add_argument("name", nargs="?", help="what to fetch; without a name, what there is", metavar="NAME")
+    get.add_argument("--root", help="folder to put it in; the cache by default", metavar="DIR")
+    check = commands.add_parser("doctor", help="check this machine, one line and one fix each", allow_abbrev=False)
+    check.add_argument("--offline", action="store_true", help="do not ask the hub about gated models")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
     options = vars(parser().parse_args(argv))
-    options.pop("command")
-    out = options.pop("out")
-    from peka_lite.run import RunConfig, run
-
+    command = {"run": _run, "fetch": _fetch, "doctor": _doctor}[options.pop("command")]
     try:
-        summary = run(RunConfig(**options), out, progress=sys.stderr.isatty())
-    except (ValueError, OSError, FloatingPointError) as error:
+        return command(**options)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"peka-lite: {error}", file=sys.stderr)
         return 2
+
+
+def _run(*, out: str, **options) -> int:
+    from peka_lite.run import RunConfig, run
+
+    summary = run(RunConfig(**options), out, progress=sys.stderr.isatty())
     print(
         f"{summary['method']} on {summary['backbone']} ({summary['weights']}), {summary['split']} split, "
         f"{summary['n_folds']} folds: mean PCC {summary['mean_pcc']:.3f} "
         f"[{summary['ci_low']:.3f}, {summary['ci_high']:.3f}], {summary['n_nan']} undefined; {out}"
     )
     return 0
+
+
+def _fetch(*, name: str | None, root: str | None) -> int:
+    from peka_lite.manifest import fetch, located, read_manifest
+
+    if name is None:
+        for entry in read_manifest().values():
+            print(f"{entry.name:<20}{entry.kind:<12}{'fetched' if located(entry.name) else '':<9}{entry.title}")
+        return 0
+    print(fetch(name, root=root))
+    return 0
+
+
+def _doctor(*, offline: bool) -> int:
+    from peka_lite.doctor import doctor, report
+
+    checks = doctor(online=not offline)
+    print(report(checks))
+    return int(any(check.status == "fail" for check in checks))
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from peka_lite.adapters import METHODS, check_block_size
 from peka_lite.backbones import BACKBONES
+from peka_lite.cohorts import find_cohort
 from peka_lite.expression import NORMALIZATIONS
+from peka_lite.manifest import located
 from peka_lite.probe import PCARidge
 from peka_lite.pseudolabels import METHODS as LABEL_METHODS
 from peka_lite.pseudolabels import PseudoLabeler
 from peka_lite.splits import SPLITS
-from peka_lite.teachers import TEACHERS
+from peka_lite.teachers import TEACHERS, load_teacher
 from peka_lite.transfer import KD_SPACES
 
 
@@ -24,13 +26,16 @@ class RunConfig:
     Attributes
     ----------
     cohort
-        ``"mini"`` (the embedded synthetic cohort, written to the cache when missing) or a folder in HEST-1k's layout.
+        ``"mini"`` (the embedded synthetic cohort, written to the cache when missing), a folder in HEST-1k's layout, or
+        a cohort of the manifest that was fetched (``"breast"``, ...).
     slides
         Slide ids to use; all by default.
     patients
-        CSV file with columns id and patient, where the metadata has none.
+        CSV file with columns id and patient, where neither the metadata nor the manifest has them.
     teacher, backbone, method, split
         Names known to `load_teacher`, `BACKBONES`, `adapt` and `folds`.
+    teacher_checkpoint, teacher_genes, teacher_mapping
+        Files of teacher ``"scfoundation"``: weights, gene list and gene mapping, as in `ScFoundation.from_checkpoint`.
     weights
         ``"hub"``, a file, or ``"random"``.
     r
@@ -51,6 +56,9 @@ class RunConfig:
     slides: tuple[str, ...] | None = None
     patients: str | None = None
     teacher: str = "pca"
+    teacher_checkpoint: str | None = None
+    teacher_genes: str | None = None
+    teacher_mapping: str | None = None
     backbone: str = "mini"
     method: str = "bone"
     split: str = "patient"
@@ -106,13 +114,29 @@ class RunConfig:
             raise ValueError(f"no weights are published for {spec.name!r}; pass weights='random' or a file")
         if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
-        if self.cohort != "mini" and not Path(self.cohort).is_dir():
-            raise FileNotFoundError(f"{self.cohort}: no such cohort folder; give one in HEST-1k's layout, or 'mini'")
+        for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
+            if (path := getattr(self, field)) is None:
+                continue
+            if self.teacher != "scfoundation":
+                raise ValueError(f"{field} belongs to teacher 'scfoundation', not {self.teacher!r}")
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: no such file for {field}")
+        if self.teacher == "scfoundation" and self.teacher_checkpoint is None and located("scfoundation") is None:
+            raise FileNotFoundError(
+                "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"
+            )
+        find_cohort(self.cohort)
 
     @property
     def block_size(self) -> int:
         """Block size or rank in use."""
         return self.r or BACKBONES[self.backbone].bone_r or 0
+
+    def load_teacher(self):
+        """Return the teacher these settings ask for; one that learns from data is not fitted."""
+        names = ("checkpoint", "genes", "mapping")
+        files = {name: path for name in names if (path := getattr(self, f"teacher_{name}")) is not None}
+        return load_teacher(self.teacher, **files)
 
     def labeler(self) -> PseudoLabeler:
         """Return the pseudo-labeler these settings ask for, not fitted."""

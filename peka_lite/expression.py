@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -130,25 +131,46 @@ def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp1
     return normalize(adata, method=method)[:, adata.var_names.get_indexer(genes)].toarray()
 
 
-def align_genes(adata: ad.AnnData, genes: Sequence[str]) -> tuple[sparse.csr_matrix, float]:
+def align_genes(
+    adata: ad.AnnData, genes: Sequence[str], *, names: Sequence[str] | None = None
+) -> tuple[sparse.csr_matrix, float]:
     """Put counts into another gene order; a gene that was not measured becomes a column of zeros.
+
+    Parameters
+    ----------
+    adata
+        Counts (N, G).
+    genes
+        The wanted order.
+    names
+        Name of each column; None takes var_names. Columns that name one gene are summed.
 
     Returns
     -------
     scipy.sparse.csr_matrix
         (N, len(genes)) float32.
     float
-        Coverage: the share of the data's own genes that the wanted order knows.
+        Coverage: the share of the data's own expressed genes (a count in any row) that the wanted order knows.
     """
     genes = pd.Index(genes)
     if not genes.is_unique:
         raise ValueError(f"gene {genes[genes.duplicated()][0]!r} stands more than once in the wanted order")
-    at = adata.var_names.get_indexer(genes)  # -1 where not measured
-    found = np.flatnonzero(at >= 0)
-    pick = sparse.csr_matrix(
-        (np.ones(len(found), dtype=np.float32), (at[found], found)), shape=(adata.n_vars, len(genes))
-    )
-    return sparse.csr_matrix(sparse.csr_matrix(adata.X, dtype=np.float32) @ pick), len(found) / max(adata.n_vars, 1)
+    X = sparse.csr_matrix(adata.X, dtype=np.float64)
+    to = genes.get_indexer(adata.var_names if names is None else pd.Index(names))  # (G,), -1 where not wanted
+    known = np.flatnonzero(to >= 0)
+    pick = sparse.csr_matrix((np.ones(len(known)), (known, to[known])), shape=(len(to), len(genes)))
+    expressed = np.asarray((X != 0).sum(0)).ravel() > 0
+    coverage = float((to[expressed] >= 0).mean()) if expressed.any() else 0.0
+    return sparse.csr_matrix(X @ pick, dtype=np.float32), coverage
+
+
+def counts_digest(adata: ad.AnnData) -> str:
+    """Hash counts with their barcodes and gene names; 16 hex digits."""
+    X = sparse.csr_matrix(adata.X)
+    digest = hashlib.sha256("\n".join([*map(str, adata.obs_names), *map(str, adata.var_names)]).encode())
+    for part in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data.astype(np.float32)):
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _explicit_zeros(X: sparse.csr_matrix) -> np.ndarray:

@@ -9,7 +9,6 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,41 +18,17 @@ import yaml
 
 from peka_lite import __version__
 from peka_lite.adapters import adapt, adapted_share, adapter_state, merge
-from peka_lite.backbones import default_device, embed_tiles, load_backbone
+from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
-from peka_lite.expression import qc, targets, top_hvg
-from peka_lite.hest import Cohort, read_cohort
-from peka_lite.mini import write_mini_cohort
+from peka_lite.devices import default_device
+from peka_lite.expression import targets, top_hvg
+from peka_lite.hest import Cohort
 from peka_lite.probe import PCARidge, fold_table, summarize
 from peka_lite.results import draw_maps, fingerprint, held_out_predictions
 from peka_lite.splits import folds
-from peka_lite.teachers import embed_cohort, load_teacher
+from peka_lite.teachers import embed_cohort
 from peka_lite.transfer import TransferModel, fit
-
-
-def cache_dir() -> Path:
-    """Return where downloads and the embedded cohort are kept: ``$PEKA_LITE_CACHE`` or ``~/.cache/peka_lite``."""
-    return Path(os.environ.get("PEKA_LITE_CACHE") or Path.home() / ".cache" / "peka_lite")
-
-
-def cohort_root(name: str | os.PathLike) -> Path:
-    """Return a cohort's folder: ``"mini"`` is the embedded cohort, written to the cache on first use; else a path."""
-    return write_mini_cohort(cache_dir() / "mini") if name == "mini" else Path(name)
-
-
-def open_cohort(
-    name: str | os.PathLike,
-    *,
-    slides: Sequence[str] | None = None,
-    patients: str | os.PathLike | None = None,
-    min_genes: int = 200,
-    max_mito: float | None = None,
-) -> Cohort:
-    """Read a cohort by name or folder and apply quality control, as every run does.
-
-    Parameters are those of `cohort_root`, `read_cohort` and `qc`.
-    """
-    return qc(read_cohort(cohort_root(name), slides, patients=patients), min_genes=min_genes, max_mito=max_mito)
 
 
 def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) -> dict:
@@ -101,6 +76,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
 
     tiles = cohort.tiles.to_memmap(scratch / "tiles.npy")
     origin, frozen = None, None
+    teacher = config.load_teacher() if config.method != "none" else None
     if config.method == "none":
         student = _student(config)
         origin, frozen = student.weights_origin, embed_tiles(student, tiles, device=device, progress=progress)
@@ -110,7 +86,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         Y = targets(cohort.adata, genes, method=config.normalization)
         features = frozen
         if frozen is None:
-            student, history = _teach(config, cohort, tiles, train, fold, scratch, device, progress)
+            student, history = _teach(config, teacher, cohort, tiles, train, fold, scratch, device, progress)
             histories.append(history.assign(fold=fold))
             adapters |= {f"fold{fold}.{k}": v for k, v in adapter_state(student).items()}
             origin, share = student.weights_origin, adapted_share(student)
@@ -141,6 +117,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         "method": config.method,
         "backbone": config.backbone,
         "weights": origin,
+        "teacher": None if teacher is None else repr(teacher),
+        "teacher_coverage": _coverage(teacher, cohort),
         "split": config.split,
         "n_folds": len(splits),
         "n_spots": len(cohort),
@@ -207,10 +185,10 @@ def _student(config: RunConfig):
     return load_backbone(config.backbone, weights=config.weights, seed=config.seed)
 
 
-def _teach(config, cohort, tiles, train, fold, scratch, device, progress):
+def _teach(config, teacher, cohort, tiles, train, fold, scratch, device, progress):
     """One fold's student: teacher, clusters and transfer, all on the training rows."""
-    teacher = load_teacher(config.teacher).fit(cohort.by_slide(train))
-    E = embed_cohort(teacher, cohort, device=device)[train]  # (n_train, D_t)
+    teacher.fit(cohort.by_slide(train))
+    E = embed_cohort(teacher, cohort, device=device, progress=progress)[train]  # (n_train, D_t)
     labeler = config.labeler().fit(E)
     steps = config.epochs * -(-len(train) // config.batch_size)
     student = adapt(_student(config), config.method, r=config.block_size, total_steps=steps, seed=config.seed)
@@ -231,6 +209,11 @@ def _teach(config, cohort, tiles, train, fold, scratch, device, progress):
     )
     history.attrs["n_labels"] = labeler.n_labels_
     return student, history
+
+
+def _coverage(teacher, cohort: Cohort) -> float | None:
+    """Share of expressed genes that a pretrained teacher knows, on the slide where it knows the fewest."""
+    return min(teacher.coverage(s.adata) for s in cohort.slides) if hasattr(teacher, "coverage") else None
 
 
 def _device_name(device: str) -> str:

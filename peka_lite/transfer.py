@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from peka_lite._checkpoint import digest, restore_checkpoint, save_checkpoint
 from peka_lite.adapters import orthogonal_term
-from peka_lite.backbones import default_device, pooled, precision_for, preprocess
+from peka_lite.backbones import pooled, precision_for, preprocess
+from peka_lite.devices import default_device
 
 KD_SPACES = ("embedding", "logits")
 

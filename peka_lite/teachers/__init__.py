@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 
+from peka_lite.manifest import cache_dir, located
 from peka_lite.teachers.pca import PCATeacher
 
-TEACHERS = {"pca": PCATeacher}
+
+def _scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
+    from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
+
+    checkpoint = checkpoint or located("scfoundation")
+    if checkpoint is None:
+        raise FileNotFoundError(
+            "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or give a file"
+        )
+    return ScFoundation.from_checkpoint(checkpoint, **options)
+
+
+TEACHERS = {"pca": PCATeacher, "scfoundation": _scfoundation}
 
 
 def load_teacher(name: str, **options):
-    """Make a teacher by name; ``options`` go to its constructor.
+    """Make a teacher by name.
 
     A teacher has ``fit(adata)``, with one AnnData of raw counts or one a slide, and
     ``embed(adata, *, batch_size=None, device=None)``, which returns (N, D_t) float32.
+
+    Parameters
+    ----------
+    name
+        ``"pca"``, whose options are those of `PCATeacher`; or ``"scfoundation"``, with ``checkpoint`` (None: the
+        fetched one) and the options of `ScFoundation.from_checkpoint`.
 
     Examples
     --------
@@ -25,6 +47,29 @@ def load_teacher(name: str, **options):
     return TEACHERS[name](**options)
 
 
-def embed_cohort(teacher, cohort, *, batch_size: int | None = None, device: str | None = None) -> np.ndarray:
-    """Embed a cohort slide by slide, each with all of its own genes; (N, D_t) float32 in the cohort's row order."""
-    return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, device=device) for s in cohort.slides])
+def embed_cohort(
+    teacher,
+    cohort,
+    *,
+    batch_size: int | None = None,
+    device: str | None = None,
+    cache: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Embed a cohort slide by slide, each with all of its own genes; (N, D_t) float32 in the cohort's row order.
+
+    A pretrained teacher's embeddings are kept in `cache` (None: ``embeddings`` in the cache folder), one file a slide
+    whose name holds a hash of counts, weights and settings: when any of them changes, so does the file. A stopped job
+    goes on where it was. A teacher that is fitted, as PCA, is asked anew.
+    """
+    if not hasattr(teacher, "cache_key"):
+        return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, device=device) for s in cohort.slides])
+    folder = Path(cache) if cache is not None else cache_dir() / "embeddings"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for slide in cohort.slides:
+        file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, device=device)}.npy"
+        if not file.is_file():
+            teacher.embed(slide.adata, batch_size=batch_size, device=device, out=file, progress=progress)
+        parts.append(np.load(file))
+    return np.concatenate(parts)

@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
-NAMES = ["01_hest_loading", "02_teacher_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
+NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
          "06_spatial_pcc_maps"]  # fmt: skip
 SMALL = {"epochs": 1, "n_splits": 2}
 

@@ -1,0 +1,158 @@
+"""Spots per second of the scFoundation teacher, beside PyTorch's own encoder layers fed one spot at a time.
+
+Both have the same random weights (12 layers, 768 wide, as the published model), the same threads and the same real
+spots, in one run; only the transformer differs. Writes ``results/scfoundation_speed_{device}.json``.
+
+    python benchmarks/scfoundation_speed.py --cohort FOLDER --slides HER2_C2,HER2_C3 --genes GENES.tsv --spots 12
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import time
+from datetime import date
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+from torch import nn
+
+import peka_lite as pk
+from peka_lite.devices import PRECISION, default_device
+from peka_lite.teachers.encoder import pool_tokens
+
+BUDGETS = {"cpu": (4_096, 16_384), "cuda": (16_384, 65_536, 262_144)}
+
+
+def real_spots(cohort: str, slides: list[str] | None, n: int, seed: int = 0) -> ad.AnnData:
+    """Draw spots of a real cohort after quality control, each with its own number of expressed genes."""
+    data = pk.open_cohort(cohort, slides=slides).adata
+    rows = np.random.default_rng(seed).choice(data.n_obs, size=min(n, data.n_obs), replace=False)
+    return data[np.sort(rows)].copy()
+
+
+class Peer:
+    """The reference's procedure: `nn.TransformerEncoderLayer` in eval mode, one spot at a time, float32."""
+
+    def __init__(self, teacher: pk.ScFoundation, device: str):
+        c = teacher.encoder.config
+        self.teacher, self.device = teacher, device
+        self.front = teacher.encoder.to(device)
+        self.layers = []
+        for ours in teacher.encoder.encoder["transformer_encoder"]:
+            theirs = nn.TransformerEncoderLayer(c.hidden_dim, c.heads, 4 * c.hidden_dim, batch_first=True)
+            theirs.load_state_dict(ours.state_dict())
+            self.layers.append(theirs.eval().requires_grad_(False).to(device))
+
+    @torch.no_grad()
+    def embed(self, adata: ad.AnnData) -> np.ndarray:
+        tokens, out = self.teacher.tokens(adata), []
+        for row in range(adata.n_obs):
+            values, positions, lengths = (torch.from_numpy(a).to(self.device) for a in tokens.padded(np.array([row])))
+            x = self.front.token_emb(values) + self.front.pos_emb(positions)
+            for layer in self.layers:
+                x = layer(x)
+            out.append(pool_tokens(self.front.encoder["norm"](x), lengths).cpu().numpy())
+        return np.concatenate(out)
+
+
+def measure(embed, adata: ad.AnnData, device: str) -> tuple[np.ndarray, dict]:
+    """Return embeddings, and spots per second with the peak of memory above what was held before."""
+    embed(adata[:1])  # kernels are chosen on first use
+    before = start_of_peak(device)
+    begun = time.perf_counter()
+    E = embed(adata)
+    seconds = time.perf_counter() - begun
+    peak = (peak_bytes(device) - before) / 2**30
+    return E, {
+        "spots_per_second": round(adata.n_obs / seconds, 4),
+        "seconds": round(seconds, 2),
+        "peak_gib": round(peak, 3),
+    }
+
+
+def start_of_peak(device: str) -> int:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes(device)
+
+
+def peak_bytes(device: str) -> int:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
+    mark = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return (mark or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cohort", required=True, help="folder in HEST-1k's layout")
+    parser.add_argument("--slides", type=lambda text: text.split(","), help="comma-separated ids; all by default")
+    parser.add_argument("--genes", required=True, help="the vocabulary, a TSV file or JSON list")
+    parser.add_argument("--spots", type=int, default=12)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = options.device
+    adata = real_spots(options.cohort, options.slides, options.spots)
+    size = {"hidden_dim": 768, "depth": 12, "heads": 12}
+    exact = dict.fromkeys(PRECISION, torch.float32)
+    teacher = pk.ScFoundation.random(options.genes, **size, precision=exact)
+    lengths = teacher.tokens(adata).lengths
+
+    reference, peer = measure(Peer(teacher, device).embed, adata, device)
+    print("peer, one spot at a time", peer, flush=True)
+    teacher.encoder.cpu()
+    rows = []
+    precisions = {"float32": exact} | ({"half": PRECISION} if device != "cpu" else {})
+    for name, precision in precisions.items():
+        ours = pk.ScFoundation.random(options.genes, **size, precision=precision)
+        for budget in BUDGETS[torch.device(device).type]:
+            E, row = measure(lambda a, b=budget, t=ours: t.embed(a, device=device, max_tokens=b), adata, device)
+            row |= {
+                "precision": name,
+                "max_tokens": budget,
+                "ratio": round(row["spots_per_second"] / peer["spots_per_second"], 2),
+            }
+            row["max_abs_difference"] = float(f"{np.abs(E - reference).max():.2g}")
+            rows.append(row)
+            print(row, flush=True)
+    result = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"cpu, {options.threads} threads, {cpu_name()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "peka_lite": pk.__version__},
+        "model": size,
+        "spots": int(adata.n_obs),
+        "tokens_per_spot": {str(q): int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 100)},
+        "peer": peer | {"what": "nn.TransformerEncoderLayer, eval mode, no_grad, one spot at a time, float32"},
+        "ours": rows,
+    }
+    out = Path(__file__).with_name("results") / f"scfoundation_speed_{torch.device(device).type}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Cohorts by name: the embedded one, a fetched one, or any folder in HEST-1k's layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from peka_lite.expression import qc
+from peka_lite.hest import Cohort, read_cohort
+from peka_lite.manifest import cache_dir, located, patients_of, read_manifest
+from peka_lite.mini import write_mini_cohort
+
+
+def find_cohort(name: str | os.PathLike) -> Path:
+    """Return where a cohort is or, for ``"mini"``, will be; nothing is written.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a name that is neither a folder nor a fetched cohort; the message says how to get one.
+    """
+    if name == "mini":
+        return cache_dir() / "mini"
+    if Path(name).is_dir():
+        return Path(name)
+    known = [entry.name for entry in read_manifest().values() if entry.kind == "cohort"]
+    if name not in known:
+        raise FileNotFoundError(
+            f"{name}: no such cohort folder; give one in HEST-1k's layout, 'mini', or one to fetch: {', '.join(known)}"
+        )
+    if (found := located(name)) is None:
+        raise FileNotFoundError(f"cohort {name!r} is not here yet: run `peka-lite fetch {name}`")
+    return found
+
+
+def cohort_root(name: str | os.PathLike) -> Path:
+    """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use."""
+    root = find_cohort(name)
+    return write_mini_cohort(root) if name == "mini" else root
+
+
+def open_cohort(
+    name: str | os.PathLike,
+    *,
+    slides: Sequence[str] | None = None,
+    patients: str | os.PathLike | None = None,
+    min_genes: int = 200,
+    max_mito: float | None = None,
+) -> Cohort:
+    """Read a cohort by name or folder and apply quality control, as every run does.
+
+    Parameters are those of `cohort_root`, `read_cohort` and `qc`. A fetched cohort takes its patients from the
+    manifest where `patients` is None.
+    """
+    root = cohort_root(name)
+    if patients is None and (root / "fetched.json").is_file():
+        patients = patients_of(json.loads((root / "fetched.json").read_text())["name"])
+    return qc(read_cohort(root, slides, patients=patients), min_genes=min_genes, max_mito=max_mito)

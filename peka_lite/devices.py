@@ -1,0 +1,24 @@
+"""Where to compute, and in which number type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+# bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
+PRECISION = MappingProxyType({"cpu": torch.float32, "cuda<8.0": torch.float16, "cuda>=8.0": torch.bfloat16})
+
+
+def default_device() -> str:
+    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.dtype] = PRECISION) -> torch.dtype:
+    """Return the compute type for a device; `precision` has the keys of `PRECISION`."""
+    if torch.device(device).type != "cuda":
+        return precision["cpu"]
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision["cuda>=8.0" if modern else "cuda<8.0"]

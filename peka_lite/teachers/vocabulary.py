@@ -1,0 +1,157 @@
+"""Gene names: the order a model was trained with, and how other names lead to it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from peka_lite.expression import align_genes
+
+# Columns of HGNC's complete set (genenames.org), the more binding name first.
+_NAMES = ("symbol", "prev_symbol", "alias_symbol")
+
+
+def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
+    """Read a gene order: a TSV file with columns gene_name and index, a JSON list, or the names themselves.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For a file that is missing or is no such table, and for a name that stands twice.
+    """
+    if not isinstance(genes, str | os.PathLike):
+        names, source = list(genes), "genes"
+    else:
+        source = path = Path(genes)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such gene list; `peka-lite fetch scfoundation-genes` fetches it")
+        try:
+            names = json.loads(path.read_text()) if path.suffix == ".json" else _read_order(path)
+        except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(
+                f"{path}: no gene list ({error}); it is a TSV file with columns gene_name and index, or a JSON list"
+            ) from error
+    index = pd.Index(names)
+    if not len(index) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{source}: a gene list holds names, at least one, and nothing else")
+    if not index.is_unique:
+        raise ValueError(f"{source}: gene {index[index.duplicated()][0]!r} stands more than once")
+    return index
+
+
+def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dict[str, str]:
+    """Read how Ensembl ids, former symbols and aliases lead to a vocabulary's symbols.
+
+    Parameters
+    ----------
+    path
+        HGNC's complete set as TSV (columns symbol, prev_symbol, alias_symbol, ensembl_gene_id; lists split by ``|``);
+        ``peka-lite fetch hgnc`` fetches it.
+    vocabulary
+        The symbols to arrive at.
+
+    Returns
+    -------
+    dict
+        Name -> symbol of the vocabulary. A name of the vocabulary stays what it is. A name that two genes carry is
+        settled by the more binding kind (symbol before former symbol before alias) and left out where it is not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such gene mapping; `peka-lite fetch hgnc` fetches HGNC's complete set")
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file, delimiter="\t")
+        if missing := {*_NAMES, "ensembl_gene_id"} - set(table.fieldnames or ()):
+            raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; is it HGNC's complete set?")
+        rows = list(table)
+    known = set(vocabulary)
+    claims: list[dict[str, set[str]]] = [defaultdict(set) for _ in (*_NAMES, "ensembl_gene_id")]
+    for row in rows:
+        names = [[part for part in row[column].strip('"').split("|") if part] for column in _NAMES]
+        goal = next((name for kind in names for name in kind if name in known), None)
+        if goal is None:
+            continue
+        for kind, found in enumerate([*names, [row["ensembl_gene_id"]]]):
+            for name in found:
+                claims[kind][name].add(goal)
+    mapping: dict[str, str] = {}
+    for kind in claims:
+        for name, goals in kind.items():
+            if name and name not in mapping and name not in known and len(goals) == 1:
+                mapping[name] = next(iter(goals))
+    return mapping
+
+
+def rename(names: Sequence[str], vocabulary: pd.Index, mapping: Mapping[str, str] | None = None) -> pd.Index:
+    """Give every column the vocabulary's name where one is known.
+
+    Ensembl ids lose their version (``.12``). Copies that `AnnData.var_names_make_unique` numbered (``TBCE-1`` beside
+    ``TBCE``) get their gene's name back.
+    """
+    own, mapping = set(names), mapping or {}
+
+    def one(name: str) -> str:
+        if name in vocabulary:
+            return name
+        bare = name.split(".")[0] if name.startswith("ENS") else name
+        if bare in mapping:
+            return mapping[bare]
+        gene, _, copy = name.rpartition("-")
+        return gene if copy.isdigit() and gene in own and gene in vocabulary else name
+
+    return pd.Index([one(str(name)) for name in names])
+
+
+def align_to_vocabulary(
+    adata: ad.AnnData, genes: pd.Index, *, mapping: Mapping[str, str] | None = None, logged: bool = False
+) -> tuple[sparse.csr_matrix, float]:
+    """Put expression into the vocabulary's order by name, whatever the number of columns.
+
+    Columns that name one gene are summed; with `logged`, as the counts their logarithms stand for.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        (N, len(genes)) float32.
+    float
+        Coverage, as in `align_genes`.
+
+    Raises
+    ------
+    ValueError
+        Where the vocabulary knows fewer than half of the expressed genes.
+    """
+    names = rename(adata.var_names, genes, mapping)
+    in_logs = logged and not names.is_unique
+    if in_logs:
+        adata = ad.AnnData(np.expm1(sparse.csr_matrix(adata.X, dtype=np.float64)), adata.obs, adata.var)
+    X, coverage = align_genes(adata, genes, names=names)
+    if coverage >= 0.5:
+        return np.log1p(X) if in_logs else X, coverage
+    unknown = [str(own) for own, name in zip(adata.var_names, names, strict=True) if name not in genes]
+    if sum(name.startswith("ENS") for name in unknown) > len(unknown) / 2:
+        fix = "this mapping does not lead to them" if mapping else "give mapping= (`peka-lite fetch hgnc`), or symbols"
+        raise ValueError(
+            f"genes are named by Ensembl ids ({', '.join(unknown[:3])}, ...), the vocabulary holds symbols: {fix}"
+        )
+    raise ValueError(
+        f"only {coverage:.0%} of the data's expressed genes are in the vocabulary, and at least half must be. "
+        f"Unknown: {', '.join(unknown[:10])}. The vocabulary has, for example: {', '.join(genes[:10])}"
+    )
+
+
+def _read_order(path: Path) -> list[str]:
+    table = pd.read_csv(path, sep="\t", keep_default_na=False)  # "NA" would be a gene
+    table = table.sort_values("index")
+    if table["index"].tolist() != list(range(len(table))):
+        raise ValueError("column index must count from 0")
+    return table["gene_name"].tolist()
