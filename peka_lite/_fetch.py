@@ -71,7 +71,8 @@ def check_file(path: Path, file: File, *, what: str) -> str:
             )
     size = path.stat().st_size
     if file.size is not None and size != file.size:
-        raise OSError(f"{what} is truncated: {size:,} of {file.size:,} bytes came; fetch it again")
+        wrong = "is truncated" if size < file.size else "is too long"
+        raise OSError(f"{what} {wrong}: {size:,} of {file.size:,} bytes came; fetch it again")
     with path.open("rb") as data:
         found = hashlib.file_digest(data, "sha256").hexdigest()
     if file.sha256 is not None and found != file.sha256:

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peka_lite.devices import PRECISION, compute_dtype, default_device
+from peka_lite.manifest import located
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
@@ -140,7 +141,8 @@ def load_backbone(
     name
         A key of `BACKBONES`, or a `Backbone` row of your own.
     weights
-        ``"hub"``: the published weights; a path: a local ``.bin``, ``.pth`` or ``.safetensors`` file of them;
+        ``"hub"``: the published weights, those that `fetch` put in the cache or else the hub's; a path: a local
+        ``.bin``, ``.pth`` or ``.safetensors`` file of them;
         ``"random"``: a random start from `seed`, for tests and teaching, with a warning that says so.
     device
         Where the model goes; None keeps it on the CPU.
@@ -253,6 +255,8 @@ def build(spec: Backbone) -> nn.Module:
 def _from_hub(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
+    if BACKBONES.get(spec.name) == spec and (fetched := located(spec.name)):
+        return fetched
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

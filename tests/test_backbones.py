@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save_file
 
+from peka_lite import backbones
 from peka_lite.backbones import (
     BACKBONES,
     IMAGENET,
@@ -143,6 +144,15 @@ def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
     assert same(model, source)
     assert model.weights_origin == "hub us/tiny"
     assert asked[-1] == ("model", "us/tiny", file)
+
+
+def test_weights_that_were_fetched_before_are_not_asked_for_again(tmp_path, monkeypatch):
+    save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
+    monkeypatch.setattr(backbones, "located", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None)
+    asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    assert same(load_backbone(TINY), random_model(seed=3))
+    assert not asked
 
 
 def test_offline_with_only_the_second_format_in_the_cache_still_loads(tmp_path, monkeypatch):

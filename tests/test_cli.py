@@ -56,6 +56,35 @@ def test_help_names_every_setting(capsys):
     assert all(f"--{f.name.replace('_', '-')}" in shown for f in dataclasses.fields(RunConfig))
 
 
+def test_fetch_lists_what_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
+    assert main(["fetch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["breast", "kidney", "liver", "lung", "scfoundation"]
+
+
+def test_fetch_prints_where_it_is(tmp_path, monkeypatch, capsys):
+    import peka_lite.manifest as room
+
+    monkeypatch.setattr(room, "fetch", lambda name, *, root: tmp_path / name)
+    assert main(["fetch", "breast"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "breast")
+
+
+def test_an_unknown_artifact_is_one_line_and_status_2(capsys):
+    assert main(["fetch", "nobody"]) == 2
+    assert "nothing called 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("note", 0), ("fail", 1)])
+def test_the_doctors_status_is_that_of_the_worst_check(monkeypatch, capsys, status, code):
+    import peka_lite.doctor as room
+
+    monkeypatch.setattr(room, "doctor", lambda *, online: [room.Check("python", status, f"online {online}", None)])
+    assert main(["doctor", "--offline"]) == code
+    assert "online False" in capsys.readouterr().out
+
+
 def test_import_stays_light():
     code = "import sys, peka_lite; print([m for m in ('torch', 'scanpy', 'squidpy', 'timm') if m in sys.modules])"
     assert (

@@ -367,9 +367,14 @@ def test_a_refused_token_is_told_from_a_hub_out_of_reach(monkeypatch, error, sta
     assert check.line == line + ", ".join(repo for repo, _ in GATED)
 
 
-def test_a_hub_that_hangs_does_not_hold_up_the_others(monkeypatch):
-    release = threading.Event()
-    log_in(monkeypatch, answer=lambda repo, *, repo_type: release.wait(60))
+def test_a_hub_that_hangs_holds_up_neither_the_report_nor_the_exit(monkeypatch):
+    release, asked_by = threading.Event(), []
+
+    def answer(repo, *, repo_type):
+        asked_by.append(threading.current_thread())
+        release.wait(60)
+
+    log_in(monkeypatch, answer=answer)
     monkeypatch.setattr("peka_lite.doctor.GATES_S", 0.05)
     try:
         check = look_at("gates")
@@ -377,3 +382,4 @@ def test_a_hub_that_hangs_does_not_hold_up_the_others(monkeypatch):
         release.set()
     assert check.status == "note"
     assert check.line.startswith("no answer within 0.05 s: ")
+    assert all(thread.daemon for thread in asked_by)

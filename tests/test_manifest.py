@@ -513,9 +513,10 @@ def test_each_error_of_a_download_has_its_own_sentence(error, kind, sentence):
     assert re.match(sentence, str(said))
 
 
-def test_a_size_that_the_manifest_announces_is_kept_to(tmp_path, hub, mine):
-    file = dataclasses.replace(mine["list"].files[0], size=10_000)
-    with pytest.raises(OSError, match=r"list \(genes.tsv\) is truncated: 1,584 of 10,000 bytes came"):
+@pytest.mark.parametrize(("announced", "wrong"), [(10_000, "truncated"), (1_000, "too long")])
+def test_a_size_that_the_manifest_announces_is_kept_to(tmp_path, hub, mine, announced, wrong):
+    file = dataclasses.replace(mine["list"].files[0], size=announced)
+    with pytest.raises(OSError, match=rf"list \(genes.tsv\) is {wrong}: 1,584 of {announced:,} bytes came"):
         fetch(dataclasses.replace(mine["list"], files=(file,)), root=tmp_path / "genes", progress=False)
     assert not (tmp_path / "genes").exists()
 

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from scipy import sparse
 
 from peka_lite.backbones import BACKBONES
+from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.results import fingerprint
-from peka_lite.run import cohort_root, load_or_run, load_run, open_cohort, run, run_name
+from peka_lite.run import load_or_run, load_run, run, run_name
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
@@ -230,20 +231,39 @@ def test_uni_accepts_the_papers_block_size(mini_root):
     assert config(mini_root, backbone="uni", weights="hub").block_size == 256
 
 
-def test_the_default_cohort_is_written_once(tmp_path, monkeypatch):
-    import peka_lite.run as room
-
-    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
-    asked = []
-    monkeypatch.setattr(room, "write_mini_cohort", lambda root: asked.append(root) or root)
-    assert cohort_root("mini") == tmp_path / "mini"
-    assert cohort_root(tmp_path / "other") == tmp_path / "other"
-    assert asked == [tmp_path / "mini"]
-
-
 def test_real_slides_run_end_to_end(her2st, tmp_path):
     settings = config(her2st, method="none", split="slide", slides=("HER2_C2", "HER2_C3"), n_splits=2, n_genes=50)
     summary = run(settings, tmp_path / "out")
     assert summary["n_spots"] == 187 + 180 - 3  # three spots express fewer than 200 genes
     assert summary["synthetic"] is False
     assert len(list((tmp_path / "out" / "maps").glob("*.png"))) == 4
+
+
+@pytest.fixture
+def checkpoint(golden):
+    return str(golden / "scfoundation" / "toy_models_ckpt.pt")
+
+
+def test_scfoundation_teaches_on_real_slides(her2st, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    chosen = {"teacher": "scfoundation", "teacher_checkpoint": checkpoint, "split": "slide"}
+    settings = config(her2st, **chosen, slides=("HER2_C2", "HER2_C3"), n_splits=2)
+    summary = run(settings, tmp_path / "out")
+    assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
+    assert 0.9 < summary["teacher_coverage"] < 1
+    assert sorted(p.name[:8] for p in (tmp_path / "cache" / "embeddings").iterdir()) == ["HER2_C2_", "HER2_C3_"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": "scfoundation"}, FileNotFoundError, "peka-lite fetch scfoundation"),
+        ({"teacher": "scfoundation", "teacher_checkpoint": "none.ckpt"}, FileNotFoundError, "none.ckpt"),
+        ({"teacher_checkpoint": __file__}, ValueError, "belongs to teacher 'scfoundation'"),
+        ({"teacher_mapping": __file__}, ValueError, "belongs to teacher 'scfoundation'"),
+    ],
+)
+def test_the_teachers_files_are_checked_before_any_work(mini_root, tmp_path, monkeypatch, changes, error, message):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
+    with pytest.raises(error, match=message):
+        config(mini_root, **changes)

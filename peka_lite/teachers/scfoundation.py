@@ -116,7 +116,7 @@ class ScFoundation:
         *,
         hidden_dim: int = 64,
         depth: int = 2,
-        heads: int = 4,
+        heads: int = 2,
         seed: int = 0,
         precision: Mapping[str, torch.dtype] = PRECISION,
     ) -> ScFoundation:

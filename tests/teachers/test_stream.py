@@ -1,0 +1,245 @@
+"""Embeddings on disk: the numbers of memory, picked up where a job stopped, whole or not there."""
+
+from contextlib import contextmanager
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.teachers.stream import finish, open_partial
+
+GENES = [f"G{i}" for i in range(60)]
+
+
+def make_adata(seed=0, n=12):
+    """Spots that express 4, 8, 12 ... genes, in a shuffled order."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(3.0, (n, len(GENES))) + 1
+    counts[np.arange(len(GENES)) >= rng.permutation(4 * np.arange(1, n + 1))[:, None]] = 0
+    obs = pd.DataFrame({"total_counts": counts.sum(1)}, index=[f"spot{i}" for i in range(n)])
+    return ad.AnnData(sparse.csr_matrix(counts, dtype=np.float32), obs=obs, var=pd.DataFrame(index=GENES))
+
+
+def make_model(seed=0, **options):
+    return ScFoundation.random(GENES, hidden_dim=8, depth=1, heads=2, seed=seed, **options)
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@contextmanager
+def counted(model):
+    """List the tokens of every spot that the encoder sees."""
+    seen = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, args: seen.extend(args[2].tolist()))
+    yield seen
+    hook.remove()
+
+
+def stop(model, adata, out, *, after=2, **options):
+    """Interrupt a job of three spots a batch, so many batches in; return the lengths of the spots that it finished."""
+    forward, runs = model.encoder.forward, []
+
+    def interrupted(values, positions, lengths):
+        if len(runs) == after:
+            raise KeyboardInterrupt
+        runs.append(lengths.tolist())
+        return forward(values, positions, lengths)
+
+    model.encoder.forward = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.embed(adata, out=out, batch_size=3, **options)
+    finally:
+        del model.encoder.forward
+    return sum(runs, [])
+
+
+# --- embedding to a file -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+@pytest.mark.parametrize("pool", ["all", "max"])
+def test_a_file_holds_what_memory_would_and_nothing_else_is_left(tmp_path, model, kind, pool):
+    adata, out = make_adata(), tmp_path / "new" / "E.npy"
+    E = model.embed(adata, out=kind(out), pool=pool)
+    np.testing.assert_array_equal(np.load(out), model.embed(adata, pool=pool))
+    assert np.load(out).dtype == np.float32
+    assert [path.name for path in out.parent.iterdir()] == ["E.npy"]
+    assert isinstance(E, np.memmap)
+    assert not E.flags.writeable
+    np.testing.assert_array_equal(E, np.load(out))
+
+
+def test_a_stopped_job_leaves_its_part_and_no_file(tmp_path, model):
+    stop(model, make_adata(), tmp_path / "E.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["E.npy.partial"]
+
+
+def test_the_next_job_computes_what_is_left_and_gives_the_same_numbers(tmp_path, model):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    finished = stop(model, adata, out)
+    with counted(model) as seen:
+        model.embed(adata, out=out)
+    assert len(finished) == 6
+    assert sorted(finished + seen) == sorted(model.tokens(adata).lengths)
+    np.testing.assert_allclose(np.load(out), model.embed(adata), atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["E.npy"]
+
+
+def test_a_job_can_be_stopped_more_than_once(tmp_path, model):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    finished = stop(model, adata, out, after=1) + stop(model, adata, out, after=1)
+    with counted(model) as seen:
+        model.embed(adata, out=out)
+    assert sorted(finished + seen) == sorted(model.tokens(adata).lengths)
+    np.testing.assert_allclose(np.load(out), model.embed(adata), atol=1e-6)
+
+
+def test_another_process_goes_on_as_well(tmp_path):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    stop(make_model(), adata, out)
+    other = make_model()
+    with counted(other) as seen:
+        other.embed(adata, out=out)
+    assert len(seen) == adata.n_obs - 6
+
+
+def change_count(adata):
+    adata.X.data[3] += 1
+
+
+def change_place(adata):
+    adata.X.indices[0] += 1  # the first spot's one gene fewer than all
+
+
+def swap_barcodes(adata):
+    adata.obs_names = [*adata.obs_names[1::-1], *adata.obs_names[2:]]
+
+
+def swap_genes(adata):
+    adata.var_names = [*adata.var_names[1::-1], *adata.var_names[2:]]
+
+
+@pytest.mark.parametrize("change", [change_count, swap_barcodes, swap_genes])
+def test_other_data_start_anew(tmp_path, model, change):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    stop(model, adata, out)
+    change(adata)
+    with counted(model) as seen:
+        model.embed(adata, out=out)
+    assert len(seen) == adata.n_obs
+    np.testing.assert_array_equal(np.load(out), model.embed(adata))
+
+
+@pytest.mark.parametrize("options", [{"pool": "max"}, {"resolution": "f2"}, {"input_type": "bulk"}])
+def test_other_settings_start_anew(tmp_path, model, options):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    stop(model, adata, out)
+    with counted(model) as seen:
+        model.embed(adata, out=out, **options)
+    assert len(seen) == adata.n_obs
+    np.testing.assert_array_equal(np.load(out), model.embed(adata, **options))
+
+
+def test_logged_data_with_other_raw_totals_start_anew(tmp_path, model):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    adata.X = np.log1p(adata.X)
+    stop(model, adata, out, pre_normalized="A")
+    adata.obs["total_counts"] *= 3
+    model.embed(adata, out=out, pre_normalized="A")
+    np.testing.assert_array_equal(np.load(out), model.embed(adata, pre_normalized="A"))
+
+
+def other_mapping():
+    return ScFoundation(make_model().encoder, GENES, mapping={"H5": "G5"}, origin="test")
+
+
+def other_precision():
+    return make_model(precision={"cpu": torch.bfloat16})
+
+
+@pytest.mark.parametrize("other", [lambda: make_model(seed=1), other_mapping, other_precision])
+def test_another_teacher_starts_anew(tmp_path, model, other):
+    adata, out, other = make_adata(), tmp_path / "E.npy", other()
+    stop(model, adata, out)
+    other.embed(adata, out=out)
+    np.testing.assert_array_equal(np.load(out), other.embed(adata))
+
+
+def test_a_batch_size_is_no_setting_that_starts_anew(tmp_path, model):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    finished = stop(model, adata, out)
+    with counted(model) as seen:
+        model.embed(adata, out=out, batch_size=1, max_tokens=50)
+    assert len(seen) == adata.n_obs - len(finished)
+
+
+def test_a_file_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_path, model):
+    adata, out = make_adata(), tmp_path / "E.npy"
+    np.save(out, np.zeros(3))
+    stop(model, adata, out)
+    assert np.load(out).tolist() == [0, 0, 0]
+    model.embed(adata, out=out)
+    np.testing.assert_allclose(np.load(out), model.embed(adata), atol=1e-6)
+    model.embed(make_adata(1), out=out)
+    np.testing.assert_array_equal(np.load(out), model.embed(make_adata(1)))
+
+
+def test_data_that_are_refused_leave_nothing(tmp_path, model):
+    adata = make_adata()
+    adata.X[4] = 0
+    with pytest.raises(ValueError, match="spot4"):
+        model.embed(adata, out=tmp_path / "E.npy")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the partial file itself ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A job of four rows with two of them done."""
+    rows, done = open_partial(tmp_path / "E.npy", shape=(4, 2), key="one")
+    rows[1:3], done[1:3] = [[1, 2], [3, 4]], True
+    rows.flush(), done.flush()
+    return tmp_path / "E.npy"
+
+
+def test_a_new_job_has_no_row_done(tmp_path):
+    rows, done = open_partial(tmp_path / "E.npy", shape=(4, 2), key="one")
+    assert (rows.shape, rows.dtype, done.shape, done.dtype) == ((4, 2), np.float32, (4,), bool)
+    assert not done.any()
+
+
+def test_done_rows_are_found_again(half):
+    rows, done = open_partial(half, shape=(4, 2), key="one")
+    assert done.tolist() == [False, True, True, False]
+    assert rows[1:3].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("other", [{"key": "two"}, {"shape": (5, 2)}, {"shape": (4, 3)}])
+def test_rows_of_another_job_are_not_taken(half, other):
+    options = {"shape": (4, 2), "key": "one"} | other
+    rows, done = open_partial(half, **options)
+    assert not done.any()
+    assert rows.shape == options["shape"]
+
+
+@pytest.mark.parametrize("lost", ["rows.npy", "done.npy", "key"])
+def test_a_job_that_was_killed_while_it_began_or_ended_starts_anew(half, lost):
+    (half.with_name("E.npy.partial") / lost).unlink()
+    assert not open_partial(half, shape=(4, 2), key="one")[1].any()
+
+
+def test_finishing_puts_the_rows_in_place(half):
+    rows, _ = open_partial(half, shape=(4, 2), key="one")
+    finish(half, rows)
+    assert np.load(half).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]
+    assert [path.name for path in half.parent.iterdir()] == ["E.npy"]
