@@ -50,10 +50,11 @@ _TYPES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the command-line parser; the options of `run` are the fields of `RunConfig`."""
-    from peka_lite.config import RunConfig
+def parser(*, command: str | None = None) -> argparse.ArgumentParser:
+    """Build the command-line parser; only for ``"run"`` with the options of `run`, which are `RunConfig`'s fields.
 
+    The others must do where an install is broken, so PyTorch is not imported for them.
+    """
     top = argparse.ArgumentParser("peka-lite", description="Teach a pathology model to predict gene expression.")
     top.add_argument("--version", action="version", version=f"peka-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
@@ -63,10 +64,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(RunConfig):
-        kind = _slide_ids if field.name == "slides" else _TYPES.get(field.type, str)
-        flag = f"--{field.name.replace('_', '-')}"
-        run.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
+    if command == "run":
+        from peka_lite.config import RunConfig
+
+        for field in dataclasses.fields(RunConfig):
+            kind = _slide_ids if field.name == "slides" else _TYPES.get(field.type, str)
+            flag = f"--{field.name.replace('_', '-')}"
+            run.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
     run.add_argument("--out", required=True, help="folder to make", metavar="DIR")
     get = commands.add_parser("fetch", help="get a cohort, a checkpoint or a gene list", allow_abbrev=False)
     get.add_argument("name", nargs="?", help="what to fetch; without a name, what there is", metavar="NAME")
@@ -78,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
-    options = vars(parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
     command = {"run": _run, "fetch": _fetch, "doctor": _doctor}[options.pop("command")]
     try:
         return command(**options)

@@ -85,6 +85,16 @@ def test_the_doctors_status_is_that_of_the_worst_check(monkeypatch, capsys, stat
     assert "online False" in capsys.readouterr().out
 
 
+def test_the_doctor_comes_where_torchvision_is_broken(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from peka_lite.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(main(['doctor', '--offline']))"], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "fail  torch" in done.stdout
+
+
 def test_import_stays_light():
     code = "import sys, peka_lite; print([m for m in ('torch', 'scanpy', 'squidpy', 'timm') if m in sys.modules])"
     assert (

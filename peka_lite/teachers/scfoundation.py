@@ -241,7 +241,10 @@ class ScFoundation:
         # Longest first: memory runs out at once or never, and the bar's time left errs on the long side.
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
-        bar = tqdm(total=len(done), initial=int(done.sum()), desc="embed spots", unit="spot", disable=not progress)
+        bar = tqdm(
+            total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", disable=not progress,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+        )  # fmt: skip
         while len(left):
             longest = int(tokens.lengths[left[0]])
             batch = left[: max(1, min(max_tokens // longest, batch_size or len(left)))]
