@@ -61,6 +61,26 @@ class Peer:
         return np.concatenate(out)
 
 
+def work_of(lengths: np.ndarray, size: dict) -> float:
+    """Return the transformer's floating-point operations on spots of these lengths, in units of 1e9."""
+    L, width = lengths.astype(float), size["hidden_dim"]
+    return size["depth"] * (24 * width**2 * L.sum() + 4 * width * (L**2).sum()) / 1e9
+
+
+@torch.inference_mode()
+def matmul_rate(device: str, width: int) -> float:
+    """Return the speed of the feed-forward's first matrix product alone, float32, in 1e9 operations a second."""
+    x, layer = torch.randn(4096, width, device=device), nn.Linear(width, 4 * width, device=device)
+    seconds = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        layer(x)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return 8 * 4096 * width**2 / min(seconds) / 1e9
+
+
 def measure(embed, adata: ad.AnnData, device: str) -> tuple[np.ndarray, dict]:
     """Return embeddings, and spots per second with the peak of memory above what was held before."""
     embed(adata[:1])  # kernels are chosen on first use
@@ -113,6 +133,8 @@ def main() -> None:
     teacher = pk.ScFoundation.random(options.genes, **size, precision=exact)
     lengths = teacher.tokens(adata).lengths
 
+    bound = matmul_rate(device, size["hidden_dim"])
+    print(f"one matrix product alone: {bound:.0f} GFLOP/s", flush=True)
     reference, peer = measure(Peer(teacher, device).embed, adata, device)
     print("peer, one spot at a time", peer, flush=True)
     teacher.encoder.cpu()
@@ -127,6 +149,7 @@ def main() -> None:
                 "max_tokens": budget,
                 "ratio": round(row["spots_per_second"] / peer["spots_per_second"], 2),
             }
+            row["gflop_per_second"] = round(work_of(lengths, size) / row["seconds"])
             row["max_abs_difference"] = float(f"{np.abs(E - reference).max():.2g}")
             rows.append(row)
             print(row, flush=True)
@@ -137,7 +160,10 @@ def main() -> None:
         "model": size,
         "spots": int(adata.n_obs),
         "tokens_per_spot": {str(q): int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 100)},
-        "peer": peer | {"what": "nn.TransformerEncoderLayer, eval mode, no_grad, one spot at a time, float32"},
+        "matrix_product_alone_gflop_per_second": round(bound),
+        "peer": peer
+        | {"gflop_per_second": round(work_of(lengths, size) / peer["seconds"])}
+        | {"what": "nn.TransformerEncoderLayer, eval mode, no_grad, one spot at a time, float32"},
         "ours": rows,
     }
     out = Path(__file__).with_name("results") / f"scfoundation_speed_{torch.device(device).type}.json"

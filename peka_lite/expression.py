@@ -150,7 +150,8 @@ def align_genes(
     scipy.sparse.csr_matrix
         (N, len(genes)) float32.
     float
-        Coverage: the share of the data's own expressed genes (a count in any row) that the wanted order knows.
+        Coverage: the share of the data's own genes that the wanted order knows, among those with a count in any row
+        (among all where no row has one).
     """
     genes = pd.Index(genes)
     if not genes.is_unique:
@@ -160,7 +161,8 @@ def align_genes(
     known = np.flatnonzero(to >= 0)
     pick = sparse.csr_matrix((np.ones(len(known)), (known, to[known])), shape=(len(to), len(genes)))
     expressed = np.asarray((X != 0).sum(0)).ravel() > 0
-    coverage = float((to[expressed] >= 0).mean()) if expressed.any() else 0.0
+    judged = to[expressed] if expressed.any() else to
+    coverage = float((judged >= 0).mean()) if len(judged) else 0.0
     return sparse.csr_matrix(X @ pick, dtype=np.float32), coverage
 
 

@@ -28,6 +28,10 @@ class EncoderConfig:
     mask_token_id: float
     pad_token_id: float
 
+    def __post_init__(self):
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
+
     @property
     def n_genes(self) -> int:
         """Length of the vocabulary."""

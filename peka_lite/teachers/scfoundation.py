@@ -21,7 +21,7 @@ from peka_lite.expression import counts_digest
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
 from peka_lite.teachers.stream import finish, open_partial
-from peka_lite.teachers.tokens import Tokens, tokenize
+from peka_lite.teachers.tokens import Tokens, check_values, tokenize
 from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
 MAX_TOKENS = {"cpu": 4_096, "cuda": 65_536}
@@ -153,6 +153,7 @@ class ScFoundation:
         total = None
         if pre_normalized == "A":
             adata, total = _raw_totals(adata, self.genes)
+        check_values(sparse.csr_matrix(adata.X).data, pre_normalized=pre_normalized, input_type=input_type)
         X, _ = align_to_vocabulary(adata, self.genes, mapping=self.mapping, logged=pre_normalized != "F")
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         return tokenize(X, total=total, names=adata.obs_names, **options)
@@ -208,8 +209,9 @@ class ScFoundation:
         """
         if pool not in POOLS:
             raise ValueError(f"unknown pool {pool!r}; known: {', '.join(POOLS)}")
-        if not (batch_size or 1) >= 1 or not (max_tokens or 1) >= 1:
-            raise ValueError(f"batch_size and max_tokens must be at least 1, not {batch_size} and {max_tokens}")
+        for name, limit in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, not {limit}")
         device = torch.device(device or default_device())
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         tokens = self.tokens(adata, **options)
@@ -232,7 +234,9 @@ class ScFoundation:
         """Hash what decides an embedding: counts, weights, gene names, `embed`'s options and the compute type."""
         dtype = compute_dtype(device or default_device(), precision=self.precision)
         settings = {"pool": "all", "resolution": "t4", "pre_normalized": "F", "input_type": "singlecell"} | options
-        parts = (__version__, counts_digest(adata), self.fingerprint, dtype, sorted(settings.items()))
+        given = settings["pre_normalized"] == "A" and "total_counts" in adata.obs
+        own = adata.obs["total_counts"].tolist() if given else None
+        parts = (__version__, counts_digest(adata), own, self.fingerprint, dtype, sorted(settings.items()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
@@ -242,7 +246,7 @@ class ScFoundation:
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
         bar = tqdm(
-            total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", disable=not progress,
+            total=len(done), initial=int(done.sum()), desc="embed spots", unit="spot", disable=not progress,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         )  # fmt: skip
         while len(left):

@@ -99,7 +99,7 @@ def tokenize(
     X.sum_duplicates()  # also sorts: tokens stand in the vocabulary's order
     X.eliminate_zeros()
     names = np.arange(X.shape[0]).astype(str) if names is None else np.asarray(names, dtype=str)
-    _check_values(X, pre_normalized, input_type)
+    check_values(X.data, pre_normalized=pre_normalized, input_type=input_type)
     n_genes, lengths = np.diff(X.indptr), np.diff(X.indptr) + 2
     _refuse(names, n_genes == 0, "express no gene of the vocabulary", "drop them, for example with `qc`")
 
@@ -107,7 +107,7 @@ def tokenize(
         if total is None:
             raise ValueError("pre_normalized='A' needs the raw totals")
         total = np.asarray(total, dtype=np.float64).ravel()
-        _refuse(names, ~(total > 0), "have a raw total that is not above zero", "give the counts' sums")
+        _refuse(names, ~(np.isfinite(total) & (total > 0)), "have no raw total above zero", "give the counts' sums")
     else:
         total = np.asarray(X.sum(1)).ravel()  # (N,)
     if pre_normalized == "F":
@@ -142,13 +142,14 @@ def _check_options(pre_normalized: str, input_type: str, resolution: str) -> Non
         raise ValueError("bulk input takes pre_normalized 'F' or 'T' and no resolution")
 
 
-def _check_values(X: sparse.csr_matrix, pre_normalized: str, input_type: str) -> None:
-    if not np.isfinite(X.data).all() or (X.data < 0).any():
+def check_values(values: np.ndarray, *, pre_normalized: str, input_type: str) -> None:
+    """Refuse values that are not what `pre_normalized` says they are."""
+    if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("expression holds NaN, infinite or negative values")
-    whole = not np.any(X.data != np.rint(X.data))
+    whole = not np.any(values != np.rint(values))
     if pre_normalized == "F" and input_type == "singlecell" and not whole:
         raise ValueError("pre_normalized='F' takes raw counts, and these are not whole; log-normalised data are 'T'")
-    if pre_normalized != "F" and whole and X.nnz:
+    if pre_normalized != "F" and whole and values.any():
         raise ValueError(f"pre_normalized={pre_normalized!r} takes log-normalised values, and these are whole counts")
 
 

@@ -35,7 +35,7 @@ def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such gene list; `peka-lite fetch scfoundation-genes` fetches it")
         try:
-            names = json.loads(path.read_text()) if path.suffix == ".json" else _read_order(path)
+            names = _read_list(path) if path.suffix == ".json" else _read_order(path)
         except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(
                 f"{path}: no gene list ({error}); it is a TSV file with columns gene_name and index, or a JSON list"
@@ -74,21 +74,26 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
             raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; is it HGNC's complete set?")
         rows = list(table)
     known = set(vocabulary)
-    claims: list[dict[str, set[str]]] = [defaultdict(set) for _ in (*_NAMES, "ensembl_gene_id")]
-    for row in rows:
-        names = [[part for part in row[column].strip('"').split("|") if part] for column in _NAMES]
-        goal = next((name for kind in names for name in kind if name in known), None)
-        if goal is None:
-            continue
-        for kind, found in enumerate([*names, [row["ensembl_gene_id"]]]):
-            for name in found:
-                claims[kind][name].add(goal)
-    mapping: dict[str, str] = {}
+    carried = [[[part for part in row[column].split("|") if part] for column in _NAMES] for row in rows]
+    owners: dict[str, list[int]] = {}  # vocabulary symbol -> the genes that carry it in its most binding kind
+    for kind in range(len(_NAMES)):
+        found = defaultdict(list)
+        for gene, names in enumerate(carried):
+            for name in known.intersection(names[kind]):
+                found[name].append(gene)
+        owners = dict(found) | owners
+    goal_of = {genes[0]: name for name, genes in reversed(owners.items()) if len(genes) == 1}
+    claims: list[dict[str, set[str | None]]] = [defaultdict(set) for _ in (*_NAMES, "ensembl_gene_id")]
+    for gene, names in enumerate(carried):
+        for kind, found in enumerate([*names, [rows[gene]["ensembl_gene_id"]]]):
+            for name in found:  # a gene the vocabulary lacks claims its names too: they are no other gene's
+                claims[kind][name].add(goal_of.get(gene))
+    mapping: dict[str, str | None] = {}
+    settled = {*known, ""}
     for kind in claims:
-        for name, goals in kind.items():
-            if name and name not in mapping and name not in known and len(goals) == 1:
-                mapping[name] = next(iter(goals))
-    return mapping
+        mapping |= {name: next(iter(goals)) for name, goals in kind.items() if name not in settled and len(goals) == 1}
+        settled |= kind.keys()
+    return {name: goal for name, goal in mapping.items() if goal is not None}
 
 
 def rename(names: Sequence[str], vocabulary: pd.Index, mapping: Mapping[str, str] | None = None) -> pd.Index:
@@ -147,6 +152,13 @@ def align_to_vocabulary(
         f"only {coverage:.0%} of the data's expressed genes are in the vocabulary, and at least half must be. "
         f"Unknown: {', '.join(unknown[:10])}. The vocabulary has, for example: {', '.join(genes[:10])}"
     )
+
+
+def _read_list(path: Path) -> list:
+    names = json.loads(path.read_text())
+    if not isinstance(names, list):
+        raise ValueError(f"it holds a {type(names).__name__}")
+    return names
 
 
 def _read_order(path: Path) -> list[str]:

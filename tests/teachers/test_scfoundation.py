@@ -1,0 +1,786 @@
+"""scFoundation: the numbers of the reference, checkpoints of any size, and batches that make no difference."""
+
+import copy
+import json
+import os
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from peka_lite.devices import PRECISION, compute_dtype, default_device
+from peka_lite.teachers import checkpoint
+from peka_lite.teachers.encoder import pool_tokens
+from peka_lite.teachers.scfoundation import MAX_TOKENS, ScFoundation
+
+GENES = [f"G{i}" for i in range(30)]
+
+
+def make_adata(counts, genes=None, **obs):
+    X = counts if sparse.issparse(counts) else sparse.csr_matrix(np.asarray(counts, dtype=np.float32))
+    genes = GENES[: X.shape[1]] if genes is None else list(genes)
+    obs = pd.DataFrame(obs, index=[f"spot{i}" for i in range(X.shape[0])])
+    return ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes))
+
+
+def random_counts(n_spots, n_genes=len(GENES), seed=0, rate=1.5):
+    counts = np.random.default_rng(seed).poisson(rate, (n_spots, n_genes))
+    counts[:, 0] += 2
+    return counts
+
+
+def make_model(genes=GENES, **options):
+    return ScFoundation.random(genes, **({"hidden_dim": 8, "depth": 1, "heads": 2} | options))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+
+
+# --- reference -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """The reference's folder."""
+    return golden / "scfoundation"
+
+
+def remember(model):
+    """Let the encoder compute tokens that it has seen before only once."""
+    forward, known = model.encoder.forward, {}
+
+    def remembered(*args):
+        key = tuple(arg.numpy().tobytes() for arg in args)
+        if key not in known:
+            known[key] = forward(*args)
+        return known[key]
+
+    model.encoder.forward = remembered
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(reference):
+    return remember(ScFoundation.from_checkpoint(reference / "toy_models_ckpt.pt"))
+
+
+@pytest.fixture(scope="module")
+def cells(reference):
+    """Raw counts of 12 cells with 4 to 8,807 tokens."""
+    genes = json.loads((reference / "gene_names.json").read_text())
+    return make_adata(sparse.load_npz(reference / "cells_csr.npz").tocsr(), genes)
+
+
+@pytest.fixture(scope="module")
+def totals(cells):
+    return np.asarray(cells.X.astype(np.float64).sum(1))  # (N, 1)
+
+
+@pytest.fixture(scope="module")
+def logged(cells, totals):
+    """The same cells, log-normalised."""
+    return make_adata(cells.X.astype(np.float64).multiply(1e4 / totals).tocsr().log1p(), cells.var_names)
+
+
+def assert_is_reference(E, reference, name):
+    expected = np.load(reference / "outputs.npz")[name]
+    assert (E.shape, E.dtype) == (expected.shape, np.float32)
+    np.testing.assert_allclose(E, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pool", ["all", "max"])
+@pytest.mark.parametrize("resolution", ["t4", "f1", "a5", "f1.5"])
+def test_single_cells_are_embedded_as_in_the_reference(reference, model, cells, resolution, pool):
+    assert_is_reference(model.embed(cells, resolution=resolution, pool=pool), reference, f"sc_F_{resolution}_{pool}")
+
+
+@pytest.mark.parametrize("pool", ["all", "max"])
+def test_bulk_is_embedded_as_in_the_reference(reference, model, cells, logged, pool):
+    assert_is_reference(model.embed(cells, input_type="bulk", pool=pool), reference, f"bulk_F_{pool}")
+    E = model.embed(logged, input_type="bulk", pre_normalized="T", pool=pool)
+    assert_is_reference(E, reference, f"bulk_T_{pool}")
+
+
+def test_bulk_depends_on_the_other_rows_as_in_the_reference(reference, model, cells):
+    first = make_adata(cells.X[:5].astype(np.float64), cells.var_names)
+    assert_is_reference(model.embed(first, input_type="bulk"), reference, "bulk_F_all_first5cells_f64input")
+
+
+def test_counts_in_float64_give_the_reference(reference, model, cells):
+    double = make_adata(cells.X.astype(np.float64), cells.var_names)
+    assert_is_reference(model.embed(double), reference, "sc_F_t4_all_f64input")
+    assert_is_reference(model.embed(double, input_type="bulk"), reference, "bulk_F_all_f64input")
+
+
+def test_logged_cells_are_embedded_as_in_the_reference(reference, model, logged):
+    assert_is_reference(model.embed(logged, pre_normalized="T"), reference, "sc_T_t4_all")
+
+
+def test_raw_totals_in_obs_give_the_reference(reference, model, logged, totals):
+    adata = make_adata(logged.X, logged.var_names, total_counts=totals.ravel())
+    E = model.embed(adata, pre_normalized="A", resolution="f1")
+    assert_is_reference(E, reference, "sc_A_f1_all")
+
+
+def test_raw_totals_in_the_last_column_give_the_reference(reference, model, logged, totals):
+    wide = make_adata(sparse.hstack([logged.X, sparse.csr_matrix(totals)]).tocsr(), [*logged.var_names, "total"])
+    E = model.embed(wide, pre_normalized="A", resolution="f1")
+    assert_is_reference(E, reference, "sc_A_f1_all")
+
+
+def test_the_entry_for_read_depth_is_the_references(reference, cells):
+    genes = json.loads((reference / "gene_names.json").read_text())
+    rde = ScFoundation.from_checkpoint(reference / "toy_models_ckpt.pt", key="rde", genes=genes)
+    assert_is_reference(rde.embed(cells, resolution="a5"), reference, "rde_sc_F_a5_all")
+
+
+@pytest.mark.parametrize("resolution", ["t4", "f1"])
+def test_a_shuffled_part_of_the_genes_with_unknown_ones_gives_the_reference(reference, model, resolution):
+    part = np.load(reference / "subset_input.npz", allow_pickle=True)
+    adata = make_adata(part["counts"], part["gene_names"].astype(str))
+    assert_is_reference(model.embed(adata, resolution=resolution), reference, f"subset_sc_F_{resolution}_all")
+    assert model.coverage(adata) == (adata.X[:, adata.var_names.isin(model.genes)].sum(0) > 0).sum() / (
+        (adata.X.sum(0) > 0).sum()
+    )
+
+
+def test_more_columns_than_the_vocabulary_in_any_order_give_the_reference(reference, model, cells):
+    rng, rows = np.random.default_rng(0), [0, 1, 9, 10, 11]
+    wide = sparse.hstack([cells.X[rows], sparse.csr_matrix(rng.poisson(5, (len(rows), 400)))]).tocsc()
+    names, order = np.array([*cells.var_names, *(f"EXTRA{i}" for i in range(400))]), rng.permutation(wide.shape[1])
+    E = model.embed(make_adata(wide[:, order].tocsr(), names[order]))
+    np.testing.assert_allclose(E, np.load(reference / "outputs.npz")["sc_F_t4_all"][rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("row", [9, 10, 11])
+def test_every_stage_is_the_references(reference, model, row):
+    stages = np.load(reference / "stages.npz")
+    expected = {name: stages[f"c{row}_{name}"] for name in ("bin_weights", "token_emb", "layer0", "layer1")}
+    values, positions = (torch.from_numpy(stages[f"c{row}_{name}"])[None] for name in ("values", "positions"))
+    encoder, found, entering = copy.copy(model.encoder), {}, []
+    encoder.__dict__.pop("forward")  # as `remember` found it
+    found["bin_weights"] = encoder.token_emb.weights(values)
+    hooks = [encoder.token_emb.register_forward_hook(lambda _, args, out: found.update(token_emb=out))]
+    for k, layer in enumerate(encoder.encoder["transformer_encoder"]):
+        hooks.append(layer.register_forward_pre_hook(lambda _, args: entering.append(args[0].clone())))
+        hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: found.update({f"layer{k}": out.clone()})))
+    found["encoder_out"] = encoder(values, positions, torch.tensor([values.shape[1]]))
+    found["encoder_in"] = entering[0]
+    for hook in hooks:
+        hook.remove()
+    for name in (*expected, "encoder_in", "encoder_out"):
+        np.testing.assert_allclose(found[name][0], stages[f"c{row}_{name}"], atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_token_vectors_of_a_long_cell_are_the_references(reference, model):
+    stages = np.load(reference / "stages.npz")
+    values, positions = (torch.from_numpy(stages[f"c0_{name}"])[None] for name in ("values", "positions"))
+    found = model.encoder(values, positions, torch.tensor([763]))
+    np.testing.assert_allclose(found[0], stages["c0_encoder_out"], atol=1e-5, rtol=0)
+
+
+# --- network -------------------------------------------------------------------------------------------------------
+
+
+def test_values_that_mean_masked_and_padding_have_vectors_of_their_own():
+    bins = make_model().encoder.token_emb
+    values = torch.tensor([[102.0, 5, 103, 101.5]])
+    mixed = bins.weights(values) @ bins.emb.weight
+    expected = torch.stack([bins.emb_mask.weight[0], mixed[0, 1], bins.emb_pad.weight[0], mixed[0, 3]])
+    torch.testing.assert_close(bins(values)[0], expected)
+
+
+def test_what_stands_behind_a_spots_length_means_nothing():
+    encoder, rng = make_model(depth=2).encoder, torch.Generator().manual_seed(0)
+    values, positions = torch.rand((3, 9), generator=rng) + 0.1, torch.arange(9).repeat(3, 1)
+    lengths, other, elsewhere = torch.tensor([4, 9, 6]), values.clone(), positions.clone()
+    for i, n in enumerate(lengths):
+        other[i, n:], elsewhere[i, n:] = 103, 20
+    for how in ("all", "max"):
+        torch.testing.assert_close(
+            pool_tokens(encoder(other, elsewhere, lengths), lengths, how=how),
+            pool_tokens(encoder(values, positions, lengths), lengths, how=how),
+        )
+
+
+def test_pooling_is_s_t_maximum_and_mean_over_genes_or_the_maximum_of_all():
+    # genes (1, -2) and (3, -8), then T, then S; padding is higher than all
+    x = torch.tensor([[[1.0, -2], [3, -8], [5, -1], [4, 7], [99, 99]]])
+    assert pool_tokens(x, torch.tensor([4])).tolist() == [[4, 7, 5, -1, 3, -2, 2, -5]]
+    assert pool_tokens(x, torch.tensor([4]), how="max").tolist() == [[5, 7]]
+    # one gene, and padding lower than all
+    assert pool_tokens(x[:, [0, 2, 3, 1]], torch.tensor([3])).tolist() == [[4, 7, 5, -1, 1, -2, 1, -2]]
+    assert pool_tokens(-x, torch.tensor([4]), how="max").tolist() == [[-1, 8]]
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match=r"unknown pool 'mean'; known: all, max"):
+        make_model().embed(make_adata(random_counts(2)), pool="mean")
+    with pytest.raises(ValueError, match=r"unknown pool 'mean'; known: all, max"):
+        pool_tokens(torch.ones(1, 3, 2), torch.tensor([3]), how="mean")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def make_entry(*, n_genes=30, hidden_dim=16, depth=2, heads=4, bins=7, alpha=0.5, mask=102, seed=0):
+    """An entry in the published layout: its config, and random weights, some of them of no use for embedding."""
+    d, rng = hidden_dim, torch.Generator().manual_seed(seed)
+    shapes = {
+        "token_emb.mlp.weight": (bins, 1), "token_emb.mlp.bias": (bins,), "token_emb.mlp2.weight": (bins, bins),
+        "token_emb.mlp2.bias": (bins,), "token_emb.emb.weight": (bins, d), "token_emb.emb_mask.weight": (1, d),
+        "token_emb.emb_pad.weight": (1, d), "pos_emb.weight": (n_genes + 3, d), "norm.weight": (5,),
+        "encoder.norm.weight": (d,), "encoder.norm.bias": (d,), "decoder.norm.weight": (5,), "to_final.bias": (1,),
+    }  # fmt: skip
+    for k in range(depth):
+        shapes |= {
+            f"encoder.transformer_encoder.{k}.{name}": shape
+            for name, shape in {
+                "self_attn.in_proj_weight": (3 * d, d), "self_attn.in_proj_bias": (3 * d,),
+                "self_attn.out_proj.weight": (d, d), "self_attn.out_proj.bias": (d,),
+                "linear1.weight": (4 * d, d), "linear1.bias": (4 * d,), "linear2.weight": (d, 4 * d),
+                "linear2.bias": (d,), "norm1.weight": (d,), "norm1.bias": (d,), "norm2.weight": (d,),
+                "norm2.bias": (d,),
+            }.items()
+        }  # fmt: skip
+    state = {f"model.{name}": 0.5 * torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    encoder = {"hidden_dim": d, "depth": depth, "heads": heads, "module_type": "transformer", "norm_first": False}
+    sizes = {"seq_len": n_genes + 2, "bin_num": 3, "mask_token_id": mask, "pad_token_id": mask + 1}
+    network = {"encoder": encoder, "decoder": {"module_type": "performer", "hidden_dim": 5}, "n_class": 9} | sizes
+    config = {
+        "model": "mae_autobin",
+        "model_config": {"mae_autobin": network, "other": {"encoder": {}}},
+        "dataset_config": {"rnaseq": {"bin_num": bins, "bin_alpha": alpha}},  # these win
+    }
+    return {"config": config, "state_dict": state}
+
+
+def write_checkpoint(path, entry=None, *, key="cell", **options):
+    torch.save({"gene": {}, key: make_entry() if entry is None else entry}, path, **options)
+    return path
+
+
+def read(path, genes=GENES, **options):
+    return ScFoundation.from_checkpoint(path, genes=genes, **options)
+
+
+def by_plain_torch(entry, counts, *, depth, heads, alpha, resolution=4.0, mask=None):
+    """What PyTorch's own transformer makes of an entry's weights, spot by spot."""
+    w = {name.removeprefix("model."): tensor for name, tensor in entry["state_dict"].items()}
+    n_genes, d = w["pos_emb.weight"].shape[0] - 3, w["pos_emb.weight"].shape[1]
+    layers = []
+    for k in range(depth):
+        layer = torch.nn.TransformerEncoderLayer(d, heads, 4 * d, dropout=0.0, batch_first=True).eval()
+        prefix = f"encoder.transformer_encoder.{k}."
+        layer.load_state_dict({n.removeprefix(prefix): t for n, t in w.items() if n.startswith(prefix)})
+        layers.append(layer)
+    rows = []
+    for row in counts:
+        at = np.flatnonzero(row)
+        values = [*np.log1p(row[at] / row.sum() * 1e4), resolution, np.log10(row.sum())]
+        values = torch.tensor(values, dtype=torch.float32)[:, None]
+        h = F.leaky_relu(values @ w["token_emb.mlp.weight"].T + w["token_emb.mlp.bias"], 0.1)
+        share = (alpha * h + h @ w["token_emb.mlp2.weight"].T + w["token_emb.mlp2.bias"]).softmax(-1)
+        x = share @ w["token_emb.emb.weight"]
+        if mask is not None:
+            x[-2] = w[mask][0]
+        x = (x + w["pos_emb.weight"][[*at, n_genes, n_genes + 1]])[None]
+        for layer in layers:
+            x = layer(x)
+        x = F.layer_norm(x, (d,), w["encoder.norm.weight"], w["encoder.norm.bias"])[0]
+        rows.append(torch.cat([x[-1], x[-2], x[:-2].amax(0), x[:-2].mean(0)]))
+    return torch.stack(rows).detach().numpy()
+
+
+@pytest.mark.parametrize(
+    ("n_genes", "hidden_dim", "depth", "heads", "bins", "alpha"),
+    [(30, 16, 2, 4, 7, 0.5), (12, 8, 1, 1, 100, 1.0), (30, 24, 3, 6, 2, 0.0), (5, 12, 4, 12, 11, 2.5)],
+)
+def test_every_size_comes_from_the_checkpoint(tmp_path, n_genes, hidden_dim, depth, heads, bins, alpha):
+    sizes = {"depth": depth, "heads": heads, "alpha": alpha}
+    entry, counts = make_entry(n_genes=n_genes, hidden_dim=hidden_dim, bins=bins, **sizes), random_counts(6, n_genes)
+    teacher = read(write_checkpoint(tmp_path / "models.ckpt", entry), GENES[:n_genes])
+    E = teacher.embed(make_adata(counts))
+    assert E.shape == (6, 4 * hidden_dim)
+    np.testing.assert_allclose(E, by_plain_torch(entry, counts, **sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize(("resolution", "name"), [("t6", "emb_mask"), ("t7", "emb_pad")])
+def test_the_values_that_mean_masked_and_padding_come_from_the_checkpoint(tmp_path, resolution, name):
+    entry, counts = make_entry(mask=6), random_counts(3)
+    E = read(write_checkpoint(tmp_path / "models.ckpt", entry)).embed(make_adata(counts), resolution=resolution)
+    expected = by_plain_torch(entry, counts, depth=2, heads=4, alpha=0.5, mask=f"token_emb.{name}.weight")
+    np.testing.assert_allclose(E, expected, atol=1e-5)
+
+
+def test_each_entry_has_weights_of_its_own(tmp_path):
+    entries = {key: make_entry(seed=i) for i, key in enumerate(("cell", "gene", "rde"))}
+    torch.save(entries, tmp_path / "models.ckpt")
+    counts = random_counts(3)
+    for key in ("cell", "rde"):
+        E = read(tmp_path / "models.ckpt", key=key).embed(make_adata(counts))
+        np.testing.assert_allclose(E, by_plain_torch(entries[key], counts, depth=2, heads=4, alpha=0.5), atol=1e-5)
+
+
+def test_a_checkpoint_in_the_format_before_torch_1_6_is_read(tmp_path):
+    new, old = (
+        write_checkpoint(tmp_path / f"{zipped}.ckpt", _use_new_zipfile_serialization=zipped) for zipped in (True, False)
+    )
+    assert old.read_bytes()[:2] != b"PK"
+    assert read(old).fingerprint == read(new).fingerprint
+
+
+def test_weights_in_half_precision_become_float32(tmp_path):
+    entry = make_entry()
+    entry["state_dict"] = {name: tensor.bfloat16() for name, tensor in entry["state_dict"].items()}
+    encoder = read(write_checkpoint(tmp_path / "models.ckpt", entry)).encoder
+    assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
+
+
+def test_a_teacher_no_longer_needs_its_file(tmp_path):
+    path = write_checkpoint(tmp_path / "models.ckpt")
+    teacher, adata = read(path), make_adata(random_counts(3))
+    before = teacher.embed(adata)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    np.testing.assert_array_equal(teacher.embed(adata), before)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, zipped):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    entry = make_entry() | {"bomb": Bomb()}
+    path = write_checkpoint(tmp_path / "models.ckpt", entry, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"models\.ckpt: refused, for reading it would run code"):
+        read(path)
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)  # the bomb is live
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0, 0.01, 0.06, 0.09, 0.3, 0.6, 0.99])
+def test_a_truncated_file_is_refused_by_name(tmp_path, zipped, share):
+    path = write_checkpoint(tmp_path / "models.ckpt", _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"models\.ckpt: (cannot be read|refused)"):
+        read(path)
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt: no such checkpoint.*peka-lite fetch scfoundation"):
+        read(tmp_path / "none.ckpt")
+
+
+def test_a_missing_entry_is_refused_beside_those_that_are_there(tmp_path):
+    path = write_checkpoint(tmp_path / "models.ckpt", key="rde")
+    with pytest.raises(ValueError, match=r"models\.ckpt: no entry 'cell'; it has gene, rde"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"cell": None}, {"cell": {"config": {}}}])
+def test_a_file_of_something_else_is_refused_by_name(tmp_path, content):
+    torch.save(content, tmp_path / "models.ckpt")
+    with pytest.raises(ValueError, match=r"models\.ckpt: .*entry 'cell'"):
+        read(tmp_path / "models.ckpt")
+
+
+def without(*path):
+    def change(entry):
+        for name in path[:-1]:
+            entry = entry[name]
+        del entry[path[-1]]
+
+    return change
+
+
+def with_encoder(**values):
+    return lambda entry: entry["config"]["model_config"]["mae_autobin"]["encoder"].update(values)
+
+
+def with_tensor(name, shape):
+    return lambda entry: entry["state_dict"].update({f"model.{name}": torch.zeros(shape)})
+
+
+NETWORK, DATA = ("config", "model_config", "mae_autobin"), ("config", "dataset_config", "rnaseq")
+BROKEN = [
+    *((without("config", name), f"'{name}' is missing") for name in ("model", "model_config", "dataset_config")),
+    *((without(*NETWORK, name), name) for name in ("encoder", "seq_len", "mask_token_id", "pad_token_id")),
+    *((without(*NETWORK, "encoder", name), name) for name in ("hidden_dim", "depth", "heads", "module_type")),
+    (without(*DATA, "bin_alpha"), "'bin_alpha' is missing"),
+    (without(*DATA, "bin_num"), "size mismatch"),  # the network's own is another
+    (without("state_dict", "model.pos_emb.weight"), r"pos_emb\.weight"),
+    (without("state_dict", "model.encoder.transformer_encoder.1.norm2.bias"), r"1\.norm2\.bias"),
+    (with_tensor("pos_emb.weight", (32, 16)), r"pos_emb\.weight"),
+    (with_tensor("encoder.norm.bias", (15,)), r"encoder\.norm\.bias"),
+    (with_tensor("encoder.transformer_encoder.2.norm1.bias", (16,)), r"2\.norm1\.bias"),
+    (with_encoder(depth=3), r"transformer_encoder\.2"),
+    (with_encoder(hidden_dim=8), "size mismatch"),
+    (with_encoder(heads=5), "heads"),
+    (with_encoder(module_type="performer"), "'performer'.*is not supported"),
+    (with_encoder(norm_first=True), "norm_first=True is not supported"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), BROKEN)
+def test_an_entry_that_holds_no_such_model_is_refused_by_name(tmp_path, change, named):
+    entry = make_entry()
+    change(entry)
+    with pytest.raises(ValueError, match=rf"(?s)models\.ckpt: entry 'cell' holds no scFoundation model: .*{named}"):
+        read(write_checkpoint(tmp_path / "models.ckpt", entry))
+
+
+# --- the gene list of a checkpoint ---------------------------------------------------------------------------------
+
+TSV = "\n".join(["gene_name\tindex", *(f"{gene}\t{i}" for i, gene in enumerate(GENES))])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("OS_scRNA_gene_index.19264.tsv", TSV), ("gene_names.json", json.dumps(GENES))]
+)
+def test_the_gene_list_beside_a_checkpoint_is_taken(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    teacher = ScFoundation.from_checkpoint(write_checkpoint(tmp_path / "models.ckpt"))
+    assert teacher.genes.tolist() == GENES
+
+
+def test_the_gene_list_in_the_cache_is_taken_where_none_lies_beside(tmp_path, monkeypatch):
+    asked = {"scfoundation-genes": tmp_path / "elsewhere.tsv"}
+    monkeypatch.setattr(checkpoint, "located", asked.get)
+    asked["scfoundation-genes"].write_text(TSV)
+    path = write_checkpoint(tmp_path / "models.ckpt")
+    assert ScFoundation.from_checkpoint(path).genes.tolist() == GENES
+    (tmp_path / "gene_names.json").write_text(json.dumps(GENES[::-1]))
+    assert ScFoundation.from_checkpoint(path).genes.tolist() == GENES[::-1]
+
+
+def test_a_checkpoint_without_a_gene_list_says_how_to_get_one(tmp_path):
+    path = write_checkpoint(tmp_path / "models.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"no gene list beside.*models\.ckpt.*fetch scfoundation-genes"):
+        ScFoundation.from_checkpoint(path)
+
+
+@pytest.mark.parametrize("n", [29, 31])
+def test_a_gene_list_of_another_length_is_refused(tmp_path, n):
+    with pytest.raises(ValueError, match=f"knows 30 genes, the gene list {n}"):
+        read(write_checkpoint(tmp_path / "models.ckpt"), [f"G{i}" for i in range(n)])
+
+
+# --- fingerprints and random weights -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others():
+    assert make_model(seed=3).fingerprint == make_model(seed=3).fingerprint
+    assert make_model(seed=3).fingerprint != make_model(seed=4).fingerprint
+
+
+def test_random_weights_leave_the_global_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    make_model(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_weights_tell_spots_apart():
+    E = make_model(hidden_dim=64, heads=4).embed(make_adata(random_counts(5)))
+    assert E.shape == (5, 256)
+    assert E.std(axis=0).max() > 0.01
+
+
+def test_a_fingerprint_tells_weights_sizes_genes_and_mapping(tmp_path):
+    entries = [make_entry(), make_entry(), make_entry(heads=2), make_entry(alpha=0.75), make_entry(mask=90)]
+    entries[1]["state_dict"]["model.encoder.norm.bias"][3] += 1e-3
+    paths = [write_checkpoint(tmp_path / f"{i}.ckpt", entry) for i, entry in enumerate(entries)]
+    prints = [read(path).fingerprint for path in paths]
+    prints.append(read(paths[0], [*GENES[1::-1], *GENES[2:]]).fingerprint)
+    prints.append(read(paths[0], mapping={"A": "G1"}).fingerprint)
+    prints.append(read(paths[0], mapping={"A": "G2"}).fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert read(paths[0]).fingerprint == prints[0]
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+LONG = [f"L{i}" for i in range(2500)]
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    return make_model(LONG)
+
+
+@pytest.fixture(scope="module")
+def spots():
+    """14 spots of 3 to 2,402 tokens, lengths in no order."""
+    rng, lengths = np.random.default_rng(0), [1, 300, 2, 2400, 40, 1, 1200, 8, 500, 41, 3, 40, 90, 700]
+    counts = np.zeros((len(lengths), len(LONG)))
+    for row, n in zip(counts, lengths, strict=True):
+        row[rng.choice(len(LONG), n, replace=False)] = rng.poisson(2, n) + 2
+    return make_adata(counts, LONG)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(long_model, spots):
+    return np.concatenate([long_model.embed(spots[[i]]) for i in range(spots.n_obs)])
+
+
+@given(batch=st.none() | st.integers(1, 14), most=st.none() | st.integers(1, 9000), rows=st.permutations(range(14)))
+@settings(max_examples=12, deadline=None)
+def test_the_batch_a_spot_is_in_makes_no_difference(long_model, spots, one_by_one, batch, most, rows):
+    E = long_model.embed(spots[rows], batch_size=batch, max_tokens=most)
+    np.testing.assert_allclose(E, one_by_one[rows], atol=1e-5)
+
+
+def test_one_row_is_still_a_matrix():
+    model, one = make_model(), make_adata(random_counts(1))
+    assert model.embed(one).shape == (1, 32)
+    assert model.embed(one, pool="max").shape == (1, 8)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_counts_may_be_dense_or_sparse_and_stay_as_they_are(kind):
+    counts, model = random_counts(4), make_model()
+    adata = make_adata(counts)
+    adata.X = kind(counts.astype(np.float64))
+    np.testing.assert_allclose(model.embed(adata), model.embed(make_adata(counts)), atol=1e-6)
+    np.testing.assert_array_equal(adata.to_df().to_numpy(), counts)
+
+
+@given(order=st.permutations(range(len(GENES))), seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_columns_in_any_order_with_unexpressed_unknown_ones_change_nothing(order, seed):
+    counts, model = random_counts(4, seed=seed), make_model()
+    wide = np.hstack([counts[:, order], np.zeros((4, 20))])
+    E = model.embed(make_adata(wide, [*np.array(GENES)[order], *(f"UNKNOWN{i}" for i in range(20))]))
+    np.testing.assert_allclose(E, model.embed(make_adata(counts)), atol=1e-6)
+
+
+def test_expressed_unknown_genes_do_not_count_in_the_totals():
+    counts, model = random_counts(4), make_model()
+    wide = make_adata(np.hstack([counts, counts[:, :5] * 9]), [*GENES, *"abcde"])
+    np.testing.assert_array_equal(model.embed(wide), model.embed(make_adata(counts)))
+
+
+def shapes_of(model):
+    """Shapes (B, L) of the batches that the encoder sees from now on, and the hook that lists them."""
+    shapes = []
+    return shapes, model.encoder.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+
+
+@pytest.mark.parametrize("most", [1, 100, 1000, 3000, 100_000])
+def test_no_batch_is_larger_than_allowed_unless_one_spot_is(long_model, spots, most):
+    shapes, hook = shapes_of(long_model)
+    long_model.embed(spots, max_tokens=most)
+    hook.remove()
+    assert all(b * n <= most or b == 1 for b, n in shapes)
+    assert sum(b for b, _ in shapes) == spots.n_obs
+    assert len(shapes) < spots.n_obs or most <= 100
+    assert len(shapes) == 1 or most < 100_000
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_no_batch_has_more_spots_than_asked_for(long_model, spots, size):
+    shapes, hook = shapes_of(long_model)
+    long_model.embed(spots, batch_size=size, max_tokens=100_000)
+    hook.remove()
+    assert [b for b, _ in shapes] == [size] * (14 // size) + [14 % size] * (14 % size > 0)
+
+
+def test_the_default_number_of_tokens_is_the_devices():
+    model, wide = make_model(), make_adata(np.ones((400, 30)) * 2)
+    shapes, hook = shapes_of(model)
+    model.embed(wide, device="cpu")
+    hook.remove()
+    assert shapes[0] == (MAX_TOKENS["cpu"] // 32, 32)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"max_tokens": 0}, {"max_tokens": -5}])
+def test_batches_of_nothing_are_refused(options):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        make_model().embed(make_adata(random_counts(2)), **options)
+
+
+def test_spots_that_cannot_be_embedded_are_named():
+    counts = random_counts(4)
+    counts[1], counts[3] = 0, 0
+    with pytest.raises(ValueError, match=r"2 spots express no gene of the vocabulary \(spot1, spot3\)"):
+        make_model().embed(make_adata(counts))
+    counts[1, 2] = counts[3, 4] = 1
+    with pytest.raises(ValueError, match=r"2 spots have a source depth S.*\(spot1, spot3\)"):
+        make_model().embed(make_adata(counts))
+    counts[1, 2] = counts[3, 4] = 9
+    with pytest.raises(ValueError, match=r"2 spots have a target depth T.*'f0.1'.*\(spot1, spot3\)"):
+        make_model().embed(make_adata(counts), resolution="f0.1")
+    with pytest.raises(ValueError, match=r"4 spots have a target depth T.*'t0'.*\(spot0, spot1, spot2, spot3\)"):
+        make_model().embed(make_adata(counts), resolution="t0")
+
+
+def test_flag_a_without_raw_totals_is_refused():
+    logs = np.log1p(random_counts(3)) / 2
+    with pytest.raises(ValueError, match=r"needs raw totals: obs\['total_counts'\], or a last column"):
+        make_model().embed(make_adata(logs), pre_normalized="A")
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def limited(model, monkeypatch, most, error):
+    """Let the encoder run out of memory above so many tokens; list the shapes it was asked for."""
+    forward, asked = model.encoder.forward, []
+
+    def forward_within(values, positions, lengths):
+        asked.append(tuple(values.shape))
+        if values.numel() > most:
+            raise error
+        return forward(values, positions, lengths)
+
+    monkeypatch.setattr(model.encoder, "forward", forward_within)
+    return asked
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_where_memory_runs_out_batches_are_halved_and_the_work_goes_on(
+    long_model, spots, one_by_one, monkeypatch, error
+):
+    asked = limited(long_model, monkeypatch, 5000, error)
+    np.testing.assert_allclose(long_model.embed(spots, max_tokens=100_000), one_by_one, atol=1e-5)
+    assert [b for b, _ in asked[:4]] == [14, 7, 3, 1]
+    assert all(b * n <= 5000 for b, n in asked[3:])
+    assert sum(b for b, _ in asked[3:]) == spots.n_obs
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_spot_that_cannot_fit_is_an_error(long_model, spots, monkeypatch, error):
+    limited(long_model, monkeypatch, 2000, error)
+    with pytest.raises(MemoryError, match=r"a spot of 2402 tokens does not fit on cpu"):
+        long_model.embed(spots)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(long_model, spots, monkeypatch):
+    asked = limited(long_model, monkeypatch, 0, RuntimeError("cuBLAS is unwell"))
+    with pytest.raises(RuntimeError, match="cuBLAS is unwell"):
+        long_model.embed(spots)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_are_an_error_and_leave_no_file(tmp_path, monkeypatch, value):
+    model, forward = make_model(), None
+    forward = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda *args: forward(*args).index_fill(2, torch.tensor([3]), value))
+    with pytest.raises(FloatingPointError, match=r"on cpu are not finite.*float32"):
+        model.embed(make_adata(random_counts(3)), out=tmp_path / "E.npy")
+    assert not (tmp_path / "E.npy").exists()
+
+
+# --- precision -----------------------------------------------------------------------------------------------------
+
+HALF = {"cpu": torch.bfloat16, "cuda<8.0": torch.float16, "cuda>=8.0": torch.bfloat16}
+
+
+def test_half_precision_is_near_and_the_embedding_stays_float32():
+    full, half = (make_model(hidden_dim=16, depth=2, precision=p) for p in (PRECISION, HALF))
+    adata = make_adata(random_counts(5))
+    E, expected = half.embed(adata), full.embed(adata)
+    assert E.dtype == np.float32
+    assert 0 < np.linalg.norm(E - expected) / np.linalg.norm(expected) < 0.05
+    np.testing.assert_array_equal(half.embed(adata), E)
+    assert half.cache_key(adata) != full.cache_key(adata)
+
+
+def test_half_precision_leaves_the_teachers_own_weights_alone():
+    half = make_model(precision=HALF)
+    half.embed(make_adata(random_counts(2)))
+    assert {tensor.dtype for tensor in half.encoder.state_dict().values()} == {torch.float32}
+    assert half.fingerprint == make_model().fingerprint
+
+
+def test_matrices_are_halved_and_sums_norms_and_embeddings_are_not():
+    encoder = make_model(depth=2).encoder.halve(torch.bfloat16)
+    halved = {n for n, tensor in encoder.state_dict().items() if tensor.dtype == torch.bfloat16}
+    assert halved == {
+        f"encoder.transformer_encoder.{k}.{part}"
+        for k in range(2)
+        for part in (
+            *("self_attn.in_proj_weight", "self_attn.in_proj_bias", "self_attn.out_proj.weight"),
+            *("self_attn.out_proj.bias", "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"),
+        )
+    }
+    summed = []
+    for layer in encoder.encoder["transformer_encoder"]:
+        for norm in (layer.norm1, layer.norm2):
+            norm.register_forward_hook(lambda _, args, out: summed.extend([args[0].dtype, out.dtype]))
+    out = encoder(torch.ones(1, 4), torch.arange(4)[None], torch.tensor([4]))
+    assert {*summed, out.dtype} == {torch.float32}
+    assert len(summed) == 8
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        *(((7, minor), torch.float16) for minor in (0, 5)),
+        *((pair, torch.bfloat16) for pair in ((8, 0), (8, 6), (9, 0), (10, 0))),
+    ],
+)
+def test_a_gpu_computes_in_the_half_precision_it_is_built_for(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert compute_dtype("cuda") == compute_dtype(torch.device("cuda", 0)) == dtype
+    full = dict.fromkeys(PRECISION, torch.float32)
+    assert compute_dtype("cuda", precision=full) == torch.float32
+
+
+def test_a_cpu_computes_in_float32():
+    assert compute_dtype("cpu") == compute_dtype(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
+def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, there, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert default_device() == name
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_shows_coverage_and_spots_per_second(capsys):
+    adata = make_adata(random_counts(6)[:, :4], [*GENES[:3], "UNKNOWN"])
+    make_model().embed(adata, progress=True, batch_size=2)
+    shown = capsys.readouterr().err
+    assert "75% of the expressed genes are in the vocabulary" in shown
+    assert "6/6" in shown
+    assert "spot/s" in shown
+
+
+def test_without_progress_there_is_silence(capsys):
+    make_model().embed(make_adata(random_counts(6)))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_teacher_says_what_it_is(tmp_path):
+    assert repr(read(write_checkpoint(tmp_path / "models.ckpt"))) == (
+        "ScFoundation(models.ckpt, cell: 2 layers, width 16, 30 genes)"
+    )
+    assert repr(make_model(seed=3)) == "ScFoundation(random weights, seed 3: 1 layers, width 8, 30 genes)"
+
+
+def test_there_is_nothing_to_fit():
+    model = make_model()
+    assert model.fit(make_adata(random_counts(2))) is model
+    assert model.fingerprint == make_model().fingerprint
