@@ -17,7 +17,8 @@ SMALL = {"epochs": 1, "n_splits": 2}
 def execute(name, folder, **parameters):
     source = next(p for p in NOTEBOOKS if p.stem == name)
     known = papermill.inspect_notebook(str(source))
-    wanted = {k: v for k, v in {**SMALL, **parameters}.items() if k in known}
+    assert parameters.keys() <= known.keys()
+    wanted = {k: v for k, v in SMALL.items() if k in known} | parameters
     here = os.getcwd()
     try:
         return papermill.execute_notebook(
@@ -50,6 +51,14 @@ def test_committed_clean(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_papermill_knows_every_parameter(path):
+    """It overlooks an annotation such as `list | None`, and warns of the parameter when it is passed."""
+    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
+    named = [line.split(":")[0] for line in cell.source.splitlines()]
+    assert list(papermill.inspect_notebook(str(path))) == named
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_figure_has_alt_text(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code" and re.search(r"plt\.subplots|_map\(|gene_bars|relplot", cell.source):
@@ -75,3 +84,15 @@ def test_one_page_on_real_slides(her2st, tmp_path):
     done = execute("06_spatial_pcc_maps", tmp_path, cohort=str(her2st), slides=["HER2_C2", "HER2_C3"], split="slide")
     assert "synthetic" not in str([o for c in done.cells for o in c.get("outputs", []) if "text" in o])
     assert (tmp_path / "results" / "front_map.png").is_file()
+
+
+def test_scfoundation_on_real_slides_is_named_in_its_figures(her2st, golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    checkpoint = str(golden / "scfoundation" / "toy_models_ckpt.pt")
+    slides = {"cohort": str(her2st), "slides": ["HER2_C2", "HER2_C3"], "split": "slide"}
+    done = execute(
+        "02_scfoundation_embeddings", tmp_path, **slides, teacher="scfoundation", teacher_checkpoint=checkpoint
+    )
+    shown = str([o["text"] for c in done.cells for o in c.get("outputs", []) if "text" in o])
+    assert "ScFoundation(toy_models_ckpt.pt, cell" in shown
+    assert "random weights" not in shown
