@@ -21,7 +21,7 @@ from peka_lite.expression import counts_digest
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
 from peka_lite.teachers.stream import finish, open_partial
-from peka_lite.teachers.tokens import Tokens, check_values, tokenize
+from peka_lite.teachers.tokens import Tokens, check_options, check_values, tokenize
 from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
 MAX_TOKENS = {"cpu": 4_096, "cuda": 65_536}
@@ -150,12 +150,13 @@ class ScFoundation:
         ValueError
             Where fewer than half of the expressed genes are in the vocabulary, and for Ensembl ids without a mapping.
         """
+        options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
+        check_options(**options)
         total = None
         if pre_normalized == "A":
             adata, total = _raw_totals(adata, self.genes)
         check_values(sparse.csr_matrix(adata.X).data, pre_normalized=pre_normalized, input_type=input_type)
         X, _ = align_to_vocabulary(adata, self.genes, mapping=self.mapping, logged=pre_normalized != "F")
-        options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         return tokenize(X, total=total, names=adata.obs_names, **options)
 
     def embed(
@@ -209,9 +210,9 @@ class ScFoundation:
         """
         if pool not in POOLS:
             raise ValueError(f"unknown pool {pool!r}; known: {', '.join(POOLS)}")
-        for name, limit in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, not {limit}")
+        for name, most in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
+            if most is not None and most < 1:
+                raise ValueError(f"{name} must be at least 1, not {most}")
         device = torch.device(device or default_device())
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         tokens = self.tokens(adata, **options)
@@ -224,7 +225,8 @@ class ScFoundation:
             rows, done = open_partial(
                 Path(out), shape=shape, key=self.cache_key(adata, device=device, pool=pool, **options)
             )
-        self._fill(rows, done, tokens, pool, device, batch_size, max_tokens or MAX_TOKENS[device.type], progress)
+        limit = max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+        self._fill(rows, done, tokens, pool, device, batch_size, limit, progress)
         if out is None:
             return rows
         finish(Path(out), rows)
@@ -259,9 +261,9 @@ class ScFoundation:
                 if not _out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise MemoryError(
-                        f"a spot of {longest} tokens does not fit on {device}; use another one"
-                    ) from error
+                    raise MemoryError(f"a spot of {longest} tokens does not fit on {device}; use another") from error
+                found = None
+            if found is None:  # only here does Python let go of what the failed pass held
                 max_tokens = longest * (len(batch) // 2)
                 torch.cuda.empty_cache()
                 continue

@@ -94,7 +94,7 @@ def tokenize(
     >>> spots.positions.tolist(), spots.values.round(2).tolist()
     ([1, 2, 3, 4], [8.01, 8.85, 4.0, 2.0])
     """
-    _check_options(pre_normalized, input_type, resolution)
+    check_options(resolution=resolution, pre_normalized=pre_normalized, input_type=input_type)
     X = sparse.csr_matrix(X, dtype=np.float64, copy=True)
     X.sum_duplicates()  # also sorts: tokens stand in the vocabulary's order
     X.eliminate_zeros()
@@ -131,7 +131,8 @@ def tokenize(
     return Tokens(values, positions, indptr)
 
 
-def _check_options(pre_normalized: str, input_type: str, resolution: str) -> None:
+def check_options(*, resolution: str, pre_normalized: str, input_type: str) -> None:
+    """Refuse what `tokenize` does not know."""
     if pre_normalized not in PRE_NORMALIZED:
         raise ValueError(f"unknown pre_normalized {pre_normalized!r}; known: {', '.join(PRE_NORMALIZED)}")
     if input_type not in INPUT_TYPES:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import anndata as ad
 import numpy as np
@@ -29,7 +30,7 @@ def make_adata(counts, genes=None, **obs):
     return ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes))
 
 
-def random_counts(n_spots, n_genes=len(GENES), seed=0, rate=1.5):
+def random_counts(n_spots, n_genes=30, seed=0, rate=1.5):
     counts = np.random.default_rng(seed).poisson(rate, (n_spots, n_genes))
     counts[:, 0] += 2
     return counts
@@ -370,12 +371,13 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0, 0.01, 0.06, 0.09, 0.3, 0.6, 0.99])
-def test_a_truncated_file_is_refused_by_name(tmp_path, zipped, share):
+def test_a_file_that_is_cut_anywhere_is_refused_by_name(tmp_path, zipped):
     path = write_checkpoint(tmp_path / "models.ckpt", _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"models\.ckpt: (cannot be read|refused)"):
-        read(path)
+    whole = path.read_bytes()
+    for n in [*range(60), *np.linspace(60, len(whole) - 1, 60, dtype=int)]:
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=r"models\.ckpt: (cannot be read|refused)"):
+            read(path)
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
@@ -682,7 +684,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(long_model, spots, monk
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_numbers_that_are_none_are_an_error_and_leave_no_file(tmp_path, monkeypatch, value):
-    model, forward = make_model(), None
+    model = make_model()
     forward = model.encoder.forward
     monkeypatch.setattr(model.encoder, "forward", lambda *args: forward(*args).index_fill(2, torch.tensor([3]), value))
     with pytest.raises(FloatingPointError, match=r"on cpu are not finite.*float32"):
@@ -765,7 +767,7 @@ def test_progress_shows_coverage_and_spots_per_second(capsys):
     shown = capsys.readouterr().err
     assert "75% of the expressed genes are in the vocabulary" in shown
     assert "6/6" in shown
-    assert "spot/s" in shown
+    assert re.search(r"\d spots/s", shown)
 
 
 def test_without_progress_there_is_silence(capsys):

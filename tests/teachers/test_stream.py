@@ -44,12 +44,12 @@ def counted(model):
 
 def stop(model, adata, out, *, after=2, **options):
     """Interrupt a job of three spots a batch, so many batches in; return the lengths of the spots that it finished."""
-    forward, runs = model.encoder.forward, []
+    forward, finished = model.encoder.forward, []
 
     def interrupted(values, positions, lengths):
-        if len(runs) == after:
+        if len(finished) == 3 * after:
             raise KeyboardInterrupt
-        runs.append(lengths.tolist())
+        finished.extend(lengths.tolist())
         return forward(values, positions, lengths)
 
     model.encoder.forward = interrupted
@@ -58,7 +58,7 @@ def stop(model, adata, out, *, after=2, **options):
             model.embed(adata, out=out, batch_size=3, **options)
     finally:
         del model.encoder.forward
-    return sum(runs, [])
+    return finished
 
 
 # --- embedding to a file -------------------------------------------------------------------------------------------
