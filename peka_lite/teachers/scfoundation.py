@@ -248,7 +248,7 @@ class ScFoundation:
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
         bar = tqdm(
-            total=len(done), initial=int(done.sum()), desc="embed spots", unit="spot", disable=not progress,
+            total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", disable=not progress,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         )  # fmt: skip
         while len(left):
