@@ -91,7 +91,7 @@ def tokenize(
     Examples
     --------
     >>> spots = tokenize(sparse.csr_matrix([[0, 30, 70]]))
-    >>> spots.positions.tolist(), spots.values.round(2).tolist()
+    >>> spots.positions.tolist(), [round(float(value), 2) for value in spots.values]
     ([1, 2, 3, 4], [8.01, 8.85, 4.0, 2.0])
     """
     check_options(resolution=resolution, pre_normalized=pre_normalized, input_type=input_type)
