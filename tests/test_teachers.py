@@ -1,5 +1,7 @@
 """Teachers embed each spot on its own, from all genes of its slide, in the order of the rows."""
 
+import dataclasses
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -8,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from peka_lite import teachers
 from peka_lite.expression import normalize
 from peka_lite.hest import Cohort, Slide
 from peka_lite.splits import folds
 from peka_lite.teachers import TEACHERS, embed_cohort, load_teacher
+from peka_lite.teachers.scfoundation import ScFoundation
 from peka_lite.tiles import TileStore
 
 GENES = [f"G{i}" for i in range(40)]
@@ -205,3 +209,155 @@ def test_an_unfitted_teacher_is_refused():
 def test_impossible_widths_are_refused(options):
     with pytest.raises(ValueError, match="n_genes >= n_components >= 2"):
         small_teacher(**options)
+
+
+# --- a pretrained teacher ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder."""
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pretrained(seed=0, **options):
+    encoder = ScFoundation.random(GENES, hidden_dim=8, depth=1, heads=2, seed=seed).encoder
+    return ScFoundation(encoder, GENES, origin="test", **options)
+
+
+def with_second_slide(cohort, change):
+    """The same cohort with its second slide's AnnData changed."""
+    first, second = cohort.slides
+    return Cohort((first, dataclasses.replace(second, adata=change(second.adata.copy()))))
+
+
+def listed(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def published(golden, cache):
+    return golden / "scfoundation" / "toy_models_ckpt.pt"
+
+
+def test_scfoundation_is_loaded_from_a_file_with_its_options(published):
+    teacher = load_teacher("scfoundation", checkpoint=published, key="rde", mapping={"OLD": "TP53"})
+    assert repr(teacher) == "ScFoundation(toy_models_ckpt.pt, rde: 2 layers, width 64, 19264 genes)"
+    assert teacher.mapping == {"OLD": "TP53"}
+
+
+def test_scfoundation_is_loaded_from_the_cache_where_no_file_is_given(published, monkeypatch):
+    monkeypatch.setattr(teachers, "located", {"scfoundation": published}.get)
+    assert load_teacher("scfoundation").fingerprint == load_teacher("scfoundation", checkpoint=published).fingerprint
+
+
+def test_scfoundation_that_was_not_fetched_says_how_to_get_it(cache):
+    with pytest.raises(FileNotFoundError, match=r"not in the cache: run `peka-lite fetch scfoundation`"):
+        load_teacher("scfoundation")
+
+
+def test_an_unknown_option_of_scfoundation_is_refused(published):
+    with pytest.raises(TypeError, match="n_components"):
+        load_teacher("scfoundation", checkpoint=published, n_components=5)
+
+
+def test_a_pretrained_teachers_embeddings_are_kept_one_file_a_slide(cohort, cache):
+    teacher = pretrained()
+    E = embed_cohort(teacher, cohort)
+    assert [name.split("_")[0] for name in listed(cache / "embeddings")] == ["S0", "S1"]
+    assert (E.shape, E.dtype) == ((55, 32), np.float32)
+    for slide in cohort.slides:
+        np.testing.assert_array_equal(E[cohort.rows_of(slide.id)], teacher.embed(slide.adata))
+    for path in (cache / "embeddings").iterdir():
+        np.testing.assert_array_equal(np.load(path), E[cohort.rows_of(path.name.split("_")[0])])
+
+
+def test_what_is_kept_is_not_computed_again(cohort, cache, monkeypatch):
+    teacher = pretrained()
+    E = embed_cohort(teacher, cohort)
+    monkeypatch.setattr(teacher.encoder, "forward", None)  # cannot be called
+    np.testing.assert_array_equal(embed_cohort(teacher, cohort, batch_size=3), E)
+    monkeypatch.undo()
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "other"))
+    np.testing.assert_array_equal(embed_cohort(pretrained(), cohort), E)
+    assert listed(cache / "other" / "embeddings") == listed(cache / "embeddings")
+
+
+def one_count_more(adata):
+    adata.X.data[3] += 1
+    return adata
+
+
+def other_order(adata):
+    return adata[[1, 0, *range(2, adata.n_obs)]].copy()
+
+
+def other_barcodes(adata):
+    adata.obs_names = [*adata.obs_names[1::-1], *adata.obs_names[2:]]
+    return adata
+
+
+def other_genes(adata):
+    adata.var_names = [*adata.var_names[1::-1], *adata.var_names[2:]]
+    return adata
+
+
+@pytest.mark.parametrize("change", [one_count_more, other_order, other_barcodes, other_genes])
+def test_another_slide_has_a_file_of_its_own(cohort, cache, change):
+    teacher, other = pretrained(), with_second_slide(cohort, change)
+    embed_cohort(teacher, cohort)
+    before = set(listed(cache / "embeddings"))
+    np.testing.assert_array_equal(embed_cohort(teacher, other)[30:], teacher.embed(other.slides[1].adata))
+    assert [name.split("_")[0] for name in set(listed(cache / "embeddings")) - before] == ["S1"]
+    assert before <= set(listed(cache / "embeddings"))
+
+
+@pytest.mark.parametrize(("seed", "mapping"), [(1, {}), (0, {"a": "G35", "k": "G36"})])
+def test_another_teacher_has_files_of_its_own(cohort, cache, seed, mapping):
+    embed_cohort(pretrained(), cohort)
+    other = pretrained(seed, mapping=mapping)
+    E = embed_cohort(other, cohort)
+    assert len(listed(cache / "embeddings")) == 4
+    np.testing.assert_array_equal(E, np.concatenate([other.embed(s.adata) for s in cohort.slides]))
+
+
+def test_embeddings_are_kept_where_they_are_asked_to_be(cohort, cache, tmp_path):
+    embed_cohort(pretrained(), cohort, cache=tmp_path / "here" / "now")
+    assert len(listed(tmp_path / "here" / "now")) == 2
+    assert not cache.exists()
+
+
+def test_a_teacher_that_is_fitted_is_asked_anew(cohort, cache):
+    teacher = small_teacher().fit(cohort.by_slide(np.arange(len(cohort))))
+    embed_cohort(teacher, cohort, cache=cache)
+    assert not cache.exists()
+
+
+def test_a_stopped_cohort_goes_on_where_it_was(cohort, cache, monkeypatch):
+    teacher, seen = pretrained(), []
+    forward = teacher.encoder.forward
+
+    def until_the_second_slide(values, positions, lengths):
+        if sum(seen) == 40:
+            raise KeyboardInterrupt
+        seen.append(len(values))
+        return forward(values, positions, lengths)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(teacher.encoder, "forward", until_the_second_slide)
+        with pytest.raises(KeyboardInterrupt):
+            embed_cohort(teacher, cohort, batch_size=10)
+    assert [name.split(".", 1)[1] for name in listed(cache / "embeddings")] == ["npy", "npy.partial"]
+    left = []
+    teacher.encoder.register_forward_pre_hook(lambda _, args: left.append(len(args[0])))
+    E = embed_cohort(teacher, cohort)
+    assert sum(left) == 15
+    np.testing.assert_allclose(E, np.concatenate([teacher.embed(s.adata) for s in cohort.slides]), atol=1e-5)
+
+
+def test_progress_of_a_cohort_is_shown(cohort, cache, capsys):
+    embed_cohort(pretrained(), cohort, progress=True)
+    assert capsys.readouterr().err.count("spots") >= 2
+    embed_cohort(pretrained(), cohort)
+    assert capsys.readouterr().err == ""

@@ -92,26 +92,30 @@ def test_a_missing_gene_list_says_how_to_get_it(tmp_path):
 
 HGNC = [
     # symbol, prev_symbol, alias_symbol, ensembl_gene_id
-    ("TP53", "", "P53|LFS1", "ENSG00000141510"),
+    ("TP53", "", "P53|LFS1|TAKEN", "ENSG00000141510"),
     ("ERBB2", "NGL", "HER2|NEU|SHARED", "ENSG00000141736"),
     ("ESR1", "ESR", "NR3A1|SHARED|HER2B", "ENSG00000091831"),
     ("WASHC2A", "FAM21A|FAM21B", "BA56A21.1", "ENSG00000099290"),  # the vocabulary holds its former symbol
-    ("ACTB", "BOTH", "", "ENSG00000075624"),
+    ("ACTB", "BOTH", "UNHEARD|GONE", "ENSG00000075624"),
     ("TBCE", "", "BOTH|P53", ""),
     ("UNHEARD", "OLDUNHEARD", "ERBB2", "ENSG00000000001"),  # its alias is another gene's symbol
-    ("NOWHERE", "", "NOBODY", "ENSG00000000002"),
+    ("NOWHERE", "GONE", "NOBODY|TAKEN", "ENSG00000000002"),
 ]
+
+
+def write_hgnc(path, rows):
+    """Write HGNC's layout: more columns than are read, several names of a gene in quotes."""
+    lines = ["hgnc_id\tsymbol\tname\talias_symbol\tprev_symbol\tensembl_gene_id"]
+    for i, (symbol, prev, alias, ensembl) in enumerate(rows):
+        prev, alias = (f'"{names}"' if "|" in names else names for names in (prev, alias))
+        lines.append(f"HGNC:{i}\t{symbol}\tsome gene\t{alias}\t{prev}\t{ensembl}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @pytest.fixture
 def hgnc(tmp_path):
-    """HGNC's layout: more columns than are read, several names of a gene in quotes."""
-    lines = ["hgnc_id\tsymbol\tname\talias_symbol\tprev_symbol\tensembl_gene_id"]
-    for i, (symbol, prev, alias, ensembl) in enumerate(HGNC):
-        prev, alias = (f'"{names}"' if "|" in names else names for names in (prev, alias))
-        lines.append(f"HGNC:{i}\t{symbol}\tsome gene\t{alias}\t{prev}\t{ensembl}")
-    (tmp_path / "hgnc.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path / "hgnc.txt"
+    return write_hgnc(tmp_path / "hgnc.txt", HGNC)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +137,9 @@ def hgnc(tmp_path):
         ("P53", "P53"),  # an alias of two genes
         ("ERBB2", "ERBB2"),  # a symbol stays what it is, whatever aliases say
         ("NOBODY", "NOBODY"),
+        ("UNHEARD", "UNHEARD"),  # the symbol of a gene that the vocabulary lacks, and an alias of one that it has
+        ("GONE", "GONE"),  # a former symbol of the one, an alias of the other
+        ("TAKEN", "TAKEN"),  # an alias of both
         ("ENSG00000000002", "ENSG00000000002"),
         ("ENSG99999999999.1", "ENSG99999999999.1"),
     ],
@@ -144,6 +151,20 @@ def test_other_names_lead_to_the_vocabulary_where_they_are_settled(hgnc, name, g
 def test_a_gene_that_the_vocabulary_lacks_does_not_take_anothers_place(hgnc):
     # UNHEARD has the alias ERBB2, which is another gene's symbol
     assert not {"UNHEARD", "OLDUNHEARD", "ENSG00000000001"} & set(read_gene_mapping(hgnc, GENES))
+
+
+def test_a_symbol_of_the_vocabulary_binds_more_than_other_names_of_its_gene_there(tmp_path):
+    path = write_hgnc(tmp_path / "hgnc.txt", [("ESR1", "TBCE|ESR", "ACTB", "ENSG1"), ("NEW", "TP53", "ERBB2", "ENSG2")])
+    mapping = read_gene_mapping(path, GENES)
+    assert mapping == {"ESR": "ESR1", "ENSG1": "ESR1", "NEW": "TP53", "ENSG2": "TP53"}
+
+
+def test_of_several_former_symbols_in_the_vocabulary_the_first_is_taken(tmp_path):
+    # not whichever a set gives first: that would differ from process to process
+    rows = [(f"NEW{i}", f"A{i}|B{i}|C{i}|D{i}", "", f"ENSG{i}") for i in range(20)]
+    vocabulary = [f"{letter}{i}" for letter in "DBCA" for i in range(20)]
+    mapping = read_gene_mapping(write_hgnc(tmp_path / "hgnc.txt", rows), vocabulary)
+    assert [mapping[f"ENSG{i}"] for i in range(20)] == [f"A{i}" for i in range(20)]
 
 
 def test_a_mapping_leads_nowhere_but_to_the_vocabulary(hgnc):
