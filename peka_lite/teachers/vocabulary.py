@@ -79,15 +79,19 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
     for kind in range(len(_NAMES)):
         found = defaultdict(list)
         for gene, names in enumerate(carried):
-            for name in known.intersection(names[kind]):
-                found[name].append(gene)
+            for name in names[kind]:
+                if name in known:
+                    found[name].append(gene)
         owners = dict(found) | owners
-    goal_of = {genes[0]: name for name, genes in reversed(owners.items()) if len(genes) == 1}
+    goal_of = {
+        gene: next((name for kind in names for name in kind if owners.get(name) == [gene]), None)
+        for gene, names in enumerate(carried)
+    }
     claims: list[dict[str, set[str | None]]] = [defaultdict(set) for _ in (*_NAMES, "ensembl_gene_id")]
     for gene, names in enumerate(carried):
         for kind, found in enumerate([*names, [rows[gene]["ensembl_gene_id"]]]):
             for name in found:  # a gene the vocabulary lacks claims its names too: they are no other gene's
-                claims[kind][name].add(goal_of.get(gene))
+                claims[kind][name].add(goal_of[gene])
     mapping: dict[str, str | None] = {}
     settled = {*known, ""}
     for kind in claims:
