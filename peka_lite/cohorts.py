@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -51,10 +52,19 @@ def open_cohort(
 ) -> Cohort:
     """Read a cohort by name or folder and apply quality control, as every run does.
 
-    Parameters are those of `cohort_root`, `read_cohort` and `qc`. A fetched cohort takes its patients from the
-    manifest where `patients` is None.
+    Parameters are those of `cohort_root`, `read_cohort` and `qc`. A cohort of the manifest takes its patients from
+    there where `patients` is None, and where `slides` is None leaves out slides that show the section of another one.
     """
     root = cohort_root(name)
-    if patients is None and (root / "fetched.json").is_file():
-        patients = patients_of(json.loads((root / "fetched.json").read_text())["name"])
-    return qc(read_cohort(root, slides, patients=patients), min_genes=min_genes, max_mito=max_mito)
+    record = root / "fetched.json"
+    entry = read_manifest().artifacts.get(json.loads(record.read_text())["name"]) if record.is_file() else None
+    copies = {}
+    if entry is not None and entry.kind == "cohort":
+        patients = patients_of(entry) if patients is None else patients
+        if slides is None:
+            here = {path.stem for path in (root / "st").glob("*.h5ad")}
+            copies = {s.id: f"same section as {s.same_as}" for s in entry.slides if {s.id, s.same_as} <= here}
+            slides = sorted(here - copies.keys())
+    cohort = read_cohort(root, slides, patients=patients)
+    cohort = dataclasses.replace(cohort, left_out=cohort.left_out | copies)
+    return qc(cohort, min_genes=min_genes, max_mito=max_mito)

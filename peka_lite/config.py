@@ -9,6 +9,7 @@ from pathlib import Path
 from peka_lite.adapters import METHODS, check_block_size
 from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import find_cohort
+from peka_lite.devices import default_device
 from peka_lite.expression import NORMALIZATIONS
 from peka_lite.manifest import located
 from peka_lite.probe import PCARidge
@@ -126,6 +127,8 @@ class RunConfig:
                 "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"
             )
         find_cohort(self.cohort)
+        if (self.device or "").startswith("cuda") and default_device() == "cpu":
+            raise ValueError(f"device {self.device!r}: PyTorch sees no GPU here; `peka-lite doctor` says why")
 
     @property
     def block_size(self) -> int:

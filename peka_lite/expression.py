@@ -131,6 +131,13 @@ def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp1
     return normalize(adata, method=method)[:, adata.var_names.get_indexer(genes)].toarray()
 
 
+def in_memory(adata: ad.AnnData) -> ad.AnnData:
+    """Return data with X in memory; one that lies on disk (``backed``) is read, one without X is refused."""
+    if adata.X is None:
+        raise ValueError("X is empty; it must hold expression (`adata.X = adata.layers[...]` puts a layer there)")
+    return adata.to_memory() if adata.isbacked else adata
+
+
 def align_genes(
     adata: ad.AnnData, genes: Sequence[str], *, names: Sequence[str] | None = None
 ) -> tuple[sparse.csr_matrix, float]:
@@ -156,7 +163,7 @@ def align_genes(
     genes = pd.Index(genes)
     if not genes.is_unique:
         raise ValueError(f"gene {genes[genes.duplicated()][0]!r} stands more than once in the wanted order")
-    X = sparse.csr_matrix(adata.X, dtype=np.float64)
+    X = sparse.csr_matrix(in_memory(adata).X, dtype=np.float64)
     to = genes.get_indexer(adata.var_names if names is None else pd.Index(names))  # (G,), -1 where not wanted
     known = np.flatnonzero(to >= 0)
     pick = sparse.csr_matrix((np.ones(len(known)), (known, to[known])), shape=(len(to), len(genes)))
@@ -168,7 +175,7 @@ def align_genes(
 
 def counts_digest(adata: ad.AnnData) -> str:
     """Hash counts with their barcodes and gene names; 16 hex digits."""
-    X = sparse.csr_matrix(adata.X)
+    X = sparse.csr_matrix(in_memory(adata).X)
     digest = hashlib.sha256("\n".join([*map(str, adata.obs_names), *map(str, adata.var_names)]).encode())
     for part in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data.astype(np.float32)):
         digest.update(part)

@@ -71,12 +71,14 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
     )
     splits = folds(cohort, config.split, config.n_splits, config.seed)
     device = config.device or default_device()
+    # Before any work: a teacher that does not fit the data is refused at once.
+    teacher = config.load_teacher() if config.method != "none" else None
+    coverage = _coverage(teacher, cohort)
     work.mkdir(parents=True, exist_ok=True)
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
 
     tiles = cohort.tiles.to_memmap(scratch / "tiles.npy")
     origin, frozen = None, None
-    teacher = config.load_teacher() if config.method != "none" else None
     if config.method == "none":
         student = _student(config)
         origin, frozen = student.weights_origin, embed_tiles(student, tiles, device=device, progress=progress)
@@ -118,7 +120,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         "backbone": config.backbone,
         "weights": origin,
         "teacher": None if teacher is None else repr(teacher),
-        "teacher_coverage": _coverage(teacher, cohort),
+        "teacher_fingerprint": getattr(teacher, "fingerprint", None),
+        "teacher_coverage": coverage,
         "split": config.split,
         "n_folds": len(splits),
         "n_spots": len(cohort),
@@ -170,6 +173,9 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, progress: bool = F
     loaded = load_run(out)
     if loaded[0] != config:
         raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")
+    made_by = loaded[2].get("teacher_fingerprint")
+    if made_by is not None and config.load_teacher().fingerprint != made_by:
+        raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run anew")
     return loaded
 
 

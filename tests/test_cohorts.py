@@ -70,3 +70,19 @@ def test_the_readers_own_patients_come_first(fetched, tmp_path):
     table = tmp_path / "patients.csv"
     table.write_text("id,patient\nTENX13,one\nTENX14,two\n")
     assert [s.patient for s in open_cohort(fetched, patients=table, min_genes=1).slides] == ["one", "two"]
+
+
+def test_a_section_under_two_ids_is_read_once(fetched):
+    for kind, ending in (("st", "h5ad"), ("patches", "h5"), ("metadata", "json")):
+        for theirs, lung in {"TENX13": "MEND51", "TENX14": "NCBI537"}.items():
+            (fetched / kind / f"{theirs}.{ending}").rename(fetched / kind / f"{lung}.{ending}")
+    (fetched / "fetched.json").write_text(json.dumps({"name": "lung"}))
+    cohort = open_cohort(fetched, min_genes=1)
+    assert [s.id for s in cohort.slides] == ["MEND51"]
+    assert cohort.left_out == {"NCBI537": "same section as MEND51"}
+    assert len(open_cohort(fetched, slides=["MEND51", "NCBI537"], min_genes=1).slides) == 2
+
+
+def test_a_folder_fetched_by_an_entry_of_ones_own_is_read_as_any_folder(fetched):
+    (fetched / "fetched.json").write_text(json.dumps({"name": "my own"}))
+    assert [s.patient for s in open_cohort(fetched, min_genes=1).slides] == [None, None]

@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from scipy import sparse
@@ -16,6 +17,7 @@ from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.results import fingerprint
 from peka_lite.run import load_or_run, load_run, run, run_name
+from peka_lite.teachers.scfoundation import ScFoundation
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
@@ -267,3 +269,28 @@ def test_the_teachers_files_are_checked_before_any_work(mini_root, tmp_path, mon
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     with pytest.raises(error, match=message):
         config(mini_root, **changes)
+
+
+def test_a_teacher_that_does_not_know_the_genes_is_refused_before_tiles_are_copied(mini_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunConfig, "load_teacher", lambda self: ScFoundation.random([f"X{i}" for i in range(20)]))
+    with pytest.raises(ValueError, match="at least half must be"):
+        run(config(mini_root), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_teacher_under_the_same_name_is_not_shown(mini_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    genes = open_cohort(mini_root).genes
+    for seed in (0, 1):
+        teacher = ScFoundation.random(genes, hidden_dim=8, depth=1, seed=seed)
+        monkeypatch.setattr(RunConfig, "load_teacher", lambda self, teacher=teacher: teacher)
+        if seed == 0:
+            assert load_or_run(config(mini_root, n_splits=2), tmp_path / "out")[2]["teacher_fingerprint"]
+    with pytest.raises(FileExistsError, match="another teacher under the same name"):
+        load_or_run(config(mini_root, n_splits=2), tmp_path / "out")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_any_work(mini_root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no GPU"):
+        config(mini_root, device="cuda:0")

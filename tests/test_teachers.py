@@ -1,11 +1,13 @@
 """Teachers embed each spot on its own, from all genes of its slide, in the order of the rows."""
 
 import dataclasses
+import json
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -237,19 +239,30 @@ def listed(folder):
 
 
 @pytest.fixture
-def published(golden, cache):
-    return golden / "scfoundation" / "toy_models_ckpt.pt"
+def published(cache, tmp_path):
+    """A small checkpoint in the published layout, its gene list beside it."""
+    state = {f"model.{name}": tensor for name, tensor in pretrained().encoder.state_dict().items()}
+    network = {
+        "encoder": {"hidden_dim": 8, "depth": 1, "heads": 2, "module_type": "transformer"},
+        **{"seq_len": 42, "bin_num": 100, "bin_alpha": 1.0, "mask_token_id": 102, "pad_token_id": 103},
+    }
+    config = {"model": "mae", "model_config": {"mae": network}, "dataset_config": {"rnaseq": {}}}
+    torch.save({"rde": {"config": config, "state_dict": state}}, tmp_path / "models.ckpt")
+    (tmp_path / "gene_names.json").write_text(json.dumps(GENES))
+    return tmp_path / "models.ckpt"
 
 
 def test_scfoundation_is_loaded_from_a_file_with_its_options(published):
-    teacher = load_teacher("scfoundation", checkpoint=published, key="rde", mapping={"OLD": "TP53"})
-    assert repr(teacher) == "ScFoundation(toy_models_ckpt.pt, rde: 2 layers, width 64, 19264 genes)"
-    assert teacher.mapping == {"OLD": "TP53"}
+    teacher = load_teacher("scfoundation", checkpoint=published, key="rde", mapping={"OLD": "G1"})
+    assert repr(teacher) == "ScFoundation(models.ckpt, rde: 1 layers, width 8, 40 genes)"
+    assert teacher.mapping == {"OLD": "G1"}
+    np.testing.assert_array_equal(teacher.embed(make_adata(5)), pretrained().embed(make_adata(5)))
 
 
 def test_scfoundation_is_loaded_from_the_cache_where_no_file_is_given(published, monkeypatch):
     monkeypatch.setattr(teachers, "located", {"scfoundation": published}.get)
-    assert load_teacher("scfoundation").fingerprint == load_teacher("scfoundation", checkpoint=published).fingerprint
+    given = load_teacher("scfoundation", key="rde", checkpoint=published)
+    assert load_teacher("scfoundation", key="rde").fingerprint == given.fingerprint
 
 
 def test_scfoundation_that_was_not_fetched_says_how_to_get_it(cache):

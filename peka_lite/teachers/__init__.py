@@ -9,6 +9,7 @@ import numpy as np
 
 from peka_lite.manifest import cache_dir, located
 from peka_lite.teachers.pca import PCATeacher
+from peka_lite.teachers.stream import alone
 
 
 def _scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
@@ -55,21 +56,26 @@ def embed_cohort(
     device: str | None = None,
     cache: str | os.PathLike | None = None,
     progress: bool = False,
+    **options,
 ) -> np.ndarray:
     """Embed a cohort slide by slide, each with all of its own genes; (N, D_t) float32 in the cohort's row order.
 
     A pretrained teacher's embeddings are kept in `cache` (None: ``embeddings`` in the cache folder), one file a slide
     whose name holds a hash of counts, weights and settings: when any of them changes, so does the file. A stopped job
-    goes on where it was. A teacher that is fitted, as PCA, is asked anew.
+    goes on where it was, and of two jobs that want one file the second waits for the first. A teacher that is fitted,
+    as PCA, is asked anew. `options` go to the teacher's `embed`, as ``resolution="f1"``.
     """
+    options |= {"device": device}
     if not hasattr(teacher, "cache_key"):
-        return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, device=device) for s in cohort.slides])
+        return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, **options) for s in cohort.slides])
     folder = Path(cache) if cache is not None else cache_dir() / "embeddings"
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for slide in cohort.slides:
-        file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, device=device)}.npy"
+        file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, **options)}.npy"
         if not file.is_file():
-            teacher.embed(slide.adata, batch_size=batch_size, device=device, out=file, progress=progress)
+            with alone(file.with_suffix("")):  # `embed` itself holds the file
+                if not file.is_file():
+                    teacher.embed(slide.adata, batch_size=batch_size, out=file, progress=progress, **options)
         parts.append(np.load(file))
     return np.concatenate(parts)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from tqdm.auto import tqdm
 
 from peka_lite import __version__
 from peka_lite.devices import PRECISION, compute_dtype, default_device
-from peka_lite.expression import counts_digest
+from peka_lite.expression import counts_digest, in_memory
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
-from peka_lite.teachers.stream import finish, open_partial
+from peka_lite.teachers.stream import alone, finish, open_partial
 from peka_lite.teachers.tokens import Tokens, check_options, check_values, tokenize
 from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
@@ -56,7 +57,7 @@ class ScFoundation:
             raise ValueError(f"the model knows {encoder.config.n_genes} genes, the gene list {len(self.genes)}")
         if isinstance(mapping, str | os.PathLike):
             mapping = read_gene_mapping(mapping, self.genes)
-        self.mapping, self.origin, self.precision = dict(mapping or {}), origin, precision
+        self.mapping, self.origin, self.precision = dict(mapping or {}), origin, dict(precision)
         self.encoder = encoder.eval().requires_grad_(False)
         parts = (encoder.config, list(self.genes), sorted(self.mapping.items()))
         digest = hashlib.sha256(repr(parts).encode())
@@ -136,6 +137,10 @@ class ScFoundation:
         """Return the share of the data's expressed genes that the vocabulary knows; below a half is an error."""
         return align_to_vocabulary(adata, self.genes, mapping=self.mapping)[1]
 
+    def align(self, adata: ad.AnnData) -> sparse.csr_matrix:
+        """Return counts in the vocabulary's order, (N, n_genes) float32; columns that name one gene are summed."""
+        return align_to_vocabulary(adata, self.genes, mapping=self.mapping)[0]
+
     def tokens(
         self, adata: ad.AnnData, *, resolution: str = "t4", pre_normalized: str = "F", input_type: str = "singlecell"
     ) -> Tokens:
@@ -152,7 +157,7 @@ class ScFoundation:
         """
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         check_options(**options)
-        total = None
+        adata, total = in_memory(adata), None
         if pre_normalized == "A":
             adata, total = _raw_totals(adata, self.genes)
         check_values(sparse.csr_matrix(adata.X).data, pre_normalized=pre_normalized, input_type=input_type)
@@ -219,17 +224,16 @@ class ScFoundation:
         if progress:
             print(f"{self.coverage(adata):.0%} of the expressed genes are in the vocabulary", file=sys.stderr)
         shape = (adata.n_obs, self.encoder.config.hidden_dim * (4 if pool == "all" else 1))
+        run = (tokens, pool, device, batch_size, max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"])
         if out is None:
-            rows, done = np.empty(shape, dtype=np.float32), np.zeros(len(tokens.lengths), dtype=bool)
-        else:
-            rows, done = open_partial(
-                Path(out), shape=shape, key=self.cache_key(adata, device=device, pool=pool, **options)
-            )
-        limit = max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"]
-        self._fill(rows, done, tokens, pool, device, batch_size, limit, progress)
-        if out is None:
+            rows = np.empty(shape, dtype=np.float32)
+            self._fill(rows, np.zeros(len(rows), dtype=bool), *run, progress)
             return rows
-        finish(Path(out), rows)
+        key = self.cache_key(adata, device=device, pool=pool, **options)
+        with alone(Path(out)):
+            rows, done = open_partial(Path(out), shape=shape, key=key)
+            self._fill(rows, done, *run, progress)
+            finish(Path(out), rows)
         return np.load(out, mmap_mode="r")
 
     def cache_key(self, adata: ad.AnnData, *, device: str | torch.device | None = None, **options) -> str:
@@ -243,7 +247,7 @@ class ScFoundation:
 
     @torch.inference_mode()
     def _fill(self, rows, done, tokens: Tokens, how: str, device, batch_size, max_tokens: int, progress: bool) -> None:
-        encoder = self._on(device)
+        dtype = compute_dtype(device, precision=self.precision)
         # Longest first: memory runs out at once or never, and the bar's time left errs on the long side.
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
@@ -255,6 +259,7 @@ class ScFoundation:
             longest = int(tokens.lengths[left[0]])
             batch = left[: max(1, min(max_tokens // longest, batch_size or len(left)))]
             try:
+                encoder = self._on(device, dtype)
                 values, positions, lengths = (torch.from_numpy(a).to(device) for a in tokens.padded(batch))
                 found = pool_tokens(encoder(values, positions, lengths), lengths, how=how).cpu().numpy()
             except RuntimeError as error:
@@ -268,14 +273,18 @@ class ScFoundation:
                 torch.cuda.empty_cache()
                 continue
             if not np.isfinite(found).all():
-                raise FloatingPointError(f"embeddings on {device} are not finite; give precision= with torch.float32")
+                if dtype == torch.float32:
+                    raise FloatingPointError(f"embeddings on {device} are not finite: are the weights whole?")
+                warnings.warn(f"{dtype} overflows on {device}: going on in float32, slower", stacklevel=3)
+                dtype = torch.float32
+                continue
             rows[batch], done[batch] = found, True
             left = left[len(batch) :]
             bar.update(len(batch))
         bar.close()
+        self._running = ()  # the device's memory is for the student now
 
-    def _on(self, device: torch.device) -> Encoder:
-        dtype = compute_dtype(device, precision=self.precision)
+    def _on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
         if device.type == "cpu" and dtype == torch.float32:
             return self.encoder
         if self._running[:2] != (device, dtype):
@@ -285,11 +294,15 @@ class ScFoundation:
 
 def _raw_totals(adata: ad.AnnData, genes) -> tuple[ad.AnnData, np.ndarray]:
     if "total_counts" in adata.obs:
-        return adata, adata.obs["total_counts"].to_numpy()
+        total = adata.obs["total_counts"].to_numpy()
+        if not np.issubdtype(total.dtype, np.number) or np.any(total != np.rint(total)):
+            raise ValueError("obs['total_counts'] holds no raw totals: they are whole numbers")
+        return adata, total
     if not adata.n_vars or adata.var_names[-1] in genes:
         raise ValueError("pre_normalized='A' needs raw totals: obs['total_counts'], or a last column that holds them")
     return adata[:, :-1], sparse.csr_matrix(adata.X)[:, -1].toarray().ravel()
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the last: cuBLAS on a full card
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

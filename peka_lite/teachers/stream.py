@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock: there two jobs must not write one file
+    fcntl = None
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; another one that wants it waits until this one is through, or gone."""
+    if fcntl is None:
+        yield
+        return
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                break
+        lock.close()  # its holder removed it while this one waited
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
 def open_partial(out: Path, *, shape: tuple[int, int], key: str) -> tuple[np.memmap, np.memmap]:

@@ -148,7 +148,8 @@ def align_to_vocabulary(
         return np.log1p(X) if in_logs else X, coverage
     unknown = [str(own) for own, name in zip(adata.var_names, names, strict=True) if name not in genes]
     if sum(name.startswith("ENS") for name in unknown) > len(unknown) / 2:
-        fix = "this mapping does not lead to them" if mapping else "give mapping= (`peka-lite fetch hgnc`), or symbols"
+        get = "give mapping= (--teacher-mapping) the file that `peka-lite fetch hgnc` prints, or name genes by symbol"
+        fix = "this mapping does not lead to them" if mapping else get
         raise ValueError(
             f"genes are named by Ensembl ids ({', '.join(unknown[:3])}, ...), the vocabulary holds symbols: {fix}"
         )

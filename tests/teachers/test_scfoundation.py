@@ -1,7 +1,9 @@
 """scFoundation: the numbers of the reference, checkpoints of any size, and batches that make no difference."""
 
+import copy
 import json
 import os
+import pickle
 import re
 
 import anndata as ad
@@ -633,6 +635,11 @@ def test_flag_a_without_raw_totals_is_refused():
         make_model().embed(make_adata(logs), pre_normalized="A")
 
 
+def test_a_last_column_of_raw_totals_is_no_unknown_gene():
+    adata = make_adata([[1.5, 2.5, 90], [0.5, 1.5, 20]], ["G0", "UNKNOWN", "total"])
+    assert make_model().tokens(adata, pre_normalized="A").lengths.tolist() == [3, 3]
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -642,6 +649,7 @@ def limited(model, monkeypatch, most, error):
 
     def forward_within(values, positions, lengths):
         asked.append(tuple(values.shape))
+        assert len(asked) < 100, "the same batch is tried again and again"
         if values.numel() > most:
             raise error
         return forward(values, positions, lengths)
@@ -686,9 +694,55 @@ def test_numbers_that_are_none_are_an_error_and_leave_no_file(tmp_path, monkeypa
     model = make_model()
     forward = model.encoder.forward
     monkeypatch.setattr(model.encoder, "forward", lambda *args: forward(*args).index_fill(2, torch.tensor([3]), value))
-    with pytest.raises(FloatingPointError, match=r"on cpu are not finite.*float32"):
+    with pytest.raises(FloatingPointError, match=r"on cpu are not finite"):
         model.embed(make_adata(random_counts(3)), out=tmp_path / "E.npy")
     assert not (tmp_path / "E.npy").exists()
+
+
+def test_half_precision_that_overflows_goes_on_in_float32(monkeypatch):
+    model, adata = make_model(precision=HALF), make_adata(random_counts(3))
+    on = ScFoundation._on
+
+    def overflowing(self, device, dtype):
+        if dtype == torch.float32:
+            return on(self, device, dtype)
+        return lambda values, positions, lengths: torch.full((*values.shape, 8), torch.inf)
+
+    monkeypatch.setattr(ScFoundation, "_on", overflowing)
+    with pytest.warns(UserWarning, match=r"bfloat16 overflows on cpu: going on in float32"):
+        E = model.embed(adata)
+    np.testing.assert_allclose(E, make_model().embed(adata), atol=1e-6)
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_memory_that_runs_out_in_other_words_is_known(long_model, spots, monkeypatch, words):
+    limited(long_model, monkeypatch, 5000, RuntimeError(words))
+    assert np.isfinite(long_model.embed(spots, max_tokens=20_000)).all()
+
+
+@pytest.mark.parametrize("total", [[4.5, 3.2], ["many", "few"]])
+def test_totals_that_are_no_counts_are_refused(total):
+    adata = make_adata(np.log1p([[1, 2], [3, 1]]), ["G0", "G1"])
+    adata.obs["total_counts"] = total
+    with pytest.raises(ValueError, match=r"total_counts.*whole numbers"):
+        make_model().tokens(adata, pre_normalized="A")
+
+
+def test_data_on_disk_are_embedded_as_those_in_memory(tmp_path):
+    adata = make_adata(random_counts(3))
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    np.testing.assert_array_equal(make_model().embed(backed), make_model().embed(adata))
+
+
+def test_data_without_expression_are_refused():
+    with pytest.raises(ValueError, match="X is empty"):
+        make_model().embed(ad.AnnData(obs=pd.DataFrame(index=["a"]), var=pd.DataFrame(index=["G0"])))
+
+
+def test_a_teacher_can_be_pickled():
+    model = pickle.loads(pickle.dumps(make_model(precision=HALF)))
+    assert model.fingerprint == make_model().fingerprint
 
 
 # --- precision -----------------------------------------------------------------------------------------------------
@@ -731,6 +785,19 @@ def test_matrices_are_halved_and_sums_norms_and_embeddings_are_not():
     out = encoder(torch.ones(1, 4), torch.arange(4)[None], torch.tensor([4]))
     assert {*summed, out.dtype} == {torch.float32}
     assert len(summed) == 8
+
+
+def test_what_a_layer_adds_to_is_not_rounded():
+    full = make_model(depth=2).encoder
+    for layer in full.encoder["transformer_encoder"]:
+        for part in (layer.self_attn.out_proj, layer.linear2):  # nothing is added
+            part.weight.zero_()
+            part.bias.zero_()
+    half, tokens = (
+        copy.deepcopy(full).halve(torch.bfloat16),
+        (torch.ones(1, 4), torch.arange(4)[None], torch.tensor([4])),
+    )
+    torch.testing.assert_close(half(*tokens), full(*tokens))
 
 
 @pytest.mark.parametrize(

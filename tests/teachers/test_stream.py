@@ -1,5 +1,8 @@
 """Embeddings on disk: the numbers of memory, picked up where a job stopped, whole or not there."""
 
+import subprocess
+import sys
+import threading
 from contextlib import contextmanager
 
 import anndata as ad
@@ -10,7 +13,7 @@ import torch
 from scipy import sparse
 
 from peka_lite.teachers.scfoundation import ScFoundation
-from peka_lite.teachers.stream import finish, open_partial
+from peka_lite.teachers.stream import alone, finish, open_partial
 
 GENES = [f"G{i}" for i in range(60)]
 
@@ -243,3 +246,39 @@ def test_finishing_puts_the_rows_in_place(half):
     finish(half, rows)
     assert np.load(half).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]
     assert [path.name for path in half.parent.iterdir()] == ["E.npy"]
+
+
+RACE = """
+import sys, anndata as ad, numpy as np, torch
+from peka_lite.teachers.scfoundation import ScFoundation
+adata = ad.read_h5ad(sys.argv[1])
+E = ScFoundation.random(list(adata.var_names), hidden_dim=8, depth=1).embed(adata, batch_size=1, out=sys.argv[2])
+print(float(np.abs(E).sum()))
+"""
+
+
+def test_two_jobs_that_want_one_file_both_get_it(tmp_path):
+    make_adata().write_h5ad(tmp_path / "a.h5ad")
+    order = [sys.executable, "-c", RACE, str(tmp_path / "a.h5ad"), str(tmp_path / "E.npy")]
+    jobs = [subprocess.Popen(order, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], told
+    assert told[0][0] == told[1][0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["E.npy", "a.h5ad"]
+
+
+def test_a_file_that_is_held_is_waited_for(tmp_path):
+    said, out = [], tmp_path / "E.npy"
+
+    def second():
+        with alone(out):
+            said.append("second")
+
+    with alone(out):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        said.append("first")
+    waiting.join(10)
+    assert said == ["first", "second"]
+    assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ def test_raw_counts_of_102_and_103_are_counts_as_any_other(cells):
 
 # --- values, order and depths --------------------------------------------------------------------------------------
 
-counts = st.integers(0, 99).map(lambda seed: np.random.default_rng(seed).poisson(1.5, (4, 9)))
+counts = st.integers(0, 99).map(lambda seed: np.random.default_rng(seed).poisson(1.5, (7, 9)))
 
 
 @given(counts=counts, kind=st.sampled_from("tfa"), number=st.sampled_from(["1", "2", "4", "1.5", "10"]))

@@ -167,6 +167,11 @@ def test_of_several_former_symbols_in_the_vocabulary_the_first_is_taken(tmp_path
     assert [mapping[f"ENSG{i}"] for i in range(20)] == [f"A{i}" for i in range(20)]
 
 
+def test_a_symbol_of_the_vocabulary_that_two_genes_once_had_is_neithers(tmp_path):
+    path = write_hgnc(tmp_path / "hgnc.txt", [("NEW1", "TBCE", "", "ENSG1"), ("NEW2", "TBCE|ACTB", "", "ENSG2")])
+    assert read_gene_mapping(path, GENES) == {"NEW2": "ACTB", "ENSG2": "ACTB"}
+
+
 def test_a_mapping_leads_nowhere_but_to_the_vocabulary(hgnc):
     mapping = read_gene_mapping(hgnc, GENES)
     assert set(mapping.values()) <= set(GENES)
