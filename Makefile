@@ -52,7 +52,7 @@ $(READY): requirements.lock pyproject.toml
 
 # Run folders of an older library must not feed newer pages.
 build/.fresh: $(LIBRARY)
-	@rm -rf build/results && mkdir -p build/results && touch $@
+	@rm -rf build/results build/cache/students && mkdir -p build/results && touch $@
 
 book/notebooks/%.ipynb: notebooks/%.ipynb build/.fresh | $(READY)
 	@mkdir -p book/notebooks build/executed

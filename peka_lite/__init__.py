@@ -1,7 +1,7 @@
 """peka_lite: teach a pathology foundation model to predict gene expression from H&E.
 
 The rooms, in the order data walks through them: `hest`, `expression`, `splits`, `teachers`, `pseudolabels`,
-`backbones`, `adapters`, `transfer`, `probe`, `maps`; `run` is one experiment from start to end.
+`backbones`, `adapters`, `transfer`, `sums`, `probe`, `evaluation`, `maps`; `run` is one experiment from start to end.
 """
 
 from importlib import import_module
@@ -24,11 +24,19 @@ _ROOMS = {
     "backbones": ("BACKBONES", "Backbone", "embed_tiles", "load_backbone"),
     "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
     "transfer": ("TransferModel", "fit", "transfer_loss"),
-    "probe": ("PCARidge", "cross_validate", "pearson", "summarize"),
+    "scores": ("difference", "interval", "pearson", "pooled", "summarize"),
+    "probe": ("PCARidge", "cross_validate"),
+    "provenance": ("LeakError", "row_ids"),
+    "protocols": ("PROTOCOLS", "Protocol"),
+    "ceiling": ("ceiling_of", "estimated_ceiling"),
+    "students": ("Student",),
+    "evaluation": ("evaluate",),
     "maps": ("expression_map", "gene_bars", "local_pcc", "pcc_map"),
     "config": ("RunConfig",),
     "results": ("fingerprint",),
     "run": ("load_or_run", "load_run", "run_name"),
+    "report": ("comparability", "difference_table", "label", "leak_table", "protocol_table", "published", "read_runs"),
+    "report_figures": ("figure2", "leak_figure"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

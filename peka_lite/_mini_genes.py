@@ -112,26 +112,37 @@ def draw_counts(rng, var, profiles, mixtures, depth):
     return counts.astype(np.float32), rate.astype(np.float32)
 
 
-def noise_ceiling(adata):
+def noise_ceiling(adata, *, method="log1p-cp10k"):
     """Give the Pearson correlation that the true rates themselves reach with the counts, for each gene.
 
-    It correlates, over spots, log1p of the true rates with log1p of the observed counts, both scaled to 10,000
-    per spot: what a perfect prediction would score, apart from chance. Over few spots it is itself an estimate.
+    It correlates, over spots, log1p of the true rates with log1p of the observed counts: what a perfect prediction
+    would score, apart from chance. Over few spots it is itself an estimate.
 
     Parameters
     ----------
     adata : anndata.AnnData
         A slide of the mini cohort, or several concatenated: raw counts in ``X`` and ``layers["rate"]``.
+    method : str
+        ``"log1p-cp10k"``: both are scaled to 10,000 per spot first; ``"log1p"``: both are taken as they are.
 
     Returns
     -------
     pandas.Series
-        float64 (n_genes,), indexed by gene; NaN where the true share does not vary, as within one patient for a
-        noise gene.
+        float64 (n_genes,), indexed by gene; NaN where the true share (rate, for ``"log1p"``) does not vary, as
+        the share within one patient for a noise gene.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method.
     """
+    if method not in ("log1p-cp10k", "log1p"):
+        raise ValueError(f"unknown normalisation {method!r}; known: log1p-cp10k, log1p")
     counts = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)
     rate = np.asarray(adata.layers["rate"])
-    true, seen = (np.log1p(1e4 * x / x.sum(1, keepdims=True, dtype=np.float64)) for x in (rate, counts))
+    if method == "log1p-cp10k":
+        rate, counts = (1e4 * x / x.sum(1, keepdims=True, dtype=np.float64) for x in (rate, counts))
+    true, seen = (np.log1p(x, dtype=np.float64) for x in (rate, counts))
     true, seen = true - true.mean(0), seen - seen.mean(0)  # (n_spots, n_genes)
     spread = np.sqrt((true**2).mean(0) * (seen**2).mean(0))
     # A rate that only rounding moves is constant.

@@ -76,6 +76,7 @@ class Adapter:
     options: dict
     n_base: int
     tuner: object = None  # peft's AdaLoraModel, which owns the rank schedule
+    fitted_on: object = None  # row_ids of the tiles that `fit` taught it with
 
 
 def adapt(

@@ -13,11 +13,15 @@ from peka_lite.devices import default_device
 from peka_lite.expression import NORMALIZATIONS
 from peka_lite.manifest import located
 from peka_lite.probe import PCARidge
+from peka_lite.protocols import PROTOCOLS, Protocol
 from peka_lite.pseudolabels import METHODS as LABEL_METHODS
 from peka_lite.pseudolabels import PseudoLabeler
 from peka_lite.splits import SPLITS
 from peka_lite.teachers import TEACHERS, load_teacher
 from peka_lite.transfer import KD_SPACES
+
+FEATURES = ("student", "frozen+student", "teacher", "colour", "coordinates", "depth")
+LAYERS = ("qkv", "proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,23 @@ class RunConfig:
         Slide ids to use; all by default.
     patients
         CSV file with columns id and patient, where neither the metadata nor the manifest has them.
-    teacher, backbone, method, split
-        Names known to `load_teacher`, `BACKBONES`, `adapt` and `folds`.
+    protocol
+        ``"paper"``, ``"hest"`` or ``"strict"`` (`PROTOCOLS`): sets split, normalization and alpha, and which rows each
+        step may see. None: those three as given here, everything that learns on training rows.
+    features
+        What the probe reads: ``"student"``; ``"frozen+student"``, the frozen student's features beside the taught
+        one's; or a control without a student: ``"colour"`` and texture of the tile, ``"coordinates"`` on the slide,
+        ``"depth"`` (total count), and ``"teacher"``, which sees the expression itself: the upper line.
+    teacher, backbone, method
+        Names known to `load_teacher`, `BACKBONES` and `adapt`.
+    split
+        As in `folds`; a protocol that holds patients out takes ``"slide"`` where there is one patient.
+    layers
+        Attention layer that gets the adapters, ``"qkv"`` or ``"proj"``.
+    shuffle_teacher
+        A control: the student is taught with another spot's teacher embedding and label.
+    train_share
+        Share of the training spots of every slide that is used, 0 to 1.
     teacher_checkpoint, teacher_genes, teacher_mapping
         Files of teacher ``"scfoundation"``: weights, gene list and gene mapping, as in `ScFoundation.from_checkpoint`.
     weights
@@ -48,7 +67,8 @@ class RunConfig:
     normalization, n_genes
         Targets: how counts are normalised, and how many highly variable genes are predicted.
     alpha
-        The probe's ridge penalty, ``"hest"`` or a number (`PCARidge`). Never choose it by looking at test scores.
+        The probe's ridge penalty: ``"hest"`` or a number (`PCARidge`), or ``"inner"``, chosen on inner folds. Never
+        choose a number by looking at test scores.
     n_splits, seed, min_genes, max_mito, device
         Folds wanted; seed of every random choice; quality control as in `qc`; None takes a GPU where there is one.
     """
@@ -56,15 +76,18 @@ class RunConfig:
     cohort: str = "mini"
     slides: tuple[str, ...] | None = None
     patients: str | None = None
+    protocol: str | None = None
+    features: str = "student"
     teacher: str = "pca"
     teacher_checkpoint: str | None = None
     teacher_genes: str | None = None
     teacher_mapping: str | None = None
     backbone: str = "mini"
     method: str = "bone"
-    split: str = "patient"
+    split: str | None = None
     weights: str = "hub"
     r: int | None = None
+    layers: str = "qkv"
     label_method: str = "knn-leiden"
     resolution: float | None = None
     n_clusters: int | None = None
@@ -75,9 +98,11 @@ class RunConfig:
     epochs: int = 50
     batch_size: int = 32
     lr: float = 1e-4
-    normalization: str = "log1p-cp10k"
+    shuffle_teacher: bool = False
+    train_share: float = 1.0
+    normalization: str | None = None
     n_genes: int = 50
-    alpha: str | float = "hest"
+    alpha: str | float | None = None
     n_splits: int = 5
     seed: int = 0
     min_genes: int = 200
@@ -87,7 +112,9 @@ class RunConfig:
     def __post_init__(self):
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
+        self._settle_protocol()
         known = {
+            "features": FEATURES, "layers": LAYERS,
             "teacher": TEACHERS, "backbone": BACKBONES, "method": METHODS, "split": SPLITS, "kd_space": KD_SPACES,
             "label_method": LABEL_METHODS, "normalization": NORMALIZATIONS,
         }  # fmt: skip
@@ -97,7 +124,14 @@ class RunConfig:
         for field in ("tau", "epochs", "batch_size", "lr", "n_genes", "min_genes"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
-        PCARidge(alpha=self.alpha)  # refuses what is no penalty
+        if self.alpha != "inner":
+            PCARidge(alpha=self.alpha)  # refuses what is no penalty
+        if not 0 < self.train_share <= 1:
+            raise ValueError(f"train_share is above 0 and at most 1, not {self.train_share}")
+        if self.features not in ("student", "frozen+student") and self.method != "none":
+            raise ValueError(f"features {self.features!r} take no student: give method 'none' with them")
+        if self.method == "none" and (self.features == "frozen+student" or self.shuffle_teacher):
+            raise ValueError("method 'none' teaches no student: neither 'frozen+student' nor shuffle_teacher fits it")
         if self.n_splits < 2:
             raise ValueError(f"n_splits must be at least 2, not {self.n_splits}")
         if self.resolution is not None and self.label_method != "knn-leiden":
@@ -129,6 +163,23 @@ class RunConfig:
         find_cohort(self.cohort)
         if (self.device or "").startswith("cuda") and default_device() == "cpu":
             raise ValueError(f"device {self.device!r}: PyTorch sees no GPU here; `peka-lite doctor` says why")
+
+    def _settle_protocol(self):
+        """Fill in what the protocol sets, and refuse what contradicts it."""
+        if self.protocol not in (None, *PROTOCOLS):
+            raise ValueError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
+        sets = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
+        for field in ("split", "normalization", "alpha"):
+            given, meant = getattr(self, field), getattr(sets, field)
+            if given is None:
+                object.__setattr__(self, field, meant)
+            elif self.protocol and given != meant and (field, meant, given) != ("split", "patient", "slide"):
+                raise ValueError(f"protocol {self.protocol!r} has {field} {meant!r}, not {given!r}; leave {field} out")
+
+    def settled_protocol(self) -> Protocol:
+        """Return the protocol in use; ``"custom"`` where none is named."""
+        sets = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split=self.split)
+        return dataclasses.replace(sets, split=self.split, normalization=self.normalization, alpha=self.alpha)
 
     @property
     def block_size(self) -> int:

@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from peka_lite.provenance import row_ids
+
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
+
+
+class GeneList(list):
+    """Gene names that know which rows chose them: ``fitted_on_`` holds their `row_ids`."""
+
+    fitted_on_: np.ndarray
 
 
 def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
@@ -92,7 +100,7 @@ def top_hvg(
     Returns
     -------
     list of str
-        Gene names, most variable first.
+        Gene names, most variable first; its ``fitted_on_`` holds the `row_ids` of the counts that chose them.
 
     Raises
     ------
@@ -118,7 +126,9 @@ def top_hvg(
     found.index = work.var_names
     # A gene that is the same everywhere has no dispersion (NaN) and comes last.
     ranked = found.sort_values("dispersions_norm", ascending=False, kind="stable")
-    return ranked.index[:n].tolist()
+    genes = GeneList(ranked.index[:n])
+    genes.fitted_on_ = row_ids(X)
+    return genes
 
 
 def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> np.ndarray:

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
-from peka_lite.probe import pearson
+from peka_lite.scores import pearson
 
 IMAGE_KEY = "downscaled_fullres"
 OVER = ("neighbours", "genes")

@@ -1,17 +1,19 @@
-"""The probe: PCA and ridge from frozen features to genes, scored by Pearson correlation."""
+"""The probe: PCA and ridge from frozen features to genes."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import eigh
-from scipy.stats import t
+
+from peka_lite.scores import fold_table
+from peka_lite.sums import Moments, components, gather
 
 SOLVERS = ("exact", "hest-bench")
+CHUNK = 4096  # rows in float64 at a time
+MOST_BYTES = 4 * 2**30  # of the sums that cross_validate holds
 
 
 class PCARidge:
@@ -26,8 +28,11 @@ class PCARidge:
         Ridge penalty on the squared norm, beside the sum of squared errors; ``"hest"`` is HEST-bench's
         ``100 / (columns after PCA * genes)``.
     solver
-        ``"exact"``: float64, closed form, no randomness. ``"hest-bench"``: scikit-learn as HEST-bench calls it
-        (seeded PCA, scores rounded to float32, iterative lsqr, no intercept), to compare with its published numbers.
+        ``"exact"``: float64, closed form from sums (`peka_lite.sums`), no randomness. ``"hest-bench"``: scikit-learn as
+        HEST-bench calls it (seeded PCA, scores rounded to float32, iterative lsqr, no intercept), to compare with its
+        published numbers.
+    standardize
+        Divide each feature by its standard deviation before PCA, as HEST-bench does. Only ``"exact"`` can do without.
     fit_intercept
         Add the genes' training means, so that predictions are in the genes' units. HEST-bench does not; the Pearson
         correlation is the same. Only with ``"exact"``.
@@ -47,6 +52,7 @@ class PCARidge:
         alpha: str | float = "hest",
         solver: str = "exact",
         *,
+        standardize: bool = True,
         fit_intercept: bool = False,
     ):
         if solver not in SOLVERS:
@@ -57,49 +63,57 @@ class PCARidge:
             raise ValueError(f"n_components must be at least 1 or None, not {n_components}")
         if fit_intercept and solver == "hest-bench":
             raise ValueError("HEST-bench fits no intercept; use solver='exact' with fit_intercept=True")
-        self.n_components, self.alpha, self.solver, self.fit_intercept = n_components, alpha, solver, fit_intercept
+        if not standardize and solver == "hest-bench":
+            raise ValueError("HEST-bench standardises; use solver='exact' with standardize=False")
+        self.n_components, self.alpha, self.solver = n_components, alpha, solver
+        self.standardize, self.fit_intercept = standardize, fit_intercept
 
     def fit(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
         """Fit on features (n, d) and targets (n, genes); sets ``coef_`` (d, genes) for the exact solver."""
         X, Y = np.asarray(X), np.asarray(Y)
         if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
             raise ValueError(f"features (n, d) and targets (n, genes) must share rows, not {X.shape} and {Y.shape}")
+        if self.solver == "exact":
+            return self._fit_exact(gather(X, Y, np.zeros(len(X), dtype=np.int64), chunk=CHUNK).over([0]))
         if len(X) < 2:
             raise ValueError("at least two training rows are needed")
         for name, A in (("features", X), ("targets", Y)):
             if not np.isfinite(A).all():
                 raise ValueError(f"{name} hold NaN or infinite values")
-        return self._fit_exact(X, Y) if self.solver == "exact" else self._fit_hest_bench(X, Y)
+        return self._fit_hest_bench(X, Y)
+
+    def fit_sums(self, moments: Moments) -> PCARidge:
+        """Fit on the sums of the training rows (`peka_lite.sums`), as `fit` on the rows themselves."""
+        if self.solver != "exact":
+            raise ValueError("HEST-bench's solver reads rows; fit_sums needs solver='exact'")
+        return self._fit_exact(moments)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Predict (n, genes) float64 from features (n, d)."""
         if self.solver == "hest-bench":
             return self.ridge_.predict(self._reduce(X)).reshape(len(X), -1).astype(np.float64)
-        return (np.asarray(X, dtype=np.float64) - self.mean_) / self.scale_ @ self.coef_ + self.intercept_
+        weights, P = self.coef_ / self.scale_[:, None], np.empty((len(X), self.coef_.shape[1]))
+        for start in range(0, len(X), CHUNK):
+            P[start : start + CHUNK] = (X[start : start + CHUNK] - self.mean_) @ weights
+        return P + self.intercept_
 
     def _alpha(self, width: int, genes: int) -> float:
         return 100 / (width * genes) if self.alpha == "hest" else float(self.alpha)
 
-    def _fit_exact(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
-        X, Y = X.astype(np.float64), Y.astype(np.float64)
-        n, d = X.shape
-        self.mean_, self.scale_ = X.mean(0), X.std(0)
-        self.scale_[self.scale_ <= 1e-12 * np.abs(self.mean_) + 1e-300] = 1.0  # a constant feature carries nothing
-        X = (X - self.mean_) / self.scale_
-        y_mean = Y.mean(0)
-        gram, cross = X.T @ X, X.T @ (Y - y_mean)  # (d, d), (d, genes)
-        width = d if self.n_components is None else min(self.n_components, n - 1, d)
+    def _fit_exact(self, moments: Moments) -> PCARidge:
+        if moments.n < 2:
+            raise ValueError("at least two training rows are needed")
+        reduced = components(moments, self.n_components, standardize=self.standardize)
+        d, width = reduced.vectors.shape
         if self.n_components is not None and width < self.n_components:
             warnings.warn(
-                f"{n} training rows of {d} features allow {width} of {self.n_components} components", stacklevel=3
+                f"{moments.n} training rows of {d} features allow {width} of {self.n_components} components",
+                stacklevel=3,
             )
-        self.n_components_ = width
-        values, vectors = eigh(gram, subset_by_index=[d - width, d - 1])
-        # X is centred, so ridge on the scores with or without intercept has these coefficients.
-        shrink = np.clip(values, 0, None) + self._alpha(width, Y.shape[1])
-        shrink[shrink <= 0] = np.inf  # alpha 0: directions without variance are left out
-        self.coef_ = vectors @ ((vectors.T @ cross) / shrink[:, None])
-        self.intercept_ = y_mean if self.fit_intercept else np.zeros_like(y_mean)
+        self.n_components_, self.mean_, self.scale_ = width, reduced.mean, reduced.scale
+        # Features are centred, so ridge on the scores with or without intercept has these coefficients.
+        self.coef_ = reduced.vectors @ reduced.weights(self._alpha(width, len(moments.mean_y)))
+        self.intercept_ = moments.mean_y if self.fit_intercept else np.zeros_like(moments.mean_y)
         return self
 
     def _fit_hest_bench(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
@@ -130,25 +144,6 @@ class PCARidge:
         return X.astype(np.float32).astype(np.float64 if self.steps_ else np.float32)
 
 
-def pearson(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
-    """Pearson correlation column by column, (genes,) float64; NaN where either side is constant.
-
-    Examples
-    --------
-    >>> pearson(np.array([[0.0, 1], [1, 1], [2, 1]]), np.array([[1.0, 3], [2, 4], [4, 5]])).round(3).tolist()
-    [0.982, nan]
-    """
-    Y, P = np.asarray(Y, dtype=np.float64), np.asarray(P, dtype=np.float64)
-    if Y.shape != P.shape:
-        raise ValueError(f"measured {Y.shape} and predicted {P.shape} differ in shape")
-    y, p = Y - Y.mean(0), P - P.mean(0)
-    norm_y, norm_p = np.linalg.norm(y, axis=0), np.linalg.norm(p, axis=0)
-    # Rounding leaves a constant column with a norm of about 1e-16 of its size, not with zero.
-    constant = (norm_y <= 1e-10 * np.linalg.norm(Y, axis=0)) | (norm_p <= 1e-10 * np.linalg.norm(P, axis=0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(constant, np.nan, (y * p).sum(0) / (norm_y * norm_p))
-
-
 def cross_validate(
     X: np.ndarray,
     Y: np.ndarray,
@@ -161,10 +156,12 @@ def cross_validate(
 ) -> pd.DataFrame:
     """Fit the probe on each fold's training rows and score its test rows.
 
+    The exact solver reads the features once for all folds, and once more to predict.
+
     Parameters
     ----------
     X
-        (N, d) frozen features.
+        (N, d) frozen features, which may be a `numpy.memmap`.
     Y
         (N, genes) targets.
     folds
@@ -181,54 +178,33 @@ def cross_validate(
     genes = list(range(Y.shape[1])) if genes is None else list(genes)
     if len(genes) != Y.shape[1]:
         raise ValueError(f"{len(genes)} gene names for {Y.shape[1]} columns")
+    if X.ndim != 2 or len(X) != len(Y):
+        raise ValueError(f"features (n, d) and targets (n, genes) must share rows, not {X.shape} and {Y.shape}")
+    folds = [tuple(np.arange(len(X))[rows] for rows in fold) for fold in folds]
+    sums = _training_sums(X, Y, [train for train, _ in folds]) if solver == "exact" else None
     tables = []
     for fold, (train, test) in enumerate(folds):
-        model = PCARidge(n_components, alpha, solver).fit(X[train], Y[train])
-        tables.append(fold_table(fold, genes, Y[test], model.predict(X[test]), n_train=len(train)))
+        model = PCARidge(n_components, alpha, solver)
+        model = model.fit_sums(sums(fold)) if sums else model.fit(X[train], Y[train])
+        P = np.concatenate([model.predict(X[test[i : i + CHUNK]]) for i in range(0, len(test) or 1, CHUNK)])
+        tables.append(fold_table(fold, genes, Y[test], P, n_train=len(train)))
     return pd.concat(tables, ignore_index=True)
 
 
-def fold_table(fold: int, genes: Sequence[str], Y: np.ndarray, P: np.ndarray, *, n_train: int) -> pd.DataFrame:
-    """Score one fold: the rows of the result table for measured `Y` and predicted `P`, both (n_test, genes)."""
-    return pd.DataFrame({"fold": fold, "gene": list(genes), "pcc": pearson(Y, P), "n_train": n_train, "n_test": len(Y)})
+def _training_sums(X: np.ndarray, Y: np.ndarray, trains: Sequence[np.ndarray]) -> Callable[[int], Moments]:
+    """Return what gives the moments of each fold's training rows: one pass for all folds, or a pass a fold.
 
-
-def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Reduce a result table to its mean PCC with a 95% interval, leaving NaN out by name.
-
-    The mean is the mean over folds of each fold's mean over genes, as HEST-bench reports. The interval's standard error
-    comes from resampling folds (patients or slides) and genes together: spots of one slide are not independent, so
-    they are not resampled. It is scaled for the number of folds and multiplied by Student's t with folds - 1 degrees
-    of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
-
-    Returns
-    -------
-    dict
-        mean_pcc, ci_low, ci_high (NaN with one fold), mean_pcc_per_fold (list), n_nan, nan_genes (names).
+    Rows that train the same folds are one cell. Where folds overlap in so many ways that cells outnumber what passes
+    they save, or where their sums would not fit, each fold has its own pass.
     """
-    wide = table.pivot_table(index="fold", columns="gene", values="pcc", dropna=False, aggfunc="first", sort=True)
-    lost = table[table["pcc"].isna()]
-    per_fold = table.groupby("fold")["pcc"].mean()
-    if per_fold.isna().all():
-        raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
-    values = wide.to_numpy(dtype=float)  # (folds, genes), NaN where a fold did not predict a gene
-    rng = np.random.default_rng(seed)
-    means = np.empty(n_boot)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resampled fold may hold no gene
-        for b in range(n_boot):
-            f = rng.integers(0, values.shape[0], values.shape[0])
-            g = rng.integers(0, values.shape[1], values.shape[1])
-            means[b] = np.nanmean(np.nanmean(values[np.ix_(f, g)], axis=1))
-    n_folds = int(per_fold.notna().sum())
-    error = np.nanstd(means) * math.sqrt(n_folds / (n_folds - 1)) if n_folds > 1 else math.nan
-    reach = error * t.ppf(0.975, n_folds - 1) if n_folds > 1 else math.nan
-    mean = float(per_fold.mean())
-    return {
-        "mean_pcc": mean,
-        "ci_low": mean - float(reach),
-        "ci_high": mean + float(reach),
-        "mean_pcc_per_fold": [float(v) for v in per_fold],
-        "n_nan": len(lost),
-        "nan_genes": sorted(set(lost["gene"].astype(str))),
-    }
+    counts = np.stack([np.bincount(train, minlength=len(X)) for train in trains], axis=1)  # (N, folds)
+    if counts.max() > 1:  # a bootstrap: rows drawn twice count twice
+        return lambda fold: gather(X[trains[fold]], Y[trains[fold]], np.zeros(len(trains[fold]), dtype=np.int64)).over(
+            [0]
+        )
+    patterns, cells = np.unique(np.packbits(counts > 0, axis=1), axis=0, return_inverse=True)
+    bits = np.unpackbits(patterns, axis=1, count=len(trains)).astype(bool)  # (patterns, folds)
+    if len(patterns) > 4 * len(trains) + 1 or len(patterns) * X.shape[1] ** 2 * 8 > MOST_BYTES:
+        return lambda fold: gather(X, Y, counts[:, fold].astype(np.int64) - 1, chunk=CHUNK).over([0])
+    sums = gather(X, Y, np.where(bits.any(1), np.arange(len(bits)), -1)[cells.ravel()], chunk=CHUNK)
+    return lambda fold: sums.over(np.flatnonzero(bits[:, fold]))

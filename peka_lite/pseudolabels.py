@@ -9,6 +9,8 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite.provenance import row_ids
+
 METHODS = {
     "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
     "kmeans": {"n_clusters": 100, "n_neighbors": 15},
@@ -37,6 +39,8 @@ class PseudoLabeler:
         (N,) int64, numbered from 0 by size without gaps, of the rows given to `fit`.
     n_labels_
         How many clusters were found.
+    fitted_on_
+        `row_ids` of the rows given to `fit`.
 
     Examples
     --------
@@ -75,6 +79,7 @@ class PseudoLabeler:
         order = np.argsort(-np.bincount(labels), kind="stable")
         self.labels_ = np.argsort(order)[labels].astype(np.int64)
         self.n_labels_ = int(self.labels_.max()) + 1
+        self.fitted_on_ = row_ids(E)
         self._neighbors = NearestNeighbors(n_neighbors=k).fit(E)
         return self
 

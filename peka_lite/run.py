@@ -8,34 +8,33 @@ import os
 import platform
 import shutil
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import yaml
 
 from peka_lite import __version__
-from peka_lite.adapters import adapt, adapted_share, adapter_state, merge
-from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
-from peka_lite.expression import targets, top_hvg
+from peka_lite.evaluation import evaluate
+from peka_lite.expression import NORMALIZATIONS
 from peka_lite.hest import Cohort
-from peka_lite.probe import PCARidge, fold_table, summarize
-from peka_lite.results import draw_maps, fingerprint, held_out_predictions
+from peka_lite.results import draw_maps, held_out_predictions
+from peka_lite.scores import interval, pooled
+from peka_lite.sources import FeatureSource
 from peka_lite.splits import folds
-from peka_lite.teachers import embed_cohort
-from peka_lite.transfer import TransferModel, fit
 
 
-def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) -> dict:
+def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False) -> dict:
     """Run one experiment and write its folder.
 
-    Inside each fold everything that learns (highly variable genes, teacher, clusters, student, probe) sees training
-    rows only.
+    The protocol decides what is held out and which rows each step may learn from (`PROTOCOLS`); without one, whatever
+    learns (highly variable genes, teacher, clusters, student, probe) sees training rows only.
 
     Parameters
     ----------
@@ -43,10 +42,15 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         What to run.
     out
         Folder to make. It appears when the run is complete: ``config.yml``, ``metrics.csv`` (tidy: method, backbone,
-        split, fold, gene, pcc, n_train, n_test), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN
-        where a gene was not among a fold's targets; layer ``measured``), ``training.csv`` and
-        ``adapter.safetensors`` (one set of tensors a fold) unless the method is ``"none"``, ``maps/*.png``. Until
-        then the work is in ``{out}.partial``; running the same again after an interruption goes on from there.
+        split, protocol, features, normalization, fold, gene, pcc, n_train, n_test; the protocol's own targets, PCC
+        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalisations, from which
+        every score follows), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
+        among a fold's targets; layer ``measured``), ``maps/*.png``, and where a student was taught ``training.csv``
+        and ``adapter.safetensors`` (one set of tensors a fold, or one for all). Until then the work is in
+        ``{out}.partial``. Taught students are kept in the cache (`taught_student`), so running the same again after an
+        interruption goes on from there.
+    maps
+        Draw the maps, the slowest part of a run whose students are taught already.
 
     Returns
     -------
@@ -60,7 +64,6 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
     """
     begun, out = time.perf_counter(), Path(out)
     work = out.with_name(out.name + ".partial")
-    scratch = work / "scratch"  # tiles and checkpoints; not part of the result
     _claim(config, out, work)
     cohort = open_cohort(
         config.cohort,
@@ -69,75 +72,69 @@ def run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False) ->
         min_genes=config.min_genes,
         max_mito=config.max_mito,
     )
-    splits = folds(cohort, config.split, config.n_splits, config.seed)
+    protocol = config.settled_protocol()
+    splits = folds(cohort, protocol.split, config.n_splits, config.seed)
     device = config.device or default_device()
+    use = _taught_by(cohort, config.train_share, config.seed)
     # Before any work: a teacher that does not fit the data is refused at once.
-    teacher = config.load_teacher() if config.method != "none" else None
-    coverage = _coverage(teacher, cohort)
+    source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
+    coverage = _coverage(source.teacher, cohort)
     work.mkdir(parents=True, exist_ok=True)
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
 
-    tiles = cohort.tiles.to_memmap(scratch / "tiles.npy")
-    origin, frozen = None, None
-    if config.method == "none":
-        student = _student(config)
-        origin, frozen = student.weights_origin, embed_tiles(student, tiles, device=device, progress=progress)
-    tables, histories, adapters, predicted, share, n_labels = [], [], {}, {}, 0.0, []
-    for fold, (train, test) in enumerate(splits):
-        genes = top_hvg(cohort.adata, n=config.n_genes, rows=train, method=config.normalization)
-        Y = targets(cohort.adata, genes, method=config.normalization)
-        features = frozen
-        if frozen is None:
-            student, history = _teach(config, teacher, cohort, tiles, train, fold, scratch, device, progress)
-            histories.append(history.assign(fold=fold))
-            adapters |= {f"fold{fold}.{k}": v for k, v in adapter_state(student).items()}
-            origin, share = student.weights_origin, adapted_share(student)
-            n_labels.append(int(history.attrs["n_labels"]))
-            features = embed_tiles(merge(student), tiles, device=device, progress=progress)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*training rows of.*components")  # told in summary.json
-            probe = PCARidge(alpha=config.alpha, fit_intercept=True).fit(features[train], Y[train])
-        P = probe.predict(features[test])
-        tables.append(fold_table(fold, genes, Y[test], P, n_train=len(train)))
-        predicted[fold] = (test, genes, Y[test], P)
-
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "method", config.method)
-    table.insert(1, "backbone", config.backbone)
-    table.insert(2, "split", config.split)
+    done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
+    done.moments.to_parquet(work / "slides.parquet", index=False)
+    table = _metrics(config, protocol, splits, use, done.moments)
     table.to_csv(work / "metrics.csv", index=False)
-    if histories:
-        from safetensors.torch import save_file
-
-        pd.concat(histories, ignore_index=True).to_csv(work / "training.csv", index=False)
-        meta = {"method": config.method, "backbone": config.backbone, "weights": origin, "r": str(config.block_size)}
-        save_file(adapters, work / "adapter.safetensors", metadata=meta)
-    predictions = held_out_predictions(cohort, predicted)
+    source.save(work)
+    predictions = held_out_predictions(cohort, done.predicted)
     predictions.write_h5ad(work / "predictions.h5ad")
-    draw_maps(cohort, predictions, table, work / "maps")
-    summary = summarize(table) | {
+    if maps:
+        draw_maps(cohort, predictions, table, work / "maps")
+    own = done.moments[done.moments["normalization"] == protocol.normalization]
+    scores = {
+        m: {how: interval(moments, how=how, seed=config.seed) for how in ("pooled", "slides")}
+        for m, moments in done.moments.groupby("normalization", sort=False)
+    }
+    score, lost = scores[protocol.normalization]["pooled"], table[table["pcc"].isna()]
+    summary = {
+        "mean_pcc": score["pcc"],
+        "ci_low": score["ci_low"],
+        "ci_high": score["ci_high"],
+        "mean_pcc_per_fold": score["per_fold"],
+        "n_nan": len(lost),
+        "nan_genes": sorted(set(lost["gene"].astype(str))),
+        "protocol": protocol.name,
         "method": config.method,
+        "features": config.features,
+        "shuffled": config.shuffle_teacher,
         "backbone": config.backbone,
-        "weights": origin,
-        "teacher": None if teacher is None else repr(teacher),
-        "teacher_fingerprint": getattr(teacher, "fingerprint", None),
+        "cohort": config.cohort,
+        "split": protocol.split,
+        "normalization": protocol.normalization,
+        "scores": scores,
+        "unit": score["unit"],
+        "one_patient": own["patient"].nunique() == 1 and own["patient"].iloc[0] != "unknown",
+        "ceiling": _ceiling(cohort, done, splits),
+        "alphas": done.alphas[protocol.normalization],
+        "epochs": config.epochs if source.taught else None,
+        "teacher": None if source.teacher is None else repr(source.teacher),
+        "teacher_fingerprint": getattr(source.teacher, "fingerprint", None),
         "teacher_coverage": coverage,
-        "split": config.split,
+        **source.record(),
         "n_folds": len(splits),
         "n_spots": len(cohort),
         "slides": [s.id for s in cohort.slides],
         "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
-        "adapted_share": share,
-        "n_labels_per_fold": n_labels,
-        "pca_components": int(probe.n_components_),
-        "data_fingerprint": fingerprint(cohort),
+        "pca_components": done.n_components,
+        "data_fingerprint": source.data,
         "device": _device_name(device),
         "seconds": round(time.perf_counter() - begun, 1),
         "versions": {"peka_lite": __version__, "python": platform.python_version()}
         | {p: version(p) for p in ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")},
     }
     (work / "summary.json").write_text(json.dumps(summary, indent=1))
-    shutil.rmtree(scratch)
+    shutil.rmtree(work / "scratch", ignore_errors=True)
     os.replace(work, out)
     return summary
 
@@ -165,11 +162,11 @@ def run_name(config: RunConfig) -> str:
     return "_".join(parts)
 
 
-def load_or_run(config: RunConfig, out: str | os.PathLike, *, progress: bool = False):
+def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False):
     """Return `load_run` of `out`, running the experiment first where it is not there; other settings are an error."""
     out = Path(out)
     if not (out / "summary.json").is_file():
-        run(config, out, progress=progress)
+        run(config, out, maps=maps, progress=progress)
     loaded = load_run(out)
     if loaded[0] != config:
         raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")
@@ -187,34 +184,41 @@ def _claim(config: RunConfig, out: Path, work: Path) -> None:
         raise FileExistsError(f"{work} holds an unfinished run with other settings; remove it, or finish that one")
 
 
-def _student(config: RunConfig):
-    return load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+def _taught_by(cohort: Cohort, share: float, seed: int) -> np.ndarray:
+    """Choose the spots that may teach, the same share of every slide; (N,) bool."""
+    use = np.ones(len(cohort), dtype=bool)
+    if share < 1:
+        rng = np.random.default_rng(seed)
+        for slide in cohort.slides:
+            rows = cohort.rows_of(slide.id)
+            use[rng.permutation(rows)[max(1, round(share * len(rows))) :]] = False
+    return use
 
 
-def _teach(config, teacher, cohort, tiles, train, fold, scratch, device, progress):
-    """One fold's student: teacher, clusters and transfer, all on the training rows."""
-    teacher.fit(cohort.by_slide(train))
-    E = embed_cohort(teacher, cohort, device=device, progress=progress)[train]  # (n_train, D_t)
-    labeler = config.labeler().fit(E)
-    steps = config.epochs * -(-len(train) // config.batch_size)
-    student = adapt(_student(config), config.method, r=config.block_size, total_steps=steps, seed=config.seed)
-    model = TransferModel(
-        student, teacher_dim=E.shape[1], n_classes=labeler.n_labels_, kd_space=config.kd_space, seed=config.seed
+def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
+    """Return the result table of the protocol's own targets."""
+    table = pooled(moments[moments["normalization"] == protocol.normalization])
+    sizes = {i: (int(use[train].sum()), len(test)) for i, (train, test) in enumerate(splits)}
+    names = {"method": config.method, "backbone": config.backbone, "split": protocol.split}
+    names |= {"protocol": protocol.name, "features": config.features, "normalization": protocol.normalization}
+    table = table.drop(columns="normalization")
+    for k, (name, value) in enumerate(names.items()):
+        table.insert(k, name, value)
+    return table.assign(
+        n_train=table["fold"].map(lambda i: sizes[i][0]), n_test=table["fold"].map(lambda i: sizes[i][1])
     )
-    wanted = {k: getattr(config, k) for k in ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "seed")}
-    history = fit(
-        model,
-        tiles.select(train),
-        E,
-        labeler.labels_,
-        **wanted,
-        device=device,
-        checkpoint=scratch / f"fold{fold}.pt",
-        resume=True,
-        progress=progress,
-    )
-    history.attrs["n_labels"] = labeler.n_labels_
-    return student, history
+
+
+def _ceiling(cohort: Cohort, done, splits) -> dict:
+    """Mean over folds and genes of the PCC that counting noise leaves to a perfect model, on the rows scored."""
+    found = {}
+    for m in NORMALIZATIONS:
+        means, basis = [], None
+        for i, (_, test) in enumerate(splits):
+            values, basis = ceiling_of(cohort.adata[test], done.predicted[i][1], method=m)
+            means.append(float(values.mean()))
+        found[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
+    return found
 
 
 def _coverage(teacher, cohort: Cohort) -> float | None:

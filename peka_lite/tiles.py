@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +27,26 @@ class TileStore:
         (N,) int, for each row of the store the index of its file in `paths`.
     row
         (N,) int, for each row of the store the row inside that file.
+    ids
+        (N,) uint64, what the property `ids` returns; None makes them from file names and rows.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], part: np.ndarray, row: np.ndarray):
+    def __init__(
+        self, paths: Sequence[str | os.PathLike], part: np.ndarray, row: np.ndarray, ids: np.ndarray | None = None
+    ):
         self.paths = tuple(Path(p) for p in paths)
         self.part = np.asarray(part, dtype=np.int64)  # (N,)
         self.row = np.asarray(row, dtype=np.int64)  # (N,)
         self._open: dict[tuple[int, int], object] = {}
+        self._ids = ids
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(N,) uint64: which tile each row is, by file name and place in it, also after `to_memmap`."""
+        if self._ids is None:
+            file = np.array([_name_hash(p.name) for p in self.paths], dtype=np.uint64)
+            self._ids = file[self.part] + self.row.astype(np.uint64)  # wraps around
+        return self._ids
 
     def __len__(self) -> int:
         return len(self.row)
@@ -58,7 +72,7 @@ class TileStore:
 
     def select(self, rows) -> TileStore:
         """Return a store of the given rows (indices or a boolean mask); reads nothing."""
-        return TileStore(self.paths, self.part[rows], self.row[rows])
+        return TileStore(self.paths, self.part[rows], self.row[rows], None if self._ids is None else self._ids[rows])
 
     @staticmethod
     def concat(stores: Sequence[TileStore]) -> TileStore:
@@ -68,6 +82,7 @@ class TileStore:
             [p for s in stores for p in s.paths],
             np.concatenate([s.part + o for s, o in zip(stores, offsets, strict=False)]),
             np.concatenate([s.row for s in stores]),
+            None if all(s._ids is None for s in stores) else np.concatenate([s.ids for s in stores]),
         )
 
     def to_memmap(self, path: str | os.PathLike) -> TileStore:
@@ -90,7 +105,7 @@ class TileStore:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        return TileStore([path], np.zeros(len(self)), np.arange(len(self)))
+        return TileStore([path], np.zeros(len(self)), np.arange(len(self)), self.ids)
 
     def _source(self, part: int):
         # A handle opened before a fork must not be shared with the child, so the key holds the process id.
@@ -102,3 +117,7 @@ class TileStore:
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
+
+
+def _name_hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -17,6 +17,7 @@ from peka_lite._checkpoint import digest, restore_checkpoint, save_checkpoint
 from peka_lite.adapters import orthogonal_term
 from peka_lite.backbones import pooled, precision_for, preprocess
 from peka_lite.devices import default_device
+from peka_lite.provenance import row_ids
 
 KD_SPACES = ("embedding", "logits")
 
@@ -136,6 +137,7 @@ def fit(
 ) -> pd.DataFrame:
     """Teach the student: only adapters, projector and classifier learn; the backbone stays as it was.
 
+    ``model.backbone.adapter.fitted_on`` keeps the `row_ids` of the tiles it learned from.
     Adam without schedule. Every epoch's order and dropout follow from `seed` and the epoch's number, so a resumed
     run ends in the same weights as an unbroken one on the same CPU.
 
@@ -248,6 +250,7 @@ def fit(
         if checkpoint is not None:
             save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
     bar.close()
+    adapter.fitted_on = row_ids(tiles)
     model.eval()
     return pd.DataFrame(history)
 

@@ -1,6 +1,7 @@
 """The probe: equal to HEST-bench's numbers, to scikit-learn in closed form, and to scipy's correlation."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.probe import SOLVERS, PCARidge, cross_validate, fold_table, pearson, summarize
+from peka_lite import probe
+from peka_lite.probe import SOLVERS, PCARidge, cross_validate
+from peka_lite.scores import fold_table, pearson, summarize
+from peka_lite.sums import gather
 
 WITH_PCA = {"d384_pca256": 256, "d128_pca128": 128, "constgene_d96_pca64": 64}
 FAILS = {"d128_pca256_fails": 128, "n200_d384_pca256_fails": 199}
@@ -214,6 +218,7 @@ def test_features_may_be_single_precision(solver):
         ({"alpha": -1.0}, "not -1.0"),
         ({"n_components": 0}, "n_components must be at least 1 or None, not 0"),
         ({"solver": "hest-bench", "fit_intercept": True}, "HEST-bench fits no intercept"),
+        ({"solver": "hest-bench", "standardize": False}, "HEST-bench standardises"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, says):
@@ -234,6 +239,43 @@ def test_options_without_a_meaning_are_refused(options, says):
 def test_data_without_a_meaning_are_refused(X, Y, says):
     with pytest.raises(ValueError, match=says):
         PCARidge(1).fit(X, Y)
+
+
+@pytest.mark.parametrize("options", [{}, {"standardize": False}, {"fit_intercept": True}, {"alpha": 3.0}])
+@pytest.mark.parametrize("n_components", [None, 5])
+def test_a_fit_on_sums_is_the_fit_on_their_rows(n_components, options):
+    X, Y = planted()
+    sums = gather(X, Y, np.arange(60) % 4)
+    rows = np.arange(60) % 4 != 2
+    by_sums = PCARidge(n_components, **options).fit_sums(sums.over([0, 1, 3]))
+    by_rows = PCARidge(n_components, **options).fit(X[rows], Y[rows])
+    assert by_sums.n_components_ == by_rows.n_components_ == (n_components or 8)
+    for name in ("mean_", "scale_", "coef_", "intercept_"):
+        np.testing.assert_allclose(getattr(by_sums, name), getattr(by_rows, name), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(by_sums.predict(X), by_rows.predict(X), rtol=0, atol=1e-10)
+
+
+def test_a_fit_on_sums_caps_components_aloud_and_refuses_what_fit_refuses():
+    X, Y = planted(n=5)
+    sums = gather(X, Y, np.array([0, 0, 0, 0, 1]))
+    with pytest.warns(UserWarning, match="4 training rows of 8 features allow 3 of 256 components") as warned:
+        PCARidge().fit_sums(sums.over([0]))
+    assert warned[0].filename == __file__
+    with pytest.raises(ValueError, match="at least two training rows"):
+        PCARidge(1).fit_sums(sums.over([1]))
+    with pytest.raises(ValueError, match="HEST-bench's solver reads rows"):
+        PCARidge(solver="hest-bench").fit_sums(sums.over([0]))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
+def test_prediction_by_chunks_is_that_of_all_rows(monkeypatch, dtype):
+    X, Y = planted()
+    X = (10 * X).astype(dtype)
+    model = PCARidge(5, fit_intercept=True).fit(X, Y)
+    monkeypatch.setattr(probe, "CHUNK", 7)
+    by_hand = (X - model.mean_) / model.scale_ @ model.coef_ + model.intercept_
+    np.testing.assert_allclose(model.predict(X), by_hand, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(model.predict(X.tolist()), by_hand, rtol=0, atol=1e-12)
 
 
 # --- Pearson ------------------------------------------------------------------------------------
@@ -319,6 +361,101 @@ def test_test_rows_do_not_leak_into_the_fit():
     a, b = (PCARidge(5).fit(x[train], y[train]).coef_ for x, y in ((X, Y), poisoned))
     assert np.array_equal(a, b)
     assert cross_validate(*poisoned, [(train, test)], n_components=5)["pcc"].isna().all()
+
+
+def fold_by_fold(X, Y, folds, **options):
+    models = [PCARidge(5, **options).fit(X[train], Y[train]) for train, _ in folds]
+    return np.concatenate([pearson(Y[test], m.predict(X[test])) for m, (_, test) in zip(models, folds, strict=True)])
+
+
+def random_folds(n=60, folds=4, seed=0):
+    """Folds that overlap in every way, with rows in neither side; each row its own pattern, nearly."""
+    order = [np.random.default_rng([seed, k]).permutation(n) for k in range(folds)]
+    return [(o[:30], o[30:50]) for o in order]
+
+
+def grouped_folds(n=60):
+    """Ten groups of rows in five overlapping folds, some groups in neither side."""
+    group = np.arange(n) % 10
+    pick = [([1, 2, 3], [0]), ([0, 4, 5], [1, 2]), ([0, 1, 2, 3, 4], [9]), ([6, 7], [0]), ([1, 5, 6, 7], [2, 3])]
+    return [tuple(np.flatnonzero(np.isin(group, side)) for side in fold) for fold in pick]
+
+
+def passes(monkeypatch):
+    """Count what `cross_validate` gathers: rows with a cell, and cells, pass by pass."""
+    seen = []
+
+    def counted(X, Y, cells, **options):
+        seen.append((int((cells >= 0).sum()), len(np.unique(cells[cells >= 0]))))
+        return gather(X, Y, cells, **options)
+
+    monkeypatch.setattr(probe, "gather", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("folds", "expected"),
+    [
+        (thirds(), [(60, 3)]),
+        (thirds()[:1], [(40, 1)]),
+        (grouped_folds(), [(48, 5)]),
+        (random_folds(), [(54, 15)]),
+        (random_folds(folds=2), [(44, 3)]),
+        ([(np.r_[t, t[:9]], s) for t, s in thirds()], [(49, 1)] * 3),
+        ([(np.arange(60) % 3 != k, np.arange(60) % 3 == k) for k in range(3)], [(60, 3)]),
+        ([(t - 60, s - 60) for t, s in thirds()], [(60, 3)]),
+    ],
+    ids=["thirds", "one", "groups", "random", "two random", "drawn twice", "masks", "from the end"],
+)
+@pytest.mark.parametrize("alpha", ["hest", 10.0])
+def test_cross_validation_equals_a_fit_for_each_fold(monkeypatch, folds, expected, alpha):
+    X, Y = planted()
+    by_hand = fold_by_fold(X, Y, folds, alpha=alpha)
+    seen = passes(monkeypatch)
+    monkeypatch.setattr(probe, "CHUNK", 11)
+    table = cross_validate(X, Y, folds, n_components=5, alpha=alpha)
+    np.testing.assert_allclose(table["pcc"], by_hand, rtol=0, atol=1e-9)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("most", [3 * 8 * 8 * 8, 3 * 8 * 8 * 8 - 1])
+def test_each_fold_has_its_own_pass_where_the_sums_would_not_fit(monkeypatch, most):
+    X, Y = planted()
+    by_hand = fold_by_fold(X, Y, thirds())
+    monkeypatch.setattr(probe, "MOST_BYTES", most)
+    seen = passes(monkeypatch)
+    np.testing.assert_allclose(cross_validate(X, Y, thirds(), n_components=5)["pcc"], by_hand, rtol=0, atol=1e-9)
+    assert seen == ([(60, 3)] if most == 3 * 8**3 else [(40, 1)] * 3)
+
+
+def test_each_fold_has_its_own_pass_where_rows_overlap_in_too_many_ways(monkeypatch):
+    X, Y = planted(n=120)
+    folds = random_folds(n=120, folds=6)
+    by_hand = fold_by_fold(X, Y, folds)
+    seen = passes(monkeypatch)
+    np.testing.assert_allclose(cross_validate(X, Y, folds, n_components=5)["pcc"], by_hand, rtol=0, atol=1e-9)
+    assert seen == [(30, 1)] * 6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cross_validation_reads_memory_mapped_features_by_chunks(tmp_path, monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(20_000, 40)).astype(dtype)
+    Y = X[:, :2] + rng.normal(size=(20_000, 2))
+    np.save(tmp_path / "X.npy", X)
+    monkeypatch.setattr(probe, "CHUNK", 256)
+    tracemalloc.start()
+    mapped = cross_validate(np.load(tmp_path / "X.npy", mmap_mode="r"), Y, thirds(20_000), n_components=5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.8 * 20_000 * 40 * 4
+    pd.testing.assert_frame_equal(mapped, cross_validate(X, Y, thirds(20_000), n_components=5))
+
+
+def test_features_and_targets_of_other_lengths_are_refused():
+    X, Y = planted()
+    with pytest.raises(ValueError, match="must share rows"):
+        cross_validate(X[:50], Y, thirds())
 
 
 # --- summary ------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from scipy import sparse
 from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
+from peka_lite.protocols import ALPHAS
 from peka_lite.results import fingerprint
 from peka_lite.run import load_or_run, load_run, run, run_name
+from peka_lite.scores import pooled
 from peka_lite.teachers.scfoundation import ScFoundation
 
 pytestmark = pytest.mark.filterwarnings(
@@ -32,8 +34,21 @@ def config(root, **changes):
     return RunConfig(**settings)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache for this file alone; a test that must not find what others taught takes `fresh_cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
-def bone_run(mini_root, tmp_path_factory):
+def bone_run(own_cache, mini_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "bone"
     run(config(mini_root), out)
     return out
@@ -46,7 +61,8 @@ def adapters(out):
 
 def test_run_folder_holds_everything_and_nothing_else(bone_run):
     assert {p.name for p in bone_run.iterdir()} == {
-        "config.yml", "metrics.csv", "summary.json", "training.csv", "adapter.safetensors", "predictions.h5ad", "maps",
+        "config.yml", "metrics.csv", "slides.parquet", "summary.json", "training.csv", "adapter.safetensors",
+        "predictions.h5ad", "maps",
     }  # fmt: skip
     assert not bone_run.with_name("bone.partial").exists()
     assert len(list((bone_run / "maps").glob("*.png"))) == 2 * 4
@@ -54,7 +70,10 @@ def test_run_folder_holds_everything_and_nothing_else(bone_run):
 
 def test_metrics_are_tidy(bone_run, mini_cohort):
     table = pd.read_csv(bone_run / "metrics.csv")
-    assert list(table) == ["method", "backbone", "split", "fold", "gene", "pcc", "n_train", "n_test"]
+    assert list(table) == [
+        "method", "backbone", "split", "protocol", "features", "normalization",
+        "fold", "gene", "pcc", "n_train", "n_test",
+    ]  # fmt: skip
     assert table.groupby("fold").size().eq(20).all()
     assert table["fold"].nunique() == 3
     assert (table["n_train"] + table["n_test"] == len(mini_cohort)).all()
@@ -86,7 +105,7 @@ def test_predictions_agree_with_metrics(bone_run):
     assert np.corrcoef(here.X.ravel(), here.layers["measured"].ravel())[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
 
 
-def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path):
+def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_cache):
     run(config(mini_root), tmp_path / "again")
     assert (tmp_path / "again" / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
     first, second = adapters(bone_run), adapters(tmp_path / "again")
@@ -103,16 +122,25 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path):
         {"label_method": "kmeans", "n_clusters": 5, "kd_space": "logits"},
         {"split": "slide", "normalization": "log1p", "alpha": 100.0},
         {"split": "spot"},
+        {"protocol": "paper"},
+        {"protocol": "hest", "method": "none", "features": "colour"},
+        {"protocol": "hest", "method": "none", "features": "coordinates"},
+        {"method": "none", "features": "depth", "alpha": 1.0},
+        {"method": "none", "features": "teacher"},
+        {"features": "frozen+student", "layers": "proj"},
+        {"shuffle_teacher": True, "train_share": 0.5},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
 def test_every_choice_runs(mini_root, tmp_path, changes):
     summary = run(config(mini_root, n_splits=2, **changes), tmp_path / "out")
     assert -1 <= summary["mean_pcc"] <= 1
+    assert summary["ceiling"]["log1p-cp10k"]["basis"] == "known"
+    assert summary["mean_pcc"] == summary["scores"][summary["normalization"]]["pooled"]["pcc"]
     assert (tmp_path / "out" / "adapter.safetensors").exists() == (changes.get("method") != "none")
 
 
-def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_path):
+def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_path, fresh_cache):
     """Replace one patient's counts by noise: the folds that hold him out must not notice, the others must."""
     cohort = open_cohort(mini_root)
     victim = cohort.slides[0].patient
@@ -138,8 +166,8 @@ def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_pa
         assert (same_student, same_genes) == ((True, True) if fold in held_out_in else (False, False))
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_path, monkeypatch):
-    import peka_lite.run as room
+def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.students as room
 
     real, calls = room.fit, []
 
@@ -207,6 +235,16 @@ def test_run_names_differ_with_any_setting(mini_root):
         ({"epochs": 0}, "epochs must be above 0"),
         ({"n_splits": 1}, "at least 2"),
         ({"alpha": -1.0}, "alpha"),
+        ({"protocol": "honest"}, "unknown protocol 'honest'; known: paper, hest, strict"),
+        ({"protocol": "strict", "alpha": 3.0}, "protocol 'strict' has alpha 'inner', not 3.0; leave alpha out"),
+        ({"protocol": "strict", "split": "spot"}, "has split 'patient', not 'spot'"),
+        ({"protocol": "paper", "split": "slide"}, "has split 'spot', not 'slide'"),
+        ({"protocol": "hest", "normalization": "log1p-cp10k"}, "has normalization 'log1p', not"),
+        ({"features": "teacher"}, "take no student: give method 'none'"),
+        ({"features": "frozen+student", "method": "none"}, "teaches no student"),
+        ({"shuffle_teacher": True, "method": "none"}, "teaches no student"),
+        ({"train_share": 0.0}, "train_share is above 0"),
+        ({"layers": "fc1"}, "unknown layers 'fc1'; known: qkv, proj"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(mini_root, changes, message):
@@ -294,3 +332,58 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_work(mini_root, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="sees no GPU"):
         config(mini_root, device="cuda:0")
+
+
+def test_strict_chooses_its_penalty_and_keeps_both_targets(mini_root, tmp_path):
+    summary = run(config(mini_root, protocol="strict", method="none"), tmp_path / "out")
+    assert (summary["protocol"], summary["split"], summary["unit"]) == ("strict", "patient", "patient")
+    assert len(summary["alphas"]) == 3
+    assert set(summary["alphas"]) <= set(ALPHAS)
+    moments = pd.read_parquet(tmp_path / "out" / "slides.parquet")
+    assert set(moments["normalization"]) == {"log1p-cp10k", "log1p"}
+    score = summary["scores"]["log1p"]["pooled"]
+    assert score["pcc"] == pytest.approx(pooled(moments[moments["normalization"] == "log1p"])["pcc"].mean())
+
+
+def test_strict_needs_three_folds(mini_root, tmp_path):
+    with pytest.raises(ValueError, match="needs at least 3 folds"):
+        run(config(mini_root, protocol="strict", method="none", n_splits=2), tmp_path / "out")
+
+
+def test_strict_teaches_one_student_for_every_pair_of_folds(mini_root, tmp_path, monkeypatch, fresh_cache):
+    run(config(mini_root, protocol="strict"), tmp_path / "strict")
+    made = {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")}
+    assert len(made) == 3 + 3  # three folds, three pairs of them
+    run(config(mini_root, protocol="hest"), tmp_path / "hest")  # its students are those of strict's outer folds
+    assert {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")} == made
+
+
+def test_the_papers_student_is_taught_once_on_every_spot(mini_root, mini_cohort, tmp_path):
+    run(config(mini_root, protocol="paper"), tmp_path / "out")
+    assert {k.split(".")[0] for k in adapters(tmp_path / "out")} == {"all"}
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    assert table.groupby("fold")["gene"].apply(tuple).nunique() == 1  # chosen on all rows
+    assert table["split"].unique() == ["spot"]
+
+
+def test_a_student_is_found_again_only_for_the_same_settings(mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.students as room
+
+    taught = []
+    real = room.fit
+    monkeypatch.setattr(room, "fit", lambda *a, **k: taught.append(1) or real(*a, **k))
+    run(config(mini_root, n_splits=2), tmp_path / "a")
+    assert len(taught) == 2
+    run(config(mini_root, n_splits=2, n_genes=10, alpha=5.0), tmp_path / "b")  # only the probe differs
+    assert len(taught) == 2
+    for k, changes in enumerate([{"tau": 1.0}, {"shuffle_teacher": True}]):
+        run(config(mini_root, n_splits=2, **changes), tmp_path / f"c{k}")
+        assert len(taught) == 4 + 2 * k
+
+
+def test_half_the_training_spots_of_each_slide_teach(mini_root, mini_cohort, tmp_path):
+    run(config(mini_root, method="none", train_share=0.5), tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    whole = len(mini_cohort) - table["n_test"]
+    assert ((table["n_train"] / whole - 0.5).abs() < 0.02).all()
+    assert table.drop_duplicates("fold")["n_test"].sum() == len(mini_cohort)

@@ -11,6 +11,7 @@ import pandas as pd
 from sklearn.decomposition import PCA
 
 from peka_lite.expression import normalize, top_hvg
+from peka_lite.provenance import row_ids
 
 
 class PCATeacher:
@@ -28,6 +29,11 @@ class PCATeacher:
         How many highly variable genes enter; capped at the number of genes.
     seed
         Sign and order are fixed by the data; the seed is for the randomised solver on large cohorts.
+
+    Attributes
+    ----------
+    fitted_on_
+        `row_ids` of the counts given to `fit`.
     """
 
     def __init__(self, *, n_components: int = 50, n_genes: int = 2000, seed: int = 0):
@@ -54,6 +60,7 @@ class PCATeacher:
             warnings.warn(f"{X.shape[0]} spots x {X.shape[1]} genes allow {width} components", stacklevel=2)
         self.pca_ = PCA(width, random_state=self.seed).fit(X)
         self.scale_ = float(self.pca_.transform(X).std())
+        self.fitted_on_ = np.concatenate([row_ids(a.X) for a in slides])
         return self
 
     def embed(self, adata: ad.AnnData, *, batch_size: int | None = None, device: str | None = None) -> np.ndarray:

@@ -129,6 +129,8 @@ class ScFoundation:
             encoder = Encoder(config)
         return cls(encoder, vocabulary, origin=f"random weights, seed {seed}", precision=precision)
 
+    fitted_on_ = None  # trained elsewhere
+
     def fit(self, adata=None) -> ScFoundation:
         """Do nothing: the model is pretrained."""
         return self

@@ -11,7 +11,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
          "06_spatial_pcc_maps"]  # fmt: skip
-SMALL = {"epochs": 1, "n_splits": 2}
+SMALL = {"epochs": 1, "n_splits": 3}
 
 
 def execute(name, folder, **parameters):
@@ -81,7 +81,8 @@ def test_the_last_page_uses_the_run_of_the_page_before(mini_root, tmp_path):
 
 
 def test_one_page_on_real_slides(her2st, tmp_path):
-    done = execute("06_spatial_pcc_maps", tmp_path, cohort=str(her2st), slides=["HER2_C2", "HER2_C3"], split="slide")
+    chosen = {"cohort": str(her2st), "slides": ["HER2_C2", "HER2_C3"], "split": "slide", "protocol": "hest"}
+    done = execute("06_spatial_pcc_maps", tmp_path, **chosen)
     assert "synthetic" not in str([o for c in done.cells for o in c.get("outputs", []) if "text" in o])
     assert (tmp_path / "results" / "front_map.png").is_file()
 

@@ -1,0 +1,103 @@
+"""Which rows a thing learned from, told by the rows themselves, and a refusal where it should not have."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+
+import numpy as np
+from scipy import sparse
+
+
+class LeakError(ValueError):
+    """Something that is judged on held-out rows has learned from rows it must not know."""
+
+
+def row_ids(rows) -> np.ndarray:
+    """Name each row by what it holds; (n,) uint64.
+
+    Parameters
+    ----------
+    rows
+        Counts (CSR or dense), embeddings or tiles, one item a row; a `TileStore` names its rows by slide file and place
+        in it, which a memory map of it keeps.
+
+    Examples
+    --------
+    >>> E = np.eye(3, dtype=np.float32)
+    >>> bool(np.isin(row_ids(E[[2, 0]]), row_ids(E)).all()), bool(row_ids(E)[0] == row_ids(E + 1)[0])
+    (True, False)
+    """
+    if hasattr(rows, "ids"):
+        return rows.ids
+    if sparse.issparse(rows):
+        rows = sparse.csr_matrix(rows)
+        if not rows.has_canonical_format or (rows.data == 0).any():
+            rows = rows.copy()
+            rows.sum_duplicates()
+            rows.eliminate_zeros()
+        ends = rows.indptr
+        index, value = rows.indices.astype(np.int32, copy=False), rows.data.astype(np.float32, copy=False)
+        parts = ((index[a:b], value[a:b]) for a, b in pairwise(ends))
+    else:
+        parts = ((np.ascontiguousarray(row),) for row in rows)
+    return np.fromiter((_hash(part) for part in parts), dtype=np.uint64)
+
+
+def require_known(step: str, learned_from: np.ndarray | None, *, allowed: np.ndarray, where: str) -> None:
+    """Refuse a step that learned from any row outside the allowed ones.
+
+    Parameters
+    ----------
+    step
+        What it is, in words: ``"the clusters"``.
+    learned_from
+        `row_ids` recorded by its fit; None for one that came trained from elsewhere.
+    allowed
+        `row_ids` of the training rows.
+    where
+        Which fold, for the message.
+
+    Raises
+    ------
+    LeakError
+        Naming the step, how many rows and the fold.
+    """
+    if learned_from is None:
+        return
+    strange = ~np.isin(learned_from, allowed)
+    if strange.any():
+        raise LeakError(
+            f"{where}: {step} learned from {int(strange.sum())} of {len(strange)} rows outside the training rows; "
+            "fit it on the training rows alone"
+        )
+
+
+def require_apart(groups: np.ndarray, counts: np.ndarray, train: np.ndarray, test: np.ndarray, *, where: str) -> None:
+    """Refuse a fold with one group, or the very same spots, on both sides.
+
+    Parameters
+    ----------
+    groups
+        (N,) patient (or slide) of each row.
+    counts
+        (N,) `row_ids` of the counts.
+    train, test
+        Row indices of the fold.
+    """
+    if both := sorted(set(groups[train]) & set(groups[test])):
+        raise LeakError(f"{where}: {', '.join(map(str, both))} on both sides")
+    if len(np.intersect1d(train, test)):
+        raise LeakError(f"{where}: {len(np.intersect1d(train, test))} rows on both sides")
+    if (twins := np.isin(counts[test], counts[train])).any():
+        raise LeakError(
+            f"{where}: {int(twins.sum())} test spots have the very counts of training spots; is one section in the "
+            "cohort under two ids?"
+        )
+
+
+def _hash(parts) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
