@@ -49,7 +49,7 @@ print(peak)
 
 
 def write_features(path: Path, n: int, d: int, genes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Write (n, d) float32 features whose variances fall as 1 / rank, and return them mapped, with (n, genes) targets."""
+    """Write (n, d) float32 features whose variances fall as 1 / rank; return them mapped, with (n, genes) targets."""
     rng = np.random.default_rng(seed)
     rank = min(d, 512)
     mix = rng.standard_normal((rank, d), dtype=np.float32) / np.sqrt(np.arange(1, rank + 1, dtype=np.float32))[:, None]

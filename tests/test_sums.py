@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
+from peka_lite import sums
 from peka_lite.probe import PCARidge
 from peka_lite.scores import pearson
 from peka_lite.sums import _numpy_steps, _pieces, _sum_up, _torch_steps, alpha_path, components, gather
@@ -65,8 +66,8 @@ def by_sklearn(X, Y, new, width, alpha, scaled=True):
 
 def moments_of(X, Y, cells):
     """Moments of the training rows and of the held-out cell 3."""
-    sums = gather(X, Y, cells)
-    return sums.over(c for c in sums.cells if c != 3), sums.over([3])
+    gathered = gather(X, Y, cells)
+    return gathered.over(c for c in gathered.cells if c != 3), gathered.over([3])
 
 
 def same(a, b, *, tolerance=1e-9):
@@ -97,9 +98,9 @@ def small(n=50, d=6, genes=3, seed=0):
 @given(problem=problems(), chunk=st.integers(1, 70))
 def test_moments_of_any_cells_are_those_of_their_rows(problem, chunk):
     X, Y, cells = problem
-    sums = gather(X, Y, cells, chunk=chunk)
+    gathered = gather(X, Y, cells, chunk=chunk)
     for some in ([0], [2, 0], [3, 1, 2], [0, 1, 2, 3]):
-        got = sums.over(some)
+        got = gathered.over(some)
         assert np.array_equal(got.rows, np.flatnonzero(np.isin(cells, some)))
         for name, value in plain(X, Y, got.rows).items():
             atol = 1e-12 * max(1, np.abs(X).max(), np.abs(Y).max()) ** (2 if name[0] == "S" else 1) * len(X)
@@ -147,6 +148,13 @@ def test_torch_sums_are_those_of_numpy(problem, chunk):
         same(theirs.over(some), ours.over(some), tolerance=1e-10)
 
 
+def test_a_device_other_than_cpu_sums_by_torch(monkeypatch):
+    problem = small()
+    ours = gather(*problem).over([0, 1])
+    monkeypatch.delattr(sums, "_numpy_steps")
+    same(gather(*problem, device="cpu:0").over([0, 1]), ours, tolerance=1e-12)
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("chunk", [1, 7, 49, 50, 4096])
 def test_the_size_of_chunks_does_not_matter(chunk, order):
@@ -188,9 +196,9 @@ def test_rows_left_out_are_not_read():
     cells[cells == 2] = -1
     X[cells == -1] = np.nan
     Y[cells == -1] = np.inf
-    sums = gather(X, Y, cells)
-    assert sums.cells == [0, 1, 3, 4]
-    np.testing.assert_allclose(sums.over(sums.cells).mean_x, X[cells >= 0].mean(0))
+    gathered = gather(X, Y, cells)
+    assert gathered.cells == [0, 1, 3, 4]
+    np.testing.assert_allclose(gathered.over(gathered.cells).mean_x, X[cells >= 0].mean(0))
 
 
 def test_cells_need_not_be_numbered_without_gaps():
@@ -275,6 +283,7 @@ def test_alpha_zero_is_least_squares_where_features_are_dependent():
         "targets in the test rows",
         "targets but for rounding",
         "features in the test rows",
+        "features but for rounding",
         "features that cancel",
     ],
 )
@@ -288,14 +297,17 @@ def test_pcc_is_nan_where_targets_or_predictions_are_constant(what, value):
         Y[cells == 3, 1] = value * (1 + 1e-13 * Y[cells == 3, 1])
     elif what == "features in the test rows":
         X[cells == 3] = value
+    elif what == "features but for rounding":
+        X[cells == 3] = value * (1 + 1e-13 * X[cells == 3])
     else:
         X[:] = X[:, :1]
         X[cells == 3, 1::2] = 10 + value - X[cells == 3, ::2]
     lost = [True] * 3 if what.startswith("features") else [False, True, False]
     train, test = moments_of(X, Y, cells)
-    P = PCARidge(4, alpha=1.0).fit_sums(train).predict(X[cells == 3])
+    width = 1 if what == "features that cancel" else 4
+    P = PCARidge(width, alpha=1.0).fit_sums(train).predict(X[cells == 3])
     assert np.isnan(pearson(Y[cells == 3], P)).tolist() == lost
-    assert np.isnan(alpha_path(train, test, ALPHAS, n_components=4)).tolist() == [lost] * len(ALPHAS)
+    assert np.isnan(alpha_path(train, test, ALPHAS, n_components=width)).tolist() == [lost] * len(ALPHAS)
 
 
 def test_components_without_any_variance_give_no_weight():
@@ -326,19 +338,19 @@ def test_components_leave_the_sums_as_they_were():
 
 def test_adding_cells_leaves_them_as_they_were():
     X, Y, cells = small()
-    sums = gather(X, Y, cells)
-    once, again = sums.over([0, 1, 4]), sums.over([4, 1, 0])
+    gathered = gather(X, Y, cells)
+    once, again = gathered.over([0, 1, 4]), gathered.over([4, 1, 0])
     same(once, again, tolerance=0)
 
 
 def test_one_reduction_serves_several_tests_and_penalties():
     X, Y, cells = small()
-    sums = gather(X, Y, cells)
-    train = sums.over([0, 1, 2])
+    gathered = gather(X, Y, cells)
+    train = gathered.over([0, 1, 2])
     reduced = components(train, 4)
     for held_out in ([3], [4], [3, 4]):
-        path = alpha_path(reduced, sums.over(held_out), ALPHAS)
-        assert np.array_equal(path, alpha_path(train, sums.over(held_out), ALPHAS, n_components=4))
+        path = alpha_path(reduced, gathered.over(held_out), ALPHAS)
+        assert np.array_equal(path, alpha_path(train, gathered.over(held_out), ALPHAS, n_components=4))
 
 
 @pytest.mark.parametrize("index", [[2, 0], np.array([False, True, False]), slice(1, 3)])
