@@ -207,7 +207,9 @@ def fit(
             T = model.classifier(T)  # (N, n_classes): what the student is compared with
 
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not progress)
-    for epoch in range(len(history), epochs):
+    first, learned_from = len(history), np.array(getattr(tiles, "ids", np.zeros(n)), dtype=np.uint64)
+    # Tiles without ids are known once read; of a finished student nothing is read, and zeros are nobody's rows.
+    for epoch in range(first, epochs):
         start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
         order = np.random.default_rng((seed, epoch)).permutation(n)
         model.train()
@@ -218,7 +220,10 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout of LoRA and AdaLoRA
             for step in range(steps):
                 rows = order[step * batch_size : (step + 1) * batch_size]
-                x = preprocess(torch.from_numpy(np.ascontiguousarray(tiles[rows])).to(device), spec)
+                batch = np.ascontiguousarray(tiles[rows])
+                if not hasattr(tiles, "ids") and epoch == first:
+                    learned_from[rows] = row_ids(batch)
+                x = preprocess(torch.from_numpy(batch).to(device), spec)
                 at = torch.from_numpy(rows).to(device)
                 with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
                     z, logits = model(x)
@@ -250,7 +255,7 @@ def fit(
         if checkpoint is not None:
             save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
     bar.close()
-    adapter.fitted_on = row_ids(tiles)
+    adapter.fitted_on = learned_from
     model.eval()
     return pd.DataFrame(history)
 

@@ -75,7 +75,7 @@ def test_runs_on_its_own(name, mini_root, tmp_path):
 def test_the_last_page_uses_the_run_of_the_page_before(mini_root, tmp_path):
     execute("05_evaluation", tmp_path, cohort=str(mini_root), methods=["bone"])
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").glob("*/summary.json")}
-    assert len(made) == 1
+    assert len([p for p in made if "_bone_" in p.parent.name]) == 1
     execute("06_spatial_pcc_maps", tmp_path, cohort=str(mini_root))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "results").glob("*/summary.json")} == made
 
