@@ -224,13 +224,13 @@ def test_a_column_is_constant_where_standard_scaler_says_so(offset, spread):
 
 def test_a_column_constant_over_several_cells_has_no_variance_to_the_last_bit():
     X, Y, _ = small()
-    X[:, 2], Y[:, 1] = 0.1, 0.7
-    moments = gather(X, Y, np.repeat([0, 1, 2], [7, 13, 30]), chunk=9).over([0, 1, 2])
+    X[:, 2], Y[:, 1] = 1e4 / 3, 1e3 / 7
+    moments = gather(X, Y, np.repeat([0, 1, 2], [9, 12, 29]), chunk=9).over([0, 1, 2])
     assert not moments.Sxx[2].any()
     assert not moments.Sxy[2].any()
     assert not moments.Sxy[:, 1].any()
     assert moments.Syy[1] == 0
-    assert (moments.mean_x[2], moments.mean_y[1]) == (0.1, 0.7)
+    assert (moments.mean_x[2], moments.mean_y[1]) == (1e4 / 3, 1e3 / 7)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -272,6 +272,17 @@ def test_alpha_zero_is_least_squares_where_features_are_dependent():
     P = design[cells == 3] @ np.linalg.lstsq(design[cells != 3], Y[cells != 3], rcond=None)[0]
     got = PCARidge(None, alpha=0, fit_intercept=True).fit_sums(train).predict(X[cells == 3])
     np.testing.assert_allclose(got, P, atol=1e-8)
+    np.testing.assert_allclose(alpha_path(train, test, [0], n_components=None)[0], pearson(Y[cells == 3], P), atol=1e-8)
+
+
+def test_alpha_zero_leaves_out_directions_that_vary_in_the_test_rows_alone():
+    X, Y, cells = small()
+    X = np.c_[X, np.where(cells == 3, 5.0, X[:, 0] + X[:, 1]), np.where(cells == 3, -X[:, 2], X[:, 2])]
+    train, test = moments_of(X, Y, cells)
+    scaler = StandardScaler().fit(X[cells != 3])
+    weights = np.linalg.pinv(scaler.transform(X[cells != 3]), rcond=1e-10) @ (Y - Y[cells != 3].mean(0))[cells != 3]
+    P = scaler.transform(X[cells == 3]) @ weights
+    np.testing.assert_allclose(PCARidge(None, alpha=0).fit_sums(train).predict(X[cells == 3]), P, atol=1e-8)
     np.testing.assert_allclose(alpha_path(train, test, [0], n_components=None)[0], pearson(Y[cells == 3], P), atol=1e-8)
 
 
