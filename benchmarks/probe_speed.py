@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 import sklearn
+from _machine import cpu_name
 from scipy.linalg.blas import dsyrk
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
@@ -174,14 +175,6 @@ def grow(X, Y, sizes: list[int]) -> list[dict]:
         rows[-1]["milliseconds_a_spot"] = round(1e3 * seconds / n, 4)
         print(rows[-1], flush=True)
     return rows
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def main() -> None:

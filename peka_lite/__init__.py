@@ -35,7 +35,10 @@ _ROOMS = {
     "config": ("RunConfig",),
     "results": ("fingerprint",),
     "run": ("load_or_run", "load_run", "run_name"),
-    "report": ("comparability", "difference_table", "label", "leak_table", "protocol_table", "published", "read_runs"),
+    "report_runs": ("label", "read_runs"),
+    "report_tables": ("difference_table", "leak_table", "protocol_table"),
+    "paper_tables": ("comparability", "published", "table1", "table2"),
+    "report": ("write_report",),
     "report_figures": ("figure2", "leak_figure"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

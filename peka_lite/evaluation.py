@@ -149,7 +149,7 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[s
             for outer, inner in ((i, j), (j, i)):
                 test = gathered.over([c for c in (inner, inner + n) if c in gathered.cells])
                 path = alpha_path(reduced, test, ALPHAS)  # (n_alphas, targets)
-                for m in ("log1p-cp10k", "log1p"):
+                for m in NORMALIZATIONS:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
                         scores[outer, m].append(np.nanmean(path[:, columns[outer, m]], axis=1))

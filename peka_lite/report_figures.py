@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from peka_lite.report import HELD_OUT, PROTOCOLS, TARGETS, Run, label, leak_table, panels, require_shared, title
+from peka_lite.report_runs import HELD_OUT, PROTOCOLS, TARGETS, Run, label, panels, require_shared, title
+from peka_lite.report_tables import leak_table
 from peka_lite.scores import pooled
 
 MARKERS = "osD^vPX<>*hp"

@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from peka_lite import report
-from peka_lite.report import label, leak_table, protocol_table, published, read_runs, write_report
+from peka_lite.paper_tables import comparability, published, table1, table2
+from peka_lite.report import write_report
+from peka_lite.report_runs import label, read_runs
+from peka_lite.report_tables import difference_table, leak_table, protocol_table
 from peka_lite.scores import interval, slide_moments
 
 GENES = ("G1", "G2", "G3")
@@ -94,7 +97,7 @@ def test_published_values_are_the_papers():
 
 def test_both_liver_values_of_peka_are_shown_and_told(write_run):
     runs = read_runs([write_run("a")])
-    one, two = report.table1(runs), report.table2(runs)
+    one, two = table1(runs), table2(runs)
     assert one.loc["PEKA (best)", "liver, published"] == 0.654
     assert two.loc[("H-optimus-0", "Bone (PEKA)"), "liver, published"] == 0.640
     for table in (one, two):
@@ -219,7 +222,7 @@ def test_a_protocol_table_says_what_was_held_out_and_what_the_intervals_are_over
 )
 def test_runs_that_may_not_share_a_column_are_refused_by_what_differs(write_run, other, field):
     runs = read_runs([write_run("a"), write_run("b", method="bone", **other)])
-    for table in (protocol_table, report.difference_table):
+    for table in (protocol_table, difference_table):
         with pytest.raises(ValueError, match=f"a and b differ in {field} "):
             table(runs)
 
@@ -251,15 +254,15 @@ def test_differences_are_paired_to_the_reference(write_run):
     runs = read_runs(
         [write_run("a", noise=2.0), write_run("b", method="bone", noise=0.5), write_run("c", features="depth")]
     )
-    scores, table = protocol_table(runs)["PCC"], report.difference_table(runs)
+    scores, table = protocol_table(runs)["PCC"], difference_table(runs)
     assert table.index.tolist() == ["total count", "Bone"]
     assert table.loc["Bone", "difference"] == pytest.approx(scores["Bone"] - scores["frozen"])
     assert table.loc["Bone", "low"] < table.loc["Bone", "difference"] < table.loc["Bone", "high"]
     assert table.attrs["title"].startswith("minus frozen · strict protocol")
-    turned = report.difference_table(runs, reference="Bone")
+    turned = difference_table(runs, reference="Bone")
     assert turned.loc["frozen", "difference, by slides"] == pytest.approx(-table.loc["Bone", "difference, by slides"])
     with pytest.raises(ValueError, match="no differences to 'LoRA'"):
-        report.difference_table(runs, reference="LoRA")
+        difference_table(runs, reference="LoRA")
 
 
 def three_protocols(write_run, **settings):
@@ -309,11 +312,11 @@ def test_tables_beside_published_values_take_one_protocol_and_name_it(write_run)
     from peka_lite.report_figures import figure2
 
     runs = read_runs([three_protocols(write_run)])
-    for make in (report.table1, report.table2, figure2):
+    for make in (table1, table2, figure2):
         with pytest.raises(ValueError, match="runs of one protocol, not of"):
             make(runs)
     strict = [run for run in runs if run.summary["protocol"] == "strict"]
-    table = report.table1(strict)
+    table = table1(strict)
     assert "strict protocol" in table.attrs["title"]
     assert [c for c in table if "ours" in c] == ["mini, ours (strict)"]
     assert [c for c in table if "published" in c] == [f"{c}, published" for c in ("breast", "kidney", "liver", "lung")]
@@ -326,7 +329,7 @@ def test_published_values_and_ours_stand_in_columns_of_their_own(write_run):
     made += [write_run("e", method="bone", features="frozen+student", noise=0.1, **uni)]
     made += [write_run("f", method="bone", shuffle_teacher=True, noise=0.2, **uni)]
     runs = {run.name: run for run in read_runs(made)}
-    one, two = report.table1(list(runs.values())), report.table2(list(runs.values()))
+    one, two = table1(list(runs.values())), table2(list(runs.values()))
     ours = one["breast, ours (strict)"].dropna().to_dict()
     assert ours == {"UNI": runs["a"].score()["pcc"], "PEKA (best)": runs["c"].score()["pcc"]}
     assert "breast: mini, the best of 2" in one.attrs["note"]
@@ -345,19 +348,19 @@ def test_a_part_or_a_copy_of_a_papers_cohort_is_not_the_papers(write_run, tmp_pa
 
 
 def test_the_sentence_names_what_differs_and_only_that(write_run):
-    said = report.comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
+    said = comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
     assert said == (
         "Published and our values may not be compared: the protocol is strict and not the paper's; cohort mini "
         "(synthetic) is not in the paper; backbone mini is not in the paper; weights are random (mini); the teacher "
         "is pca and not scFoundation."
     )
     like = {"protocol": "paper", "cohort": "breast", "backbone": "uni", "weights": "hub", "teacher": "scfoundation"}
-    assert "caution" in report.comparability(read_runs([write_run("c", method="bone", **like)]))
+    assert "caution" in comparability(read_runs([write_run("c", method="bone", **like)]))
     one_off = {**like, "teacher": "pca"}
-    said = report.comparability(read_runs([write_run("d", method="bone", **one_off)]))
+    said = comparability(read_runs([write_run("d", method="bone", **one_off)]))
     assert said == "Published and our values may not be compared: the teacher is pca and not scFoundation."
-    assert "teacher" not in report.comparability(read_runs([write_run("e", **one_off, train_share=0.5)]))
-    assert "share" in report.comparability(read_runs([write_run("f", **one_off, train_share=0.5, seed=1)]))
+    assert "teacher" not in comparability(read_runs([write_run("e", **one_off, train_share=0.5)]))
+    assert "share" in comparability(read_runs([write_run("f", **one_off, train_share=0.5, seed=1)]))
 
 
 def test_markdown_is_well_formed():

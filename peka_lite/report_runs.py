@@ -1,0 +1,209 @@
+"""Finished runs as reports need them: read, named, ordered, and kept apart where they may not share a column."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+PROTOCOLS = ("paper", "hest", "strict", "custom")
+TARGETS = ("log1p-cp10k", "log1p")
+COHORTS = ("breast", "kidney", "liver", "lung")
+BACKBONES = {"resnet50": "ResNet-50", "ctranspath": "CTransPath", "uni": "UNI", "h-optimus-0": "H-optimus-0"}
+METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA", "miss": "MiSS"}
+CONTROLS = {"colour": "colour and texture", "coordinates": "coordinates", "depth": "total count"}
+HELD_OUT = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
+_FIELDS = (
+    "protocol", "method", "features", "shuffled", "backbone", "cohort", "split", "normalization", "scores", "ceiling",
+    "unit", "one_patient", "synthetic", "slides", "data_fingerprint",
+)  # fmt: skip
+_ELSEWHERE = ("cohort", "slides", "patients", "device")  # settings that the data's fingerprint stands for, or no number
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run as reports need it: folder name, `config.yml`, `summary.json` and `slides.parquet`."""
+
+    name: str
+    config: dict
+    summary: dict
+    moments: pd.DataFrame
+
+    def score(self, how: str = "pooled", *, normalization: str | None = None) -> dict:
+        """Return pcc, ci_low, ci_high and per_fold; of the protocol's own targets by default."""
+        return self.summary["scores"][normalization or self.summary["normalization"]][how]
+
+    @property
+    def cohort(self) -> str:
+        """Cohort for titles and columns; a name of the paper's only for the whole cohort of that name."""
+        given, slides = self.config["cohort"], self.config.get("slides")
+        name = Path(given).name
+        if slides:
+            name += f" {', '.join(slides)}" if len(slides) <= 4 else f" ({len(slides)} slides)"
+        return f"{name} (folder)" if name in COHORTS and given != name else name
+
+    @property
+    def backbone(self) -> str | None:
+        """The student's; None for controls, which read none."""
+        return self.summary["backbone"] if self.summary["features"] in ("student", "frozen+student") else None
+
+    @property
+    def named_cohort(self) -> str:
+        """Cohort, with a word where it is synthetic."""
+        return self.cohort + (" (synthetic)" if self.summary["synthetic"] else "")
+
+
+def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
+    """Read finished runs, given their folders or folders that hold them (one level).
+
+    Raises
+    ------
+    FileNotFoundError
+        For a folder that holds no finished run, or an unfinished one; the message names what is missing.
+    ValueError
+        For a run made by an older version, and for two runs with the same settings.
+    """
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; give one that `peka-lite run` made, or one of those")
+        inside = [] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        found += inside or [folder]
+    if not found:
+        raise ValueError("a report needs at least one run folder")
+    runs, seen = [], {}
+    for folder in found:
+        run = _read(folder)
+        settings = {k: v for k, v in run.config.items() if k not in _ELSEWHERE}
+        key = json.dumps([settings, run.summary["data_fingerprint"]], sort_keys=True)
+        if key in seen:
+            raise ValueError(f"{seen[key]} and {folder} are one run twice (same settings, same data); leave one out")
+        seen[key] = folder
+        runs.append(run)
+    return runs
+
+
+def label(run: Run) -> str:
+    """Return a run's row name: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ..."""
+    features, method = run.summary["features"], METHODS[run.summary["method"]]
+    if features in CONTROLS:
+        return CONTROLS[features]
+    if features == "teacher":
+        return "teacher (upper line)"
+    name = f"[frozen, {method}]" if features == "frozen+student" else method
+    return f"{name}, shuffled teacher" if run.summary["shuffled"] else name
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Sort runs as rows: controls, shuffled teachers, frozen, methods, concatenations, the teacher last."""
+
+    def place(run):
+        features, shuffled = run.summary["features"], run.summary["shuffled"]
+        method = list(METHODS).index(run.summary["method"])
+        if features in CONTROLS:
+            return 0, 0, list(CONTROLS).index(features)
+        return 4 if features == "teacher" else 1 if shuffled else 2, features == "frozen+student", method
+
+    return sorted(runs, key=place)
+
+
+def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backbones: bool = False) -> list[Run]:
+    """Return runs in row order, refusing those that may not stand in one column.
+
+    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights.
+    """
+    if not runs:
+        raise ValueError("a table needs at least one run")
+    students = [run for run in runs if run.backbone]
+    taught = [run for run in students if run.summary["method"] != "none"]
+    of_protocol = () if across_protocols else ("protocol", "split", "normalization", "alpha")
+    checks = [
+        (field, runs) for field in ("data_fingerprint", *of_protocol, "n_splits", "seed", "n_genes", "train_share")
+    ]
+    checks += [(field, students) for field in (() if backbones else ("backbone", "weights"))]
+    checks += [(field, taught) for field in ("epochs", "teacher")]
+    for field, group in checks:
+        values = [(run.summary | run.config).get(field) for run in group]
+        for run, value in zip(group, values, strict=True):
+            if value != values[0]:
+                raise ValueError(
+                    f"{group[0].name} and {run.name} differ in {field} ({values[0]} and {value}): they may not share a "
+                    "column; report them apart"
+                )
+    rows = {}
+    for run in runs:
+        other = rows.setdefault((label(run), run.backbone, run.summary["protocol"]), run)
+        if other is not run:
+            fields = [k for k in run.config if k not in _ELSEWHERE and run.config[k] != other.config.get(k)]
+            raise ValueError(
+                f"{other.name} and {run.name} would both be the row {label(run)!r}; they differ in "
+                f"{', '.join(fields)}: report them apart"
+            )
+    return in_order(runs)
+
+
+def title(runs: Sequence[Run], *, normalization: str) -> str:
+    """Return what a table of one protocol holds, in words: protocol, cohort, who is held out, targets, intervals."""
+    summary, moments = runs[0].summary, runs[0].moments
+    moments = moments[moments["normalization"] == normalization]
+    held_out = HELD_OUT[summary["split"]]
+    if summary["one_patient"]:
+        held_out = f"one patient, {held_out}"
+    n, unit = moments[summary["unit"]].nunique(), summary["unit"]
+    over = f"intervals over {n} {unit}s and {moments['gene'].nunique()} genes" if n > 1 else f"no intervals: one {unit}"
+    return f"{summary['protocol']} protocol · {where(runs)} · {held_out} · {normalization} targets · {over}"
+
+
+def where(runs: Sequence[Run]) -> str:
+    """Return cohort and student, in words."""
+    words = runs[0].named_cohort
+    if student := next((run for run in runs if run.backbone), None):
+        words += f" · {BACKBONES.get(student.backbone, student.backbone)}"
+        words += " with random weights" if student.config["weights"] == "random" else ""
+    share = runs[0].config.get("train_share", 1)
+    return words if share == 1 else f"{words} · {share:.0%} of the training spots"
+
+
+def panels(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs by cohort and, where there are several, backbone; controls read no student and join each."""
+    groups = {}
+    for cohort, here in group(runs, lambda run: run.cohort).items():
+        backbones = sorted({run.backbone for run in here} - {None})
+        for backbone in backbones if len(backbones) > 1 else [None]:
+            name = cohort if backbone is None else f"{cohort}, {BACKBONES.get(backbone, backbone)}"
+            groups[name] = [run for run in here if backbone is None or run.backbone in (None, backbone)]
+    return groups
+
+
+def group(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ()) -> dict[str, list[Run]]:
+    """Group runs by `key`, first those of `order`, in that order."""
+    grouped = {name: [] for name in order}
+    for run in runs:
+        grouped.setdefault(key(run), []).append(run)
+    return {name: group for name, group in grouped.items() if group}
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() or (folder / "config.yml").is_file()
+
+
+def _read(folder: Path) -> Run:
+    if missing := [f for f in ("config.yml", "summary.json", "slides.parquet") if not (folder / f).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: no finished run here ({', '.join(missing)} missing); finish it with `peka-lite run`, or leave "
+            "the folder out"
+        )
+    try:
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        config = yaml.safe_load((folder / "config.yml").read_text("utf-8"))
+        moments = pd.read_parquet(folder / "slides.parquet")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder}: a file of this run cannot be read ({error}); run it anew") from None
+    if missing := [field for field in _FIELDS if field not in summary]:
+        raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
+    return Run(folder.resolve().name, config, summary, moments)
