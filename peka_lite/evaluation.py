@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -76,9 +77,7 @@ def evaluate(
     for i, (_, test) in enumerate(folds):
         fold_of[test] = i
     use = np.ones(len(cohort), dtype=bool) if taught_by is None else np.asarray(taught_by)
-    if protocol.alpha == "inner" and len(folds) < 3:
-        raise ValueError(f"choosing a penalty on inner folds needs at least 3 folds; there are {len(folds)}")
-    judge = _Judge(cohort, folds, protocol)
+    judge = Judge(cohort, folds, protocol)
     genes = []
     for i, (train, _) in enumerate(folds):
         rows = None if protocol.genes == "all" else train[use[train]]
@@ -156,19 +155,37 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[s
     return {m: [ALPHAS[int(np.nanargmax(np.mean(scores[i, m], axis=0)))] for i in range(n)] for m in NORMALIZATIONS}
 
 
-class _Judge:
-    """Compares what each step recorded with the rows that the protocol allows it."""
+class Judge:
+    """Compares what each step recorded with the rows that the protocol allows it.
+
+    Making one checks the folds themselves, before anything learns: a group or a section on both sides is a `LeakError`,
+    as are sections held out under a named protocol where more than one patient, or an unknown one, is in the cohort;
+    too few folds or test rows that do not cover the cohort are a ValueError.
+    """
 
     def __init__(self, cohort, folds, protocol: Protocol):
         self.protocol, self.cohort = protocol, cohort
         self.test = [test for _, test in folds]
         self.counts = row_ids(cohort.adata.X)
+        if protocol.alpha == "inner" and len(folds) < 3:
+            raise ValueError(f"choosing a penalty on inner folds needs at least 3 folds; there are {len(folds)}")
+        patients = sorted(set(cohort.obs["patient"].fillna("unknown")))
+        if protocol.split == "slide" and protocol.name != "custom" and (len(patients) > 1 or patients == ["unknown"]):
+            raise LeakError(
+                f"protocol {protocol.name!r} holds out patients; sections may stand for them only within one known "
+                f"patient, and this cohort has {', '.join(patients)}: split by patient, or give slides of one"
+            )
         if protocol.split != "spot":
             groups = cohort.obs[protocol.split].to_numpy().astype(str)
             for i, (train, test) in enumerate(folds):
                 require_apart(groups, self.counts, train, test, where=f"fold {i}")
         if not np.array_equal(np.sort(np.concatenate(self.test)), np.arange(len(cohort))):
             raise ValueError("the folds' test rows must hold each row of the cohort once")
+
+    @cached_property
+    def _slide_counts(self) -> np.ndarray:
+        """Ids of the counts a teacher sees: all genes of each slide, not the shared ones alone."""
+        return np.concatenate([row_ids(s.adata.X) for s in self.cohort.slides])
 
     def _allowed(self, left_out: tuple[int, ...]) -> np.ndarray:
         allowed = np.ones(len(self.cohort), dtype=bool)
@@ -177,16 +194,18 @@ class _Judge:
         return allowed
 
     def genes(self, genes, fold: int) -> None:
+        """Refuse a `GeneList` that rows outside the fold's training rows helped to choose, unless all rows may."""
         if self.protocol.genes == "train":
             allowed = self.counts[self._allowed((fold,))]
             require_known("the choice of genes", genes.fitted_on_, allowed=allowed, where=f"fold {fold}")
 
     def student(self, student, left_out: tuple[int, ...]) -> None:
+        """Refuse a `Student` whose teacher, clusters or weights learned from the test rows of a fold left out."""
         if self.protocol.student == "all":
             return
         allowed, where = self._allowed(left_out), _where(left_out)
         known = {
-            "teacher": lambda: np.concatenate([row_ids(s.adata.X) for s in self.cohort.slides])[allowed],
+            "teacher": lambda: self._slide_counts[allowed],
             "clusters": lambda: student.embedding_ids[allowed],
             "student": lambda: self.cohort.tiles.ids[allowed],
         }
@@ -194,6 +213,7 @@ class _Judge:
             require_known(f"the {step}", learned_from, allowed=known[step](), where=where)
 
     def probe(self, rows: np.ndarray, left_out: tuple[int, ...]) -> None:
+        """Refuse sums that hold test rows of a fold left out; `rows` are cohort indices."""
         if outside := int((~self._allowed(left_out)[rows]).sum()):
             raise LeakError(f"{_where(left_out)}: PCA and ridge learned from {outside} rows outside the training rows")
 

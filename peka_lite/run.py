@@ -21,7 +21,7 @@ from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
-from peka_lite.evaluation import evaluate
+from peka_lite.evaluation import Judge, evaluate
 from peka_lite.expression import NORMALIZATIONS
 from peka_lite.hest import Cohort
 from peka_lite.results import draw_maps, held_out_predictions
@@ -76,7 +76,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     splits = folds(cohort, protocol.split, config.n_splits, config.seed)
     device = config.device or default_device()
     use = _taught_by(cohort, config.train_share, config.seed)
-    # Before any work: a teacher that does not fit the data is refused at once.
+    # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
+    Judge(cohort, splits, protocol)
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = _coverage(source.teacher, cohort)
     work.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.protocols import ALPHAS
+from peka_lite.provenance import LeakError
 from peka_lite.results import fingerprint
 from peka_lite.run import load_or_run, load_run, run, run_name
 from peka_lite.scores import pooled
@@ -348,6 +349,14 @@ def test_strict_chooses_its_penalty_and_keeps_both_targets(mini_root, tmp_path):
 def test_strict_needs_three_folds(mini_root, tmp_path):
     with pytest.raises(ValueError, match="needs at least 3 folds"):
         run(config(mini_root, protocol="strict", method="none", n_splits=2), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("protocol", ["hest", "strict"])
+def test_sections_do_not_stand_for_patients_where_there_are_several(mini_root, tmp_path, protocol):
+    with pytest.raises(LeakError, match="holds out patients; sections may stand for them only within one known"):
+        run(config(mini_root, protocol=protocol, split="slide", method="none"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_strict_teaches_one_student_for_every_pair_of_folds(mini_root, tmp_path, monkeypatch, fresh_cache):
