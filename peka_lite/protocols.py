@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Ridge penalties that ``"inner"`` chooses from: twenty, from 0.01 to a million, evenly spaced in their logarithm.
 ALPHAS = tuple(float(a) for a in np.logspace(-2, 6, 20))
 
 
@@ -40,6 +41,7 @@ class Protocol:
     fit_intercept: bool = True
 
 
+#: The three protocols by name.
 PROTOCOLS = {
     p.name: p
     for p in (
