@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 METHODS = ("none", "bone", "lora", "adalora", "miss")
 
@@ -52,19 +53,50 @@ class BoneLinear(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:
         """Return W' (out, in), float32 for float32 blocks."""
-        W = self.base.weight.to(self.block.dtype)
-        out, into = W.shape
-        tiles = W.view(out // self.r, self.r, into // self.r, self.r)  # (band, row, tile, column)
-        mixed = (tiles.flatten(1, 2) @ self.block).view_as(tiles)  # W_g B_g: B mixes columns inside each tile
-        return (tiles + mixed + self.block[:, :, None, :]).view(out, into)
+        return _affine(self.base.weight.to(self.block.dtype), self.block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        return F.linear(x, self.merged_weight(), self.base.bias)
+        """Map (..., in) to (..., out), in autocast's type where autocast is on."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.block.dtype
+        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        return _BoneProduct.apply(x.to(dtype), self.base.weight.to(dtype), self.block, bias)
 
     def extra_repr(self) -> str:
         """Show the block size."""
         return f"r={self.r}"
+
+
+def _affine(W: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Return W' (out, in) in the type of W, with one new tensor of its size and nothing between."""
+    bands, r, _ = block.shape
+    tall = W.view(bands, -1, r)  # (band, row * tile, column): a band's tiles on top of each other, without a copy
+    made = torch.baddbmm(tall, tall, block)  # W_g + W_g B_g: B mixes columns inside each tile
+    return made.view(bands, r, -1, r).add_(block[:, :, None, :]).view_as(W)
+
+
+class _BoneProduct(torch.autograd.Function):
+    """``x W'^T + bias`` with gradients for x and the blocks alone; keeps x and W', and nothing on the way to them."""
+
+    @staticmethod
+    def forward(ctx, x, W, block, bias):
+        merged = _affine(W, block.to(W.dtype))
+        ctx.save_for_backward(x, W, block, merged)
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, W, block, merged = ctx.saved_tensors
+        bands, r, _ = block.shape
+        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[2]:
+            return grad_x, None, None, None
+        # A dense gradient of W' lives for these lines only. Each band sums over its tiles: W_g^T dW'_g + dW'_g.
+        dense = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, in)
+        grad_block = torch.bmm(W.view(bands, -1, r).mT, dense.view(bands, -1, r)).to(block.dtype)
+        grad_block += dense.view(bands, r, -1, r).sum(2, dtype=block.dtype)
+        return grad_x, None, grad_block, None
 
 
 @dataclass

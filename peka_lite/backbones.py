@@ -17,6 +17,7 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 from tqdm.auto import tqdm
 
+from peka_lite.batches import Batches
 from peka_lite.devices import PRECISION, compute_dtype, default_device
 from peka_lite.manifest import located
 
@@ -228,14 +229,21 @@ def embed_tiles(
     numpy.ndarray
         (N, D_s) float32.
     """
-    device = device or default_device()
+    device = torch.device(device or default_device())
     model.eval().to(device)
-    dtype = precision_for(model.spec, device)
-    out = np.empty((len(tiles), model.spec.dim), dtype=np.float32)
-    for start in tqdm(range(0, len(tiles), batch_size), desc="embed tiles", disable=not progress, leave=False):
-        batch = torch.from_numpy(np.ascontiguousarray(tiles[start : start + batch_size])).to(device)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            out[start : start + len(batch)] = pooled(model, preprocess(batch, model.spec)).float().cpu().numpy()
+    dtype, n = precision_for(model.spec, device), len(tiles)
+    out = np.empty((n, model.spec.dim), dtype=np.float32)
+    rows = [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    batches = tqdm(Batches(tiles, rows, device=device), desc="embed tiles", disable=not progress, leave=False)
+    done = None  # fetched one batch late, so that the GPU has the next to work on meanwhile
+    for at, batch in zip(rows, batches, strict=True):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features = pooled(model, preprocess(batch, model.spec)).float()
+        if done is not None:
+            out[done[0]] = done[1].cpu().numpy()
+        done = at, features
+    if done is not None:
+        out[done[0]] = done[1].cpu().numpy()
     return out
 
 

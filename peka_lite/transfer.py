@@ -1,9 +1,9 @@
-"""Knowledge transfer: the two losses, and the loop that teaches a student with them."""
+"""Knowledge transfer: the model that is taught, and the loop that teaches it."""
 
 from __future__ import annotations
 
 import os
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peka_lite._checkpoint import digest, restore_checkpoint, save_checkpoint
-from peka_lite.adapters import orthogonal_term
-from peka_lite.backbones import pooled, precision_for, preprocess
+from peka_lite.acceleration import compiled_or_plain, frozen_in, recomputed
+from peka_lite.backbones import pooled, precision_for
+from peka_lite.costs import out_of_memory
 from peka_lite.devices import default_device
-from peka_lite.provenance import row_ids
+from peka_lite.losses import transfer_loss
+from peka_lite.processes import Processes
+from peka_lite.training import Epochs
+
+__all__ = ["KD_SPACES", "TransferModel", "fit", "transfer_loss"]
 
 KD_SPACES = ("embedding", "logits")
 
@@ -74,49 +79,6 @@ class TransferModel(nn.Module):
         return z, self.classifier(features if self.kd_space == "embedding" else z)
 
 
-def transfer_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    tau: float = 2.0,
-    kd_weight: float = 0.5,
-    ce_weight: float = 0.5,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return PEKA's loss and its two parts (arXiv:2504.07061, equations 4 to 6).
-
-    ``kd_weight * KL(softmax(T / tau) || softmax(S / tau)) + ce_weight * CrossEntropy(logits, labels)``, both averaged
-    over the batch. The equation has no factor tau squared, so neither has this.
-
-    Parameters
-    ----------
-    student, teacher
-        S and T, (B, D) float32: embeddings, or logits where the distillation space is ``"logits"``.
-    logits
-        (B, n_classes) float32.
-    labels
-        (B,) int64.
-    tau
-        Temperature; the paper gives none, 2.0 is the authors' configuration.
-
-    Examples
-    --------
-    >>> T = torch.tensor([[1.0, 2.0]])
-    >>> total, kd, ce = transfer_loss(T, T, torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
-    >>> round(kd.item(), 4), round(ce.item(), 4), round(total.item(), 4)
-    (0.0, 0.6931, 0.3466)
-    """
-    kd = F.kl_div(
-        F.log_softmax(student.float() / tau, dim=-1),
-        F.log_softmax(teacher.float() / tau, dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    ce = F.cross_entropy(logits.float(), labels)
-    return kd_weight * kd + ce_weight * ce, kd, ce
-
-
 def fit(
     model: TransferModel,
     tiles,
@@ -129,7 +91,11 @@ def fit(
     tau: float = 2.0,
     kd_weight: float = 0.5,
     ce_weight: float = 0.5,
+    augment: bool = False,
     seed: int = 0,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    compile: bool = False,
     device: str | None = None,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
@@ -138,8 +104,9 @@ def fit(
     """Teach the student: only adapters, projector and classifier learn; the backbone stays as it was.
 
     ``model.backbone.adapter.fitted_on`` keeps the `row_ids` of the tiles it learned from.
-    Adam without schedule. Every epoch's order and dropout follow from `seed` and the epoch's number, so a resumed
-    run ends in the same weights as an unbroken one on the same CPU.
+    Adam without schedule. Every epoch's order, turns and dropout follow from `seed` and the epoch's number, so a
+    resumed run ends in the same weights as an unbroken one on the same CPU. Started by ``accelerate launch``, the
+    processes share each batch; the loss is that of one process, up to rounding.
 
     Parameters
     ----------
@@ -151,6 +118,16 @@ def fit(
         (N, D_t) float32 teacher embeddings of the same rows.
     labels
         (N,) int64 pseudo-labels of the same rows.
+    batch_size
+        Tiles a step, over all processes.
+    augment
+        Mirror and turn every tile at random each time it is seen (`turned`).
+    micro_batch
+        Tiles at once on a device; None takes the batch whole. Less memory, the same gradient up to rounding.
+    recompute
+        Keep a block's input alone and run it again for its gradient (`recomputed`): far less memory, a third more work.
+    compile
+        Use `torch.compile`; where it fails, a warning says why and training goes on without.
     checkpoint
         File written after every epoch, whole or not at all.
     resume
@@ -159,28 +136,23 @@ def fit(
     Returns
     -------
     pandas.DataFrame
-        One row an epoch: epoch, loss, kd, ce, accuracy (of the pseudo-labels, on the fly), seconds.
+        One row an epoch: epoch, loss, kd, ce, accuracy (of the pseudo-labels, on the fly), seconds, waiting (share of
+        them spent waiting for tiles).
 
     Raises
     ------
     FloatingPointError
-        When the loss stops being finite, with its epoch and step.
+        When the loss stops being finite, with its epoch, step and tiles; the checkpoint is of the epoch before.
+    MemoryError
+        When the GPU's memory does not suffice, with what would.
     ValueError
         When rows disagree, or the checkpoint comes from other settings.
     """
     n = len(tiles)
-    if not len(teacher) == len(labels) == n:
-        raise ValueError(
-            f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: one row each is needed"
-        )
-    if np.shape(teacher)[1:] != (model.projector[-1].out_features,):
-        raise ValueError(f"teacher is {np.shape(teacher)}, the projector gives {model.projector[-1].out_features}")
-    if labels.min() < 0 or labels.max() >= model.n_classes:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the classifier has {model.n_classes}")
-    if epochs < 1 or batch_size < 1 or tau <= 0:
-        raise ValueError(f"epochs, batch_size and tau must be above 0, not {epochs}, {batch_size}, {tau}")
-    adapter, spec, steps = model.backbone.adapter, model.backbone.spec, -(-n // batch_size)
-    device = device or default_device()
+    _check(model, n, teacher, labels, epochs=epochs, batch_size=batch_size, tau=tau, micro_batch=micro_batch)
+    adapter, spec = model.backbone.adapter, model.backbone.spec
+    device = torch.device(device or default_device())
+    processes = Processes(device)
     model.to(device)
     T = torch.from_numpy(np.ascontiguousarray(teacher, dtype=np.float32)).to(device)  # (N, D_t)
     y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)  # (N,)
@@ -189,16 +161,17 @@ def fit(
 
     dtype = precision_for(spec, device)
     learn = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learn, lr=lr)
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
+    optimizer = torch.optim.Adam(learn, lr=lr, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     settings = {
         "backbone": spec.name, "weights": model.backbone.weights_origin, "method": adapter.method, **adapter.options,
         "kd_space": model.kd_space, "teacher_dim": T.shape[1], "n_classes": model.n_classes,
         "hidden": model.projector[0].out_features, "batch_size": batch_size, "lr": lr, "tau": tau,
-        "kd_weight": kd_weight, "ce_weight": ce_weight, "seed": seed, "data": digest(teacher, labels),
+        "kd_weight": kd_weight, "ce_weight": ce_weight, "augment": augment, "seed": seed,
+        "data": digest(teacher, labels),
     }  # fmt: skip
     history: list[dict] = []
-    if resume and checkpoint is not None and Path(checkpoint).is_file():
+    if resume and checkpoint is not None and processes.same(Path(checkpoint).is_file()):
         history = restore_checkpoint(Path(checkpoint), model, optimizer, scaler, settings)
         if len(history) > epochs:
             raise ValueError(f"{checkpoint} is past {epochs} epochs, at {len(history)}; remove it to start over")
@@ -206,58 +179,45 @@ def fit(
         with torch.no_grad():
             T = model.classifier(T)  # (N, n_classes): what the student is compared with
 
-    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not progress)
-    first, learned_from = len(history), np.array(getattr(tiles, "ids", np.zeros(n)), dtype=np.uint64)
-    # Tiles without ids are known once read; of a finished student nothing is read, and zeros are nobody's rows.
-    for epoch in range(first, epochs):
-        start, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64)
-        order = np.random.default_rng((seed, epoch)).permutation(n)
-        model.train()
-        model.backbone.eval()  # frozen: no batch statistics, no stochastic depth; only adapters may drop out
-        for name in adapter.layers:
-            model.backbone.get_submodule(name).train()
-        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-            torch.manual_seed(seed * 1_000_003 + epoch)  # dropout of LoRA and AdaLoRA
-            for step in range(steps):
-                rows = order[step * batch_size : (step + 1) * batch_size]
-                batch = np.ascontiguousarray(tiles[rows])
-                if not hasattr(tiles, "ids") and epoch == first:
-                    learned_from[rows] = row_ids(batch)
-                x = preprocess(torch.from_numpy(batch).to(device), spec)
-                at = torch.from_numpy(rows).to(device)
-                with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                    z, logits = model(x)
-                compared = z if model.kd_space == "embedding" else logits
-                loss, kd, ce = transfer_loss(
-                    compared, T[at], logits, y[at], tau=tau, kd_weight=kd_weight, ce_weight=ce_weight
-                )
-                if adapter.method == "adalora":
-                    loss = loss + adapter.tuner.peft_config["default"].orth_reg_weight * orthogonal_term(model.backbone)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"loss is {loss.item()} at epoch {epoch}, step {step}; try a lower lr than {lr}"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                if adapter.method == "adalora":
-                    adapter.tuner.update_and_allocate(epoch * steps + step + 1)
-                right = (logits.argmax(1) == y[at]).sum()
-                sums += torch.stack(
-                    [loss.detach() * len(rows), kd.detach() * len(rows), ce.detach() * len(rows), right]
-                ).cpu()
-                bar.update()
-        loss, kd, ce, accuracy = (sums / n).tolist()
-        seconds = time.perf_counter() - start
-        history.append({"epoch": epoch, "loss": loss, "kd": kd, "ce": ce, "accuracy": accuracy, "seconds": seconds})
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}")
-        if checkpoint is not None:
-            save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
+    loop = Epochs(
+        model, tiles, T, y, optimizer, scaler, processes, device, dtype,
+        loss={"tau": tau, "kd_weight": kd_weight, "ce_weight": ce_weight}, batch_size=batch_size,
+        piece=min(micro_batch or batch_size, -(-batch_size // processes.count), n), augment=augment, seed=seed,
+    )  # fmt: skip
+    steps, shown = -(-n // batch_size), progress and processes.first
+    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not shown)
+    with ExitStack() as stack:
+        stack.enter_context(frozen_in(model, dtype))
+        if recompute:
+            stack.enter_context(recomputed(model.backbone))
+        try:
+            if compile and len(history) < epochs:
+                loop.network = compiled_or_plain(model, loop.trial)
+            for epoch in range(len(history), epochs):
+                history.append(loop.run(epoch, bar))
+                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
+                if checkpoint is not None and processes.first:
+                    save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(model.backbone, device, tiles=loop.piece, recompute=recompute) from error
     bar.close()
-    adapter.fitted_on = learned_from
+    adapter.fitted_on = loop.learned_from
     model.eval()
     return pd.DataFrame(history)
+
+
+def _check(model: TransferModel, n: int, teacher, labels, **positive) -> None:
+    if not len(teacher) == len(labels) == n:
+        raise ValueError(
+            f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: one row each is needed"
+        )
+    if np.shape(teacher)[1:] != (model.projector[-1].out_features,):
+        raise ValueError(f"teacher is {np.shape(teacher)}, the projector gives {model.projector[-1].out_features}")
+    if labels.min() < 0 or labels.max() >= model.n_classes:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the classifier has {model.n_classes}")
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, not {value}")
 
 
 def _mlp(into: int, hidden: int, out: int) -> nn.Sequential:

@@ -145,7 +145,7 @@ def test_history_reports_the_loss_of_the_right_rows_in_the_right_space(kd_space)
 
 def test_history_has_one_row_an_epoch():
     history = teach(student(), epochs=3)
-    assert list(history) == ["epoch", "loss", "kd", "ce", "accuracy", "seconds"]
+    assert list(history) == ["epoch", "loss", "kd", "ce", "accuracy", "seconds", "waiting"]
     assert history["epoch"].tolist() == [0, 1, 2]
 
 
