@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -32,6 +33,8 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
         state["ranks"] = {k: getattr(ranks, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
         state["rank_pattern"] = adapter.tuner.peft_config["default"].rank_pattern
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         torch.save(state, partial)

@@ -67,8 +67,8 @@ def compiled_or_plain(model: nn.Module, step: Callable[[nn.Module], torch.Tensor
     step
         Given the compiled model, returns a loss to run backward from; tried once. Gradients it leaves are removed.
     """
-    compiled = torch.compile(model, dynamic=False)
     try:
+        compiled = torch.compile(model, dynamic=False)
         step(compiled).backward()
         return compiled
     except Exception as error:

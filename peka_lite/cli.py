@@ -35,6 +35,10 @@ _HELP = {
     "epochs": "passes over the training tiles",
     "batch_size": "tiles a step",
     "lr": "Adam's learning rate",
+    "augment": "mirror and turn the tiles at random",
+    "micro_batch": "tiles at once on a device, for less memory; the whole batch by default",
+    "recompute": "recompute activations for their gradients: far less memory, a third more time",
+    "compile": "use torch.compile where it works",
     "shuffle_teacher": "control: teach each tile with another spot's expression",
     "train_share": "share of the training spots to use (0 to 1)",
     "normalization": "log1p-cp10k (by default) or log1p",
@@ -56,40 +60,59 @@ _TYPES = {
 
 
 def parser(*, command: str | None = None) -> argparse.ArgumentParser:
-    """Build the command-line parser; only for ``"run"`` with the options of `run`, which are `RunConfig`'s fields.
+    """Build the command-line parser; only for ``"run"`` and ``"train"`` with the options that `RunConfig` gives them.
 
     The others must do where an install is broken, so PyTorch is not imported for them.
     """
     top = argparse.ArgumentParser("peka-lite", description="Teach a pathology model to predict gene expression.")
     top.add_argument("--version", action="version", version=f"peka-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        help="one experiment, from a cohort to a PCC table and maps",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
-    if command == "run":
-        from peka_lite.config import RunConfig
 
-        for field in dataclasses.fields(RunConfig):
-            kind = _slide_ids if field.name == "slides" else _TYPES.get(field.type, str)
-            flag = f"--{field.name.replace('_', '-')}"
-            if field.type == "bool":
-                run.add_argument(flag, action="store_true", help=_HELP[field.name])
-                continue
-            run.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
+    def add(name: str, words: str, **options) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=words, allow_abbrev=False, **options)
+
+    run = add("run", "one experiment, from a cohort to a PCC table and maps", formatter_class=_Formatter)
     run.add_argument("--no-maps", dest="maps", action="store_false", help="draw no maps")
-    run.add_argument("--out", required=True, help="folder to make", metavar="DIR")
-    get = commands.add_parser("fetch", help="get a cohort, a checkpoint or a gene list", allow_abbrev=False)
-    get.add_argument("name", nargs="?", help="what to fetch; without a name, what there is", metavar="NAME")
-    get.add_argument("--root", help="folder to put it in; the cache by default", metavar="DIR")
-    check = commands.add_parser("doctor", help="check this machine, one line and one fix each", allow_abbrev=False)
-    tables = commands.add_parser(
-        "report", help="tables and figures from run folders, the paper's values beside them", allow_abbrev=False
-    )
+    train = add("train", "its first half alone: a student and a probe to keep", formatter_class=_Formatter)
+    train.add_argument("--fold", type=int, help="leave this fold's test spots out; none by default", metavar="N")
+    for experiment in (run, train):
+        if experiment.prog.endswith(f" {command}"):
+            _add_settings(experiment)
+        experiment.add_argument("--out", required=True, help="folder to make", metavar="DIR")
+
+    embed = add("embed", "its second half: a student's features of every spot of a cohort")
+    embed.add_argument("--cohort", required=True, help=_HELP["cohort"], metavar="VALUE")
+    embed.add_argument("--slides", type=_slide_ids, help=_HELP["slides"], metavar="VALUE")
+    embed.add_argument("--backbone", help="a frozen student, where no --model is given", metavar="NAME")
+    embed.add_argument("--min-genes", type=int, default=200, help=_HELP["min_genes"] + " (200)", metavar="N")
+    predict = add("predict", "genes over a whole-slide image, or at the spots of a HEST slide")
+    predict.add_argument("slide", help="image file, or id of a slide of --cohort", metavar="SLIDE")
+    predict.add_argument("--cohort", help="where a slide id is looked up; the run's cohort by default", metavar="VALUE")
+    predict.add_argument("--mpp", type=float, help="microns per pixel, where the file does not say", metavar="UM")
+    predict.add_argument("--min-tissue", type=float, default=0.5, help="least share of tissue in a tile (0.5)",
+                         metavar="SHARE")  # fmt: skip
+    for user in (embed, predict):
+        user.add_argument("--model", required=user is predict, help="folder of `run` or `train`", metavar="RUN")
+        user.add_argument("--fold", type=int, help="whose model; the one that left the slide out, all, or fold 0",
+                          metavar="N")  # fmt: skip
+        user.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
+        user.add_argument("--batch-size", type=int, default=64, help="tiles at once (64)", metavar="N")
+        user.add_argument("--device", help=_HELP["device"], metavar="VALUE")
+        user.add_argument("--out", required=True, help=".h5ad file to write", metavar="FILE")
+
+    export = add("export", "merged weights that timm loads, with a model card")
+    export.add_argument("model", help="folder of `run` or `train`", metavar="RUN")
+    export.add_argument("--fold", type=int, help="whose model; all, or fold 0 by default", metavar="N")
+    export.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
+    export.add_argument("--out", required=True, help="folder to make", metavar="DIR")
+
+    tables = add("report", "tables and figures from run folders, the paper's values beside them")
     tables.add_argument("runs", nargs="+", help="run folders, or folders of run folders", metavar="RUN")
     tables.add_argument("--out", default="report", help="folder to make (report)", metavar="DIR")
+    get = add("fetch", "get a cohort, a checkpoint or a gene list")
+    get.add_argument("name", nargs="?", help="what to fetch; without a name, what there is", metavar="NAME")
+    get.add_argument("--root", help="folder to put it in; the cache by default", metavar="DIR")
+    check = add("doctor", "check this machine, one line and one fix each")
     check.add_argument("--offline", action="store_true", help="do not ask the hub about gated models")
     return top
 
@@ -98,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
-    command = {"run": _run, "fetch": _fetch, "doctor": _doctor, "report": _report}[options.pop("command")]
+    command = {
+        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "export": _export, "report": _report,
+        "fetch": _fetch, "doctor": _doctor,
+    }[options.pop("command")]  # fmt: skip
     try:
         return command(**options)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
@@ -106,16 +132,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _add_settings(experiment: argparse.ArgumentParser) -> None:
+    from peka_lite.config import RunConfig
+
+    for field in dataclasses.fields(RunConfig):
+        kind = _slide_ids if field.name == "slides" else _TYPES.get(field.type, str)
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type == "bool":
+            experiment.add_argument(flag, action="store_true", help=_HELP[field.name])
+            continue
+        experiment.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
+
+
 def _run(*, out: str, maps: bool, **options) -> int:
     from peka_lite.run import RunConfig, run
 
     summary = run(RunConfig(**options), out, maps=maps, progress=sys.stderr.isatty())
+    if not summary:  # another process than the first
+        return 0
     print(
         f"{summary['method']}, features {summary['features']}, on {summary['backbone']} ({summary['weights']}), "
         f"protocol {summary['protocol']}, {summary['split']} split, {summary['n_folds']} folds: "
         f"mean PCC {summary['mean_pcc']:.3f} "
         f"[{summary['ci_low']:.3f}, {summary['ci_high']:.3f}], {summary['n_nan']} undefined; {out}"
     )
+    return 0
+
+
+def _train(*, out: str, fold: int | None, **options) -> int:
+    from peka_lite.config import RunConfig
+    from peka_lite.teaching import train
+
+    summary = train(RunConfig(**options), out, fold=fold, progress=sys.stderr.isatty())
+    if summary:
+        print(
+            f"{summary['method']} on {summary['backbone']} ({summary['weights']}), {summary['n_taught']} of "
+            f"{summary['n_spots']} spots, {summary['adapted_share']:.1%} of the weights; {out}"
+        )
+    return 0
+
+
+def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_size, device, out) -> int:
+    from peka_lite.backbones import load_backbone
+    from peka_lite.cohorts import open_cohort
+    from peka_lite.features import write_features
+    from peka_lite.trained import load_trained
+
+    if (model is None) == (backbone is None):
+        raise ValueError("give --model, a folder of `run` or `train`, or --backbone for a frozen student: one of them")
+    if model is not None:
+        trained = load_trained(model, fold=fold, weights=weights, device=device)
+        student, source = trained.student, trained.describe()
+    else:
+        student, source = load_backbone(backbone, weights=weights or "hub"), {}
+    spots = open_cohort(cohort, slides=slides, min_genes=min_genes)
+    options = {"batch_size": batch_size, "device": device, "progress": sys.stderr.isatty()}
+    features = write_features(spots, out, student, source=source, **options)
+    print(f"{features.n_obs} spots, {features.n_vars} features; {out}")
+    return 0
+
+
+def _predict(*, slide: str, model: str, out: str, **options) -> int:
+    from peka_lite.predict import predict_from
+
+    predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
+    told = predicted.uns["peka_lite"]["model"]
+    print(f"{predicted.n_obs} tiles, {predicted.n_vars} genes, model {told['folder']} {told['fold']}; {out}")
+    return 0
+
+
+def _export(*, model: str, out: str, fold: int | None, weights: str | None) -> int:
+    from peka_lite.sharing import export
+
+    print(export(model, out, fold=fold, weights=weights))
     return 0
 
 

@@ -62,8 +62,10 @@ class RunConfig:
         Block size or rank; None takes the backbone's own.
     label_method, resolution, n_clusters
         Pseudo-labels: ``"knn-leiden"`` with `resolution`, or ``"kmeans"`` with `n_clusters`.
-    kd_space, tau, kd_weight, ce_weight, epochs, batch_size, lr
+    kd_space, tau, kd_weight, ce_weight, epochs, batch_size, lr, augment
         As in `TransferModel` and `fit`.
+    micro_batch, recompute, compile
+        How `fit` uses memory and compiler; the results stay the same up to rounding.
     normalization, n_genes
         Targets: how counts are normalised, and how many highly variable genes are predicted.
     alpha
@@ -98,6 +100,10 @@ class RunConfig:
     epochs: int = 50
     batch_size: int = 32
     lr: float = 1e-4
+    augment: bool = False
+    micro_batch: int | None = None
+    recompute: bool = False
+    compile: bool = False
     shuffle_teacher: bool = False
     train_share: float = 1.0
     normalization: str | None = None
@@ -124,6 +130,8 @@ class RunConfig:
         for field in ("tau", "epochs", "batch_size", "lr", "n_genes", "min_genes"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 tile, not {self.micro_batch}")
         if self.alpha != "inner":
             PCARidge(alpha=self.alpha)  # refuses what is no penalty
         if not 0 < self.train_share <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -12,8 +13,10 @@ PRECISION = MappingProxyType({"cpu": torch.float32, "cuda<8.0": torch.float16, "
 
 
 def default_device() -> str:
-    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``; of several processes each has a GPU of its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.dtype] = PRECISION) -> torch.dtype:

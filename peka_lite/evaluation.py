@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,8 @@ class Evaluation:
         `slide_moments` of every normalisation and fold, with columns normalization and fold.
     predicted
         Fold -> (test rows, genes, measured, predicted) for the protocol's own normalisation.
+    probes
+        Fold -> (`PCARidge` for the protocol's own normalisation, genes); predicts in the genes' units.
     alphas
         Normalisation -> penalty of each fold.
     n_components
@@ -36,6 +39,7 @@ class Evaluation:
 
     moments: pd.DataFrame
     predicted: dict
+    probes: dict
     alphas: dict[str, list[float]]
     n_components: int
 
@@ -106,7 +110,7 @@ def evaluate(
     chosen = {m: [protocol.alpha] * len(folds) for m in NORMALIZATIONS}
     if protocol.alpha == "inner":
         chosen = _inner_alphas(folds, sums, columns, protocol, n_components, judge)
-    tables, predicted, width = [], {}, 0
+    tables, predicted, probes, width = [], {}, {}, 0
     slides, patients = cohort.obs["slide"].to_numpy(), cohort.obs["patient"].fillna("unknown").to_numpy()
     for i, (_, test) in enumerate(folds):
         student, gathered = sums((i,))
@@ -125,10 +129,24 @@ def evaluate(
             measured = Y[np.ix_(test, columns[i, m])]
             if m == protocol.normalization:
                 predicted[i] = (test, list(genes[i]), measured, P)
+                probe.intercept_ = moments.mean_y[columns[i, m]]
+                probes[i] = probe, list(genes[i])
             scored = slide_moments(measured, P, slides=slides[test], patients=patients[test], genes=genes[i])
             tables.append(scored.assign(normalization=m, fold=i))
     alphas = {m: [a if a == "hest" else float(a) for a in chosen[m]] for m in NORMALIZATIONS}
-    return Evaluation(pd.concat(tables, ignore_index=True), predicted, alphas, width)
+    return Evaluation(pd.concat(tables, ignore_index=True), predicted, probes, alphas, width)
+
+
+def left_out_sets(n_folds: int, *, inner: bool) -> list[tuple[int, ...]]:
+    """Return what `evaluate` asks features for: each fold left out, and each pair where the penalty is chosen inside.
+
+    Examples
+    --------
+    >>> left_out_sets(3, inner=True)
+    [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+    """
+    pairs = list(combinations(range(n_folds), 2)) if inner else []
+    return [(i,) for i in range(n_folds)] + pairs
 
 
 def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[str, list[float]]:
@@ -153,6 +171,32 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[s
                         warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
                         scores[outer, m].append(np.nanmean(path[:, columns[outer, m]], axis=1))
     return {m: [ALPHAS[int(np.nanargmax(np.mean(scores[i, m], axis=0)))] for i in range(n)] for m in NORMALIZATIONS}
+
+
+def penalty_inside(
+    left: tuple[int, ...], n_folds: int, features, judge: Judge, *, Y, cells, standardize: bool, n_components: int = 256
+) -> float:
+    """Return the penalty of `ALPHAS` that scores best over the folds not left out, each on a student that missed it.
+
+    Parameters
+    ----------
+    Y, cells
+        (N, genes) targets, and (N,) each row's fold, -1 where it may not teach.
+    """
+    scores = []
+    others = [j for j in range(n_folds) if j not in left]
+    for j in others:
+        out = tuple(sorted((*left, j)))
+        student = features(out)
+        judge.student(student, out)
+        gathered = gather(student.features, Y, cells)
+        train = gathered.over([c for c in others if c != j])
+        judge.probe(train.rows, out)
+        path = alpha_path(components(train, n_components, standardize=standardize), gathered.over([j]), ALPHAS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
+            scores.append(np.nanmean(path, axis=1))
+    return ALPHAS[int(np.nanargmax(np.mean(scores, axis=0)))]
 
 
 class Judge:

@@ -20,6 +20,8 @@ class Processes:
     ----------
     device
         Where this process computes; a CPU device makes the processes talk through gloo.
+    alone
+        Take no notice of other processes, whatever was launched.
 
     Attributes
     ----------
@@ -27,13 +29,15 @@ class Processes:
         This process's number, and how many there are.
     """
 
-    def __init__(self, device: str | torch.device):
-        self.count, self.rank, self._state = launched(), 0, None
+    def __init__(self, device: str | torch.device, *, alone: bool = False):
+        self.count, self.rank, self._state = 1 if alone else launched(), 0, None
         if self.count > 1:
+            from datetime import timedelta
+
             from accelerate import PartialState
 
-            # Whoever made it first settled the backend; everything later shares that state.
-            self._state = PartialState(cpu=torch.device(device).type == "cpu")
+            # The others wait while one embeds a cohort or writes its tiles, which may take hours.
+            self._state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=2))
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property

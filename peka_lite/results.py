@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import yaml
 
+from peka_lite import __version__
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
 
@@ -22,6 +26,27 @@ def fingerprint(cohort: Cohort) -> str:
         sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
         digest.update(slide.tiles[sample].tobytes())
     return digest.hexdigest()[:16]
+
+
+def claim(config, out: Path, work: Path) -> None:
+    """Refuse a folder that is there, or a ``work`` folder of another config."""
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+    left = work / "config.yml"
+    if left.is_file() and yaml.safe_load(left.read_text()) != config.as_dict():
+        raise FileExistsError(f"{work} holds an unfinished run with other settings; remove it, or finish that one")
+
+
+def made_with(device: str) -> dict:
+    """Return the device and the versions that a summary names."""
+    import torch
+
+    name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    packages = ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")
+    versions = {"peka_lite": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+    return {"device": name, "versions": versions}
 
 
 def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:

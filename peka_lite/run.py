@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import anndata as ad
@@ -16,17 +14,18 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from peka_lite import __version__
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
-from peka_lite.evaluation import Judge, evaluate
+from peka_lite.evaluation import Judge, evaluate, left_out_sets
 from peka_lite.expression import NORMALIZATIONS
 from peka_lite.hest import Cohort
-from peka_lite.results import draw_maps, held_out_predictions
+from peka_lite.probe_files import save_probes
+from peka_lite.processes import Processes
+from peka_lite.results import claim, draw_maps, held_out_predictions, made_with
 from peka_lite.scores import interval, pooled
-from peka_lite.sources import FeatureSource
+from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import folds
 
 
@@ -48,14 +47,16 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         among a fold's targets; layer ``measured``), ``maps/*.png``, and where a student was taught ``training.csv``
         and ``adapter.safetensors`` (one set of tensors a fold, or one for all). Until then the work is in
         ``{out}.partial``. Taught students are kept in the cache (`taught_student`), so running the same again after an
-        interruption goes on from there.
+        interruption goes on from there. Where a student is judged, ``probe.safetensors`` holds each fold's probe, and
+        `load_trained` makes of the folder a model to predict with.
     maps
         Draw the maps, the slowest part of a run whose students are taught already.
 
     Returns
     -------
     dict
-        The summary.
+        The summary; in other processes than the first of an ``accelerate launch``, which teach and embed with it,
+        nothing.
 
     Raises
     ------
@@ -64,7 +65,10 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     """
     begun, out = time.perf_counter(), Path(out)
     work = out.with_name(out.name + ".partial")
-    _claim(config, out, work)
+    device = config.device or default_device()
+    processes = Processes(device)
+    if processes.first:
+        claim(config, out, work)
     cohort = open_cohort(
         config.cohort,
         slides=config.slides,
@@ -74,20 +78,28 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     )
     protocol = config.settled_protocol()
     splits = folds(cohort, protocol.split, config.n_splits, config.seed)
-    device = config.device or default_device()
-    use = _taught_by(cohort, config.train_share, config.seed)
+    use = taught_by(cohort, config.train_share, config.seed)
     # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
     Judge(cohort, splits, protocol)
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
-    coverage = _coverage(source.teacher, cohort)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    coverage = source.coverage()
+    if processes.first:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
+    if not processes.first:
+        return {}
 
     done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
     done.moments.to_parquet(work / "slides.parquet", index=False)
     table = _metrics(config, protocol, splits, use, done.moments)
     table.to_csv(work / "metrics.csv", index=False)
-    source.save(work)
+    source.save(work, source.outer())
+    record = source.record(source.outer())
+    if config.features in ("student", "frozen+student"):
+        probes = {f"fold{i}": probe for i, probe in done.probes.items()}
+        at = {"normalization": protocol.normalization, "fingerprint": record["backbone_fingerprint"]}
+        save_probes(work / "probe.safetensors", probes, **at)
     predictions = held_out_predictions(cohort, done.predicted)
     predictions.write_h5ad(work / "predictions.h5ad")
     if maps:
@@ -122,17 +134,15 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         "teacher": None if source.teacher is None else repr(source.teacher),
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None),
         "teacher_coverage": coverage,
-        **source.record(),
+        **record,
         "n_folds": len(splits),
         "n_spots": len(cohort),
         "slides": [s.id for s in cohort.slides],
         "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
         "pca_components": done.n_components,
         "data_fingerprint": source.data,
-        "device": _device_name(device),
         "seconds": round(time.perf_counter() - begun, 1),
-        "versions": {"peka_lite": __version__, "python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")},
+        **made_with(device),
     }
     (work / "summary.json").write_text(json.dumps(summary, indent=1))
     shutil.rmtree(work / "scratch", ignore_errors=True)
@@ -177,25 +187,6 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     return loaded
 
 
-def _claim(config: RunConfig, out: Path, work: Path) -> None:
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; name another folder or remove it")
-    left = work / "config.yml"
-    if left.is_file() and yaml.safe_load(left.read_text()) != config.as_dict():
-        raise FileExistsError(f"{work} holds an unfinished run with other settings; remove it, or finish that one")
-
-
-def _taught_by(cohort: Cohort, share: float, seed: int) -> np.ndarray:
-    """Choose the spots that may teach, the same share of every slide; (N,) bool."""
-    use = np.ones(len(cohort), dtype=bool)
-    if share < 1:
-        rng = np.random.default_rng(seed)
-        for slide in cohort.slides:
-            rows = cohort.rows_of(slide.id)
-            use[rng.permutation(rows)[max(1, round(share * len(rows))) :]] = False
-    return use
-
-
 def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
     """Return the result table of the protocol's own targets."""
     table = pooled(moments[moments["normalization"] == protocol.normalization])
@@ -220,16 +211,3 @@ def _ceiling(cohort: Cohort, done, splits) -> dict:
             means.append(float(values.mean()))
         found[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
     return found
-
-
-def _coverage(teacher, cohort: Cohort) -> float | None:
-    """Share of expressed genes that a pretrained teacher knows, on the slide where it knows the fewest."""
-    return min(teacher.coverage(s.adata) for s in cohort.slides) if hasattr(teacher, "coverage") else None
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"

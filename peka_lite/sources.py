@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from peka_lite.adapter_files import join_adapters
 from peka_lite.controls import colour_texture, coordinates, depth
+from peka_lite.processes import Processes
 from peka_lite.provenance import row_ids
 from peka_lite.results import fingerprint
 from peka_lite.students import Student, taught_student
 from peka_lite.teachers import embed_cohort
+from peka_lite.tiles import TileStore
+
+
+def taught_by(cohort, share: float, seed: int) -> np.ndarray:
+    """Choose the spots that may teach, the same share of every slide; (N,) bool."""
+    use = np.ones(len(cohort), dtype=bool)
+    if share < 1:
+        rng = np.random.default_rng(seed)
+        for slide in cohort.slides:
+            rows = cohort.rows_of(slide.id)
+            use[rng.permutation(rows)[max(1, round(share * len(rows))) :]] = False
+    return use
 
 
 class FeatureSource:
@@ -35,6 +50,7 @@ class FeatureSource:
         self.taught = config.method != "none"
         self.teacher = config.load_teacher() if self.taught or config.features == "teacher" else None
         self.data = fingerprint(cohort)
+        self.processes = Processes(device)
         self._made: dict[str, Student] = {}  # students by name, kept as long as no other is asked for
 
     def __call__(self, left_out: tuple[int, ...]) -> Student:
@@ -51,38 +67,52 @@ class FeatureSource:
             return self._once(who, lambda: self._student(self._rows(left_out)))
         return self._once(f"both {who}", lambda: self._both(self._rows(left_out)))
 
-    def save(self, work: Path) -> None:
-        """Write the taught students' adapters and training curves into a run folder."""
+    def coverage(self) -> float | None:
+        """Return the share of expressed genes that a pretrained teacher knows, on the slide where it knows fewest."""
+        if not hasattr(self.teacher, "coverage"):
+            return None
+        return min(self.teacher.coverage(slide.adata) for slide in self.cohort.slides)
+
+    def prepare(self, left_out: Sequence[tuple[int, ...]]) -> None:
+        """Make the students these folds ask for, with every process of the run; the others are needed for no more."""
+        for folds in left_out if self.taught else ():
+            self._student(self._rows(folds))
+        if self.config.features == "frozen+student" or (self.config.features == "student" and not self.taught):
+            self._student(None)
+        if self.config.features == "colour":
+            self._tiles  # noqa: B018 - the processes write it together
+        self.processes = Processes(self.device, alone=True)
+
+    def outer(self) -> dict[str, tuple[int, ...]]:
+        """Return the name of each outer fold's student and the folds left out: one ``"all"`` where it saw every row."""
+        if self.config.settled_protocol().student == "all":
+            return {"all": ()}
+        return {f"fold{fold}": (fold,) for fold in range(len(self.folds))}
+
+    def save(self, work: Path, named: Mapping[str, tuple[int, ...]]) -> None:
+        """Write adapters and training curves of these students, by name and folds left out, into a run folder."""
         if not self.taught:
             return
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        tensors, curves, meta = {}, [], {}
-        for name, student in self._each_fold():
-            with safe_open(student.folder / "adapter.safetensors", "pt") as file:
-                meta = file.metadata()
-                tensors |= {f"{name}.{k}": file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        adapters, curves = {}, []
+        for name, left_out in named.items():
+            student = self._student(self._rows(left_out))
+            adapters[name] = student.folder / "adapter.safetensors"
             curves.append(pd.read_csv(student.folder / "training.csv").assign(fold=name.removeprefix("fold")))
-        save_file(tensors, work / "adapter.safetensors", metadata=meta)
+        join_adapters(adapters, work / "adapter.safetensors")
         pd.concat(curves, ignore_index=True).to_csv(work / "training.csv", index=False)
 
-    def record(self) -> dict:
-        """Return weights, adapted_share and n_labels_per_fold for the summary."""
-        if self.taught:
-            records = [student.record for _, student in self._each_fold()]
-            labels = [r["n_labels"] for r in records]
-            return {"weights": records[0]["weights"], "adapted_share": records[0]["share"], "n_labels_per_fold": labels}
-        frozen = self._student(None).record["weights"] if self.config.features == "student" else None
-        return {"weights": frozen, "adapted_share": 0.0, "n_labels_per_fold": []}
-
-    def _each_fold(self):
-        """Yield each outer fold's taught student, or the one of all."""
-        if self.config.settled_protocol().student == "all":
-            yield "all", self._student(self._rows(()))
-            return
-        for fold in range(len(self.folds)):
-            yield f"fold{fold}", self._student(self._rows((fold,)))
+    def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
+        """Return weights, backbone_fingerprint, adapted_share and n_labels_per_fold for the summary."""
+        students = [self._student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
+        if not self.taught and self.config.features == "student":
+            students = [self._student(None)]
+        of = students[0].record if students else {}
+        return {
+            "weights": of.get("weights"),
+            "backbone_fingerprint": of.get("fingerprint"),
+            "adapted_share": of.get("share", 0.0),
+            "n_labels_per_fold": [student.record["n_labels"] for student in students if self.taught],
+        }
 
     def _rows(self, left_out: tuple[int, ...]) -> np.ndarray:
         keep = self.use.copy()
@@ -98,7 +128,13 @@ class FeatureSource:
 
     @cached_property
     def _tiles(self):
-        return self.cohort.tiles.to_memmap(self.scratch / "tiles.npy")
+        path, tiles = self.scratch / "tiles.npy", self.cohort.tiles
+        if self.processes.first:
+            tiles = tiles.to_memmap(path)
+        self.processes.wait()
+        return (
+            tiles if self.processes.first else TileStore([path], np.zeros(len(tiles)), np.arange(len(tiles)), tiles.ids)
+        )
 
     def _student(self, rows: np.ndarray | None) -> Student:
         return taught_student(
@@ -109,6 +145,7 @@ class FeatureSource:
             teacher=self.teacher,
             data=self.data,
             device=self.device,
+            processes=self.processes,
             progress=self.progress,
         )
 

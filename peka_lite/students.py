@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,12 @@ import pandas as pd
 import torch
 
 from peka_lite import __version__
-from peka_lite.adapters import adapt, adapted_share, adapter_state, merge
+from peka_lite.adapter_files import backbone_fingerprint, save_adapter
+from peka_lite.adapters import adapt, adapted_share, merge
 from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.losses import NotFinite
 from peka_lite.manifest import cache_dir
+from peka_lite.processes import Processes
 from peka_lite.provenance import row_ids
 from peka_lite.teachers import embed_cohort
 from peka_lite.teachers.stream import alone
@@ -25,7 +29,12 @@ from peka_lite.transfer import TransferModel, fit
 
 TRAINING = (
     "backbone", "weights", "method", "r", "layers", "teacher", "label_method", "resolution", "n_clusters", "kd_space",
-    "tau", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "seed", "shuffle_teacher",
+    "tau", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "augment", "seed", "shuffle_teacher",
+)  # fmt: skip
+
+FITTING = (
+    "epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed", "micro_batch", "recompute",
+    "compile",
 )  # fmt: skip
 
 
@@ -42,7 +51,8 @@ class Student:
     embedding_ids
         (N,) `row_ids` of the teacher's embedding of every spot, which the clusters learned from; None for a frozen one.
     record
-        weights (where they came from), share (of weights adapted), n_labels.
+        weights (where they came from), fingerprint (`backbone_fingerprint`), and of a taught one share (of weights
+        adapted) and n_labels.
     folder
         Holds ``adapter.safetensors`` and ``training.csv`` unless the student is frozen.
     """
@@ -54,7 +64,9 @@ class Student:
     folder: Path
 
 
-def taught_student(config, cohort, tiles, rows, *, teacher, data: str, device: str, progress: bool = False) -> Student:
+def taught_student(
+    config, cohort, tiles, rows, *, teacher, data: str, device: str, processes: Processes, progress: bool = False
+) -> Student:
     """Return the student that the given rows taught, from the cache where the same was made before.
 
     Parameters
@@ -69,18 +81,23 @@ def taught_student(config, cohort, tiles, rows, *, teacher, data: str, device: s
         From `load_teacher`; fitted here if it learns from data.
     data
         `fingerprint` of the cohort.
+    processes
+        Those that make it together: each asks for the same students in the same order.
 
     Notes
     -----
     Folders of ``students`` in the cache are named by a hash of data, rows, settings and versions. A stopped job goes
     on from its last epoch; of two jobs that want one student the second waits for the first.
     """
-    key = _key(config, data, rows, teacher, device)
-    folder = cache_dir() / "students" / key
-    if not (folder / "record.json").is_file():
-        with alone(folder):
-            if not (folder / "record.json").is_file():
-                _make(config, cohort, tiles(), rows, teacher, device, folder, progress)
+    folder = cache_dir() / "students" / _key(config, data, rows, teacher, device)
+
+    def missing() -> bool:
+        return processes.same(not (folder / "record.json").is_file())
+
+    if missing():
+        with alone(folder) if processes.first else nullcontext():
+            if missing():
+                _make(config, cohort, tiles(), rows, teacher, data, device, folder, processes, progress)
     learned = dict(np.load(folder / "learned_from.npz"))
     embedding_ids = learned.pop("embedding", None)
     record = json.loads((folder / "record.json").read_text())
@@ -88,37 +105,59 @@ def taught_student(config, cohort, tiles, rows, *, teacher, data: str, device: s
     return Student(np.load(folder / "features.npy", mmap_mode="r"), learned, embedding_ids, record, folder)
 
 
-def _make(config, cohort, tiles, rows, teacher, device, folder: Path, progress) -> None:
+def _make(config, cohort, tiles, rows, teacher, data, device, folder: Path, processes: Processes, progress) -> None:
     work = folder.with_name(folder.name + ".partial")
-    work.mkdir(parents=True, exist_ok=True)
+    progress = progress and processes.first
+    if processes.first:
+        work.mkdir(parents=True, exist_ok=True)
     student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
-    record, ids, pretrained = {"weights": student.weights_origin, "share": 0.0, "n_labels": None}, {}, []
+    ids, record = {}, {"weights": student.weights_origin, "fingerprint": backbone_fingerprint(student)}
     if rows is not None:
-        from safetensors.torch import save_file
-
-        teacher.fit(cohort.by_slide(rows))
-        E = embed_cohort(teacher, cohort, device=device, progress=progress)  # (N, D_t)
-        labeler = config.labeler().fit(E[rows])
-        student, history = _teach(config, student, tiles.select(rows), E[rows], labeler, work, device, progress)
-        history.to_csv(work / "training.csv", index=False)
-        record |= {"share": adapted_share(student), "n_labels": int(labeler.n_labels_)}
-        meta = {"method": config.method, "backbone": config.backbone, "weights": record["weights"]}
-        save_file(adapter_state(student), work / "adapter.safetensors", metadata=meta | {"r": str(config.block_size)})
-        # A teacher that does not say what it learned from cannot be judged, so it must say None itself.
-        ids = {"teacher": teacher.fitted_on_, "clusters": labeler.fitted_on_, "student": student.adapter.fitted_on}
-        pretrained = [step for step, learned in ids.items() if learned is None]
-        ids = {step: learned for step, learned in ids.items() if learned is not None} | {"embedding": row_ids(E)}
+        if processes.first:
+            # A teacher that does not say what it learned from cannot be judged, so it must say None itself.
+            ids = {"teacher": teacher.fit(cohort.by_slide(rows)).fitted_on_}
+            E = embed_cohort(teacher, cohort, device=device, progress=progress)  # (N, D_t)
+            labeler = config.labeler().fit(E[rows])
+            ids |= {"clusters": labeler.fitted_on_, "embedding": row_ids(E)}
+            np.savez(work / "lesson.npz", embedding=E[rows], labels=labeler.labels_, n_labels=labeler.n_labels_)
+        processes.wait()
+        lesson = np.load(work / "lesson.npz")
+        history = _teach(config, student, tiles.select(rows), lesson, cohort, rows, work, device, progress)
+        record |= {"share": adapted_share(student), "n_labels": int(lesson["n_labels"])}
+        ids["student"] = student.adapter.fitted_on
+        if processes.first:
+            history.to_csv(work / "training.csv", index=False)
+            save_adapter(student, work / "adapter.safetensors", data=data)
         student = merge(student)
-    np.save(work / "features.npy", embed_tiles(student, tiles, device=device, progress=progress))
-    np.savez(work / "learned_from.npz", **ids)
-    (work / "student.pt").unlink(missing_ok=True)
-    (work / "record.json").write_text(json.dumps(record | {"pretrained": pretrained}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(work, folder)
+    _embed(student, tiles, work / "features.npy", device, processes, progress)
+    if processes.first:
+        pretrained = [step for step, learned in ids.items() if learned is None]
+        np.savez(work / "learned_from.npz", **{step: learned for step, learned in ids.items() if learned is not None})
+        for name in ("student.pt", "lesson.npz"):
+            (work / name).unlink(missing_ok=True)
+        (work / "record.json").write_text(json.dumps(record | {"pretrained": pretrained}))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    processes.wait()
 
 
-def _teach(config, student, tiles, E, labeler, work, device, progress) -> tuple[torch.nn.Module, pd.DataFrame]:
-    labels = labeler.labels_
+def _embed(student, tiles, path: Path, device, processes: Processes, progress) -> None:
+    """Write (N, D_s) features, each process its share of the rows."""
+    n = len(tiles)
+    if processes.first:
+        np.lib.format.open_memmap(path, "w+", np.float32, (n, student.spec.dim)).flush()
+    processes.wait()
+    start, stop = (n * k // processes.count for k in (processes.rank, processes.rank + 1))
+    if stop > start:
+        features = np.load(path, mmap_mode="r+")
+        mine = tiles.select(np.arange(start, stop)) if processes.count > 1 else tiles
+        features[start:stop] = embed_tiles(student, mine, device=device, progress=progress)
+        features.flush()
+    processes.wait()
+
+
+def _teach(config, student, tiles, lesson, cohort, rows, work, device, progress) -> pd.DataFrame:
+    E, labels, n_labels = lesson["embedding"], lesson["labels"], int(lesson["n_labels"])
     if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
         order = np.random.default_rng(config.seed).permutation(len(E))
         E, labels = E[order], labels[order]
@@ -132,14 +171,17 @@ def _teach(config, student, tiles, E, labeler, work, device, progress) -> tuple[
         seed=config.seed,
     )
     model = TransferModel(
-        student, teacher_dim=E.shape[1], n_classes=labeler.n_labels_, kd_space=config.kd_space, seed=config.seed
+        student, teacher_dim=E.shape[1], n_classes=n_labels, kd_space=config.kd_space, seed=config.seed
     )
-    wanted = {k: getattr(config, k) for k in ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "seed")}
-    checkpoint = work / "student.pt"
-    history = fit(
-        model, tiles, E, labels, **wanted, device=device, checkpoint=checkpoint, resume=True, progress=progress
-    )
-    return student, history
+    try:
+        return fit(
+            model, tiles, E, labels, **{k: getattr(config, k) for k in FITTING}, device=device,
+            checkpoint=work / "student.pt", resume=True, progress=progress,
+        )  # fmt: skip
+    except NotFinite as error:
+        spots = cohort.obs.iloc[rows[error.rows[:8]]]
+        names = ", ".join(f"{slide} {barcode}" for slide, barcode in zip(spots["slide"], spots["barcode"], strict=True))
+        raise NotFinite(f"{error} ({names})", error.rows) from None
 
 
 def _key(config, data: str, rows, teacher, device: str) -> str:
@@ -151,7 +193,7 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "rows": None if rows is None else hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest(),
         "teacher": None if rows is None else [repr(teacher), getattr(teacher, "fingerprint", None)],
         "labels": None if rows is None else repr(config.labeler()),
-        "versions": [__version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
+        "versions": [2, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
     if Path(config.weights).is_file():

@@ -109,7 +109,7 @@ class Epochs:
                 "waiting": batches.waited / seconds}  # fmt: skip
 
     def losses(self, x: torch.Tensor, at: torch.Tensor, *, network: nn.Module | None = None) -> tuple:
-        """Return loss, its two parts, which labels were right, and what `_blame` needs, for normalised images."""
+        """Return loss, its two parts, which labels were right, and what `_check` needs, for normalised images."""
         if network is None:
             network = self.network if len(x) == self.piece else self.model
         adapter = self.model.backbone.adapter

@@ -63,7 +63,7 @@ def adapters(out):
 def test_run_folder_holds_everything_and_nothing_else(bone_run):
     assert {p.name for p in bone_run.iterdir()} == {
         "config.yml", "metrics.csv", "slides.parquet", "summary.json", "training.csv", "adapter.safetensors",
-        "predictions.h5ad", "maps",
+        "predictions.h5ad", "probe.safetensors", "maps",
     }  # fmt: skip
     assert not bone_run.with_name("bone.partial").exists()
     assert len(list((bone_run / "maps").glob("*.png"))) == 2 * 4

@@ -1,0 +1,73 @@
+"""The second half of a run alone: a student's features of every spot of a cohort, in a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from peka_lite import __version__
+from peka_lite.backbones import embed_tiles
+from peka_lite.devices import default_device
+from peka_lite.hest import Cohort
+from peka_lite.results import fingerprint
+
+
+def write_features(
+    cohort: Cohort,
+    out: str | os.PathLike,
+    student,
+    *,
+    source: dict | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = False,
+) -> ad.AnnData:
+    """Embed every tile of a cohort and write the features as AnnData.
+
+    Parameters
+    ----------
+    cohort
+        From `open_cohort`; any cohort, not only the one that taught the student.
+    out
+        ``.h5ad`` file, written under another name and renamed when whole; one that is there is replaced.
+    student
+        From `load_backbone`, or ``load_trained(folder).student``.
+    source
+        Plain values that say where the student comes from, such as ``TrainedModel.describe()``; kept in
+        ``uns["peka_lite"]``.
+
+    Returns
+    -------
+    anndata.AnnData
+        ``X`` (N, D_s) float32; obs slide, patient and barcode; ``obsm["spatial"]`` as in the cohort.
+
+    Raises
+    ------
+    ValueError
+        For a name that does not end in .h5ad.
+    """
+    out = Path(out)
+    if out.suffix != ".h5ad":
+        raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
+    X = embed_tiles(student, cohort.tiles, batch_size=batch_size, device=device or default_device(), progress=progress)
+    obs = cohort.obs[["slide", "patient", "barcode"]].copy()
+    obs = obs.fillna("unknown").astype(str)
+    obs.index = cohort.adata.obs_names
+    spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
+    said = {"backbone": student.spec.name, "weights": student.weights_origin, "data_fingerprint": fingerprint(cohort)}
+    said |= {"versions": {"peka_lite": __version__}} | (source or {})
+    names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
+    adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
+    adata.uns["peka_lite"] = said
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        adata.write_h5ad(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return adata

@@ -1,0 +1,116 @@
+"""Probe files: fitted PCA-ridge probes by name, with the genes they predict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from peka_lite import __version__
+from peka_lite.adapter_files import read_record, read_tensors, require_name, write_tensors
+from peka_lite.probe import PCARidge
+
+TENSORS = ("coef", "mean", "scale", "intercept")
+OPTIONS = ("n_components", "alpha", "standardize", "fit_intercept")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a probe file holds.
+
+    Attributes
+    ----------
+    probes
+        Name -> (fitted `PCARidge`, its genes in column order).
+    normalization
+        Of the values they predict.
+    fingerprint
+        `backbone_fingerprint` of the frozen weights behind their features; None where it was not given.
+    """
+
+    probes: dict[str, tuple[PCARidge, tuple[str, ...]]]
+    normalization: str
+    fingerprint: str | None
+
+
+def save_probes(
+    path: str | os.PathLike,
+    probes: Mapping[str, tuple[PCARidge, Sequence[str]]],
+    *,
+    normalization: str,
+    fingerprint: str | None = None,
+) -> None:
+    """Write fitted probes as a safetensors file of float64; an older file is replaced.
+
+    Parameters
+    ----------
+    probes
+        Name (``"all"``, or ``"fold0"``, ...) -> (probe, genes in column order). Only solver ``"exact"``.
+    normalization
+        Of the targets they were fitted on.
+    fingerprint
+        `backbone_fingerprint` of the student, taken before merging, so that features of other weights are refused.
+
+    Raises
+    ------
+    ValueError
+        For another solver, a probe that is not fitted, or genes that do not fit it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(40, 5))
+    >>> probe = PCARidge(5).fit(X, X[:, :2])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_probes(f"{folder}/probe.safetensors", {"all": (probe, ["ACTB", "KRT8"])}, normalization="log1p")
+    ...     again, genes = load_probes(f"{folder}/probe.safetensors").probes["all"]
+    >>> genes, np.array_equal(again.predict(X), probe.predict(X))
+    (('ACTB', 'KRT8'), True)
+    """
+    tensors, kept = {}, {}
+    for name, (probe, genes) in probes.items():
+        require_name(name)
+        if probe.solver != "exact":
+            raise ValueError(f"probe {name!r} has solver {probe.solver!r}; only 'exact' can be saved")
+        if not hasattr(probe, "coef_"):
+            raise ValueError(f"probe {name!r} is not fitted")
+        genes = [str(g) for g in genes]
+        if len(genes) != probe.coef_.shape[1] or len(set(genes)) != len(genes):
+            raise ValueError(
+                f"probe {name!r} predicts {probe.coef_.shape[1]} genes, not these {len(genes)} (each once)"
+            )
+        for part in TENSORS:
+            values = np.array(getattr(probe, f"{part}_"), dtype=np.float64, order="C")
+            tensors[f"{name}.{part}"] = torch.from_numpy(values)
+        options = {option: getattr(probe, option) for option in OPTIONS} | {"width": int(probe.n_components_)}
+        kept[name] = {"genes": genes, "options": options}
+    record = {"normalization": normalization, "fingerprint": fingerprint, "probes": kept, "version": __version__}
+    write_tensors(path, tensors, record, kind="probe")
+
+
+def load_probes(path: str | os.PathLike) -> Probes:
+    """Read a file of `save_probes`; its probes predict the same numbers, bit for bit.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a file that is not there.
+    ValueError
+        For a truncated file, or one that `save_probes` did not write.
+    """
+    record, probes = read_record(path, kind="probe"), {}
+    for name, kept in record["probes"].items():
+        tensors = {part: values.numpy() for part, values in read_tensors(path, name).items()}
+        if sorted(tensors) != sorted(TENSORS) or tensors["coef"].shape != (len(tensors["mean"]), len(kept["genes"])):
+            raise ValueError(f"{path}: the tensors of {name!r} do not fit its {len(kept['genes'])} genes; make it anew")
+        width = kept["options"].pop("width")
+        probe = PCARidge(**kept["options"])
+        probe.n_components_ = width
+        for part, values in tensors.items():
+            setattr(probe, f"{part}_", values)
+        probes[name] = (probe, tuple(kept["genes"]))
+    return Probes(probes, record["normalization"], record["fingerprint"])

@@ -1,0 +1,234 @@
+"""A trained model from a run's folder: student, probe and genes, ready to predict expression from tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
+from peka_lite.adapters import adapter_state, merge
+from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.config import RunConfig
+from peka_lite.devices import default_device
+from peka_lite.probe import PCARidge
+from peka_lite.probe_files import TENSORS, Probes, load_probes
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Everything from a tile to its genes; see `load_trained`.
+
+    Attributes
+    ----------
+    student
+        Plain timm model in eval mode, adapters merged in.
+    frozen
+        The student as it was before, where the probe reads its features too (first); else None.
+    probe, genes
+        Fitted probe, and the genes it predicts in column order.
+    normalization
+        Of the predictions, as in `normalize`.
+    config, summary, folder
+        The run.
+    fold
+        Number of the fold whose test rows neither probe nor, unless the protocol says so, student learned from; None
+        where one model learned from the whole cohort.
+    fingerprint
+        16 hex digits, the same for the same frozen weights, adapter, probe and genes.
+    """
+
+    student: nn.Module
+    frozen: nn.Module | None
+    probe: PCARidge
+    genes: tuple[str, ...]
+    normalization: str
+    config: RunConfig
+    summary: dict
+    folder: Path
+    fold: int | None
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """``"all"``, or ``"fold0"`` and so on."""
+        return _name(self.fold)
+
+    def predict(self, tiles, *, batch_size: int = 64, device: str | None = None, progress: bool = False) -> np.ndarray:
+        """Predict normalised expression (n, genes) float32 from tiles.
+
+        Parameters
+        ----------
+        tiles
+            Anything that slices to uint8 (n, H, W, 3), as for `embed_tiles`.
+        device
+            None: where the student is.
+        """
+        device = device or str(next(self.student.parameters()).device)
+        models = [m for m in (self.frozen, self.student) if m is not None]  # the order the probe was fitted in
+        X = [embed_tiles(m, tiles, batch_size=batch_size, device=device, progress=progress) for m in models]
+        return self.probe.predict(np.hstack(X)).astype(np.float32)
+
+    def describe(self) -> dict:
+        """Say what this model is, in values that JSON can hold."""
+        config, summary = self.config, self.summary
+        score = None
+        if summary.get("mean_pcc") is not None:
+            score = {"mean": summary["mean_pcc"], "low": summary["ci_low"], "high": summary["ci_high"]}
+            score = {k: v if math.isfinite(v) else None for k, v in score.items()} | {"unit": summary["unit"]}
+        return {
+            "folder": self.folder.name,
+            "fold": self.name,
+            "fingerprint": self.fingerprint,
+            "cohort": Path(config.cohort).name,
+            "n_spots": summary.get("n_spots"),
+            "synthetic": summary.get("synthetic"),
+            "data_fingerprint": summary.get("data_fingerprint"),
+            "backbone": config.backbone,
+            "weights": self.student.weights_origin,
+            "method": config.method,
+            "features": config.features,
+            "protocol": config.settled_protocol().name,
+            "normalization": self.normalization,
+            "genes": list(self.genes),
+            "pcc": score,
+            "versions": dict(summary.get("versions", {})),
+        }
+
+
+def load_trained(
+    folder: str | os.PathLike,
+    *,
+    fold: int | None = None,
+    weights: str | os.PathLike | None = None,
+    device: str | None = None,
+) -> TrainedModel:
+    """Load what a run or a training left behind; the cohort and the teacher are not needed any more.
+
+    Parameters
+    ----------
+    folder
+        Written by `run` or by ``peka-lite train``: ``config.yml``, ``summary.json``, ``probe.safetensors`` and, where
+        a student was taught, ``adapter.safetensors``.
+    fold
+        Whose model to take. None: the one of the whole cohort where there is one, else the first fold's.
+    weights
+        Where the frozen weights are now, as in `load_backbone`; None looks where the run found them. Other weights
+        than the run's are refused.
+    device
+        None: the GPU where there is one.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a folder or file that is not there.
+    ValueError
+        For a fold that is not there, features without a student, frozen weights other than the run's, and files that
+        do not belong together.
+    """
+    folder = Path(folder)
+    config, summary = _read_run(folder)
+    if config.features not in ("student", "frozen+student"):
+        raise ValueError(f"{folder} has features {config.features!r}: no student learned there, so there is no model")
+    probes = load_probes(folder / "probe.safetensors")
+    fold = _fold(folder, probes, fold)
+    probe, genes = probes.probes[_name(fold)]
+    _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
+
+    def fresh() -> nn.Module:
+        return load_backbone(config.backbone, weights=weights or config.weights, seed=config.seed)
+
+    student, state = fresh(), {}
+    base = backbone_fingerprint(student)
+    if config.method != "none":
+        student = _adapted(folder, config, summary, student, fold)
+        state = adapter_state(student)
+        student = merge(student)
+    if probes.fingerprint not in (None, base):
+        raise ValueError(
+            f"{folder / 'probe.safetensors'} was fitted on {config.backbone} with weights {summary.get('weights')!r} "
+            f"(fingerprint {probes.fingerprint}); these are {student.weights_origin!r} (fingerprint {base}): load those"
+        )
+    both = config.features == "frozen+student"
+    if len(probe.mean_) != (wanted := student.spec.dim * (2 if both else 1)):
+        raise ValueError(
+            f"{folder / 'probe.safetensors'} takes {len(probe.mean_)} features, the student gives {wanted}"
+        )
+    device = device or default_device()
+    return TrainedModel(
+        student=student.to(device),
+        frozen=fresh().to(device) if both else None,
+        probe=probe,
+        genes=genes,
+        normalization=probes.normalization,
+        config=config,
+        summary=summary,
+        folder=folder,
+        fold=fold,
+        fingerprint=_fingerprint(base, state, probe, genes),
+    )
+
+
+def _read_run(folder: Path) -> tuple[RunConfig, dict]:
+    for name in ("summary.json", "config.yml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no finished run or training here ({name} is missing)")
+    fields = yaml.safe_load((folder / "config.yml").read_text())
+    known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):
+        what = f"unknown settings {', '.join(sorted(odd))}" if isinstance(fields, dict) else "no settings"
+        raise ValueError(f"{folder / 'config.yml'} holds {what}; it is not of this peka_lite")
+    # The run checked them when it began. Its cohort, teacher files and GPU need not be here now, so not once more.
+    config = object.__new__(RunConfig)
+    for name, value in (known | fields).items():
+        object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
+    return config, json.loads((folder / "summary.json").read_text())
+
+
+def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
+    there = list(probes.probes)
+    if fold is None:
+        return None if "all" in there else min(int(name.removeprefix("fold")) for name in there)
+    if _name(fold) not in there:
+        has = "one model of the whole cohort, no folds" if there == ["all"] else f"models of {', '.join(there)}"
+        raise ValueError(f"{folder} has no fold {fold}; it has {has}")
+    return fold
+
+
+def _adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module, fold: int | None) -> nn.Module:
+    """Put on the adapter of a fold, or that of all where one student serves every fold."""
+    path = folder / "adapter.safetensors"
+    info = read_adapter_info(path)
+    name = "all" if config.settled_protocol().student == "all" else _name(fold)
+    student = load_adapter(student, path, name=name)
+    _require_same(path, "method", info.method, config.method)
+    if info.data[name] is not None and summary.get("data_fingerprint") is not None:
+        _require_same(path, "data fingerprint", info.data[name], summary["data_fingerprint"])
+    return student
+
+
+def _require_same(path: Path, field: str, found, wanted) -> None:
+    if found != wanted:
+        raise ValueError(f"{path} has {field} {found!r}, the run {wanted!r}: it belongs to another folder")
+
+
+def _name(fold: int | None) -> str:
+    return "all" if fold is None else f"fold{fold}"
+
+
+def _fingerprint(base: str, state: dict[str, torch.Tensor], probe: PCARidge, genes: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(json.dumps([base, list(genes)]).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for part in TENSORS:
+        digest.update(getattr(probe, f"{part}_").tobytes())
+    return digest.hexdigest()[:16]
