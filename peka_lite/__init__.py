@@ -1,7 +1,8 @@
 """peka_lite: teach a pathology foundation model to predict gene expression from H&E.
 
 The rooms, in the order data walks through them: `hest`, `expression`, `splits`, `teachers`, `pseudolabels`,
-`backbones`, `adapters`, `transfer`, `sums`, `probe`, `evaluation`, `maps`; `run` is one experiment from start to end.
+`backbones`, `adapters`, `transfer`, `sums`, `probe`, `evaluation`, `maps`; `run` is one experiment from start to end,
+`train` its first half, `predict` what it is good for.
 """
 
 from importlib import import_module
@@ -22,7 +23,11 @@ _ROOMS = {
     "teachers.tokens": ("tokenize",),
     "pseudolabels": ("PseudoLabeler",),
     "backbones": ("BACKBONES", "Backbone", "embed_tiles", "load_backbone"),
+    "devices": ("compute_dtype", "default_device"),
     "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
+    "adapter_files": ("backbone_fingerprint", "load_adapter", "read_adapter_info", "save_adapter"),
+    "probe_files": ("load_probes", "save_probes"),
+    "costs": ("Cost", "student_cost"),
     "transfer": ("TransferModel", "fit", "transfer_loss"),
     "scores": ("difference", "interval", "pearson", "pooled", "summarize"),
     "probe": ("PCARidge", "cross_validate"),
@@ -35,6 +40,14 @@ _ROOMS = {
     "config": ("RunConfig",),
     "results": ("fingerprint",),
     "run": ("load_or_run", "load_run", "run_name"),
+    "teaching": ("train",),
+    "trained": ("TrainedModel", "load_trained"),
+    "features": ("write_features",),
+    "wsi": ("SlideError", "WholeSlide", "open_slide"),
+    "tissue": ("find_tissue", "tissue_tiles"),
+    "predict": ("predict_slide", "predict_spots"),
+    "applied": ("predict_from",),
+    "sharing": ("export",),
     "report_runs": ("label", "read_runs"),
     "report_tables": ("difference_table", "leak_table", "protocol_table"),
     "paper_tables": ("comparability", "published", "table1", "table2"),

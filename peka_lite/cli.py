@@ -193,7 +193,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
 
 
 def _predict(*, slide: str, model: str, out: str, **options) -> int:
-    from peka_lite.predict import predict_from
+    from peka_lite.applied import predict_from
 
     predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
     told = predicted.uns["peka_lite"]["model"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peka_lite import __version__
-from peka_lite.adapter_files import read_record, read_tensors, require_name, write_tensors
+from peka_lite._tensor_files import read_record, read_tensors, require_name, write_tensors
 from peka_lite.probe import PCARidge
 
 TENSORS = ("coef", "mean", "scale", "intercept")

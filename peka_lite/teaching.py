@@ -107,11 +107,13 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         normalization=protocol.normalization, fingerprint=record["backbone_fingerprint"],
     )  # fmt: skip
     source.save(work, {name: left})
+    everything = protocol.student == "all" or not left
+    seen = {str(s) for s in cohort.obs["slide"].to_numpy()[slice(None) if everything else splits[fold][0]]}
     summary = {
         "protocol": protocol.name, "method": config.method, "features": config.features, "backbone": config.backbone,
         "shuffled": config.shuffle_teacher, "cohort": config.cohort, "split": protocol.split if left else None,
         "normalization": protocol.normalization, "mean_pcc": None, "fold": fold,
-        "held_out": sorted({str(s) for s in cohort.obs["slide"].to_numpy()[splits[fold][1]]}) if left else [],
+        "held_out": sorted({s.id for s in cohort.slides} - seen),
         "alpha": alpha, "pca_components": int(probe.n_components_), "epochs": config.epochs if source.taught else None,
         "teacher": None if source.teacher is None else repr(source.teacher),
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None), "teacher_coverage": coverage,

@@ -136,7 +136,7 @@ def load_trained(
         do not belong together.
     """
     folder = Path(folder)
-    config, summary = _read_run(folder)
+    config, summary = read_run(folder)
     if config.features not in ("student", "frozen+student"):
         raise ValueError(f"{folder} has features {config.features!r}: no student learned there, so there is no model")
     probes = load_probes(folder / "probe.safetensors")
@@ -178,7 +178,8 @@ def load_trained(
     )
 
 
-def _read_run(folder: Path) -> tuple[RunConfig, dict]:
+def read_run(folder: Path) -> tuple[RunConfig, dict]:
+    """Return settings and summary of a finished run or training, wherever its cohort and teacher are now."""
     for name in ("summary.json", "config.yml"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no finished run or training here ({name} is missing)")

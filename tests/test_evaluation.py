@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from peka_lite.sums import CellSums
 
 import peka_lite.evaluation as room
 import peka_lite.students as students
@@ -17,6 +16,7 @@ from peka_lite.run import run
 from peka_lite.scores import pooled
 from peka_lite.splits import folds
 from peka_lite.students import Student
+from peka_lite.sums import CellSums
 from peka_lite.teachers.pca import PCATeacher
 
 pytestmark = pytest.mark.filterwarnings(

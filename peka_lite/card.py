@@ -1,0 +1,205 @@
+"""A model card: what a taught student is, where it comes from, what it scored, and what may be done with it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from timm.layers import SwiGLUPacked
+from torch import nn
+
+from peka_lite import __version__
+from peka_lite.backbones import Backbone, ConvStem
+from peka_lite.manifest import read_manifest
+from peka_lite.trained import TrainedModel
+
+TAGS = ["timm", "pathology", "histology", "spatial-transcriptomics", "gene-expression", "peka"]
+HELD_OUT = {
+    "patient": "whole patients",
+    "slide": "whole slides, of which one patient may have several",
+    "spot": "single spots, whose neighbours on the same slide were learned from: scores for a new slide will be lower",
+}
+POOLING = {
+    "token": "the class token, as timm's model gives it",
+    "avg": "the average, as timm's model gives it",
+    "token+avg": "the class token, then the mean of the patch tokens",
+}
+LICENCES = {
+    "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
+    "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
+    "GPL-3.0": "Who shares weights made from them does so under the same licence.",
+    "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
+    "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
+}
+SOURCE = {
+    SwiGLUPacked: ("from timm.layers import SwiGLUPacked", "SwiGLUPacked"),
+    ConvStem: ("from peka_lite.backbones import ConvStem", "ConvStem"),
+    nn.SiLU: (None, "torch.nn.SiLU"),
+}  # what a registry row's options hold beside plain values
+
+
+def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> str:
+    """Return the model card (Markdown with YAML front matter) of a trained model; `metrics` is its ``metrics.csv``."""
+    spec = trained.student.spec
+    taught = "" if trained.config.method == "none" else f", taught gene expression with {trained.config.method}"
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(trained), sort_keys=False, allow_unicode=True)}---",
+        f"# {spec.name}{taught}",
+        f"A pathology image model ({spec.arch}) and a linear probe that predicts {len(trained.genes)} genes "
+        f"({trained.normalization}) from an H&E tile, made with peka_lite after PEKA (arXiv:2504.07061). "
+        + ("The image model is the parent, unchanged." if not taught else "The adapters are merged into the weights."),
+        f"## Use\n\nTiles are RGB, uint8, and show as many micrometres as those of the cohort (HEST-1k: 112). They "
+        f"are resized to {spec.input_size} x {spec.input_size} pixels, scaled to 0 to 1 and normalised with mean "
+        f"{spec.mean} and standard deviation {spec.std}. Pooling: {POOLING[spec.pooling]}.",
+        f"```python\n{usage(trained)}```\n\nGenes: {', '.join(trained.genes)}.",
+        f"## Data\n\n{_data(trained)}",
+        f"## Protocol\n\n{_protocol(trained)}",
+        f"## Scores\n\n{_scores(trained, metrics)}",
+        f"## Licence\n\n{_licence(trained)}",
+        "## Limits\n\nFor research only, not for diagnosis or treatment. Predictions are estimates from the image; "
+        "they replace no measurement. How it does on other organs, stains and scanners than those named is not known.",
+        f"## Versions\n\n{_versions(trained)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(trained: TrainedModel) -> str:
+    """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
+    spec, config, out = trained.student.spec, trained.config, "model(x)"
+    imports, options = _options(spec)
+    if spec.pooling == "token+avg":
+        out = "torch.cat([(t := model.forward_features(x))[:, 0], t[:, model.num_prefix_tokens :].mean(1)], -1)"
+    frozen, both = "", "features(tiles)"
+    if trained.frozen is not None:
+        weights = config.weights if config.weights in ("hub", "random") else "FILE"
+        imports.append("from peka_lite import embed_tiles, load_backbone")
+        frozen = (
+            "\n# The probe reads the parent's features too, before those of this model.\n"
+            f"parent = load_backbone({spec.name!r}, weights={weights!r}, seed={config.seed})\n"
+        )
+        both = "np.hstack([embed_tiles(parent, tiles), features(tiles)])"
+    return f"""import numpy as np
+import timm
+import torch
+from safetensors.numpy import load_file
+{"".join(f"{line}{chr(10)}" for line in imports)}
+model = timm.create_model(
+    {spec.arch!r}, num_classes=0, checkpoint_path="model.safetensors"{options}
+).eval()
+probe = {{k.split(".")[1]: v for k, v in load_file("probe.safetensors").items()}}
+mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ({spec.mean}, {spec.std}))
+{frozen}
+
+@torch.inference_mode()
+def features(tiles):  # uint8 (n, height, width, 3) -> float32 (n, {spec.dim})
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    size = ({spec.input_size}, {spec.input_size})
+    x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    x = (x - mean) / std
+    return {out}.numpy()
+
+
+def predict(tiles):  # -> float64 (n, {len(trained.genes)}), genes as listed below
+    X = {both}
+    return (X - probe["mean"]) / probe["scale"] @ probe["coef"] + probe["intercept"]
+"""
+
+
+def _options(spec: Backbone) -> tuple[list[str], str]:
+    """Return import lines and keyword arguments that write a row's options as code."""
+    imports, written = [], ""
+    for key, value in spec.options.items():
+        plain = isinstance(value, bool | int | float | str)
+        line, code = (None, repr(value)) if plain else SOURCE[value]
+        imports += [line] if line else []
+        written += f", {key}={code}"
+    return imports, written
+
+
+def _front_matter(trained: TrainedModel) -> dict:
+    spec, front = trained.student.spec, {}
+    if not random_start(trained) or spec.source is None:
+        front["license"] = spec.licence.lower()  # the Hub's ids of the registry's licences
+    if not random_start(trained) and spec.source is not None and not spec.source.startswith("datasets/"):
+        front["base_model"] = spec.source
+    entry = read_manifest().artifacts.get(trained.config.cohort)
+    if entry is not None and entry.repo_type == "dataset":
+        front["datasets"] = [entry.repo]
+    return front | {"library_name": "timm", "pipeline_tag": "image-feature-extraction", "tags": TAGS}
+
+
+def _data(trained: TrainedModel) -> str:
+    about, entry = trained.summary, read_manifest().artifacts.get(trained.config.cohort)
+    slides = about.get("slides") or []
+    lines = [f"- Cohort: {Path(trained.config.cohort).name}" + (f", {entry.title} ({entry.licence})" if entry else "")]
+    if about.get("synthetic"):
+        lines.append("- **Synthetic: drawn by a program. This model knows nothing of real tissue.**")
+    lines += [
+        f"- Slides ({len(slides)}): {', '.join(slides)}",
+        f"- Spots: {about.get('n_spots', 'not recorded')}",
+        f"- Fingerprint of the data: {about.get('data_fingerprint', 'not recorded')}",
+    ]
+    return "\n".join(lines)
+
+
+def _protocol(trained: TrainedModel) -> str:
+    protocol = trained.config.settled_protocol()
+    if trained.fold is None:
+        return "Nothing was held out: the whole cohort was there to learn from."
+    lines = [f"Protocol {protocol.name!r}. Held out: {HELD_OUT[protocol.split]}."]
+    if trained.config.method != "none":
+        learned = "every spot, those held out included" if protocol.student == "all" else "training spots only"
+        lines.append(f"Teacher, pseudo-labels and student learned from {learned}.")
+    lines.append(f"The genes were chosen on {'every spot' if protocol.genes == 'all' else 'training spots only'}.")
+    lines.append(f"This is the model of fold {trained.fold}.")
+    return " ".join(lines)
+
+
+def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
+    about = trained.summary
+    if about.get("mean_pcc") is None:
+        why = "nothing was held out" if trained.fold is None else "what was held out was not scored"
+        return f"There are none: {why}, so how well this model predicts is not known."
+    lines = ["| Fold | Training spots | Test spots | Mean PCC over genes |", "|---|---|---|---|"]
+    for fold, pcc in enumerate(about["mean_pcc_per_fold"]):
+        rows = metrics[metrics["fold"] == fold] if metrics is not None else ()
+        sizes = [str(rows[c].iloc[0]) if len(rows) else "" for c in ("n_train", "n_test")]
+        mark = " (this model)" if fold == trained.fold else ""
+        lines.append(f"| {fold}{mark} | {' | '.join(sizes)} | {pcc:.3f} |")
+    low, high = about["ci_low"], about["ci_high"]
+    known = math.isfinite(low) and math.isfinite(high)
+    reach = f"95% interval {low:.3f} to {high:.3f}" if known else f"no interval: there is one {about['unit']}"
+    lines.append(f"| all | | | {about['mean_pcc']:.3f} ({reach}) |")
+    return "\n".join(lines) + (
+        f"\n\nPCC: Pearson correlation of predicted and measured {trained.config.normalization} expression over a "
+        f"fold's test spots. The interval resamples {about['unit']}s and genes."
+    )
+
+
+def _licence(trained: TrainedModel) -> str:
+    spec = trained.student.spec
+    if random_start(trained):
+        return (
+            f"There are no parent weights: the image model started from {trained.student.weights_origin}. No licence "
+            "is inherited, and no knowledge of tissue either: this is a model to test with."
+        )
+    text = f"Parent weights: {trained.student.weights_origin}, {spec.licence}. {LICENCES[spec.licence]}"
+    if spec.gate:
+        text += f" Access to them is granted at {spec.gate}, on terms that bind whoever was granted it."
+    if "-ND" in spec.licence:
+        text = "> [!WARNING]\n> " + text
+    return text + "\n\nThe licence of the data above may ask for more."
+
+
+def _versions(trained: TrainedModel) -> str:
+    made = trained.summary.get("versions", {})
+    lines = [f"- Made with: {', '.join(f'{name} {version}' for name, version in made.items()) or 'not recorded'}"]
+    lines += [f"- Exported with: peka_lite {__version__}", f"- Fingerprint of the model: {trained.fingerprint}"]
+    return "\n".join(lines)
+
+
+def random_start(trained: TrainedModel) -> bool:
+    """Say whether the student started from random weights."""
+    return trained.config.weights == "random"

@@ -1,0 +1,244 @@
+"""Predicted expression of a whole slide: tiles stream through a trained model, and a map ready to draw comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from peka_lite import __version__
+from peka_lite.devices import default_device
+from peka_lite.hest import Slide
+from peka_lite.maps import IMAGE_KEY
+from peka_lite.teachers.stream import alone, open_partial
+from peka_lite.tissue import tissue_tiles
+from peka_lite.wsi import TILE, TILE_MPP, open_slide
+
+if TYPE_CHECKING:
+    from peka_lite.trained import TrainedModel
+
+
+def predict_slide(
+    slide: str | os.PathLike,
+    model: TrainedModel,
+    out: str | os.PathLike,
+    *,
+    mpp: float | None = None,
+    min_tissue: float = 0.5,
+    batch_size: int = 64,
+    device: str | None = None,
+    workers: int = 2,
+    progress: bool = False,
+) -> ad.AnnData:
+    """Predict expression on the tissue of a whole-slide image, one tile of 224 px at 0.5 um/px (112 um) beside another.
+
+    Tiles are read ahead in threads and predictions written to ``{out}.partial`` as they come: memory holds a few
+    batches, however large the slide. A stopped job goes on where it was, to the same numbers, unless slide, model or
+    settings have changed.
+
+    Parameters
+    ----------
+    slide
+        Path of the image; see `open_slide`, also for `mpp`.
+    model
+        A trained model.
+    out
+        ``.h5ad`` file to write. One that is there already is replaced when the new one is complete.
+    min_tissue
+        Least share of a tile that is tissue; see `tissue_tiles`.
+    batch_size
+        Tiles at once.
+    device
+        None: the GPU where there is one.
+    workers
+        Threads that read tiles, each a batch at a time and one batch ahead.
+    progress
+        Show a bar with tiles per second and the time left.
+
+    Returns
+    -------
+    anndata.AnnData
+        As read from `out`. ``X`` (N, genes) float32; ``obs`` array_row, array_col and tissue_share;
+        ``obsm["spatial"]`` (N, 2) centres in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
+        thumbnail and its scale, so that `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial` draw it;
+        ``uns["peka_lite"]`` where it comes from.
+
+    Raises
+    ------
+    FileNotFoundError, SlideError
+        As `open_slide`, `tissue_tiles` and `WholeSlide.read_tile`. What was predicted before stays for the next try.
+    ValueError
+        For an `out` that is not ``.h5ad``, or predictions that are not finite or not of the model's genes.
+    """
+    out = _checked(out, batch_size, workers)
+    with open_slide(slide, mpp=mpp) as opened:
+        found = tissue_tiles(opened, min_tissue=min_tissue)
+        places = found.obs[["array_row", "array_col"]].to_numpy()  # (N, 2)
+
+        def read(rows: slice) -> np.ndarray:
+            return np.stack([opened.read_tile(row, col) for row, col in places[rows]])
+
+        width, height = opened.tile
+        scalefactors = {"spot_diameter_fullres": (width * height) ** 0.5}
+        scalefactors |= {f"tissue_{key}_scalef": found.scale for key in ("hires", IMAGE_KEY)}
+        picture = {"images": {"hires": found.picture, IMAGE_KEY: found.picture}, "scalefactors": scalefactors}
+        adata = ad.AnnData(
+            obs=found.obs,
+            obsm={"spatial": (places[:, ::-1] + 0.5) * (width, height)},
+            uns={"spatial": {opened.path.stem: picture}},
+        )
+        source = {"slide": opened.path.name, "slide_fingerprint": opened.fingerprint, "mpp": np.array(opened.mpp)}
+        source["min_tissue"] = min_tissue
+        key = repr((opened.fingerprint, opened.mpp, opened.size, places.tobytes()))
+        options = {"batch_size": batch_size, "device": device, "workers": workers, "progress": progress}
+        return _predict(read, adata, source, model, out, key=key, **options)
+
+
+def predict_spots(
+    slide: Slide,
+    model: TrainedModel,
+    out: str | os.PathLike,
+    *,
+    held_out: str = "unknown",
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = False,
+) -> ad.AnnData:
+    """Predict expression at the spots of a HEST slide, from its own tiles.
+
+    As `predict_slide`, but with the slide's spots: obs, ``obsm["spatial"]`` and ``uns["spatial"]`` are those of
+    ``slide.adata``. Its image also goes by the name ``"hires"`` where there is none, which plots look for. What
+    `held_out` says of slide and model is kept in ``uns["peka_lite"]``.
+    """
+    out = _checked(out, batch_size, 1)
+    measured = slide.adata
+    pictures = {name: dict(library) for name, library in measured.uns.get("spatial", {}).items()}
+    for library in pictures.values():
+        images, factors = library.get("images", {}), library.get("scalefactors", {})
+        if IMAGE_KEY in images and "hires" not in images and f"tissue_{IMAGE_KEY}_scalef" in factors:
+            library["images"] = images | {"hires": images[IMAGE_KEY]}
+            library["scalefactors"] = factors | {"tissue_hires_scalef": factors[f"tissue_{IMAGE_KEY}_scalef"]}
+    adata = ad.AnnData(
+        obs=measured.obs.copy(),
+        obsm={"spatial": np.array(measured.obsm["spatial"])},
+        uns={"spatial": pictures} if pictures else {},
+    )
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in slide.tiles.paths]
+    key = repr((slide.id, stats, slide.tiles.part.tobytes(), slide.tiles.row.tobytes()))
+    options = {"batch_size": batch_size, "device": device, "workers": 1, "progress": progress}  # h5py reads one by one
+    return _predict(
+        slide.tiles.__getitem__, adata, {"slide": slide.id, "held_out": held_out}, model, out, key=key, **options
+    )
+
+
+def _checked(out: str | os.PathLike, batch_size: int, workers: int) -> Path:
+    out = Path(out)
+    if out.suffix != ".h5ad" or out.is_dir():
+        raise ValueError(f"{out}: predictions are one AnnData file; give a name that ends in .h5ad")
+    for name, value in {"batch_size": batch_size, "workers": workers}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    return out
+
+
+def _predict(
+    read: Callable[[slice], np.ndarray],
+    adata: ad.AnnData,
+    source: dict,
+    model: TrainedModel,
+    out: Path,
+    *,
+    key: str,
+    batch_size: int,
+    device: str | None,
+    workers: int,
+    progress: bool,
+) -> ad.AnnData:
+    """Fill `adata` with predictions for the tiles that `read` gives, and write it to `out`."""
+    device = device or default_device()
+    genes = list(model.genes)
+    # The last digits of a prediction depend on device and batch: with them in the key, a resumed job repeats no others.
+    parts = (__version__, key, model.fingerprint, genes, str(device), batch_size)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    with alone(out):
+        rows, done = open_partial(out, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
+        starts = range(0, adata.n_obs, batch_size)
+        left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
+        with tqdm(
+            total=adata.n_obs, initial=int(done.sum()), desc="predict tiles", unit=" tiles", disable=not progress
+        ) as bar:
+            for batch, tiles in _read_ahead(read, left, workers):
+                guess = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
+                if guess.shape != (len(tiles), len(genes)) or not np.isfinite(guess).all():
+                    raise ValueError(
+                        f"the model predicts {guess.shape} for {len(tiles)} tiles and {len(genes)} genes, or values "
+                        "that are not finite; are its weights whole?"
+                    )
+                rows[batch], done[batch] = guess, True
+                bar.update(len(tiles))
+        whole = ad.AnnData(
+            np.asarray(rows),  # still on disk
+            obs=adata.obs,
+            var=pd.DataFrame(index=genes),
+            obsm=dict(adata.obsm),
+            uns={
+                **adata.uns,
+                "peka_lite": {
+                    **source,
+                    "version": __version__,
+                    "tile_px": TILE,
+                    "tile_mpp": TILE_MPP,
+                    "model_fingerprint": model.fingerprint,
+                    "model": _storable(model.describe()),
+                },
+            },
+        )
+        work = out.with_name(out.name + ".partial")
+        whole.write_h5ad(work / "whole.h5ad", compression="gzip")
+        os.replace(work / "whole.h5ad", out)
+        del rows, done, whole
+        shutil.rmtree(work)
+    return ad.read_h5ad(out)
+
+
+def _read_ahead(
+    read: Callable[[slice], np.ndarray], batches: list[slice], workers: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Give batches in order, while threads read at most `workers` more."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
+    waiting: deque = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(read, batch)))
+            if len(waiting) > workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _storable(value):
+    """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
+    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
+        return {k: _storable(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and value:
+        for kind in (str, int, float):
+            if all(type(v) is kind for v in value):
+                return np.array(value, dtype=object if kind is str else kind)
+    return json.dumps(value)

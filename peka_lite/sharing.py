@@ -1,0 +1,68 @@
+"""Export: a taught student as plain timm weights, its probe, and a model card beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from peka_lite._tensor_files import write_tensors
+from peka_lite.card import model_card, random_start
+from peka_lite.probe_files import save_probes
+from peka_lite.trained import load_trained
+
+
+def export(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    fold: int | None = None,
+    weights: str | os.PathLike | None = None,
+) -> Path:
+    """Write merged weights that timm alone loads, their probe, and a model card in Hugging Face's format.
+
+    Parameters
+    ----------
+    folder, fold, weights
+        As in `load_trained`.
+    out
+        Folder to make: ``model.safetensors``, ``probe.safetensors``, ``README.md``. It appears when it is complete.
+
+    Returns
+    -------
+    pathlib.Path
+        `out`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` is there already.
+
+    Warns
+    -----
+    UserWarning
+        When the licence of the parent weights forbids sharing what was written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+    trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
+    table = trained.folder / "metrics.csv"
+    card = model_card(trained, pd.read_csv(table) if table.is_file() else None)
+    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    work.mkdir(parents=True)
+    try:
+        write_tensors(work / "model.safetensors", trained.student.state_dict(), trained.describe(), kind="student")
+        probes = {trained.name: (trained.probe, trained.genes)}
+        save_probes(work / "probe.safetensors", probes, normalization=trained.normalization)
+        (work / "README.md").write_text(card, encoding="utf-8")
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    licence = trained.student.spec.licence
+    if "-ND" in licence and not random_start(trained):
+        warnings.warn(f"{out} must not be shared: the parent weights are {licence}; see its README.md", stacklevel=2)
+    return out
