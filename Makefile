@@ -34,7 +34,7 @@ book: $(HTML)
 
 .PHONY: test
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Any Python 3.11 or 3.12 will do; PYTHON=... names one.
 $(READY): requirements.lock pyproject.toml

@@ -71,6 +71,8 @@ def compiled_or_plain(model: nn.Module, step: Callable[[nn.Module], torch.Tensor
         compiled = torch.compile(model, dynamic=False)
         step(compiled).backward()
         return compiled
+    except torch.OutOfMemoryError:
+        raise  # no fault of the compiler's
     except Exception as error:
         # Compilers fail in many ways: no C++ compiler, an unsupported card, a graph they cannot take.
         first = next((line for line in str(error).splitlines() if line.strip()), "")

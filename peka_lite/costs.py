@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peka_lite.adapters import adapt
-from peka_lite.backbones import BACKBONES, Backbone, build, pooled
+from peka_lite.backbones import BACKBONES, Backbone, build, pooled, precision_for
 
 GIB = 2**30
 
@@ -157,7 +157,7 @@ def out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompu
         where = f"{torch.cuda.get_device_name(device)} ({holds / GIB:.1f} GiB)"
     parts = [f"{where} ran out of memory at {tiles} tiles at once"]
     try:
-        half = device.type == "cuda"
+        half = precision_for(model.spec, device) != torch.float32
         cost = student_cost(model.spec.name, model.adapter.method, r=model.adapter.options.get("r"), half=half)
     except Exception:  # a row of one's own, or a student the count does not cover: the options help all the same
         cost = None

@@ -187,7 +187,7 @@ def fit(
     steps, shown = -(-n // batch_size), progress and processes.first
     bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not shown)
     with ExitStack() as stack:
-        stack.enter_context(frozen_in(model, dtype))
+        stack.enter_context(frozen_in(model.backbone, dtype))
         if recompute:
             stack.enter_context(recomputed(model.backbone))
         try:

@@ -344,3 +344,133 @@ def test_orthogonal_term_equals_pefts_formula():
     state = adapter_state(model)
     reference.model.vit.load_state_dict(state, strict=False)
     assert orthogonal_term(model).item() == pytest.approx(reference().loss.item(), rel=1e-6)
+
+
+# The product of Bone, written by hand with its gradients, against the same in plain autograd.
+
+
+def random_layer(into=12, out=18, r=6, *, bias=True, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    layer = BoneLinear(nn.Linear(into, out, bias=bias), r=r).to(dtype)
+    with torch.no_grad():
+        layer.block.normal_(std=0.3)
+    return layer
+
+
+def plain_bone(layer, x, block):
+    """The layer's output with every step left to autograd."""
+    W, r = layer.base.weight.to(block.dtype), layer.r
+    tiles = W.view(len(block), r, -1, r)
+    update = torch.einsum("gict,gtj->gicj", tiles, block) + block[:, :, None, :]
+    return nn.functional.linear(x, (tiles + update).reshape(W.shape), layer.base.bias)
+
+
+@pytest.fixture(autouse=True)
+def _random_state_of_its_own():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 12), (2, 3, 12), (12,)])
+def test_bone_gradients_equal_finite_differences(shape, bias):
+    layer = random_layer(bias=bias, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def output(x, block):
+        return torch.func.functional_call(layer, {"block": block}, (x,))
+
+    assert torch.autograd.gradcheck(output, (x, layer.block))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
+def test_bone_gradients_equal_plain_autograd(shape, needed, bias):
+    layer, x = random_layer(bias=bias), torch.randn(shape).requires_grad_(needed)
+    grad = torch.randn(*shape[:-1], 18)
+    inputs = [layer.block, x] if needed else [layer.block]
+    got = torch.autograd.grad(layer(x), inputs, grad)
+    expected = torch.autograd.grad(plain_bone(layer, x, layer.block), inputs, grad)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_bone_gradients_of_a_part_of_a_batch_are_strided_and_right():
+    layer, x = random_layer(), torch.randn(2, 5, 12)
+    got, expected = (
+        torch.autograd.grad(y.transpose(0, 1)[1:4, :, ::2].square().sum(), layer.block)[0]
+        for y in (layer(x), plain_bone(layer, x, layer.block))
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_block_gets_no_gradient_and_the_input_still_does(monkeypatch):
+    layer, x = random_layer(), torch.randn(4, 12, requires_grad=True)
+    layer.block.requires_grad_(False)
+    monkeypatch.setattr(torch, "bmm", None)  # what the block's gradient is made with
+    layer(x).sum().backward()
+    assert layer.block.grad is None
+    torch.testing.assert_close(x.grad, layer.merged_weight().sum(0).expand(4, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_bone_computes_in_half_and_its_blocks_learn_in_single():
+    layer, x = random_layer(64, 64, r=16), torch.randn(7, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert (layer.block.grad.dtype, x.grad.dtype) == (torch.float32, torch.float32)
+    block = layer.block.detach().clone().requires_grad_()
+    plain_bone(layer, x.detach(), block).square().sum().backward()
+    torch.testing.assert_close(layer.block.grad, block.grad, rtol=0.02, atol=0.02 * block.grad.abs().max().item())
+
+
+def kept_bytes(run, *, own=()):
+    """Bytes of the distinct tensors that autograd keeps during `run`, and of those that are not in `own`."""
+    held = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run().sum()
+    size = {at: tensor.untyped_storage().nbytes() for at, tensor in held.items()}
+    known = {tensor.data_ptr() for tensor in own}
+    return sum(size.values()), sum(n for at, n in size.items() if at not in known)
+
+
+def test_bone_keeps_its_input_and_the_merged_weight_and_nothing_on_the_way():
+    layer, x = random_layer(32, 96, r=16), torch.randn(5, 32, requires_grad=True)
+    W = layer.base.weight
+    assert kept_bytes(lambda: layer(x), own=(W, layer.block, x)) == (
+        4 * (2 * 96 * 32 + 6 * 16 * 16 + 5 * 32),
+        4 * 96 * 32,
+    )
+
+
+def test_bone_under_autocast_keeps_no_float32_copy_where_plain_autograd_does():
+    layer, x = random_layer(32, 96, r=16), torch.randn(5, 32, requires_grad=True)
+    layer.base.to(torch.bfloat16)  # as `frozen_in` holds it
+    own = (layer.base.weight, layer.block)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mine = kept_bytes(lambda: layer(x), own=own)
+        _, plain = kept_bytes(lambda: plain_bone(layer, x, layer.block), own=own)
+    assert mine == 2 * (96 * 32 + 5 * 32)
+    assert mine < plain
+
+
+def test_bone_can_be_recomputed():
+    layer, x = random_layer(), torch.randn(4, 12, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), (layer.block, x))
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), (layer.block, x)), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_gradient_of_bone_is_refused_rather_than_wrong():
+    layer, x = random_layer(), torch.randn(4, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -208,7 +208,9 @@ def test_an_export_is_whole_or_absent(exported, folder, tmp_path, monkeypatch):
     assert (exported / "README.md").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="no fold 9"):
         export(folder, tmp_path / "out", fold=9)
-    monkeypatch.setattr("peka_lite.sharing.save_probes", lambda *_, **__: (_ for _ in ()).throw(OSError("disk is full")))
+    monkeypatch.setattr(
+        "peka_lite.sharing.save_probes", lambda *_, **__: (_ for _ in ()).throw(OSError("disk is full"))
+    )
     with pytest.raises(OSError, match="disk is full"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
