@@ -270,7 +270,8 @@ def test_memory_does_not_grow_with_the_slide(tmp_path):
         picture = adata.uns["spatial"][str(rows)]["images"]["hires"].size // 3
         peaks.append(model.at_most - start - 4 * picture)  # three colours and the mask, bounded on their own
         assert peaks[-1] > batch
-    assert peaks[1] < peaks[0] + 1.5 * batch  # all tiles would be 15 batches more
+    # One batch in hand and three asked for, each of them for a moment twice; all tiles at once would be 19 batches.
+    assert max(peaks) < 9 * batch
 
 
 def test_readers_are_few_batches_ahead():
