@@ -57,10 +57,12 @@ def predict_from(
     FileNotFoundError
         For a slide that is neither a file nor an id of the cohort.
     ValueError
-        As `load_trained` and `predict_slide`, and for `mpp` given with a HEST slide.
+        As `load_trained` and `predict_slide`, for `mpp` given with a HEST slide, and for `cohort` with an image.
     """
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():
+        if cohort is not None:
+            raise ValueError(f"{slide} is an image file: a cohort is where the id of a HEST slide is looked up")
         trained = load_trained(model, fold=fold, weights=weights, device=device)
         return predict_slide(slide, trained, out, mpp=mpp, min_tissue=min_tissue, **options)
     config, _ = read_run(Path(model))

@@ -237,8 +237,14 @@ def embed_tiles(
     batches = tqdm(Batches(tiles, rows, device=device), desc="embed tiles", disable=not progress, leave=False)
     done = None  # fetched one batch late, so that the GPU has the next to work on meanwhile
     for at, batch in zip(rows, batches, strict=True):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features = pooled(model, preprocess(batch, model.spec)).float()
+        try:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                features = pooled(model, preprocess(batch, model.spec)).float()
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"{device} ran out of memory embedding {len(batch)} tiles of {model.spec.name} at once; "
+                f"--batch-size {max(1, batch_size // 2)} of `embed` and `predict` (batch_size=) takes about half"
+            ) from error
         if done is not None:
             out[done[0]] = done[1].cpu().numpy()
         done = at, features

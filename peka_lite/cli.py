@@ -91,10 +91,10 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     predict.add_argument("--mpp", type=float, help="microns per pixel, where the file does not say", metavar="UM")
     predict.add_argument("--min-tissue", type=float, default=0.5, help="least share of tissue in a tile (0.5)",
                          metavar="SHARE")  # fmt: skip
+    by_default = {embed: "all, or fold 0", predict: "the one that left the slide out, all, or fold 0"}
     for user in (embed, predict):
         user.add_argument("--model", required=user is predict, help="folder of `run` or `train`", metavar="RUN")
-        user.add_argument("--fold", type=int, help="whose model; the one that left the slide out, all, or fold 0",
-                          metavar="N")  # fmt: skip
+        user.add_argument("--fold", type=int, help=f"whose model; {by_default[user]} by default", metavar="N")
         user.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
         user.add_argument("--batch-size", type=int, default=64, help="tiles at once (64)", metavar="N")
         user.add_argument("--device", help=_HELP["device"], metavar="VALUE")
@@ -180,6 +180,8 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
 
     if (model is None) == (backbone is None):
         raise ValueError("give --model, a folder of `run` or `train`, or --backbone for a frozen student: one of them")
+    if model is None and fold is not None:
+        raise ValueError("--fold names a model of --model; a frozen student has none")
     if model is not None:
         trained = load_trained(model, fold=fold, weights=weights, device=device)
         student, source = trained.student, trained.describe()

@@ -13,7 +13,7 @@ from peka_lite import __version__
 from peka_lite.backbones import embed_tiles
 from peka_lite.devices import default_device
 from peka_lite.hest import Cohort
-from peka_lite.results import fingerprint
+from peka_lite.results import fingerprint, storable
 
 
 def write_features(
@@ -62,7 +62,7 @@ def write_features(
     said |= {"versions": {"peka_lite": __version__}} | (source or {})
     names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
-    adata.uns["peka_lite"] = said
+    adata.uns["peka_lite"] = storable(said)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections import deque
@@ -21,6 +20,7 @@ from peka_lite import __version__
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.maps import IMAGE_KEY
+from peka_lite.results import storable
 from peka_lite.teachers.stream import alone, open_partial
 from peka_lite.tissue import tissue_tiles
 from peka_lite.wsi import TILE, TILE_MPP, open_slide
@@ -200,7 +200,7 @@ def _predict(
                     "tile_px": TILE,
                     "tile_mpp": TILE_MPP,
                     "model_fingerprint": model.fingerprint,
-                    "model": _storable(model.describe()),
+                    "model": storable(model.describe()),
                 },
             },
         )
@@ -229,16 +229,3 @@ def _read_ahead(
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _storable(value):
-    """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
-    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
-        return {k: _storable(v) for k, v in value.items()}
-    if isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, list | tuple) and value:
-        for kind in (str, int, float):
-            if all(type(v) is kind for v in value):
-                return np.array(value, dtype=object if kind is str else kind)
-    return json.dumps(value)

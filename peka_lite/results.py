@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import warnings
 from importlib.metadata import version
@@ -47,6 +48,19 @@ def made_with(device: str) -> dict:
     packages = ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")
     versions = {"peka_lite": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
     return {"device": name, "versions": versions}
+
+
+def storable(value):
+    """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
+    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
+        return {k: storable(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and value:
+        for kind in (str, int, float):
+            if all(type(v) is kind for v in value):
+                return np.array(value, dtype=object if kind is str else kind)
+    return json.dumps(value)
 
 
 def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:

@@ -61,7 +61,7 @@ class Epochs:
 
     def run(self, epoch: int, bar) -> dict:
         """Take one pass over the tiles; returns a row of the history."""
-        begun, n, adapter = time.perf_counter(), len(self.tiles), self.model.backbone.adapter
+        begun, n = time.perf_counter(), len(self.tiles)
         order = np.random.default_rng((self.seed, epoch)).permutation(n)
         turns = np.random.default_rng((self.seed, epoch, 1)).integers(0, 8, n) if self.augment else None
         pieces = self._pieces(order)
@@ -91,11 +91,7 @@ class Epochs:
                     pending = epoch, step, rows, loss.detach(), seen
                 if last:
                     self.processes.add_gradients(learn)
-                    self.scaler.step(self.optimizer)
-                    self.scaler.update()
-                    if adapter.method == "adalora":
-                        adapter.tuner.update_and_allocate(epoch * steps + step + 1)
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self._update(epoch * steps + step + 1)
                     step += 1
                     bar.update()
         self._check(pending)
@@ -139,6 +135,21 @@ class Epochs:
             cut = [mine[i : i + self.piece] for i in range(0, max(len(mine), 1), self.piece)]
             pieces += [(rows, len(batch), rows is cut[-1]) for rows in cut]
         return pieces
+
+    def _update(self, step: int) -> None:
+        """Take one optimiser step, and let AdaLoRA spend its ranks anew."""
+        adapter = self.model.backbone.adapter
+        if adapter.method != "adalora":
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.scaler.unscale_(self.optimizer)  # ranks are judged by gradients, whatever their scale
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() >= scale:  # else gradients overflowed, and the step was left out
+                adapter.tuner.update_and_allocate(step)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _training_mode(self) -> None:
         self.model.train()

@@ -41,3 +41,11 @@ def her2st():
     if not (SHARED / "real" / "her2st").is_dir():
         pytest.skip("../shared/real/her2st is absent: real slides cannot be read")
     return SHARED / "real" / "her2st"
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A cache for one test file alone, so that no other's students are found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import TINY
 from torch import nn
 
 from peka_lite import __version__
@@ -18,17 +19,13 @@ from peka_lite.adapter_files import (
     save_adapter,
 )
 from peka_lite.adapters import METHODS, adapt, adapter_state, merge
-from peka_lite.backbones import IMAGENET, Backbone, load_backbone
+from peka_lite.backbones import load_backbone
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import load_probes, save_probes
 from peka_lite.transfer import TransferModel, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 TRAINABLE = [m for m in METHODS if m != "none"]
-TINY = Backbone(
-    "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,
-    options={"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"},
-)  # fmt: skip
 
 
 def student(name="mini", seed=0):

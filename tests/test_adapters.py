@@ -9,6 +9,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 from torch import nn
 
 from peka_lite.adapters import (
@@ -23,16 +24,12 @@ from peka_lite.adapters import (
     merge,
     orthogonal_term,
 )
-from peka_lite.backbones import BACKBONES, IMAGENET, Backbone, build, load_backbone
+from peka_lite.backbones import BACKBONES, build, load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
 CASES = ["in64_out192_r16", "in64_out192_r32", "in96_out96_r16", "in96_out96_r32", "in64_out64_r16", "in64_out64_r32"]
 TRAINABLE = [m for m in METHODS if m != "none"]
-TINY = Backbone(
-    "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,
-    options={"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"},
-)  # fmt: skip
 
 
 def tiny(seed=0):

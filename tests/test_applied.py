@@ -15,16 +15,10 @@ from peka_lite.run import run
 from peka_lite.teaching import train
 from peka_lite.trained import load_trained
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def config(root, **changes):
@@ -106,6 +100,7 @@ def test_an_image_is_predicted_tile_by_tile(judged, image, tmp_path, capsys):
         ("NOBODY", [], "NOBODY is neither an image file nor a slide of mini, which has MINI1, MINI2"),
         ("MINI1", ["--mpp", "0.5"], "mpp belongs to an image file"),
         ("MINI1", ["--fold", "7"], "no fold 7"),
+        (__file__, ["--cohort", "mini"], "is an image file"),
         ("MINI1", ["--model", "nowhere"], "nowhere: no finished run or training"),
     ],
 )
@@ -137,3 +132,16 @@ def test_train_embed_and_export_from_the_command_line(mini_root, tmp_path, capsy
     capsys.readouterr()
     assert main(["embed", "--cohort", str(mini_root), "--out", str(tmp_path / "h.h5ad")]) == 2
     assert "--model" in capsys.readouterr().err
+    words = [
+        "embed",
+        "--cohort",
+        str(mini_root),
+        "--backbone",
+        "mini",
+        "--fold",
+        "1",
+        "--out",
+        str(tmp_path / "h.h5ad"),
+    ]
+    assert main(words) == 2
+    assert "--fold names a model of --model" in capsys.readouterr().err

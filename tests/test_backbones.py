@@ -393,3 +393,14 @@ def test_compute_type_is_a_value_of_the_row(monkeypatch):
     capability = (8, 0)
     assert precision_for(TINY, "cuda") is torch.bfloat16
     assert precision_for(TINY, "cpu") is torch.float32
+
+
+def test_too_little_memory_names_the_option(monkeypatch):
+    model = load_backbone("mini", weights="random")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(MemoryError, match=r"16 tiles of mini at once; --batch-size 8"):
+        embed_tiles(model, np.zeros((20, 224, 224, 3), np.uint8), batch_size=16, device="cpu")

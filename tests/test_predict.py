@@ -19,6 +19,7 @@ from peka_lite import predict
 from peka_lite.hest import read_slide
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.predict import predict_slide, predict_spots
+from peka_lite.results import storable
 from peka_lite.tissue import tissue_tiles
 from peka_lite.wsi import SlideError, open_slide
 
@@ -135,7 +136,7 @@ def test_provenance_is_kept(whole, slide_path):
 
 
 def test_a_key_with_a_slash_is_kept_as_text():
-    assert predict._storable({"a/b": {"c": 1}}) == '{"a/b": {"c": 1}}'
+    assert storable({"a/b": {"c": 1}}) == '{"a/b": {"c": 1}}'
 
 
 def test_squidpy_and_scanpy_draw_it_in_place(whole):

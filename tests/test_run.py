@@ -22,9 +22,10 @@ from peka_lite.run import load_or_run, load_run, run, run_name
 from peka_lite.scores import pooled
 from peka_lite.teachers.scfoundation import ScFoundation
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def config(root, **changes):
@@ -33,14 +34,6 @@ def config(root, **changes):
     if settings.get("label_method") == "kmeans":
         del settings["resolution"]
     return RunConfig(**settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """A cache for this file alone; a test that must not find what others taught takes `fresh_cache`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture

@@ -19,21 +19,15 @@ from peka_lite.splits import folds
 from peka_lite.teaching import train
 from peka_lite.trained import load_trained
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def config(root, **changes):
     settings = {"cohort": str(root), "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20}
     return RunConfig(**settings | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TINY, task
 
 from peka_lite import _checkpoint, training, transfer
 from peka_lite.adapters import adapt
-from peka_lite.backbones import IMAGENET, Backbone, load_backbone
+from peka_lite.backbones import load_backbone
 from peka_lite.losses import NotFinite
 from peka_lite.provenance import row_ids
 from peka_lite.training import Epochs
@@ -22,23 +23,9 @@ from peka_lite.transfer import TransferModel, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
-TINY = Backbone(
-    "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,
-    options={"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"},
-)  # fmt: skip
 HALF = replace(TINY, precision={"cpu": torch.bfloat16})  # a GPU's compute type, on the CPU
 BATCH = 8
 COLUMNS = ["epoch", "loss", "kd", "ce", "accuracy"]  # of the history, without its times
-
-
-def task(n=20, seed=0):
-    """Tiles of three colours, teacher embeddings around three points, and which is which."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % 3
-    tiles = rng.integers(0, 60, (n, 32, 32, 3), dtype=np.uint8)
-    tiles[np.arange(n), :, :, labels] += 180
-    teacher = 3 * rng.normal(size=(3, 6))[labels] + 0.1 * rng.normal(size=(n, 6))
-    return tiles, teacher.astype(np.float32), labels.astype(np.int64)
 
 
 TASK = task()
@@ -516,3 +503,31 @@ def test_the_share_of_time_spent_waiting_is_a_share():
     for history in (quick, slow):
         assert history["waiting"].between(0, 1).all()
     assert (slow["waiting"] * slow["seconds"] > 0.01).all()
+
+
+# --- float16, as on a V100 ------------------------------------------------------------------------------------------
+
+SIXTEEN = replace(TINY, precision={"cpu": torch.float16})
+
+
+@pytest.mark.parametrize("method", ["bone", "lora", "adalora"])
+def test_float16_with_gradient_scaling_learns_as_float32(method):
+    whole = teach(student(method, steps=9), epochs=3)
+    half = teach(student(method, steps=9, spec=SIXTEEN), epochs=3)
+    np.testing.assert_allclose(half["loss"], whole["loss"], rtol=0.02)
+    assert half["loss"].iloc[-1] < half["loss"].iloc[0]
+
+
+def test_a_step_that_overflows_is_left_out_and_ranks_stay_numbers(monkeypatch):
+    """A scale that float16 cannot hold, as at the start of a training: it falls until gradients fit."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kw: scaler(*args, init_scale=2.0**40, **kw))
+    model = student("adalora", steps=90, spec=SIXTEEN)
+    before = weights(model)
+    assert np.isfinite(teach(model, epochs=1)["loss"]).all()
+    assert differing(before, weights(model)) == []
+    teach(model, epochs=12)
+    assert differing(before, weights(model)) != []
+    ranks = model.backbone.adapter.tuner.rankallocator
+    assert all(torch.isfinite(value).all() for value in ranks.exp_avg_ipt.values())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
