@@ -1,4 +1,4 @@
-# Two jobs: `make book` and `make test`. Each makes the environment if it is missing, and does nothing twice.
+# The jobs: `make book`, `make test`, `make sweep`. Each makes the environment if it is missing, and does nothing twice.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -8,13 +8,13 @@ SHELL := /bin/bash
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
-# Outputs of both jobs; nothing is written outside the checkout.
+# Outputs of all jobs; nothing is written outside the checkout.
 export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
 # Waiting threads must not spin: where cores are shared, PyTorch is several times slower otherwise.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
-LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' | sort)
+LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' -o -name '*.yml' | sort)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=book/%)
 PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/*)
@@ -24,6 +24,7 @@ HTML := book/_build/html/index.html
 help:
 	@echo "make book    execute the notebooks and build the book"
 	@echo "make test    run the tests"
+	@echo "make sweep   run the sweep quick.yml, from nothing to a table and a figure"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove what the jobs made, except the environment"
 	@echo "make address URL=https://github.com/OWNER/REPO   set the repository the Colab buttons open"
@@ -35,6 +36,10 @@ book: $(HTML)
 .PHONY: test
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+.PHONY: sweep
+sweep: build/.fresh | $(READY)
+	$(BIN)/peka-lite sweep quick --out build/sweeps/quick
 
 # Any Python 3.11 or 3.12 will do; PYTHON=... names one.
 $(READY): requirements.lock pyproject.toml
@@ -52,7 +57,7 @@ $(READY): requirements.lock pyproject.toml
 
 # Run folders of an older library must not feed newer pages.
 build/.fresh: $(LIBRARY)
-	@rm -rf build/results build/cache/students && mkdir -p build/results && touch $@
+	@rm -rf build/results build/sweeps build/cache/students && mkdir -p build/results && touch $@
 
 book/notebooks/%.ipynb: notebooks/%.ipynb build/.fresh | $(READY)
 	@mkdir -p book/notebooks build/executed

@@ -2,7 +2,7 @@
 
 The rooms, in the order data walks through them: `hest`, `expression`, `splits`, `teachers`, `pseudolabels`,
 `backbones`, `adapters`, `transfer`, `sums`, `probe`, `evaluation`, `maps`; `run` is one experiment from start to end,
-`train` its first half, `predict` what it is good for.
+`train` its first half, `predict` what it is good for, `sweep` many runs from one file.
 """
 
 from importlib import import_module
@@ -22,7 +22,8 @@ _ROOMS = {
     "teachers.scfoundation": ("ScFoundation",),
     "teachers.tokens": ("tokenize",),
     "pseudolabels": ("PseudoLabeler",),
-    "backbones": ("BACKBONES", "Backbone", "embed_tiles", "load_backbone"),
+    "registry": ("BACKBONES", "Backbone"),
+    "backbones": ("embed_tiles", "load_backbone"),
     "devices": ("compute_dtype", "default_device"),
     "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
     "adapter_files": ("backbone_fingerprint", "load_adapter", "read_adapter_info", "save_adapter"),
@@ -37,7 +38,7 @@ _ROOMS = {
     "students": ("Student",),
     "evaluation": ("evaluate",),
     "maps": ("expression_map", "gene_bars", "local_pcc", "pcc_map"),
-    "config": ("RunConfig",),
+    "config": ("RunConfig", "check_field"),
     "results": ("fingerprint",),
     "run": ("load_or_run", "load_run", "run_name"),
     "teaching": ("train",),
@@ -53,6 +54,14 @@ _ROOMS = {
     "paper_tables": ("comparability", "published", "table1", "table2"),
     "report": ("write_report",),
     "report_figures": ("figure2", "leak_figure"),
+    "report_points": ("metrics_table", "points_table"),
+    "report_settings": ("by_settings", "over_seeds", "sd_over_seeds", "seed_scores"),
+    "report_sweeps": ("SweepFolder", "read_sweep_folder"),
+    "report_effects": ("effects_table",),
+    "report_sweep_figures": ("effects_figure", "sweep_figure"),
+    "sweep": ("Point", "Sweep", "read_sweep", "ready_sweeps"),
+    "sweep_points": ("plan", "sweep_states"),
+    "sweep_run": ("run_sweep",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-METHODS = ("none", "bone", "lora", "adalora", "miss")
+from peka_lite.registry import METHODS, check_divides
 
 
 class BoneLinear(nn.Module):
@@ -42,12 +41,7 @@ class BoneLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, *, r: int):
         super().__init__()
-        if r < 1 or base.in_features % r or base.out_features % r:
-            fits = [d for d in range(1, 1025) if math.gcd(base.in_features, base.out_features) % d == 0]
-            raise ValueError(
-                f"r={r} must divide in_features={base.in_features} and out_features={base.out_features}; "
-                f"these would: {', '.join(map(str, fits))}"
-            )
+        check_divides(r, base.in_features, base.out_features)
         self.base, self.r = base.requires_grad_(False), r
         self.block = nn.Parameter(torch.zeros(base.out_features // r, r, r, device=base.weight.device))
 
@@ -184,14 +178,6 @@ def adapt(
     }[method]
     model.adapter = Adapter(method, layers if method != "none" else (), used, n_base, tuner)
     return model
-
-
-def check_block_size(spec, r: int) -> None:
-    """Raise the ValueError that Bone would raise for this registry row, without weights or memory."""
-    from peka_lite.backbones import build
-
-    with torch.device("meta"):
-        adapt(build(spec), "bone", r=r)
 
 
 def adapted_share(model: nn.Module) -> float:

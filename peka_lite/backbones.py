@@ -1,72 +1,27 @@
-"""Students: pathology image models by name, one registry row a model."""
+"""Students: pathology image models by name, from weights to features."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import SwiGLUPacked
 from torch import nn
 from tqdm.auto import tqdm
 
 from peka_lite.batches import Batches
-from peka_lite.devices import PRECISION, compute_dtype, default_device
+from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located
+from peka_lite.registry import BACKBONES, IMAGENET, Backbone, page_of
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What is needed to load one student and to feed it tiles.
-
-    Attributes
-    ----------
-    name, arch
-        Our name, and the timm architecture it is built from with `options`.
-    source
-        Hub repository of the published weights; None where there is none.
-    revision
-        Hub revision; None takes the repository's default branch.
-    dim
-        Width D_s of the pooled output.
-    mean, std
-        Pixel statistics (RGB, 0 to 1) the weights were trained with.
-    input_size
-        Side in pixels; tiles of another size are resized on the device.
-    pooling
-        ``"token"`` (class token), ``"avg"`` (as timm pools) or ``"token+avg"`` (class token, then mean patch token).
-    bone_r
-        Default block size for Bone; None where only method ``"none"`` is accepted.
-    precision
-        Compute type by device.
-    licence, gate
-        Licence of the weights; page to ask for access, None where nobody has to.
-    """
-
-    name: str
-    arch: str
-    source: str | None
-    dim: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    licence: str
-    gate: str | None = None
-    revision: str | None = None
-    input_size: int = 224
-    pooling: str = "token"
-    bone_r: int | None = 256
-    precision: Mapping[str, torch.dtype] = field(default_factory=lambda: PRECISION)
-    options: Mapping[str, object] = field(default_factory=dict)
+__all__ = [
+    "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "embed_tiles", "load_backbone", "pooled", "precision_for",
+    "preprocess",
+]  # fmt: skip
 
 
 class ConvStem(nn.Module):
@@ -91,45 +46,6 @@ class ConvStem(nn.Module):
     def forward(self, x):
         """Embed patches, channels last."""
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-_VIT_G = {"img_size": 224, "init_values": 1e-5}
-_SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-_CC_NC = "CC-BY-NC-ND-4.0"
-_CTRANSPATH = "datasets/MahmoodLab/hest-bench/fm_v1/ctranspath/CHIEF_CTransPath.pth"
-
-
-def _page(repo: str) -> str:
-    return f"https://huggingface.co/{repo}"
-
-
-_ROWS = (
-    Backbone("resnet50", "resnet50.tv_in1k", "timm/resnet50.tv_in1k", 2048, *IMAGENET, "BSD-3-Clause",
-             pooling="avg", bone_r=None),
-    Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "GPL-3.0",
-             pooling="avg", bone_r=None, options={"embed_layer": ConvStem}),
-    Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, _page("MahmoodLab/UNI"),
-             options={"init_values": 1e-5, "dynamic_img_size": True}),
-    Backbone("h-optimus-0", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", 1536, *BIOPTIMUS, "Apache-2.0",
-             _page("bioptimus/H-optimus-0"), options=_VIT_G),
-    Backbone("uni2-h", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, *IMAGENET, _CC_NC,
-             _page("MahmoodLab/UNI2-h"),
-             options={**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2,
-                      "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True}),
-    Backbone("h0-mini", "vit_base_patch14_reg4_dinov2", "bioptimus/H0-mini", 768, *BIOPTIMUS, _CC_NC,
-             _page("bioptimus/H0-mini"), bone_r=128,
-             options={**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"}),
-    Backbone("h-optimus-1", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", 1536, *BIOPTIMUS, _CC_NC,
-             _page("bioptimus/H-optimus-1"), options=_VIT_G),
-    Backbone("virchow2", "vit_huge_patch14_224", "paige-ai/Virchow2", 2560, *IMAGENET, _CC_NC,
-             _page("paige-ai/Virchow2"), pooling="token+avg",
-             options={**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True}),
-    Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
-             _page("prov-gigapath/prov-gigapath"), options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
-    Backbone("mini", "vit_tiny_patch16_224", None, 192, *BIOPTIMUS, "BSD-3-Clause", input_size=112,
-             pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
-)  # fmt: skip
-BACKBONES: Mapping[str, Backbone] = MappingProxyType({row.name: row for row in _ROWS})
 
 
 def load_backbone(
@@ -294,7 +210,7 @@ def _from_hub(spec: Backbone) -> Path:
         except (HfHubHTTPError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
-                page = spec.gate or _page(f"datasets/{repo}" if kind == "dataset" else repo)
+                page = spec.gate or page_of(f"datasets/{repo}" if kind == "dataset" else repo)
                 raise PermissionError(
                     f"{spec.name} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
                 ) from error

@@ -106,6 +106,17 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     export.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
     export.add_argument("--out", required=True, help="folder to make", metavar="DIR")
 
+    sweep = add("sweep", "many runs from one file: a grid, and the tables that come of it")
+    sweep.add_argument(
+        "sweep", nargs="?", help="YAML file, or a sweep that is ready; without it, those", metavar="SWEEP"
+    )
+    sweep.add_argument("--out", help="the sweep's folder (sweeps/NAME); its report is in it", metavar="DIR")
+    sweep.add_argument("-p", dest="fixed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                       help="a parameter of every point, over the file's")  # fmt: skip
+    sweep.add_argument("--workers", type=int, help="points at once; by default what GPUs or cores allow", metavar="N")
+    sweep.add_argument("--scheduler", help="a Dask scheduler, to use its workers", metavar="ADDRESS")
+    sweep.add_argument("--retry", type=int, default=0, help="tries more for what fails (0)", metavar="N")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would run, and how long it took last time")
     tables = add("report", "tables and figures from run folders, the paper's values beside them")
     tables.add_argument("runs", nargs="+", help="run folders, or folders of run folders", metavar="RUN")
     tables.add_argument("--out", default="report", help="folder to make (report)", metavar="DIR")
@@ -122,14 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
     command = {
-        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "export": _export, "report": _report,
-        "fetch": _fetch, "doctor": _doctor,
+        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "export": _export, "sweep": _sweep,
+        "report": _report, "fetch": _fetch, "doctor": _doctor,
     }[options.pop("command")]  # fmt: skip
     try:
         return command(**options)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"peka-lite: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("peka-lite: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _add_settings(experiment: argparse.ArgumentParser) -> None:
@@ -208,6 +222,30 @@ def _export(*, model: str, out: str, fold: int | None, weights: str | None) -> i
 
     print(export(model, out, fold=fold, weights=weights))
     return 0
+
+
+def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **options) -> int:
+    from peka_lite.sweep import read_sweep, read_value, ready_sweeps
+
+    if sweep is None:
+        for name, title in ready_sweeps().items():
+            print(f"{name:<12}{title}")
+        return 0
+    asked = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
+    out = out or f"sweeps/{asked.name}"
+    if dry_run:
+        from peka_lite.sweep_points import plan
+
+        print(plan(asked, out))
+        return 0
+    from peka_lite.report import write_report
+    from peka_lite.sweep_run import run_sweep
+
+    states = run_sweep(asked, out, **options)
+    if (states["state"] == "done").any():
+        write_report([out], f"{out}/report", replace=True)
+        print(f"{out}/report/report.md")
+    return int((states["state"] != "done").any())
 
 
 def _fetch(*, name: str | None, root: str | None) -> int:

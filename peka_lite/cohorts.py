@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peka_lite.expression import qc
-from peka_lite.hest import Cohort, read_cohort
 from peka_lite.manifest import cache_dir, located, patients_of, read_manifest
-from peka_lite.mini import write_mini_cohort
+
+# What reads or writes a cohort is imported where that is done: to look up where one is takes none of it.
+if TYPE_CHECKING:
+    from peka_lite.hest import Cohort
 
 
 def find_cohort(name: str | os.PathLike) -> Path:
@@ -39,7 +41,11 @@ def find_cohort(name: str | os.PathLike) -> Path:
 def cohort_root(name: str | os.PathLike) -> Path:
     """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use."""
     root = find_cohort(name)
-    return write_mini_cohort(root) if name == "mini" else root
+    if name == "mini":
+        from peka_lite.mini import write_mini_cohort
+
+        root = write_mini_cohort(root)
+    return root
 
 
 def open_cohort(
@@ -55,6 +61,9 @@ def open_cohort(
     Parameters are those of `cohort_root`, `read_cohort` and `qc`. A cohort of the manifest takes its patients from
     there where `patients` is None, and where `slides` is None leaves out slides that show the section of another one.
     """
+    from peka_lite.expression import qc
+    from peka_lite.hest import read_cohort
+
     root = cohort_root(name)
     record = root / "fetched.json"
     entry = read_manifest().artifacts.get(json.loads(record.read_text())["name"]) if record.is_file() else None

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING
 
-from peka_lite.adapters import METHODS, check_block_size
-from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import find_cohort
-from peka_lite.devices import default_device
-from peka_lite.expression import NORMALIZATIONS
-from peka_lite.manifest import located
-from peka_lite.probe import PCARidge
+from peka_lite.manifest import cache_dir, located
 from peka_lite.protocols import PROTOCOLS, Protocol
-from peka_lite.pseudolabels import METHODS as LABEL_METHODS
-from peka_lite.pseudolabels import PseudoLabeler
-from peka_lite.splits import SPLITS
-from peka_lite.teachers import TEACHERS, load_teacher
-from peka_lite.transfer import KD_SPACES
+from peka_lite.registry import (
+    BACKBONES,
+    FEATURES,
+    KD_SPACES,
+    LABEL_METHODS,
+    LAYERS,
+    METHODS,
+    NORMALIZATIONS,
+    SPLITS,
+    TEACHERS,
+    check_block_size,
+    check_penalty,
+    did_you_mean,
+)
 
-FEATURES = ("student", "frozen+student", "teacher", "colour", "coordinates", "depth")
-LAYERS = ("qkv", "proj")
+# A sweep checks thousands of settings: what does the work (PyTorch, scanpy, ...) is imported where the work is done.
+if TYPE_CHECKING:
+    from peka_lite.pseudolabels import PseudoLabeler
+
+_TYPES = {
+    "str": ((str,), "text (str)"),
+    "int": ((int,), "a whole number (int)"),
+    "float": ((int, float), "a number (float or int)"),
+    "bool": ((bool,), "True or False"),
+    "tuple[str, ...]": ((tuple, list), "a list of names (str)"),
+    "None": ((NoneType,), "None"),
+}
+_NAMES = {
+    "protocol": PROTOCOLS, "features": FEATURES, "teacher": TEACHERS, "backbone": BACKBONES, "method": METHODS,
+    "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
+    "normalization": NORMALIZATIONS,
+}  # fmt: skip
+_ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
+_AT_LEAST = {"r": 1, "kd_weight": 0, "ce_weight": 0, "micro_batch": 1, "n_splits": 2, "seed": 0}
+_SHARES = ("train_share", "max_mito")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +142,15 @@ class RunConfig:
     device: str | None = None
 
     def __post_init__(self):
+        for field in _FIELDS:
+            check_field(field, getattr(self, field))
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
         self._settle_protocol()
-        known = {
-            "features": FEATURES, "layers": LAYERS,
-            "teacher": TEACHERS, "backbone": BACKBONES, "method": METHODS, "split": SPLITS, "kd_space": KD_SPACES,
-            "label_method": LABEL_METHODS, "normalization": NORMALIZATIONS,
-        }  # fmt: skip
-        for field, names in known.items():
-            if getattr(self, field) not in names:
-                raise ValueError(f"unknown {field} {getattr(self, field)!r}; known: {', '.join(names)}")
-        for field in ("tau", "epochs", "batch_size", "lr", "n_genes", "min_genes"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 tile, not {self.micro_batch}")
-        if self.alpha != "inner":
-            PCARidge(alpha=self.alpha)  # refuses what is no penalty
-        if not 0 < self.train_share <= 1:
-            raise ValueError(f"train_share is above 0 and at most 1, not {self.train_share}")
         if self.features not in ("student", "frozen+student") and self.method != "none":
             raise ValueError(f"features {self.features!r} take no student: give method 'none' with them")
         if self.method == "none" and (self.features == "frozen+student" or self.shuffle_teacher):
             raise ValueError("method 'none' teaches no student: neither 'frozen+student' nor shuffle_teacher fits it")
-        if self.n_splits < 2:
-            raise ValueError(f"n_splits must be at least 2, not {self.n_splits}")
         if self.resolution is not None and self.label_method != "knn-leiden":
             raise ValueError("resolution belongs to label_method 'knn-leiden'; kmeans takes n_clusters")
         if self.n_clusters is not None and self.label_method != "kmeans":
@@ -149,7 +158,7 @@ class RunConfig:
         spec = BACKBONES[self.backbone]
         if self.method != "none" and spec.bone_r is None:
             raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention to adapt")
-        if self.r is not None and (self.method == "none" or self.r < 1):
+        if self.r is not None and self.method == "none":
             raise ValueError(f"r={self.r} does not fit method {self.method!r}")
         if self.method == "bone":
             check_block_size(spec, self.block_size)
@@ -168,14 +177,16 @@ class RunConfig:
             raise FileNotFoundError(
                 "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"
             )
-        find_cohort(self.cohort)
-        if (self.device or "").startswith("cuda") and default_device() == "cpu":
-            raise ValueError(f"device {self.device!r}: PyTorch sees no GPU here; `peka-lite doctor` says why")
+        if not Path(self.cohort).is_dir():
+            _require_cohort(self.cohort, cache_dir())
+        if (self.device or "").startswith("cuda"):
+            from peka_lite.devices import default_device
+
+            if default_device() == "cpu":
+                raise ValueError(f"device {self.device!r}: PyTorch sees no GPU here; `peka-lite doctor` says why")
 
     def _settle_protocol(self):
         """Fill in what the protocol sets, and refuse what contradicts it."""
-        if self.protocol not in (None, *PROTOCOLS):
-            raise ValueError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
         sets = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
         for field in ("split", "normalization", "alpha"):
             given, meant = getattr(self, field), getattr(sets, field)
@@ -196,15 +207,79 @@ class RunConfig:
 
     def load_teacher(self):
         """Return the teacher these settings ask for; one that learns from data is not fitted."""
+        from peka_lite.teachers import load_teacher
+
         names = ("checkpoint", "genes", "mapping")
         files = {name: path for name in names if (path := getattr(self, f"teacher_{name}")) is not None}
         return load_teacher(self.teacher, **files)
 
     def labeler(self) -> PseudoLabeler:
         """Return the pseudo-labeler these settings ask for, not fitted."""
+        from peka_lite.pseudolabels import PseudoLabeler
+
         wanted = {"resolution": self.resolution, "n_clusters": self.n_clusters}
         return PseudoLabeler(self.label_method, seed=self.seed, **{k: v for k, v in wanted.items() if v is not None})
 
     def as_dict(self) -> dict:
         """Return the fields as plain values, as `config.yml` holds them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+_FIELDS = {field.name: field.type.split(" | ") for field in dataclasses.fields(RunConfig)}  # name -> keys of _TYPES
+
+
+def check_field(field: str, value) -> None:
+    """Refuse what cannot be the value of one setting, whatever the others are.
+
+    Parameters
+    ----------
+    field
+        A field of `RunConfig`.
+    value
+        Of the type that the field declares; an int does for a float. Names must be known and numbers within bounds;
+        files and cohorts are not looked for.
+
+    Raises
+    ------
+    ValueError
+        Naming field and value, what is known or allowed and, of a name, the nearest that is right.
+
+    Examples
+    --------
+    >>> check_field("lr", 1e-3)
+    >>> check_field("method", "bonne")
+    Traceback (most recent call last):
+    ValueError: unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?
+    >>> check_field("epochs", 2.0)
+    Traceback (most recent call last):
+    ValueError: epochs is a whole number (int), not 2.0
+    """
+    if field not in _FIELDS:
+        meant = did_you_mean(str(field), _FIELDS) or f"; known: {', '.join(_FIELDS)}"
+        raise ValueError(f"unknown setting {field!r}{meant}")
+    # These types exactly: what derives from them, as NumPy's numbers, cannot be written to config.yml.
+    right = any(type(value) in _TYPES[kind][0] for kind in _FIELDS[field])
+    if not right or (field == "slides" and not all(type(slide) is str for slide in value or ())):
+        told = " or ".join(_TYPES[kind][1] for kind in _FIELDS[field])
+        raise ValueError(f"{field} is {told}, not {value!r}")
+    if value is None:
+        return
+    if field in _NAMES and value not in _NAMES[field]:
+        known = _NAMES[field]
+        raise ValueError(f"unknown {field} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number, not {value}")
+    if field in _ABOVE_0 and value <= 0:
+        raise ValueError(f"{field} must be above 0, not {value}")
+    if field in _AT_LEAST and value < _AT_LEAST[field]:
+        raise ValueError(f"{field} must be at least {_AT_LEAST[field]}, not {value}")
+    if field in _SHARES and not 0 < value <= 1:
+        raise ValueError(f"{field} is above 0 and at most 1, not {value}")
+    if field == "alpha":
+        check_penalty(value, names=("hest", "inner"))
+
+
+@functools.cache
+def _require_cohort(name: str, cache: Path) -> None:
+    """Raise where no cohort of this name is in the cache; one that was there is not looked for again."""
+    find_cohort(name)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 
-# bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
-PRECISION = MappingProxyType({"cpu": torch.float32, "cuda<8.0": torch.float16, "cuda>=8.0": torch.bfloat16})
+from peka_lite.registry import PRECISION
 
 
 def default_device() -> str:

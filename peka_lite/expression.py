@@ -13,8 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from peka_lite.provenance import row_ids
-
-NORMALIZATIONS = ("log1p-cp10k", "log1p")
+from peka_lite.registry import NORMALIZATIONS
 
 
 class GeneList(list):

@@ -6,6 +6,7 @@ of the map, so no tile can tell them; *noise* genes follow nothing. Each kind ta
 the counts at every spot, so dividing by the total cannot carry a signal from one kind into another.
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -109,8 +110,8 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
             _write_slide(draft, f"MINI{index + 1}", number + 1, slide, section, corners, order)
         (draft / "mini.json").write_text(_record(options), encoding="utf-8")
         try:
-            if root.exists():
-                root.rmdir()  # empty, as _is_there saw
+            with contextlib.suppress(FileNotFoundError):
+                root.rmdir()  # only if it is empty
             os.replace(draft, root)
         except OSError:
             if not _is_there(root, options):  # unless another process has finished the same cohort first

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from peka_lite import __version__
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
+from peka_lite.locks import workplace
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.results import storable
-from peka_lite.teachers.stream import alone, open_partial
+from peka_lite.teachers.stream import open_partial
 from peka_lite.tissue import tissue_tiles
 from peka_lite.wsi import TILE, TILE_MPP, open_slide
 
@@ -43,9 +44,9 @@ def predict_slide(
 ) -> ad.AnnData:
     """Predict expression on the tissue of a whole-slide image, one tile of 224 px at 0.5 um/px (112 um) beside another.
 
-    Tiles are read ahead in threads and predictions written to ``{out}.partial`` as they come: memory holds a few
-    batches, however large the slide. A stopped job goes on where it was, to the same numbers, unless slide, model or
-    settings have changed.
+    Tiles are read ahead in threads and predictions written to ``{out}.{machine}.partial`` as they come: memory holds
+    a few batches, however large the slide. A job stopped on this machine goes on where it was, to the same numbers,
+    unless slide, model or settings have changed.
 
     Parameters
     ----------
@@ -171,8 +172,8 @@ def _predict(
     # The last digits of a prediction depend on device and batch: with them in the key, a resumed job repeats no others.
     parts = (__version__, key, model.fingerprint, genes, str(device), batch_size)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    with alone(out):
-        rows, done = open_partial(out, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
+    with workplace(out) as work:
+        rows, done = open_partial(work, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
         with tqdm(
@@ -204,7 +205,6 @@ def _predict(
                 },
             },
         )
-        work = out.with_name(out.name + ".partial")
         whole.write_h5ad(work / "whole.h5ad", compression="gzip")
         os.replace(work / "whole.h5ad", out)
         del rows, done, whole

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from peka_lite.registry import check_penalty
 from peka_lite.scores import fold_table
 from peka_lite.sums import Moments, components, gather
 
@@ -57,8 +58,7 @@ class PCARidge:
     ):
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
-        if alpha != "hest" and not (isinstance(alpha, (int, float)) and alpha >= 0):
-            raise ValueError(f"alpha is 'hest' or a number of at least 0, not {alpha!r}")
+        check_penalty(alpha)
         if n_components is not None and n_components < 1:
             raise ValueError(f"n_components must be at least 1 or None, not {n_components}")
         if fit_intercept and solver == "hest-bench":

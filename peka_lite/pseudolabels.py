@@ -10,11 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 
 from peka_lite.provenance import row_ids
-
-METHODS = {
-    "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
-    "kmeans": {"n_clusters": 100, "n_neighbors": 15},
-}
+from peka_lite.registry import LABEL_METHODS as METHODS
 
 
 class PseudoLabeler:

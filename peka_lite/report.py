@@ -11,20 +11,32 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite.paper_tables import table1, table2
+from peka_lite.report_effects import effects_table
+from peka_lite.report_points import for_page, metrics_table, points_table, write_tidy
 from peka_lite.report_runs import PROTOCOLS, TARGETS, Run, group, label, panels, read_runs
+from peka_lite.report_settings import by_settings, in_words, over_seeds
+from peka_lite.report_sweeps import SweepFolder, is_sweep, read_sweep_folder
 from peka_lite.report_tables import difference_table, leak_table, protocol_table
 
+MADE = (".md", ".csv", ".parquet", ".png")
 
-def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -> list[Path]:
+
+def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *, replace: bool = False) -> list[Path]:
     """Write every table (CSV and Markdown) and figure that the runs allow, and ``report.md`` which binds them.
+
+    ``points`` and ``metrics`` (CSV and parquet) hold every run and every PCC of a gene. Then runs that differ in their
+    seed alone are averaged; where other settings differ, tables and figures are of the reference settings
+    (`by_settings`), and ``effects`` tell what the others are worth.
 
     Parameters
     ----------
     folders
-        As for `read_runs`.
+        As for `read_runs`: run folders, folders of those, or folders of sweeps.
     out
         Folder to make; it appears when the report is complete. Table 1, Table 2 and Figure 2 carry the protocol in
         their file names where there are several.
+    replace
+        Put the new report in the place of one that is there.
 
     Returns
     -------
@@ -34,58 +46,145 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike) -
     Raises
     ------
     FileExistsError
-        If `out` is there already.
+        If `out` is there already; with `replace`, if it is no report, or holds what no report makes.
     """
-    import matplotlib.pyplot as plt
-
-    from peka_lite.report_figures import figure2, leak_figure
-
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+    out, folders = Path(out), [Path(folder) for folder in folders]
+    _check_free(out, replace)
     runs = read_runs(folders)
+    sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        work = Path(scratch) / out.name
-        work.mkdir()
-        page = ["# Report", _run_list(runs)]
-
-        def put(name: str, tables: dict[str, pd.DataFrame]) -> None:
-            _write_tables(work / _file_name(name), tables)
-            page.append((work / f"{_file_name(name)}.md").read_text("utf-8"))
-
-        def draw(name: str, figure) -> None:
-            figure.savefig(work / f"{_file_name(name)}.png", dpi=120)
-            plt.close(figure)
-            page.append(f"![{name}]({_file_name(name)}.png)")
-
-        by_protocol = group(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
-        for protocol, here in by_protocol.items():
-            end = f"_{protocol}" if len(by_protocol) > 1 else ""
-            page.append(f"## {protocol.capitalize()} protocol")
-            put(f"table1{end}", {"": table1(here)})
-            put(f"table2{end}", {"": table2(here)})
-            draw(f"figure2{end}", figure2(here))
-            for cohort, together in panels(here).items():
-                name = f"{cohort}_{protocol}"
-                targets = _targets(together)
-                put(f"protocol_{name}", {m: protocol_table(together, normalization=m) for m in targets})
-                if "frozen" in (rows := [label(run) for run in together]) and len(rows) > 1:
-                    put(f"differences_{name}", {m: difference_table(together, normalization=m) for m in targets})
-                else:
-                    page.append(f"No differences for {cohort}: they need a frozen student and another row.")
-        page.append("## What leaks are worth")
-        named = [run for run in runs if run.summary["protocol"] != "custom"]
-        for cohort, together in panels(named).items():
-            if len({run.summary["protocol"] for run in together}) < 2:
-                page.append(f"{cohort}: one protocol only, so there is nothing to set side by side.")
-                continue
-            put(f"leak_{cohort}", {"": leak_table(together)})
-            draw(f"leak_{cohort}", leak_figure(together))
-        (work / "report.md").write_text("\n\n".join(part.strip() for part in page) + "\n", "utf-8")
-        written = sorted(path.name for path in work.iterdir())
-        os.replace(work, out)
+        page = _Page(Path(scratch) / out.name, sweeps)
+        _add_points(page, runs, sweeps)
+        if runs:
+            reference, others, told = by_settings(over_seeds(runs))
+            if others:
+                _add_effects(page, reference, others, told)
+            _add_protocols(page, reference)
+            _add_leaks(page, reference)
+        written, old = page.end(), Path(scratch) / "old"
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(page.folder, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
     return [out / name for name in written]
+
+
+class _Page:
+    """A report in the making: its folder, and the parts of ``report.md``."""
+
+    def __init__(self, folder: Path, sweeps: Sequence[SweepFolder]):
+        self.folder = folder
+        self.parts = [f"# {sweeps[0].title}" if len(sweeps) == 1 else "# Report"]
+        self.parts += [(f"{sweep.title}: " if len(sweeps) > 1 else "") + sweep.told() for sweep in sweeps]
+        folder.mkdir()
+
+    def add(self, text: str) -> None:
+        self.parts.append(text)
+
+    def put(self, name: str, tables: dict[str, pd.DataFrame]) -> None:
+        path = self.folder / _file_name(name)
+        _write_tables(path, tables)
+        self.add(path.with_name(f"{path.name}.md").read_text("utf-8"))
+
+    def draw(self, name: str, figure) -> None:
+        import matplotlib.pyplot as plt
+
+        figure.savefig(self.folder / f"{_file_name(name)}.png", dpi=120)
+        plt.close(figure)
+        self.add(f"![{name}]({_file_name(name)}.png)")
+
+    def end(self) -> list[str]:
+        (self.folder / "report.md").write_text("\n\n".join(part.strip() for part in self.parts) + "\n", "utf-8")
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+def _add_points(page: _Page, runs: Sequence[Run], sweeps: Sequence[SweepFolder]) -> None:
+    points = points_table(runs, sweeps=sweeps)
+    write_tidy(points, page.folder / "points")
+    if len(points):
+        page.add(f"{markdown(for_page(points))}\n{points.attrs['note'] if runs else ''}")
+    if not runs:
+        page.add("No point holds a run folder, so there is nothing to draw and no protocol's table.")
+        return
+    write_tidy(metrics_table(runs, sweeps=sweeps), page.folder / "metrics")
+    from peka_lite.report_sweep_figures import sweep_figure
+
+    page.draw("points", sweep_figure(points))
+
+
+def _add_effects(page: _Page, reference: Sequence[Run], others: Sequence[Run], told: dict[str, dict]) -> None:
+    from peka_lite.report_sweep_figures import effects_figure
+
+    page.add("## Effects of settings")
+    page.add(_reference_in_words(told))
+    for protocol, everything in group(
+        [*reference, *others], lambda run: run.summary["protocol"], order=PROTOCOLS
+    ).items():
+        for cohort, together in panels(everything).items():
+            changed, base = ([run for run in together if run in part] for part in (others, reference))
+            if changed and base:
+                table = effects_table(changed, base)
+                page.put(f"effects_{cohort}_{protocol}", {"": table})
+                page.draw(f"effects_{cohort}_{protocol}", effects_figure(table))
+            elif changed:
+                page.add(f"{cohort}, {protocol} protocol: no run of the reference settings, so there are no effects.")
+
+
+def _add_protocols(page: _Page, runs: Sequence[Run]) -> None:
+    from peka_lite.report_figures import figure2
+
+    by_protocol = group(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
+    for protocol, here in by_protocol.items():
+        end = f"_{protocol}" if len(by_protocol) > 1 else ""
+        page.add(f"## {protocol.capitalize()} protocol")
+        page.put(f"table1{end}", {"": table1(here)})
+        page.put(f"table2{end}", {"": table2(here)})
+        page.draw(f"figure2{end}", figure2(here))
+        for cohort, together in panels(here).items():
+            name = f"{cohort}_{protocol}"
+            targets = _targets(together)
+            page.put(f"protocol_{name}", {m: protocol_table(together, normalization=m) for m in targets})
+            if "frozen" in (rows := [label(run) for run in together]) and len(rows) > 1:
+                page.put(f"differences_{name}", {m: difference_table(together, normalization=m) for m in targets})
+            else:
+                page.add(f"No differences for {cohort}: they need a frozen student and another row.")
+
+
+def _add_leaks(page: _Page, runs: Sequence[Run]) -> None:
+    from peka_lite.report_figures import leak_figure
+
+    page.add("## What leaks are worth")
+    for cohort, together in panels([run for run in runs if run.summary["protocol"] != "custom"]).items():
+        if len({run.summary["protocol"] for run in together}) < 2:
+            page.add(f"{cohort}: one protocol only, so there is nothing to set side by side.")
+            continue
+        page.put(f"leak_{cohort}", {"": leak_table(together)})
+        page.draw(f"leak_{cohort}", leak_figure(together))
+
+
+def _reference_in_words(told: dict[str, dict]) -> str:
+    words = {cohort: in_words(found) for cohort, found in told.items() if found}
+    if len(words) == len(told) and len(set(words.values())) == 1:
+        said = next(iter(words.values()))
+    else:
+        said = "; ".join(f"{cohort}: {text}" for cohort, text in words.items())
+    return f"Reference settings: {said}. All tables and figures after this section are of runs with these settings."
+
+
+def _check_free(out: Path, replace: bool) -> None:
+    if not out.exists():
+        return
+    if not replace:
+        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+    if not (out / "report.md").is_file():
+        raise FileExistsError(f"{out} is there already and is no report (no report.md in it); name another folder")
+    if strange := [p.name for p in sorted(out.iterdir()) if not p.is_file() or p.suffix not in MADE]:
+        raise FileExistsError(f"{out} holds what no report makes ({', '.join(strange[:3])}); move that away first")
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -107,15 +206,6 @@ def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
     whole.to_csv(path.with_name(path.name + ".csv"))
     texts = [f"### {t.attrs['title']}\n\n{markdown(t)}\n{t.attrs['note']}\n" for t in tables.values()]
     path.with_name(path.name + ".md").write_text("\n".join(texts), "utf-8")
-
-
-def _run_list(runs: Sequence[Run]) -> str:
-    rows = [
-        {"run": run.name, "protocol": run.summary["protocol"], "cohort": run.named_cohort,
-         "student": run.backbone or "", "row": label(run)}
-        for run in runs
-    ]  # fmt: skip
-    return markdown(pd.DataFrame(rows))
 
 
 def _file_name(name: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from peka_lite.report_sweeps import RUN_FILES, is_sweep, read_sweep_folder
+
 PROTOCOLS = ("paper", "hest", "strict", "custom")
 TARGETS = ("log1p-cp10k", "log1p")
 COHORTS = ("breast", "kidney", "liver", "lung")
@@ -22,21 +24,42 @@ _FIELDS = (
     "protocol", "method", "features", "shuffled", "backbone", "cohort", "split", "normalization", "scores", "ceiling",
     "unit", "one_patient", "synthetic", "slides", "data_fingerprint",
 )  # fmt: skip
-_ELSEWHERE = ("cohort", "slides", "patients", "device")  # settings that the data's fingerprint stands for, or no number
+ELSEWHERE = ("cohort", "slides", "patients", "device")  # settings that the data's fingerprint stands for, or no number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run as reports need it: folder name, `config.yml`, `summary.json` and `slides.parquet`."""
+    """A finished run as reports need it: folder name, `config.yml`, `summary.json` and `slides.parquet`.
+
+    Attributes
+    ----------
+    folder
+        Where it was read; None for a mean over seeds.
+    points
+        The sweep's points that made it, several where they made the same run.
+    varied
+        What these points set, and set alike.
+    parts
+        Of a mean over seeds (`over_seeds`), the run of each seed.
+    """
 
     name: str
     config: dict
     summary: dict
     moments: pd.DataFrame
+    folder: Path | None = None
+    points: tuple[str, ...] = ()
+    varied: dict = dataclasses.field(default_factory=dict)
+    parts: tuple[Run, ...] = ()
 
     def score(self, how: str = "pooled", *, normalization: str | None = None) -> dict:
         """Return pcc, ci_low, ci_high and per_fold; of the protocol's own targets by default."""
         return self.summary["scores"][normalization or self.summary["normalization"]][how]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Its seed, or those it is the mean over."""
+        return tuple(part.config["seed"] for part in self.parts or (self,))
 
     @property
     def cohort(self) -> str:
@@ -59,33 +82,42 @@ class Run:
 
 
 def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
-    """Read finished runs, given their folders or folders that hold them (one level).
+    """Read finished runs, given their folders, folders that hold them (one level), or folders of sweeps.
+
+    Of a sweep's folder every finished run is read, at any depth below its points; there may be none. Where its points
+    made the same run several times, it is read once.
 
     Raises
     ------
     FileNotFoundError
         For a folder that holds no finished run, or an unfinished one; the message names what is missing.
     ValueError
-        For a run made by an older version, and for two runs with the same settings.
+        For a run made by an older version, and for two runs with the same settings outside a sweep.
     """
-    found = []
+    found, runs, sweeps = [], {}, False
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; give one that `peka-lite run` made, or one of those")
+        if is_sweep(folder):
+            sweep, sweeps = read_sweep_folder(folder), True
+            found += [(path, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
+            continue
         inside = [] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
-        found += inside or [folder]
-    if not found:
+        found += [(path, (), {}) for path in inside or [folder]]
+    if not found and not sweeps:
         raise ValueError("a report needs at least one run folder")
-    runs, seen = [], {}
-    for folder in found:
-        run = _read(folder)
-        settings = {k: v for k, v in run.config.items() if k not in _ELSEWHERE}
+    for folder, points, varied in found:
+        run = dataclasses.replace(_read(folder), points=points, varied=varied)
+        settings = {k: v for k, v in run.config.items() if k not in ELSEWHERE}
         key = json.dumps([settings, run.summary["data_fingerprint"]], sort_keys=True)
-        if key in seen:
-            raise ValueError(f"{seen[key]} and {folder} are one run twice (same settings, same data); leave one out")
-        seen[key] = folder
-        runs.append(run)
-    return runs
+        if (first := runs.setdefault(key, run)) is run:
+            continue
+        if not (first.points or points):
+            raise ValueError(f"{first.folder} and {folder} are one run twice (same settings, same data); leave one out")
+        alike = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
+        points = tuple(dict.fromkeys(first.points + points))
+        runs[key] = dataclasses.replace(first, points=points, varied=alike)
+    return list(runs.values())
 
 
 def label(run: Run) -> str:
@@ -115,7 +147,8 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backbones: bool = False) -> list[Run]:
     """Return runs in row order, refusing those that may not stand in one column.
 
-    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights.
+    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights. Beside
+    a mean over seeds may stand one over fewer of these seeds.
     """
     if not runs:
         raise ValueError("a table needs at least one run")
@@ -127,8 +160,9 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
     ]
     checks += [(field, students) for field in (() if backbones else ("backbone", "weights"))]
     checks += [(field, taught) for field in ("epochs", "teacher")]
+    most = widest(runs)
     for field, group in checks:
-        values = [(run.summary | run.config).get(field) for run in group]
+        values = [(run.summary | run.config | {"seed": seeds_among(run, most)}).get(field) for run in group]
         for run, value in zip(group, values, strict=True):
             if value != values[0]:
                 raise ValueError(
@@ -139,12 +173,22 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
     for run in runs:
         other = rows.setdefault((label(run), run.backbone, run.summary["protocol"]), run)
         if other is not run:
-            fields = [k for k in run.config if k not in _ELSEWHERE and run.config[k] != other.config.get(k)]
+            fields = [k for k in run.config if k not in ELSEWHERE and run.config[k] != other.config.get(k)]
             raise ValueError(
                 f"{other.name} and {run.name} would both be the row {label(run)!r}; they differ in "
                 f"{', '.join(fields)}: report them apart"
             )
     return in_order(runs)
+
+
+def widest(runs: Sequence[Run]) -> tuple[int, ...]:
+    """Return the seeds of the run that is the mean over most; of the first such."""
+    return max((run.seeds for run in runs), key=len)
+
+
+def seeds_among(run: Run, most: tuple[int, ...]) -> str:
+    """Return a run's seeds in words; those of `most` where they are among these."""
+    return "+".join(map(str, most if set(run.seeds) <= set(most) else run.seeds))
 
 
 def title(runs: Sequence[Run], *, normalization: str) -> str:
@@ -156,6 +200,8 @@ def title(runs: Sequence[Run], *, normalization: str) -> str:
         held_out = f"one patient, {held_out}"
     n, unit = moments[summary["unit"]].nunique(), summary["unit"]
     over = f"intervals over {n} {unit}s and {moments['gene'].nunique()} genes" if n > 1 else f"no intervals: one {unit}"
+    if len(seeds := widest(runs)) > 1:
+        over += f", mean over {len(seeds)} seeds"
     return f"{summary['protocol']} protocol · {where(runs)} · {held_out} · {normalization} targets · {over}"
 
 
@@ -193,7 +239,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> Run:
-    if missing := [f for f in ("config.yml", "summary.json", "slides.parquet") if not (folder / f).is_file()]:
+    if missing := [f for f in RUN_FILES if not (folder / f).is_file()]:
         raise FileNotFoundError(
             f"{folder}: no finished run here ({', '.join(missing)} missing); finish it with `peka-lite run`, or leave "
             "the folder out"
@@ -206,4 +252,4 @@ def _read(folder: Path) -> Run:
         raise ValueError(f"{folder}: a file of this run cannot be read ({error}); run it anew") from None
     if missing := [field for field in _FIELDS if field not in summary]:
         raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
-    return Run(folder.resolve().name, config, summary, moments)
+    return Run(folder.resolve().name, config, summary, moments, folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
-from peka_lite.report_runs import PROTOCOLS, TARGETS, Run, label, require_shared, title, where
+from peka_lite.report_runs import PROTOCOLS, TARGETS, Run, label, require_shared, title, where, widest
+from peka_lite.report_settings import sd_over_seeds, seed_scores
 from peka_lite.scores import difference
 
 CAUTION = {
@@ -30,8 +32,8 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     -------
     pandas.DataFrame
         One row a run (`label`): mean PCC pooled over a fold's test spots and its interval, the same by slides, the
-        pooled PCC's share of the ceiling that counting noise sets, and the pooled PCC of each fold. ``attrs`` holds
-        title and note.
+        pooled PCC's share of the ceiling that counting noise sets, and the pooled PCC of each fold; of means over seeds
+        instead that of each seed, and their standard deviation. ``attrs`` holds title and note.
 
     Raises
     ------
@@ -46,11 +48,18 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
         pooled, slides = (run.score(how, normalization=normalization) for how in ("pooled", "slides"))
         row = _scores("PCC", pooled, slides)
         row["share of ceiling"] = pooled["pcc"] / run.summary["ceiling"][normalization]["pcc"]
-        rows.append(row | {f"fold {i}": pcc for i, pcc in enumerate(pooled["per_fold"])})
+        if len(widest(runs)) > 1:
+            row["sd over seeds"] = sd_over_seeds(run, normalization=normalization)
+            row |= {f"seed {s}": pcc for s, pcc in seed_scores(run, normalization=normalization).items()}
+        else:
+            row |= {f"fold {i}": pcc for i, pcc in enumerate(pooled["per_fold"])}
+        rows.append(row)
     table = pd.DataFrame(rows, index=pd.Index([label(run) for run in runs], name="features"))
     basis = runs[0].summary["ceiling"][normalization]["basis"]
     note = f"{CAUTION[runs[0].summary['protocol']]} Mean PCC over genes, then over folds (pooled) or slides; "
     note += f"95% intervals. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
+    if few := [label(run) for run in runs if len(run.seeds) < len(widest(runs))]:
+        note += f" Of fewer seeds: {', '.join(few)}."
     if normalization != own:
         note += f" The protocol's own targets are {own}; its genes were chosen for those."
     table.attrs = {"title": title(runs, normalization=normalization), "note": note}
@@ -63,7 +72,7 @@ def difference_table(
     """Subtract the reference's mean PCC from every other run's, paired by patient (or slide) and gene.
 
     Parameters and errors are those of `protocol_table`; `reference` is a row's `label`. Columns: difference of the
-    pooled PCC and its 95% interval, and the same by slides.
+    pooled PCC and its 95% interval, and the same by slides; NaN for a mean over other seeds than the reference's.
     """
     runs = require_shared(runs)
     named = {label(run): run for run in runs}
@@ -71,11 +80,18 @@ def difference_table(
         raise ValueError(f"no differences to {reference!r}: the runs are {', '.join(named)}")
     normalization = normalization or runs[0].summary["normalization"]
     moments = {k: run.moments[run.moments["normalization"] == normalization] for k, run in named.items()}
-    against, rows = moments.pop(reference), []
-    for here in moments.values():
-        rows.append(_scores("difference", *(difference(here, against, how=how) for how in ("pooled", "slides"))))
+    against, rows, unpaired = moments.pop(reference), [], []
+    for name, here in moments.items():
+        if named[name].seeds == named[reference].seeds:
+            scores = [difference(here, against, how=how) for how in ("pooled", "slides")]
+        else:
+            scores = [dict.fromkeys(("pcc", "ci_low", "ci_high"), math.nan)] * 2
+            unpaired.append(name)
+        rows.append(_scores("difference", *scores))
     table = pd.DataFrame(rows, index=pd.Index(list(moments), name=f"minus {reference}"))
     note = "Differences of the mean PCC, paired; 95% intervals, each for itself and not for all rows together."
+    if unpaired:
+        note += f" None for {', '.join(unpaired)}: not the seeds of {reference}."
     table.attrs = {"title": f"minus {reference} · {title(runs, normalization=normalization)}", "note": note}
     return table
 

@@ -12,11 +12,11 @@ import pandas as pd
 
 from peka_lite.adapter_files import join_adapters
 from peka_lite.controls import colour_texture, coordinates, depth
+from peka_lite.lessons import embedding
 from peka_lite.processes import Processes
 from peka_lite.provenance import row_ids
 from peka_lite.results import fingerprint
 from peka_lite.students import Student, taught_student
-from peka_lite.teachers import embed_cohort
 from peka_lite.tiles import TileStore
 
 
@@ -154,9 +154,9 @@ class FeatureSource:
         return replace(taught, features=np.hstack([frozen.features, taught.features]))
 
     def _embedding(self, rows: np.ndarray) -> Student:
-        self.teacher.fit(self.cohort.by_slide(rows))
-        E = embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
-        return Student(E, {"teacher": self.teacher.fitted_on_}, row_ids(E), {}, None)
+        at = {"data": self.data, "device": self.device, "progress": self.progress}
+        E, learned_from = embedding(self.teacher, self.cohort, rows, **at)
+        return Student(E, {"teacher": learned_from}, row_ids(E), {}, None)
 
     def _control(self) -> Student:
         name = self.config.features

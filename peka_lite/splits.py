@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold
 
-SPLITS = ("patient", "slide", "spot")
+from peka_lite.registry import SPLITS
 
 
 def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,12 +20,11 @@ from peka_lite import __version__
 from peka_lite.adapter_files import backbone_fingerprint, save_adapter
 from peka_lite.adapters import adapt, adapted_share, merge
 from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.lessons import Lesson, lesson
+from peka_lite.locks import RECORD, put, workplace
 from peka_lite.losses import NotFinite
 from peka_lite.manifest import cache_dir
 from peka_lite.processes import Processes
-from peka_lite.provenance import row_ids
-from peka_lite.teachers import embed_cohort
-from peka_lite.teachers.stream import alone
 from peka_lite.transfer import TransferModel, fit
 
 TRAINING = (
@@ -78,7 +78,7 @@ def taught_student(
     rows
         Training rows; None for a frozen student (method ``"none"``).
     teacher
-        From `load_teacher`; fitted here if it learns from data.
+        From `load_teacher`; what it says comes from `lesson`.
     data
         `fingerprint` of the cohort.
     processes
@@ -87,43 +87,45 @@ def taught_student(
     Notes
     -----
     Folders of ``students`` in the cache are named by a hash of data, rows, settings and versions. A stopped job goes
-    on from its last epoch; of two jobs that want one student the second waits for the first.
+    on from its last epoch, on another machine too; of two jobs that want one student the second waits for the first
+    (`alone`), and where a disk has no locks both make it, and the one that is through first puts it there.
     """
     folder = cache_dir() / "students" / _key(config, data, rows, teacher, device)
 
     def missing() -> bool:
-        return processes.same(not (folder / "record.json").is_file())
+        return processes.same(not (folder / RECORD).is_file())
 
     if missing():
-        with alone(folder) if processes.first else nullcontext():
+        with workplace(folder) if processes.first else nullcontext(folder) as work:
             if missing():
-                _make(config, cohort, tiles(), rows, teacher, data, device, folder, processes, progress)
+                work = folder.with_name(processes.same(work.name))
+                if processes.first:
+                    work.mkdir(parents=True, exist_ok=True)
+                    _take_over(folder, work)
+                _make(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
+                if processes.first:
+                    put(work, folder)
+                processes.wait()
     learned = dict(np.load(folder / "learned_from.npz"))
     embedding_ids = learned.pop("embedding", None)
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / RECORD).read_text())
     learned |= dict.fromkeys(record.pop("pretrained"))
     return Student(np.load(folder / "features.npy", mmap_mode="r"), learned, embedding_ids, record, folder)
 
 
-def _make(config, cohort, tiles, rows, teacher, data, device, folder: Path, processes: Processes, progress) -> None:
-    work = folder.with_name(folder.name + ".partial")
+def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress) -> None:
     progress = progress and processes.first
-    if processes.first:
-        work.mkdir(parents=True, exist_ok=True)
     student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     ids, record = {}, {"weights": student.weights_origin, "fingerprint": backbone_fingerprint(student)}
     if rows is not None:
+        if not processes.first:
+            processes.wait()  # the first makes the lesson, and the others find it
+        taught = lesson(config, cohort, rows, teacher=teacher, data=data, device=device, progress=progress)
         if processes.first:
-            # A teacher that does not say what it learned from cannot be judged, so it must say None itself.
-            ids = {"teacher": teacher.fit(cohort.by_slide(rows)).fitted_on_}
-            E = embed_cohort(teacher, cohort, device=device, progress=progress)  # (N, D_t)
-            labeler = config.labeler().fit(E[rows])
-            ids |= {"clusters": labeler.fitted_on_, "embedding": row_ids(E)}
-            np.savez(work / "lesson.npz", embedding=E[rows], labels=labeler.labels_, n_labels=labeler.n_labels_)
-        processes.wait()
-        lesson = np.load(work / "lesson.npz")
-        history = _teach(config, student, tiles.select(rows), lesson, cohort, rows, work, device, progress)
-        record |= {"share": adapted_share(student), "n_labels": int(lesson["n_labels"])}
+            processes.wait()
+        ids |= taught.ids
+        history = _teach(config, student, tiles.select(rows), taught, cohort, rows, work, device, progress)
+        record |= {"share": adapted_share(student), "n_labels": taught.n_labels}
         ids["student"] = student.adapter.fitted_on
         if processes.first:
             history.to_csv(work / "training.csv", index=False)
@@ -133,12 +135,22 @@ def _make(config, cohort, tiles, rows, teacher, data, device, folder: Path, proc
     if processes.first:
         pretrained = [step for step, learned in ids.items() if learned is None]
         np.savez(work / "learned_from.npz", **{step: learned for step, learned in ids.items() if learned is not None})
-        for name in ("student.pt", "lesson.npz"):
-            (work / name).unlink(missing_ok=True)
-        (work / "record.json").write_text(json.dumps(record | {"pretrained": pretrained}))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-    processes.wait()
+        (work / "student.pt").unlink(missing_ok=True)
+        (work / RECORD).write_text(json.dumps(record | {"pretrained": pretrained}))
+
+
+def _take_over(folder: Path, work: Path) -> None:
+    """Copy the newest checkpoint that another writer of this student left, where there is none here.
+
+    A checkpoint is whole whenever it is read, and whoever made it would go on to the same student.
+    """
+    if (work / "student.pt").is_file():
+        return
+    with suppress(FileNotFoundError):  # whoever it belongs to has just finished
+        left = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
+        if newest := max(left, key=lambda path: path.stat().st_mtime, default=None):
+            shutil.copyfile(newest, work / "student.pt.copy")
+            os.replace(work / "student.pt.copy", work / "student.pt")
 
 
 def _embed(student, tiles, path: Path, device, processes: Processes, progress) -> None:
@@ -156,8 +168,8 @@ def _embed(student, tiles, path: Path, device, processes: Processes, progress) -
     processes.wait()
 
 
-def _teach(config, student, tiles, lesson, cohort, rows, work, device, progress) -> pd.DataFrame:
-    E, labels, n_labels = lesson["embedding"], lesson["labels"], int(lesson["n_labels"])
+def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, progress) -> pd.DataFrame:
+    E, labels, n_labels = lesson.embedding, lesson.labels, lesson.n_labels
     if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
         order = np.random.default_rng(config.seed).permutation(len(E))
         E, labels = E[order], labels[order]

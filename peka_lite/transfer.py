@@ -20,11 +20,10 @@ from peka_lite.costs import out_of_memory
 from peka_lite.devices import default_device
 from peka_lite.losses import transfer_loss
 from peka_lite.processes import Processes
+from peka_lite.registry import KD_SPACES
 from peka_lite.training import Epochs
 
 __all__ = ["KD_SPACES", "TransferModel", "fit", "transfer_loss"]
-
-KD_SPACES = ("embedding", "logits")
 
 
 class TransferModel(nn.Module):

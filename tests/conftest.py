@@ -49,3 +49,11 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Return a function that writes one finished run folder, without the run."""
+    from run_folders import write_run_folder
+
+    return lambda name, **settings: write_run_folder(tmp_path / "runs" / name, **settings)

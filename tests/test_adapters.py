@@ -18,13 +18,13 @@ from peka_lite.adapters import (
     adapt,
     adapted_share,
     adapter_state,
-    check_block_size,
     load_adapter_state,
     lora_rank_like_bone,
     merge,
     orthogonal_term,
 )
 from peka_lite.backbones import BACKBONES, build, load_backbone
+from peka_lite.registry import check_block_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -145,6 +145,20 @@ def test_refused_block_size_lists_every_one_that_fits():
 @pytest.mark.parametrize("name", ["uni", "h-optimus-0", "uni2-h", "h0-mini", "virchow2", "gigapath", "mini"])
 def test_default_block_size_fits_each_student(name):
     check_block_size(BACKBONES[name], BACKBONES[name].bone_r)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in BACKBONES.items() if spec.bone_r])
+def test_the_widths_that_a_block_size_is_checked_against_are_those_of_the_student(name):
+    with torch.device("meta"):
+        model = build(BACKBONES[name])
+    layers = [module for path, module in model.named_modules() if path.endswith("attn.qkv")]
+    wrong = layers[0].in_features - 1
+    with pytest.raises(ValueError, match=f"^r={wrong} must divide") as told:
+        check_block_size(BACKBONES[name], wrong)
+    for layer in layers:
+        with pytest.raises(ValueError, match="must divide") as built:
+            BoneLinear(layer, r=wrong)
+        assert str(told.value) == str(built.value)
 
 
 def test_a_block_size_that_does_not_fit_is_found_without_weights():

@@ -33,7 +33,7 @@ def fetched(mini_root, tmp_path):
 
 def test_the_embedded_cohort_is_written_once(cache, monkeypatch):
     asked = []
-    monkeypatch.setattr(room, "write_mini_cohort", lambda root: asked.append(root) or root)
+    monkeypatch.setattr("peka_lite.mini.write_mini_cohort", lambda root: asked.append(root) or root)
     assert find_cohort("mini") == cache / "mini"
     assert not asked
     assert cohort_root("mini") == cache / "mini"

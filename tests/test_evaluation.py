@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 import peka_lite.evaluation as room
+import peka_lite.lessons as lessons
 import peka_lite.students as students
 from peka_lite.config import RunConfig
 from peka_lite.evaluation import evaluate
 from peka_lite.expression import targets, top_hvg
 from peka_lite.hest import Cohort
 from peka_lite.protocols import ALPHAS, PROTOCOLS
-from peka_lite.provenance import LeakError
+from peka_lite.provenance import LeakError, row_ids
 from peka_lite.pseudolabels import PseudoLabeler
 from peka_lite.run import run
 from peka_lite.scores import pooled
@@ -94,8 +95,8 @@ def test_clusters_of_all_rows_are_refused(mini_root, mini_cohort, tmp_path, monk
             self.labels_ = self.labels_[: len(E)]
             return self
 
-    everything, real = [], students.embed_cohort
-    monkeypatch.setattr(students, "embed_cohort", lambda *a, **k: everything.append(real(*a, **k)) or everything[-1])
+    everything, real = [], lessons.embed_cohort
+    monkeypatch.setattr(lessons, "embed_cohort", lambda *a, **k: everything.append(real(*a, **k)) or everything[-1])
     monkeypatch.setattr(RunConfig, "labeler", lambda self: Everyone(resolution=0.5))
     with pytest.raises(LeakError, match="the clusters learned from"):
         run(small(mini_root), tmp_path / "out")
@@ -132,7 +133,7 @@ def test_a_lie_about_the_rows_does_not_help(mini_cohort, splits):
     """Nobody is asked for rows: a record made from all embeddings is recognised, whatever its maker meant."""
     E = np.random.default_rng(0).normal(size=(len(mini_cohort), 5)).astype(np.float32)
     labeler = PseudoLabeler("kmeans", n_clusters=4).fit(E)
-    student = Student(E, {"clusters": labeler.fitted_on_}, students.row_ids(E), {}, None)
+    student = Student(E, {"clusters": labeler.fitted_on_}, row_ids(E), {}, None)
     with pytest.raises(LeakError, match="the clusters learned from"):
         strict(mini_cohort, splits, lambda left_out: student)
 

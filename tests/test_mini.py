@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -210,6 +212,33 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         write_mini_cohort(tmp_path / "cohort", **SMALL)
     assert calls == ["MINI1", "MINI2"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_writers_at_once_the_second_uses_what_the_first_wrote(tmp_path, monkeypatch):
+    small, there = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}, tmp_path / "cohort"
+    first, replace = write_mini_cohort(tmp_path / "first", **small), os.replace
+
+    def overtaken(draft, to):
+        os.rename(first, to)
+        replace(draft, to)
+
+    monkeypatch.setattr(mini.os, "replace", overtaken)
+    inode = (first / "mini.json").stat().st_ino
+    assert write_mini_cohort(there, **small) == there
+    assert (there / "mini.json").stat().st_ino == inode
+    assert list(tmp_path.iterdir()) == [there]
+
+
+def test_two_writers_may_find_the_same_empty_folder(tmp_path, monkeypatch):
+    small, rmdir = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}, Path.rmdir
+    (tmp_path / "cohort").mkdir()
+
+    def overtaken(path):
+        rmdir(path)  # by the other one
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", overtaken)
+    assert (write_mini_cohort(tmp_path / "cohort", **small) / "mini.json").is_file()
 
 
 @pytest.mark.parametrize(

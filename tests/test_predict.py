@@ -17,6 +17,7 @@ import tifffile
 
 from peka_lite import predict
 from peka_lite.hest import read_slide
+from peka_lite.locks import partial_of
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.predict import predict_slide, predict_spots
 from peka_lite.results import storable
@@ -180,7 +181,7 @@ def test_a_failed_job_goes_on_where_it_was(slide_path, whole, tmp_path):
         predict_slide(slide_path, model, out, batch_size=4)
     assert model.seen == [4, 4, 4]
     assert not out.exists()
-    assert (tmp_path / "a.h5ad.partial").is_dir()
+    assert partial_of(out, held=True).is_dir()
     again = MeanColour()
     adata = predict_slide(slide_path, again, out, batch_size=4)
     assert again.seen == [4, 4]

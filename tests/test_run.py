@@ -285,7 +285,9 @@ def test_scfoundation_teaches_on_real_slides(her2st, checkpoint, tmp_path, monke
     summary = run(settings, tmp_path / "out")
     assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
     assert 0.9 < summary["teacher_coverage"] < 1
-    assert sorted(p.name[:8] for p in (tmp_path / "cache" / "embeddings").iterdir()) == ["HER2_C2_", "HER2_C3_"]
+    kept = list((tmp_path / "cache" / "embeddings").iterdir())
+    assert sorted(p.name[:8] for p in kept if p.is_file()) == ["HER2_C2_", "HER2_C3_"]
+    assert len([p for p in kept if p.is_dir()]) == 1  # both folds share it
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from peka_lite.locks import alone
 from peka_lite.manifest import cache_dir, located
-from peka_lite.teachers.pca import PCATeacher
-from peka_lite.teachers.stream import alone
+from peka_lite.registry import TEACHERS
 
 
-def _scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
+def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
+    """Make scFoundation from a checkpoint, by default the fetched one."""
     from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
 
     checkpoint = checkpoint or located("scfoundation")
@@ -21,9 +22,6 @@ def _scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
             "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or give a file"
         )
     return ScFoundation.from_checkpoint(checkpoint, **options)
-
-
-TEACHERS = {"pca": PCATeacher, "scfoundation": _scfoundation}
 
 
 def load_teacher(name: str, **options):

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from peka_lite import __version__
 from peka_lite.devices import PRECISION, compute_dtype, default_device
 from peka_lite.expression import counts_digest, in_memory
+from peka_lite.locks import workplace
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
-from peka_lite.teachers.stream import alone, finish, open_partial
+from peka_lite.teachers.stream import finish, open_partial
 from peka_lite.teachers.tokens import Tokens, check_options, check_values, tokenize
 from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
@@ -199,7 +200,8 @@ class ScFoundation:
             Where memory runs out the number is halved and the work goes on. A longer spot has a batch of its own.
         out
             ``.npy`` file to stream rows to. A stopped job with the same data, weights and settings goes on from its
-            ``{out}.partial``; a file that is there already is replaced when the new one is complete.
+            ``{out}.{machine}.partial``, on the same machine; a file that is there already is replaced when the new one
+            is complete.
         progress
             Say how many of the genes are known, and show a bar with spots per second and the time left.
 
@@ -232,8 +234,8 @@ class ScFoundation:
             self._fill(rows, np.zeros(len(rows), dtype=bool), *run, progress)
             return rows
         key = self.cache_key(adata, device=device, pool=pool, **options)
-        with alone(Path(out)):
-            rows, done = open_partial(Path(out), shape=shape, key=key)
+        with workplace(Path(out)) as work:
+            rows, done = open_partial(work, shape=shape, key=key)
             self._fill(rows, done, *run, progress)
             finish(Path(out), rows)
         return np.load(out, mmap_mode="r")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from scipy import sparse
 
+from peka_lite.locks import alone, partial_of
 from peka_lite.teachers.scfoundation import ScFoundation
-from peka_lite.teachers.stream import alone, finish, open_partial
+from peka_lite.teachers.stream import finish, open_partial
 
 GENES = [f"G{i}" for i in range(60)]
 
@@ -82,7 +83,7 @@ def test_a_file_holds_what_memory_would_and_nothing_else_is_left(tmp_path, model
 
 def test_a_stopped_job_leaves_its_part_and_no_file(tmp_path, model):
     stop(model, make_adata(), tmp_path / "E.npy")
-    assert [path.name for path in tmp_path.iterdir()] == ["E.npy.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == [partial_of(tmp_path / "E.npy", held=True).name]
 
 
 def test_the_next_job_computes_what_is_left_and_gives_the_same_numbers(tmp_path, model):
@@ -208,15 +209,15 @@ def test_data_that_are_refused_leave_nothing(tmp_path, model):
 
 @pytest.fixture
 def half(tmp_path):
-    """A job of four rows with two of them done."""
-    rows, done = open_partial(tmp_path / "E.npy", shape=(4, 2), key="one")
+    """The folder of a job of four rows with two of them done."""
+    rows, done = open_partial(tmp_path / "E.npy.partial", shape=(4, 2), key="one")
     rows[1:3], done[1:3] = [[1, 2], [3, 4]], True
     rows.flush(), done.flush()
-    return tmp_path / "E.npy"
+    return tmp_path / "E.npy.partial"
 
 
 def test_a_new_job_has_no_row_done(tmp_path):
-    rows, done = open_partial(tmp_path / "E.npy", shape=(4, 2), key="one")
+    rows, done = open_partial(tmp_path / "E.npy.partial", shape=(4, 2), key="one")
     assert (rows.shape, rows.dtype, done.shape, done.dtype) == ((4, 2), np.float32, (4,), bool)
     assert not done.any()
 
@@ -237,14 +238,14 @@ def test_rows_of_another_job_are_not_taken(half, other):
 
 @pytest.mark.parametrize("lost", ["rows.npy", "done.npy", "key"])
 def test_a_job_that_was_killed_while_it_began_or_ended_starts_anew(half, lost):
-    (half.with_name("E.npy.partial") / lost).unlink()
+    (half / lost).unlink()
     assert not open_partial(half, shape=(4, 2), key="one")[1].any()
 
 
 def test_finishing_puts_the_rows_in_place(half):
     rows, _ = open_partial(half, shape=(4, 2), key="one")
-    finish(half, rows)
-    assert np.load(half).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]
+    finish(half.with_suffix(""), rows)
+    assert np.load(half.with_suffix("")).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]
     assert [path.name for path in half.parent.iterdir()] == ["E.npy"]
 
 

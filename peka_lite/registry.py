@@ -1,0 +1,192 @@
+"""What can be asked for by name, and what decides whether a name or a number fits; plain data, quick to import."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Late(Mapping):
+    """A mapping in which text ``"module:name"`` stands for that object; it is imported when its value is read.
+
+    Thus this room, and all that only asks which names there are, needs neither PyTorch nor timm.
+
+    Examples
+    --------
+    >>> late = Late({"depth": 24, "layer": "fractions:Fraction"})
+    >>> "layer" in late, late["layer"], dict(late)["depth"]
+    (True, <class 'fractions.Fraction'>, 24)
+    """
+
+    def __init__(self, values: Mapping[str, object]):
+        self._values = dict(values)
+
+    def __getitem__(self, key: str):
+        value = self._values[key]
+        if not (isinstance(value, str) and ":" in value):
+            return value
+        module, name = value.split(":")
+        return getattr(import_module(module), name)
+
+    def __contains__(self, key) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Late({self._values})"
+
+
+FEATURES = ("student", "frozen+student", "teacher", "colour", "coordinates", "depth")
+SPLITS = ("patient", "slide", "spot")
+NORMALIZATIONS = ("log1p-cp10k", "log1p")
+TEACHERS = Late({"pca": "peka_lite.teachers.pca:PCATeacher", "scfoundation": "peka_lite.teachers:make_scfoundation"})
+LABEL_METHODS = {
+    "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
+    "kmeans": {"n_clusters": 100, "n_neighbors": 15},
+}
+METHODS = ("none", "bone", "lora", "adalora", "miss")
+LAYERS = ("qkv", "proj")
+KD_SPACES = ("embedding", "logits")
+# bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
+PRECISION = Late({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What is needed to load one student and to feed it tiles.
+
+    Attributes
+    ----------
+    name, arch
+        Our name, and the timm architecture it is built from with `options`.
+    source
+        Hub repository of the published weights; None where there is none.
+    revision
+        Hub revision; None takes the repository's default branch.
+    dim
+        Width D_s of the pooled output.
+    mean, std
+        Pixel statistics (RGB, 0 to 1) the weights were trained with.
+    input_size
+        Side in pixels; tiles of another size are resized on the device.
+    pooling
+        ``"token"`` (class token), ``"avg"`` (as timm pools) or ``"token+avg"`` (class token, then mean patch token).
+    bone_r
+        Default block size for Bone; None where only method ``"none"`` is accepted.
+    precision
+        Compute type by device.
+    licence, gate
+        Licence of the weights; page to ask for access, None where nobody has to.
+    """
+
+    name: str
+    arch: str
+    source: str | None
+    dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    licence: str
+    gate: str | None = None
+    revision: str | None = None
+    input_size: int = 224
+    pooling: str = "token"
+    bone_r: int | None = 256
+    precision: Mapping[str, torch.dtype] = field(default_factory=lambda: PRECISION)
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+_VIT_G = {"img_size": 224, "init_values": 1e-5}
+_SWIGLU = {"mlp_layer": "timm.layers:SwiGLUPacked", "act_layer": "torch.nn:SiLU"}
+_CC_NC = "CC-BY-NC-ND-4.0"
+_CTRANSPATH = "datasets/MahmoodLab/hest-bench/fm_v1/ctranspath/CHIEF_CTransPath.pth"
+
+
+def page_of(repo: str) -> str:
+    """Return a hub repository's page."""
+    return f"https://huggingface.co/{repo}"
+
+
+_ROWS = (
+    Backbone("resnet50", "resnet50.tv_in1k", "timm/resnet50.tv_in1k", 2048, *IMAGENET, "BSD-3-Clause",
+             pooling="avg", bone_r=None),
+    Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "GPL-3.0",
+             pooling="avg", bone_r=None, options=Late({"embed_layer": "peka_lite.backbones:ConvStem"})),
+    Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, page_of("MahmoodLab/UNI"),
+             options={"init_values": 1e-5, "dynamic_img_size": True}),
+    Backbone("h-optimus-0", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", 1536, *BIOPTIMUS, "Apache-2.0",
+             page_of("bioptimus/H-optimus-0"), options=_VIT_G),
+    Backbone("uni2-h", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, *IMAGENET, _CC_NC,
+             page_of("MahmoodLab/UNI2-h"),
+             options=Late({**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536,
+                           "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8,
+                           "dynamic_img_size": True})),
+    Backbone("h0-mini", "vit_base_patch14_reg4_dinov2", "bioptimus/H0-mini", 768, *BIOPTIMUS, _CC_NC,
+             page_of("bioptimus/H0-mini"), bone_r=128,
+             options=Late({**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"})),
+    Backbone("h-optimus-1", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", 1536, *BIOPTIMUS, _CC_NC,
+             page_of("bioptimus/H-optimus-1"), options=_VIT_G),
+    Backbone("virchow2", "vit_huge_patch14_224", "paige-ai/Virchow2", 2560, *IMAGENET, _CC_NC,
+             page_of("paige-ai/Virchow2"), pooling="token+avg",
+             options=Late({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
+    Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
+             page_of("prov-gigapath/prov-gigapath"), options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
+    Backbone("mini", "vit_tiny_patch16_224", None, 192, *BIOPTIMUS, "BSD-3-Clause", input_size=112,
+             pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
+)  # fmt: skip
+BACKBONES: Mapping[str, Backbone] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def check_block_size(spec: Backbone, r: int) -> None:
+    """Raise the ValueError that Bone would raise for a row of `BACKBONES`, without building it."""
+    width = spec.dim // 2 if spec.pooling == "token+avg" else spec.dim  # of a token
+    check_divides(r, width, 3 * width)
+
+
+def check_divides(r: int, in_features: int, out_features: int) -> None:
+    """Refuse a block size that does not divide both sides of a layer; the ValueError lists those that do."""
+    if r < 1 or in_features % r or out_features % r:
+        fits = [d for d in range(1, 1025) if math.gcd(in_features, out_features) % d == 0]
+        raise ValueError(
+            f"r={r} must divide in_features={in_features} and out_features={out_features}; "
+            f"these would: {', '.join(map(str, fits))}"
+        )
+
+
+def check_penalty(alpha, *, names: tuple[str, ...] = ("hest",)) -> None:
+    """Refuse what is no ridge penalty: neither one of the names nor a number of at least 0."""
+    meant = ""
+    if isinstance(alpha, str):
+        if alpha in names:
+            return
+        meant = did_you_mean(alpha, names)
+    elif isinstance(alpha, int | float) and alpha >= 0:
+        return
+    raise ValueError(f"alpha is {', '.join(map(repr, names))} or a number of at least 0, not {alpha!r}{meant}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'bone'?"``, or nothing where no known name is near.
+
+    Examples
+    --------
+    >>> did_you_mean("Bonne", METHODS), did_you_mean("dora", ["none"])
+    ("; did you mean 'bone'?", '')
+    """
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,143 @@
+"""What the folder of a sweep holds: points that are finished, run folders below them, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepFolder:
+    """A folder that `peka-lite sweep` made.
+
+    Attributes
+    ----------
+    title, notebook
+        As the sweep names them; None where its points are runs.
+    varied
+        Names of the settings that vary.
+    points
+        What each point sets.
+    finished
+        Points whose folder is there.
+    missing
+        The other points, with what their logs say of them: ``"missing"``, ``"unfinished"``, ``"failed: ..."``.
+    seconds
+        What the last attempt of each point took, where that is on record.
+    """
+
+    folder: Path
+    title: str
+    notebook: str | None
+    varied: tuple[str, ...]
+    points: dict[str, dict]
+    finished: tuple[str, ...]
+    missing: dict[str, str]
+    seconds: dict[str, float]
+
+    def run_folders(self) -> Iterator[tuple[str, Path]]:
+        """Yield point and folder of every finished run, at any depth below the points."""
+        for point in self.finished:
+            if self.notebook is None:
+                yield point, self.folder / point
+            else:
+                yield from ((point, here) for here, names in _below(self.folder / point) if names >= {*RUN_FILES})
+
+    def summaries(self) -> Iterator[tuple[str, dict]]:
+        """Yield point and scalars (numbers, text, truth values) of every summary that is a notebook's own.
+
+        Raises
+        ------
+        ValueError
+            For a file that is no JSON, or no mapping.
+        """
+        for point in self.finished if self.notebook is not None else ():
+            for here, names in _below(self.folder / point):
+                if "summary.json" in names and "config.yml" not in names:
+                    yield point, _scalars(here / "summary.json")
+
+    def told(self) -> str:
+        """Return in words how many points are finished, and what became of the others."""
+        words = f"{len(self.finished)} of {len(self.points)} points finished"
+        groups = {"missing": [], "unfinished": [], "failed": []}
+        for point, state in self.missing.items():
+            kind, _, line = state.partition(": ")
+            groups[kind].append(f"`{point}`" + (f" ({line})" if line else ""))
+        return "; ".join([words, *(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)]) + "."
+
+
+def is_sweep(folder: Path) -> bool:
+    """Tell whether `peka-lite sweep` made a folder."""
+    return (folder / "sweep.yml").is_file()
+
+
+def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
+    """Read what a sweep's folder says of itself, and look which of its points are there.
+
+    Raises
+    ------
+    ValueError
+        If ``sweep.yml`` is not what `peka-lite sweep` writes into its folder.
+    """
+    folder = Path(folder)
+    path = folder / "sweep.yml"
+    try:
+        asked = yaml.safe_load(path.read_text("utf-8"))
+        title, notebook, varied = asked["title"], asked["notebook"], tuple(asked["varied"])
+        points = {name: dict(given) for name, given in asked["points"].items()}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"{path} does not name title, notebook, varied and points, as in a folder that `peka-lite sweep` made; "
+            "give that folder, or the run folders themselves"
+        ) from None
+    finished, missing, seconds = [], {}, {}
+    for name in points:
+        record = _record(folder / "log" / f"{name}.json")
+        if isinstance(record.get("seconds"), int | float):
+            seconds[name] = float(record["seconds"])
+        if _is_finished(folder / name, notebook):
+            finished.append(name)
+        elif record.get("state") == "failed":
+            missing[name] = f"failed: {record.get('last_line', '')}"
+        else:
+            missing[name] = "unfinished" if (folder / f"{name}.partial").is_dir() else "missing"
+    return SweepFolder(
+        folder=folder, title=title, notebook=notebook, varied=varied, points=points, finished=tuple(finished),
+        missing=missing, seconds=seconds,
+    )  # fmt: skip
+
+
+def _is_finished(folder: Path, notebook: str | None) -> bool:
+    if notebook is None:
+        return (folder / "summary.json").is_file()
+    return any("summary.json" in names for _, names in _below(folder))
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Yield a folder and those below it, with the names of their files; nothing that is unfinished."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
+        yield Path(here), set(files)
+
+
+def _scalars(path: Path) -> dict:
+    try:
+        summary = json.loads(path.read_text("utf-8"))
+        return {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it anew") from None
+
+
+def _record(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):  # none was written, or its writing was cut short
+        return {}
+    return record if isinstance(record, dict) else {}

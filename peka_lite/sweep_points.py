@@ -1,0 +1,225 @@
+"""One point of a sweep: what state its folder is in, and the process that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import pandas as pd
+
+from peka_lite.sweep import Point, Sweep
+
+STATES = ("done", "failed", "unfinished", "missing")
+
+
+def order_of(sweep: Sweep, point: Point) -> dict:
+    """Return all that a process needs to make a point, as plain values; it decides what the result is."""
+    notebook = None if sweep.notebook is None else {"path": str(sweep.notebook), "code": sweep.code}
+    return {"name": point.name, "notebook": notebook, "settings": point.settings}
+
+
+def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
+    """Look up how far each point is.
+
+    Parameters
+    ----------
+    out
+        The sweep's folder; it need not be there.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a point, by name: state (``"done"``: its folder and a complete ``summary.json`` are there; ``"failed"``;
+        ``"unfinished"``: begun and stopped; ``"missing"``), seconds its last attempt took (NaN where there was none),
+        last_line (of its log, where it failed).
+
+    Raises
+    ------
+    FileExistsError
+        If a folder of that name holds a point with other settings or of another notebook.
+    """
+    out, rows = Path(out), {}
+    there = {entry.name for entry in os.scandir(out)} if out.is_dir() else set()
+    logs = {entry.name for entry in os.scandir(out / "log")} if "log" in there else set()
+    for point in sweep.points:
+        record = _read(out / "log" / f"{point.name}.json") if f"{point.name}.json" in logs else {}
+        state = record.get("state", "missing")
+        if point.name in there:
+            _check_same(out, sweep, point, record)
+            state = "done" if not missing_summary(out / point.name, sweep.notebook is not None) else "failed"
+        elif state == "done":  # its folder was removed: to be made anew
+            state = "missing"
+        elif state == "missing" and f"{point.name}.partial" in there:
+            state = "unfinished"
+        line = record.get("last_line", "") if state == "failed" else ""
+        rows[point.name] = {"state": state, "seconds": record.get("seconds", float("nan")), "last_line": line}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["state", "seconds", "last_line"])
+    return table.rename_axis("point")
+
+
+def plan(sweep: Sweep, out: str | os.PathLike) -> str:
+    """Say what `run_sweep` would do: a line a point with its state and the time its last attempt took, then totals."""
+    states = sweep_states(sweep, out)
+    wide = max(map(len, states.index))
+    took = states["seconds"].map(clock, na_action="ignore").fillna("")
+    lines = [
+        f"{name:<{wide}}  {row.state:<10}  {took[name]:<14}{row.last_line}".rstrip() for name, row in states.iterrows()
+    ]
+    todo, timed = states[states["state"] != "done"], states["seconds"].dropna()
+    work = "how long a point takes is not known yet"
+    if len(timed):
+        work = f"about {clock(todo['seconds'].fillna(timed.mean()).sum())} of work, by {len(timed)} that were timed"
+    lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
+    return "\n".join(lines)
+
+
+def missing_summary(folder: Path, notebook: bool) -> str | None:
+    """Return what a point's folder lacks for success: a complete ``summary.json`` and nothing unfinished, or None."""
+    summaries = sorted(folder.rglob("summary.json")) if notebook else [folder / "summary.json"]
+    if not summaries or not summaries[0].is_file():
+        return "it ended but left no summary.json, which says that a run is complete; a notebook may write its own"
+    for path in summaries:
+        try:
+            json.loads(path.read_text("utf-8"))
+        except ValueError:
+            return f"{path.relative_to(folder)} is cut short"
+    if notebook and (left := next((p for p in sorted(folder.rglob("*.partial"))), None)):
+        return f"{left.relative_to(folder)} is unfinished"
+    return None
+
+
+def write_record(out: Path, order: dict, **record) -> dict:
+    """Keep what came of a point's last attempt in ``log/NAME.json``; returns it."""
+    record = {"state": "", "seconds": 0.0, "last_line": ""} | record | {"made": _made(order)}
+    path = out / "log" / f"{order['name']}.json"
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own.write_text(json.dumps(record, indent=1), "utf-8")
+    os.replace(own, path)
+    return record
+
+
+def make_point(order: dict, out: Path) -> None:
+    """Make one point's folder, in this process; a folder that is complete already is left as it is.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder is there and incomplete.
+    RuntimeError
+        If a notebook ended without a complete ``summary.json``.
+    """
+    from peka_lite.locks import alone
+
+    folder, notebook = out / order["name"], order["notebook"]
+    with alone(folder):  # where two sweeps want it, the second waits and finds it done
+        if folder.is_dir():
+            if lack := missing_summary(folder, notebook is not None):
+                raise FileExistsError(f"{folder} is there, but {lack}; remove it")
+            return
+        work = folder.with_name(folder.name + ".partial")
+        _begin(work, order)
+        if notebook is None:
+            from peka_lite.config import RunConfig
+            from peka_lite.run import run
+
+            run(RunConfig(**order["settings"]), folder, maps=False)
+        else:
+            import papermill
+
+            papermill.execute_notebook(
+                notebook["path"], str(work / "notebook.ipynb"), order["settings"], cwd=str(work), progress_bar=False
+            )
+            if lack := missing_summary(work, notebook=True):
+                raise RuntimeError(lack)
+            os.replace(work, folder)
+
+
+def _begin(work: Path, order: dict) -> None:
+    """Make the folder to work in, or keep what a stopped attempt at the very same left there."""
+    path = work / "point.json"
+    if work.is_dir() and _read(path) != _made(order):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_made(order), indent=1), "utf-8")
+
+
+def main() -> None:
+    """Make the point that the first line on stdin orders; ends at once when stdin closes, for then its worker died."""
+    told = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        make_point(told["order"], Path(told["out"]))
+    except BaseException:
+        traceback.print_exc()
+        _end(1)  # without what libraries may still print: the log's last line is the error
+    _end(0)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):  # a notebook's kernel
+        child.kill()
+    os._exit(1)
+
+
+def _end(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _made(order: dict) -> dict:
+    return {"settings": order["settings"], "code": (order["notebook"] or {}).get("code")}
+
+
+def _read(path: Path) -> dict:
+    """Return a JSON mapping; an empty one where there is none, or its writing was cut short."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _check_same(out: Path, sweep: Sweep, point: Point, record: dict) -> None:
+    config = out / point.name / "config.yml"
+    made = record.get("made") or _read(out / point.name / "point.json")  # where the log was removed
+    if not made and sweep.notebook is None and config.is_file():  # by `peka-lite run`
+        import yaml
+
+        made = {"settings": yaml.safe_load(config.read_text("utf-8")), "code": None}
+    asked = _made(order_of(sweep, point))
+    if not made or made == asked:
+        return
+    if made["code"] != asked["code"]:
+        differs = "was made by another notebook, or another version of its code"
+    else:
+        names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
+        differs = f"was made with other settings ({', '.join(names)})"
+    raise FileExistsError(f"{out / point.name} {differs}; name another --out, or remove that folder")
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as a reader says it.
+
+    Examples
+    --------
+    >>> clock(8), clock(75), clock(7300)
+    ('8 s', '1 min 15 s', '2 h 1 min')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+if __name__ == "__main__":
+    main()

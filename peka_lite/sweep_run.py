@@ -1,0 +1,238 @@
+"""Run a sweep on a Dask cluster: processes on this machine, or any cluster by its address."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from peka_lite.sweep import Sweep
+from peka_lite.sweep_points import missing_summary, order_of, sweep_states, write_record
+from peka_lite.sweep_view import Board
+
+ANSWER_WITHIN = 20  # seconds
+
+
+class PointError(RuntimeError):
+    """A point failed; the message is its log's last line."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    retry: int = 0,
+) -> pd.DataFrame:
+    """Make every point that is missing or failed, several at once, each in a process of its own.
+
+    A point that fails stops no other. What is done stays done whatever is killed: the same call goes on from there.
+    Progress is printed, live in a terminal. In a script, call it under ``if __name__ == "__main__":``, because the
+    workers are processes.
+
+    Parameters
+    ----------
+    out
+        Folder of the sweep: a folder a point, ``log/`` with each point's output and record, ``sweep.yml``. A failed
+        point keeps its notebook, with the traceback, in ``{point}.partial``. On a cluster, a folder that every worker
+        sees under the same path, as the cache (``PEKA_LITE_CACHE``) should be.
+    workers
+        Points at once on this machine; by default one a GPU, or without GPUs as many as cores and memory allow
+        (`Sweep.memory`).
+    scheduler
+        Address of a running Dask scheduler, whose workers make the points; no processes are started here.
+    retry
+        How often a failed point is tried again.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `sweep_states`, at the end.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` holds points of the same names with other settings.
+    ValueError
+        For workers together with a scheduler, or more workers than GPUs.
+    OSError
+        If no scheduler answers at that address.
+    """
+    from distributed import as_completed
+
+    out = Path(out).resolve()
+    states = sweep_states(sweep, out)
+    if retry < 0:
+        raise ValueError(f"retry is a number of further tries, not {retry}")
+    todo = [point for point in sweep.points if states.loc[point.name, "state"] != "done"]
+    board = Board(sweep, states)
+    if not todo:
+        board.end(states)
+        return states
+    with _client(sweep, scheduler, workers) as client:
+        (out / "log").mkdir(parents=True, exist_ok=True)
+        _write_told(sweep, out)
+        sharing = _threads_by_host(client)
+        orders = [order_of(sweep, point) for point in todo]
+        # One graph under one name: Dask hands a point out when a worker is free, in this order.
+        graph = f"{sweep.name}-{time.time_ns()}"
+        client.subscribe_topic(graph, lambda event: board.event(event[1]))
+        keys = [(graph, k) for k in range(len(orders))]
+        futures = client.map(
+            _do, orders, key=keys, out=str(out), topic=graph, sharing=sharing, retries=retry, pure=False
+        )
+        named = dict(zip(keys, todo, strict=True))
+        with board.live(dashboard=client.dashboard_link, slots=sum(client.nthreads().values())):
+            for future in as_completed(futures):
+                point, error = named[future.key], future.exception()
+                if error is None and (lack := missing_summary(out / point.name, sweep.notebook is not None)):
+                    error = PointError(f"{lack} (on {out}, seen from here)")
+                if error is not None and future.status == "error" and not isinstance(error, PointError):
+                    # Its workers died, again and again.
+                    write_record(out, order_of(sweep, point), state="failed", last_line=_one_line(error))
+                board.ended(point.name, None if error is None else _one_line(error))
+    states = sweep_states(sweep, out)
+    board.end(states)
+    return states
+
+
+def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
+    """Make one point, on a worker: a process of its own that ends when the worker does."""
+    from dask.system import CPU_COUNT
+    from distributed import get_worker
+
+    out, worker = Path(out), get_worker()
+    if not (out / "sweep.yml").is_file():
+        raise PointError(f"{out} is not to be seen from {worker.address}: give a folder that all workers share")
+    if (out / order["name"]).is_dir() and not missing_summary(out / order["name"], order["notebook"] is not None):
+        return  # done before its worker died, or by another sweep
+    begun = time.perf_counter()
+    worker.log_event(topic, {"point": order["name"], "worker": worker.address})
+    threads = str(max(1, CPU_COUNT // sharing.get(_host(worker.address), worker.state.nthreads)))
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    log = out / "log" / f"{order['name']}.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "peka_lite.sweep_points"], env=environment, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            with suppress(BrokenPipeError):  # it ended at once: its log says why
+                process.stdin.write(json.dumps({"order": order, "out": str(out)}) + "\n")
+                process.stdin.flush()
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+    seconds = round(time.perf_counter() - begun, 1)
+    line = _last_line(log)
+    if status < 0:
+        line = f"killed by signal {-status}" + (", as when memory runs out" if status == -9 else "")
+    elif status == 0:
+        line = missing_summary(out / order["name"], order["notebook"] is not None)
+    if line is not None:
+        write_record(out, order, state="failed", seconds=seconds, last_line=line, host=worker.address)
+        raise PointError(line)
+    write_record(out, order, state="done", seconds=seconds, host=worker.address)
+
+
+@contextmanager
+def _client(sweep: Sweep, scheduler: str | None, workers: int | None):
+    from distributed import Client
+
+    if scheduler is not None:
+        if workers is not None:
+            raise ValueError("workers and scheduler: a running cluster has workers of its own; give one of the two")
+        try:
+            with Client(scheduler, timeout=ANSWER_WITHIN) as client:
+                yield client
+        except OSError as error:
+            raise OSError(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from None
+        return
+    import dask
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    environments = _local_environments(sweep, workers)
+    options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1", "silence_logs": 40}
+    spec = {i: {"cls": Nanny, "options": options | {"env": env}} for i, env in enumerate(environments)}
+    head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": _dashboard()}}
+    # A worker takes no second point ahead, so what is shown as running runs.
+    with (
+        dask.config.set({"distributed.scheduler.worker-saturation": 1.0}),
+        SpecCluster(workers=spec, scheduler=head, silence_logs=40) as cluster,
+        Client(cluster) as client,
+    ):
+        client.wait_for_workers(len(spec))
+        yield client
+
+
+def _local_environments(sweep: Sweep, workers: int | None) -> list[dict[str, str]]:
+    """Return a worker's environment variables for each process that fits cores, memory and GPUs."""
+    import psutil
+    from dask.system import CPU_COUNT
+    from distributed.system import MEMORY_LIMIT
+
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: at least 1, not {workers}")
+    gpus = [] if all(point.settings.get("device") == "cpu" for point in sweep.points) else _gpus()
+    if gpus:
+        if workers is not None and workers > len(gpus):
+            raise ValueError(f"workers: {workers} are more than the {len(gpus)} GPUs here, and a point takes one")
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+    memory = min(psutil.virtual_memory().available, MEMORY_LIMIT) / 2**30
+    return [{}] * (workers or max(1, min(CPU_COUNT, int(memory / sweep.memory), len(sweep.points))))
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    n, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:n] if named else [str(i) for i in range(n)]
+
+
+def _threads_by_host(client) -> dict[str, int]:
+    """Return how many points run at once on each host, so that they share its cores."""
+    hosts: dict[str, int] = {}
+    for address, threads in client.nthreads().items():
+        hosts[_host(address)] = hosts.get(_host(address), 0) + threads
+    return hosts
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
+def _dashboard() -> str:
+    """Return Dask's usual address, or any free port where that is taken."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", 8787))
+        except OSError:
+            return "127.0.0.1:0"
+    return "127.0.0.1:8787"
+
+
+def _write_told(sweep: Sweep, out: Path) -> None:
+    own = out / f".sweep.yml.{os.getpid()}"
+    own.write_text(yaml.safe_dump(sweep.told(), sort_keys=False), "utf-8")
+    os.replace(own, out / "sweep.yml")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it ended without a word"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,67 @@
+"""Grids: every combination once, nothing that is excluded, and folder names that differ."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peka_lite.grids import expand, point_name, unique_names
+
+VALUES = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3), st.integers(1, 3), st.integers(1, 3))
+def test_axes_multiply(grid, n_zipped, n_listed):
+    zipped = [{"x": list(range(n_zipped)), "y": list(range(10, 10 + n_zipped))}]
+    listed = [{"z": k} for k in range(n_listed)]
+    points = expand(grid=grid, zipped=zipped, listed=listed)
+    size = n_zipped * n_listed
+    for values in grid.values():
+        size *= len(values)
+    assert len({tuple(sorted(p.items())) for p in points}) == len(points) == size
+    assert all(p["y"] == p["x"] + 10 for p in points)
+    assert all(p[name] in grid[name] for p in points for name in grid)
+
+
+def test_exclusions_match_all_of_their_parameters_and_any_of_a_list():
+    grid = {"method": ["none", "bone"], "seed": [0, 1, 2]}
+    points = expand(grid=grid, exclude=[{"method": "none", "seed": [1, 2]}])
+    assert [(p["method"], p["seed"]) for p in points] == [("none", 0), ("bone", 0), ("bone", 1), ("bone", 2)]
+
+
+def test_an_exclusion_of_a_point_that_does_not_set_the_parameter_leaves_it():
+    points = expand(listed=[{}, {"tau": 4}, {"tau": None}], exclude=[{"tau": None}])
+    assert points == [{}, {"tau": 4}]
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"grid": {"seed": 3}}, "seed: give a list"),
+        ({"grid": {"method": "bone"}}, "method: give a list"),
+        ({"grid": {"seed": []}}, "at least one value"),
+        ({"zipped": [{"a": [1, 2], "b": [1]}]}, "a has 2, b has 1"),
+        ({"grid": {"a": [1]}, "listed": [{"a": 2}]}, "a: set by two"),
+        ({"zipped": [{"a": [1]}, {"a": [2]}]}, "a: set by two"),
+        ({"grid": {"a": [1]}, "exclude": [{"a": 2}]}, "matches no point"),
+        ({"grid": {"a": [1]}, "exclude": [{"a": 1}]}, "no point is left"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(axes, words):
+    with pytest.raises(ValueError, match=words):
+        expand(**axes)
+
+
+def test_names_are_safe_for_a_folder_and_a_file_counts_by_its_name():
+    assert point_name({"weights": "/data/my weights/uni v1.bin", "augment": True}) == "weights=uni-v1.bin,augment=true"
+    assert "/" not in point_name({"cohort": "a/b", "note": "x/../y"})
+    assert point_name({}) == "base"
+    assert len(point_name({f"parameter_{k}": "value" * 3 for k in range(20)})) == 120
+
+
+def test_names_that_would_agree_differ():
+    points = [{"weights": "/a/w.bin"}, {"weights": "/b/w.bin"}, {"weights": "W.bin"}, {"weights": "other.bin"}]
+    names = unique_names(points)
+    assert len({name.casefold() for name in names}) == 4
+    assert names[3] == "weights=other.bin"
+    assert unique_names([{"a": 1}, {"a": "1"}, {"a": 2}])[2] == "a=2"

@@ -1,0 +1,245 @@
+"""A sweep survives what happens to it: failing points, killed workers, a rerun, another sweep, a cluster elsewhere."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from test_sweep import write_notebook
+
+from peka_lite import sweep_run
+from peka_lite.report import write_report
+from peka_lite.sweep import read_sweep
+from peka_lite.sweep_points import make_point, order_of, plan, sweep_states
+from peka_lite.sweep_run import run_sweep
+from peka_lite.sweep_view import Board
+
+SAYS_WHAT_IT_GOT = """
+import json
+json.dump({"a": a, "b": b, "product": a * len(b)}, open("summary.json", "w"))
+"""
+FAILS_ONCE_AND_HANGS_ONCE = """
+import os, time
+from pathlib import Path
+notes = Path(notes)
+if (a, b) == (2, "yy") and not (notes / "mended").exists():
+    raise ValueError("planted: a=2, b=yy")
+if (a, b) == (1, "y") and not (notes / "hung").exists():
+    (notes / "hung.new").write_text(str(os.getpid()))
+    os.replace(notes / "hung.new", notes / "hung")
+    time.sleep(600)
+"""
+
+
+def write_sweep(folder, *code, grid, **keys):
+    """Write a notebook and a sweep over it."""
+    (folder / "notes").mkdir(exist_ok=True)
+    write_notebook(folder / "walk.ipynb", 'a: int = 0\nb: str = ""\nnotes: str = "."', *code)
+    fixed = {"notes": str(folder / "notes")}
+    path = folder / "many.yml"
+    path.write_text(yaml.safe_dump({"notebook": "walk.ipynb", "fixed": fixed, "grid": grid} | keys))
+    return path
+
+
+def command(path, *options, **environment):
+    """Start ``peka-lite sweep`` in a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "peka_lite", "sweep", str(path), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment, cwd=path.parent,
+    )  # fmt: skip
+
+
+def wait_for(what, process):
+    """Wait until something holds, as long as the process lives."""
+    while not what():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+def made(out):
+    """Return when each finished point was made."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
+
+
+def test_twelve_points_one_planted_failure_one_killed_worker_and_one_rerun(tmp_path):
+    path = write_sweep(
+        tmp_path, FAILS_ONCE_AND_HANGS_ONCE, SAYS_WHAT_IT_GOT, grid={"a": [1, 2, 3, 4], "b": ["y", "yy", "yyy"]}
+    )
+    out, hung = tmp_path / "out", tmp_path / "notes" / "hung"
+    running = command(path, "--out", str(out), "--workers", "2")
+    wait_for(hung.exists, running)
+    kernel = psutil.Process(int(hung.read_text()))
+    point = next(p for p in kernel.parents() if "peka_lite.sweep_points" in p.cmdline())
+    os.kill(point.ppid(), signal.SIGKILL)  # the worker, in the middle of a point
+    said, _ = running.communicate()
+    assert running.returncode == 1, said
+    psutil.wait_procs([kernel, point], timeout=60)
+    assert not kernel.is_running()  # nothing goes on without its worker
+
+    sweep = read_sweep(path)
+    states = sweep_states(sweep, out)
+    assert states["state"].value_counts().to_dict() == {"done": 11, "failed": 1}
+    assert states.loc["a=2,b=yy", ["state", "last_line"]].tolist() == ["failed", "ValueError: planted: a=2, b=yy"]
+    assert "failed  a=2,b=yy: ValueError: planted: a=2, b=yy" in said
+    assert "11 done, 1 failed" in said
+    kept = nbformat.read(out / "a=2,b=yy.partial" / "notebook.ipynb", as_version=4)
+    assert any(o.get("ename") == "ValueError" for c in kept.cells for o in c.get("outputs", []))
+    assert "1 to run" in plan(sweep, out)
+
+    before = made(out)
+    (tmp_path / "notes" / "mended").touch()
+    again = command(path, "--out", str(out), "--workers", "2")
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    after = made(out)
+    assert {name: after[name] for name in before} == before
+    assert sorted(after) == sorted(p.name for p in sweep.points)
+    for point in sweep.points:
+        got = json.loads((out / point.name / "summary.json").read_text())
+        assert got == point.varied | {"product": point.varied["a"] * len(point.varied["b"])}
+    assert not list(out.glob("*.partial"))
+    table = pd.read_csv(out / "report" / "points.csv")
+    assert len(table) == 12
+    assert (table["product"] == table["a"] * table["b"].str.len()).all()
+    assert "12 of 12" in (out / "report" / "report.md").read_text()
+
+
+def test_a_cluster_by_address_makes_the_points_and_a_retry_mends_what_fails_once(tmp_path, capfd, monkeypatch):
+    from distributed import LocalCluster
+
+    fails_at_first = """
+from pathlib import Path
+tried = Path(notes) / f"tried {a}"
+if a == 2 and not tried.exists():
+    tried.touch()
+    raise OSError("the disk is away")
+"""
+    sweep = read_sweep(write_sweep(tmp_path, fails_at_first, SAYS_WHAT_IT_GOT, grid={"a": [1, 2, 3, 4]}))
+    out = tmp_path / "out"
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster:
+        workers = {w["id"] for w in cluster.scheduler_info["workers"].values()}
+        assert len(workers) == 2
+        with pytest.raises(ValueError, match="give one of the two"):
+            run_sweep(sweep, out, scheduler=cluster.scheduler_address, workers=2)
+        states = run_sweep(sweep, out, scheduler=cluster.scheduler_address, retry=1)
+        hosts = {json.loads((out / "log" / f"{p.name}.json").read_text())["host"] for p in sweep.points}
+        assert hosts <= set(cluster.scheduler_info["workers"])
+        assert len(cluster.scheduler_info["workers"]) == 2  # the cluster outlives the sweep
+    assert list(states["state"]) == ["done"] * 4
+    assert states["seconds"].gt(0).all()
+    said = capfd.readouterr().out
+    assert "4 to run, 2 at once" in said
+    assert "dashboard: http://127.0.0.1" in said
+    monkeypatch.setattr(sweep_run, "ANSWER_WITHIN", 1)
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9: no Dask scheduler answers"):
+        run_sweep(read_sweep(tmp_path / "many.yml", fixed={"a": 9}), tmp_path / "x", scheduler="tcp://127.0.0.1:9")
+
+
+def test_ending_well_is_no_success_without_a_complete_summary(tmp_path):
+    leaves = """
+from pathlib import Path
+if a > 1:
+    Path("summary.json").write_text('{"a": 2' + "}" * (a != 2))
+if a == 4:
+    Path("results/x.partial").mkdir(parents=True)
+"""
+    sweep = read_sweep(write_sweep(tmp_path, leaves, grid={"a": [1, 2, 3, 4]}))
+    states = run_sweep(sweep, tmp_path / "out", workers=2)
+    assert list(states["state"]) == ["failed", "failed", "done", "failed"]
+    lines = states["last_line"].tolist()
+    assert "left no summary.json" in lines[0]
+    assert "summary.json is cut short" in lines[1]
+    assert "results/x.partial is unfinished" in lines[3]
+    edited = write_sweep(tmp_path, leaves + "\nprint(a)", grid={"a": [3]})
+    with pytest.raises(FileExistsError, match="another version of its code"):
+        run_sweep(read_sweep(edited), tmp_path / "out")
+
+
+def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_path):
+    path = write_sweep(
+        tmp_path, "from pathlib import Path\nleft = Path('left').exists()", SAYS_WHAT_IT_GOT, grid={"a": [1]}
+    )
+    sweep, out = read_sweep(path), tmp_path / "out"
+    order, work = order_of(sweep, sweep.points[0]), out / "a=1.partial"
+    for settings, stays in ((order["settings"], True), ({"a": 7}, False)):
+        work.mkdir(parents=True)
+        (work / "left").touch()
+        made = {"settings": settings, "code": sweep.code}
+        (work / "point.json").write_text(json.dumps(made))
+        make_point(order, out)
+        assert (out / "a=1" / "left").exists() == stays
+        assert json.loads((out / "a=1" / "point.json").read_text())["settings"] == order["settings"]
+        (out / "a=1" / "summary.json").write_text("{")
+        with pytest.raises(FileExistsError, match=r"a=1 is there, but summary\.json is cut"):
+            make_point(order, out)
+        shutil.rmtree(out)
+
+
+def test_two_sweeps_at_once_share_one_cache(tmp_path, mini_root):
+    path = tmp_path / "two.yml"
+    fixed = {"cohort": str(mini_root), "weights": "random", "epochs": 1, "protocol": "hest", "n_splits": 3}
+    path.write_text(yaml.safe_dump({"fixed": fixed, "list": [{"method": "bone"}, {"method": "none"}]}))
+    cache = tmp_path / "cache"
+    both = [command(path, "--out", str(tmp_path / o), "--workers", "1", PEKA_LITE_CACHE=str(cache)) for o in "ab"]
+    for one in both:
+        said, _ = one.communicate()
+        assert one.returncode == 0, said
+    a, b = ({p.parent.name: p.read_bytes() for p in (tmp_path / o).glob("method=*/metrics.csv")} for o in "ab")
+    assert a == b
+    assert sorted(a) == ["method=bone", "method=none"]
+    assert len(list((cache / "students").glob("mini_bone_*/record.json"))) == 3  # one a fold
+    assert not list(cache.rglob("*.partial"))
+    assert {"table1.csv", "table2.csv", "points.csv", "points.parquet", "metrics.csv"} <= {
+        p.name for p in (tmp_path / "a" / "report").iterdir()
+    }
+    write_report([tmp_path / "b"], tmp_path / "again")  # the same, by `peka-lite report`
+    assert (tmp_path / "again" / "points.csv").is_file()
+
+
+def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
+    sweep = read_sweep(write_sweep(tmp_path, grid={"a": list(range(40))}, memory=2))
+    monkeypatch.setattr(sweep_run, "_gpus", lambda: ["4", "6"])
+    assert sweep_run._local_environments(sweep, None) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
+    assert len(sweep_run._local_environments(sweep, 1)) == 1
+    with pytest.raises(ValueError, match="3 are more than the 2 GPUs"):
+        sweep_run._local_environments(sweep, 3)
+    monkeypatch.setattr(sweep_run, "_gpus", list)
+    monkeypatch.setattr("dask.system.CPU_COUNT", 16)
+    for gib, n in ((9, 4), (1000, 16), (0.5, 1)):
+        monkeypatch.setattr("distributed.system.MEMORY_LIMIT", gib * 2**30)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1 << 60}))
+        assert len(sweep_run._local_environments(sweep, None)) == n
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        sweep_run._local_environments(sweep, 0)
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep_run._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7f")
+    assert sweep_run._gpus() == ["3", "GPU-7f"]
+
+
+def test_time_left_follows_from_what_was_timed(tmp_path):
+    sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2, 3, 4]}))
+    states = pd.DataFrame({"state": ["done", "missing", "failed", "missing"], "seconds": [30, float("nan"), 90, 60]})
+    states.index = [p.name for p in sweep.points]
+    board = Board(sweep, states)
+    assert board.left() == "3 min 30 s"  # 60, the mean, and 90 and 60
+    board.slots = 2
+    assert board.left() == "1 min 45 s"
+    board.event({"point": "a=2", "worker": "tcp://x:1"})
+    board.ended("a=2", None)
+    board.ended("a=3", "it broke")
+    assert (board.done, board.failed, board.waiting) == (2, {"a=3": "it broke"}, ["a=4"])
+    unknown = Board(sweep, states.assign(seconds=float("nan")))
+    assert unknown.left() == "?"
