@@ -64,13 +64,28 @@ def expand(
         seen |= names
     points = [{k: v for step in steps for k, v in step.items()} for steps in product(*axes)]
     for entry in exclude:
-        kept = [point for point in points if not _matches(point, entry)]
+        kept = [point for point in points if not matches(point, entry)]
         if len(kept) == len(points):
             raise ValueError(f"exclude: {dict(entry)} matches no point; check its names and values")
         points = kept
     if not points:
         raise ValueError("exclude: no point is left")
     return points
+
+
+def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) -> bool:
+    """Tell whether a point sets all that an exclusion's entry names, or of `names` alone, to one of its values.
+
+    Examples
+    --------
+    >>> matches({"seed": 1, "tau": 2.0}, {"seed": [1, 2]}), matches({"seed": 1}, {"seed": 1, "tau": 2.0})
+    (True, False)
+    """
+
+    def is_one_of(value, wanted) -> bool:
+        return value == wanted or (isinstance(wanted, list) and any(value == w for w in wanted))
+
+    return all(name in point and is_one_of(point[name], entry[name]) for name in (entry if names is None else names))
 
 
 def point_name(parameters: Mapping) -> str:
@@ -103,13 +118,6 @@ def _values(name: str, values) -> Sequence:
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"{name}: give a list of at least one value, not {values!r}")
     return values
-
-
-def _matches(point: Mapping, entry: Mapping) -> bool:
-    def is_one_of(value, wanted) -> bool:
-        return value == wanted or (isinstance(wanted, list) and any(value == w for w in wanted))
-
-    return all(name in point and is_one_of(point[name], wanted) for name, wanted in entry.items())
 
 
 def _word(value) -> str:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import yaml
 
-from peka_lite.config import RunConfig, check_field
-from peka_lite.grids import expand, unique_names
-from peka_lite.registry import did_you_mean
+from peka_lite.config import RunConfig
+from peka_lite.grids import expand, matches, unique_names
+from peka_lite.sweep_checks import KEYS, check_excluded, check_shape, checker, every_value
 
 READY = Path(__file__).with_name("sweeps")  # table1, table2, ablations, quick
-_KEYS = ("title", "notebook", "memory", "fixed", "grid", "zip", "list", "exclude")
-_FIELDS = tuple(field.name for field in dataclasses.fields(RunConfig))
 _PATHS = ("cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
 _NO_PATHS = ("mini", "hub", "random")
-_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 
 
 @dataclass(frozen=True)
@@ -125,16 +121,14 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
     path = _find(source)
     asked = _load(path.read_text("utf-8"), path)
     try:
-        _check_shape(asked)
+        check_shape(asked)
         base = path.resolve().parent
         notebook = _notebook(base, asked.get("notebook"))
-        axes = {k: asked.get(k) or ({} if k in ("grid", "fixed") else []) for k in _KEYS[3:]}
-        for name in fixed or {}:
-            if any(name in group for group in axes["zip"]) or all(name in row for row in axes["list"] or [{}]):
-                raise ValueError(f"{name} is set together with others under zip or list: change it there")
-            axes["grid"].pop(name, None)
-        check = _checker(notebook)
-        for place, name, value in _every_value(axes, fixed or {}):
+        axes = {k: asked.get(k) or ({} if k in ("grid", "fixed") else []) for k in KEYS[3:]}
+        _fix(axes, fixed or {})
+        check_excluded(axes)
+        check = checker(notebook)
+        for place, name, value in every_value(axes, fixed or {}):
             try:
                 check(name, value)
             except ValueError as error:
@@ -197,75 +191,19 @@ def _load(text: str, path: Path) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(asked, dict):
-        raise ValueError(f"{path}: a sweep is a mapping of {', '.join(_KEYS)}")
+        raise ValueError(f"{path}: a sweep is a mapping of {', '.join(KEYS)}")
     return asked
 
 
-def _check_shape(asked: dict) -> None:
-    for key in asked:
-        _known(key, _KEYS, "key")
-    for key, kind, words in (("fixed", dict, "parameters"), ("grid", dict, "parameters"), ("zip", list, "groups"),
-                             ("list", list, "points"), ("exclude", list, "points")):  # fmt: skip
-        value = asked.get(key)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{key}: a {'mapping' if kind is dict else 'list'} of {words}, not {value!r}")
-        if kind is list and not all(isinstance(entry, dict) for entry in value or []):
-            raise ValueError(f"{key}: every entry maps parameters to values; {value!r} has others")
-    if not any(asked.get(key) for key in ("grid", "zip", "list")):
-        raise ValueError("nothing varies: give grid, zip or list")
-    memory = asked.get("memory", 3)
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0:
-        raise ValueError(f"memory: GiB that one point needs, above 0, not {memory!r}")
-    if not isinstance(asked.get("title", ""), str):
-        raise ValueError(f"title: words, not {asked['title']!r}")
-
-
-def _every_value(axes: dict, fixed: Mapping) -> Iterable[tuple[str, str, object]]:
-    """Yield (place in the file, parameter, value); a list is yielded value by value where it is an axis."""
-    yield from (("fixed", name, value) for name, value in axes["fixed"].items())
-    yield from (("given", name, value) for name, value in fixed.items())
-    for place, groups in (("grid", [axes["grid"]]), ("zip", axes["zip"])):
-        for group in groups:
-            for name, values in group.items():
-                yield from ((place, name, v) for v in (values if isinstance(values, list) else [values]))
-    for point in axes["list"]:
-        yield from (("list", name, value) for name, value in point.items())
-    for entry in axes["exclude"]:
-        for name, values in entry.items():
-            yield from (("exclude", name, v) for v in (values if isinstance(values, list) else [values]))
-
-
-def _checker(notebook: Path | None) -> Callable[[str, object], None]:
-    """Return a function that refuses a name or value that the target does not take."""
-    if notebook is None:
-
-        def of_run(name: str, value) -> None:
-            _known(name, _FIELDS, "setting")
-            check_field(name, value)
-
-        return of_run
-    try:
-        from papermill import inspect_notebook
-    except ImportError:
-        raise ValueError("a sweep over a notebook needs papermill: pip install 'peka-lite[notebook]'") from None
-    known = inspect_notebook(str(notebook))
-    if not known:
-        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
-    ours = "peka_lite" in notebook.read_text("utf-8")  # then a parameter named like a setting means that setting
-
-    def of_notebook(name: str, value) -> None:
-        _known(name, known, f"parameter of {notebook.name}")
-        kind = _TYPES.get(known[name]["inferred_type_name"])
-        nothing = value is None and known[name]["default"] == "None"
-        if kind and not nothing and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"{name} is {known[name]['inferred_type_name']}, not {value!r}")
-        if ours and name in _FIELDS:
-            check_field(name, value)
-        elif ours and isinstance(value, list) and name.removesuffix("s") in _FIELDS:  # methods: each is a method
-            for one in value:
-                check_field(name.removesuffix("s"), one)
-
-    return of_notebook
+def _fix(axes: dict, fixed: Mapping) -> None:
+    """Take given parameters out of what varies."""
+    for name, value in fixed.items():
+        if any(name in group for group in axes["zip"]) or all(name in row for row in axes["list"] or [{}]):
+            raise ValueError(f"{name} is set together with others under zip or list: change it there")
+        if name in axes["grid"]:
+            del axes["grid"][name]
+            left = [entry for entry in axes["exclude"] if name not in entry or matches({name: value}, entry, (name,))]
+            axes["exclude"] = [{k: v for k, v in entry.items() if k != name} for entry in left]
 
 
 def _as_run(name: str, given: dict) -> dict:
@@ -273,11 +211,6 @@ def _as_run(name: str, given: dict) -> dict:
         return RunConfig(**given).as_dict()
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"point {name}: {error}") from None
-
-
-def _known(name: str, names: Iterable[str], what: str) -> None:
-    if name not in (names := list(names)):
-        raise ValueError(f"unknown {what} {name!r}{did_you_mean(str(name), names) or '; known: ' + ', '.join(names)}")
 
 
 def _notebook(base: Path, given) -> Path | None:

@@ -26,7 +26,7 @@ class Board:
     """
 
     def __init__(self, sweep: Sweep, states: pd.DataFrame):
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, force_jupyter=False)
         self.sweep = sweep
         self.took = {name: s for name, s in states["seconds"].items() if s == s}  # NaN: never tried
         self.waiting = [name for name, state in states["state"].items() if state != "done"]

@@ -108,3 +108,25 @@ def test_every_public_name_is_there():
     assert all(getattr(peka_lite, name) is not None for name in peka_lite.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = peka_lite.nothing
+
+
+def test_sweep_without_a_file_names_what_is_ready_and_bad_input_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "ablations", "quick", "table1", "table2",
+    ]  # fmt: skip
+    for options, words in (
+        (["qiuck"], "qiuck: no such sweep"),
+        (["quick", "-p", "ephocs", "3"], "given: unknown setting 'ephocs'; did you mean 'epochs'?"),
+        (["quick", "--workers", "0"], "workers: at least 1, not 0"),
+        (["quick", "--retry", "-1"], "retry is a number of further tries, not -1"),
+        (["quick", "--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "give one of the two"),
+    ):
+        assert main(["sweep", *options]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert main(["sweep", "quick", "--dry-run", "-p", "epochs", "1"]) == 0
+    assert "6 points in sweeps/quick: 0 done, 6 to run" in capsys.readouterr().out

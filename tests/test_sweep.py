@@ -73,6 +73,20 @@ def test_a_given_parameter_replaces_the_files_and_no_longer_varies(write):
     assert [(p.name, p.settings["tau"]) for p in partly.points] == [("base", 3.0), ("tau=4.0", 4.0)]
 
 
+def test_exclusions_follow_a_given_parameter(write):
+    grid = {"method": ["none", "bone"], "seed": [0, 1], "slides": [["A", "B"], ["C"]]}
+    path = write(grid=grid, exclude=[{"method": "none", "seed": 1}, {"slides": ["C"], "seed": 0}])
+    assert len(read_sweep(path).points) == 4
+    assert [p.name for p in read_sweep(path, fixed={"seed": 1}).points] == [
+        "method=bone,slides=A+B",
+        "method=bone,slides=C",
+    ]
+    assert [p.name for p in read_sweep(path, fixed={"seed": 0}).points] == [
+        "method=none,slides=A+B",
+        "method=bone,slides=A+B",
+    ]
+
+
 def test_paths_are_relative_to_the_file(write, tmp_path, mini_root, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "mine").symlink_to(mini_root)
@@ -86,7 +100,7 @@ def test_paths_are_relative_to_the_file(write, tmp_path, mini_root, monkeypatch)
         ({"girds": {"seed": [0]}, "grid": {"seed": [0]}}, "unknown key 'girds'; did you mean 'grid'"),
         ({"grid": {"metod": ["bone"]}}, "grid: unknown setting 'metod'; did you mean 'method'"),
         ({"list": [{"ephocs": 3}]}, "list: unknown setting 'ephocs'; did you mean 'epochs'"),
-        ({"grid": {"seed": [0]}, "exclude": [{"sed": 0}]}, "exclude: unknown setting 'sed'; did you mean 'seed'"),
+        ({"grid": {"seed": [0]}, "exclude": [{"sed": 0}]}, "unknown name in exclude, .*'sed'; did you mean 'seed'"),
         ({"zip": [{"bakbone": ["uni"]}]}, "zip: unknown setting 'bakbone'; did you mean 'backbone'"),
         ({"grid": {"method": ["bone", "bonne"]}}, "grid: unknown method 'bonne'.*did you mean 'bone'"),
         ({"grid": {"epochs": [1, 0]}}, "grid: epochs must be above 0"),
