@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -99,6 +100,8 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
         for name, title in ready_sweeps().items():
             print(f"{name:<12}{title}")
         return 0
+    if len({name for name, _ in fixed}) < len(fixed):
+        raise ValueError("-p: a parameter is given twice")
     asked = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
     out = out or f"sweeps/{asked.name}"
     if dry_run:
@@ -109,7 +112,12 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
     from peka_lite.report import write_report
     from peka_lite.sweep_run import run_sweep
 
-    states = run_sweep(asked, out, **options)
+    # As at the end of a cluster's job: told like Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        states = run_sweep(asked, out, **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if (states["state"] == "done").any():
         write_report([out], f"{out}/report", replace=True)
         print(f"{out}/report/report.md")

@@ -91,8 +91,8 @@ def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) 
 def point_name(parameters: Mapping) -> str:
     """Return a folder name that says what a point sets; ``"base"`` where it sets nothing.
 
-    A file counts by its name alone, and a name of more than 120 characters is cut and given a hash: two points may
-    share a name, which `unique_names` mends.
+    A file counts by its name alone, and a name of more than 120 bytes is cut and given a hash: two points may share a
+    name, which `unique_names` mends.
 
     Examples
     --------
@@ -100,7 +100,10 @@ def point_name(parameters: Mapping) -> str:
     'method=bone,lr=0.0001,slides=A1+B1,r=null'
     """
     name = ",".join(f"{key}={_word(value)}" for key, value in parameters.items()) or "base"
-    return name if len(name) <= 120 else f"{name[:111]}-{_hash(parameters)}"
+    name = re.sub(r"\.partial$", "-partial", name)  # which is how unfinished folders are named
+    if len(name.encode()) > 120:
+        name = f"{name.encode()[:111].decode(errors='ignore')}-{_hash(parameters)}"
+    return name
 
 
 def unique_names(points: Iterable[Mapping]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ import yaml
 
 from peka_lite.config import RunConfig
 from peka_lite.grids import expand, matches, unique_names
-from peka_lite.sweep_checks import KEYS, check_excluded, check_shape, checker, every_value
+from peka_lite.registry import did_you_mean
+from peka_lite.sweep_checks import KEYS, check_excluded, check_plain, check_shape, checker, every_value
 
 READY = Path(__file__).with_name("sweeps")  # table1, table2, ablations, quick
 _PATHS = ("cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
@@ -74,15 +76,20 @@ class Sweep:
         """Hash of the notebook's code, 16 hex digits: text may change without a run becoming another one."""
         if self.notebook is None:
             return None
-        cells = json.loads(self.notebook.read_text("utf-8"))["cells"]
-        code = "\0".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        return hashlib.sha256(code.encode()).hexdigest()[:16]
+        return code_of(self.notebook.read_bytes())
 
     def told(self) -> dict:
         """Return title, notebook, what varies and each point's share of it, as the sweep's folder keeps them."""
         points = {point.name: point.varied for point in self.points}
         notebook = self.notebook and self.notebook.name
         return {"title": self.title, "notebook": notebook, "varied": list(self.varied), "points": points}
+
+
+def code_of(notebook: bytes) -> str:
+    """Return the hash of a notebook's code cells, 16 hex digits."""
+    cells = json.loads(notebook)["cells"]
+    code = "\0".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def ready_sweeps() -> dict[str, str]:
@@ -93,7 +100,7 @@ def ready_sweeps() -> dict[str, str]:
     >>> sorted(ready_sweeps())
     ['ablations', 'quick', 'table1', 'table2']
     """
-    return {path.stem: _load(path.read_text("utf-8"), path)["title"] for path in sorted(READY.glob("*.yml"))}
+    return {path.stem: _load(path.read_bytes(), path)["title"] for path in sorted(READY.glob("*.yml"))}
 
 
 def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sweep:
@@ -101,7 +108,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
 
     Keys of the file, all but one of grid, zip and list optional: ``title``; ``notebook`` (a path; without it the points
     are runs); ``memory`` (GiB a point needs, 3 by default); ``fixed`` (parameters of every point); ``grid``, ``zip``,
-    ``list`` and ``exclude``, as in `expand`. Paths in the file are relative to the file.
+    ``list`` and ``exclude``, as in `expand`; what varies goes over ``fixed``. Paths of files in it are relative to it.
 
     Parameters
     ----------
@@ -119,7 +126,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         For a key, parameter or value that nothing knows; the message names file and place, and the nearest right name.
     """
     path = _find(source)
-    asked = _load(path.read_text("utf-8"), path)
+    asked = _load(path.read_bytes(), path)
     try:
         check_shape(asked)
         base = path.resolve().parent
@@ -130,14 +137,17 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         check = checker(notebook)
         for place, name, value in every_value(axes, fixed or {}):
             try:
+                check_plain(name, value)
                 check(name, value)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
         points = expand(grid=axes["grid"], zipped=axes["zip"], listed=axes["list"], exclude=axes["exclude"])
-        shared = _rooted(axes["fixed"], base) | _rooted(fixed or {}, Path.cwd())
+        points = list({json.dumps(point): point for point in points}.values())
+        rooted = functools.partial(_rooted, names=_PATHS if notebook is None else None)
+        shared = rooted(axes["fixed"], base) | rooted(fixed or {}, Path.cwd())
         made = {}
         for name, point in zip(unique_names(points), points, strict=True):
-            settings = shared | _rooted(point, base)
+            settings = shared | rooted(point, base)
             if notebook is None:
                 settings = _as_run(name, settings)
             made.setdefault(json.dumps(settings, sort_keys=True), Point(name, point, settings))
@@ -163,14 +173,26 @@ def read_value(text: str):
     >>> read_value("1e-4"), read_value("[uni, 4]"), read_value("bone"), read_value("null")
     (0.0001, ['uni', 4], 'bone', None)
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise ValueError(f"{text!r} is no value in YAML; put quotes around text") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; PyYAML alone would make it text."""
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2, a date is text, and a key twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    k: [(tag, pattern) for tag, pattern in v if not tag.endswith(":timestamp")]
+    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -182,13 +204,15 @@ def _find(source: str | os.PathLike) -> Path:
         return path
     if (ready := READY / f"{path}.yml").is_file():
         return ready
-    raise FileNotFoundError(f"{path}: no such sweep; give a YAML file or one of {', '.join(ready_sweeps())}")
+    ready = ready_sweeps()
+    near = did_you_mean(path.stem, ready)
+    raise FileNotFoundError(f"{path}: no such sweep; give a YAML file or one of {', '.join(ready)}{near}")
 
 
-def _load(text: str, path: Path) -> dict:
+def _load(text: bytes, path: Path) -> dict:
     try:
         asked = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(asked, dict):
         raise ValueError(f"{path}: a sweep is a mapping of {', '.join(KEYS)}")
@@ -221,11 +245,14 @@ def _notebook(base: Path, given) -> Path | None:
     return (base / given).resolve()
 
 
-def _rooted(parameters: Mapping, base: Path) -> dict:
-    """Make paths absolute, so that a point means the same wherever it runs."""
-    return {
-        name: str((base / value).resolve())
-        if name in _PATHS and isinstance(value, str) and value not in _NO_PATHS and (base / value).exists()
-        else value
-        for name, value in parameters.items()
-    }
+def _rooted(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -> dict:
+    """Make paths of files that are there absolute, so that a point means the same wherever it runs."""
+    found = dict(parameters)
+    for name, value in parameters.items():
+        if not isinstance(value, str) or not value or value in _NO_PATHS or (names and name not in names):
+            continue
+        if (base / value).exists():
+            found[name] = str((base / value).resolve())
+        elif names and Path(value).exists() and not Path(value).is_absolute():
+            raise FileNotFoundError(f"{name}: {value!r} is not beside the sweep, whose paths start there")
+    return found

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from peka_lite.config import RunConfig, check_field
+from peka_lite.notebook_parameters import read_parameters
 from peka_lite.registry import did_you_mean
 
 KEYS = ("title", "notebook", "memory", "fixed", "grid", "zip", "list", "exclude")
 _FIELDS = tuple(field.name for field in dataclasses.fields(RunConfig))
-_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 
 
 def check_shape(asked: dict) -> None:
@@ -28,7 +31,7 @@ def check_shape(asked: dict) -> None:
     if not any(asked.get(key) for key in ("grid", "zip", "list")):
         raise ValueError("nothing varies: give grid, zip or list")
     memory = asked.get("memory", 3)
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0:
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf:
         raise ValueError(f"memory: GiB that one point needs, above 0, not {memory!r}")
     if not isinstance(asked.get("title", ""), str):
         raise ValueError(f"title: words, not {asked['title']!r}")
@@ -63,28 +66,31 @@ def checker(notebook: Path | None) -> Callable[[str, object], None]:
             check_field(name, value)
 
         return of_run
-    try:
-        from papermill import inspect_notebook
-    except ImportError:
-        raise ValueError("a sweep over a notebook needs papermill: pip install 'peka-lite[notebook]'") from None
-    known = inspect_notebook(str(notebook))
-    if not known:
-        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    if find_spec("papermill") is None:
+        raise ValueError("a sweep over a notebook needs papermill: pip install 'peka-lite[notebook]'")
+    known = read_parameters(notebook)
     ours = "peka_lite" in notebook.read_text("utf-8")  # then a parameter named like a setting means that setting
 
     def of_notebook(name: str, value) -> None:
         _known(name, known, f"parameter of {notebook.name}")
-        kind = _TYPES.get(known[name]["inferred_type_name"])
-        nothing = value is None and known[name]["default"] == "None"
-        if kind and not nothing and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"{name} is {known[name]['inferred_type_name']}, not {value!r}")
+        known[name].check(name, value)
         if ours and name in _FIELDS:
             check_field(name, value)
-        elif ours and isinstance(value, list) and name.removesuffix("s") in _FIELDS:  # methods: each is a method
+        elif ours and isinstance(value, list) and str(name).removesuffix("s") in _FIELDS:  # methods: each is a method
             for one in value:
                 check_field(name.removesuffix("s"), one)
 
     return of_notebook
+
+
+def check_plain(name: str, value) -> None:
+    """Refuse a value that JSON would not give back as it is: a run's record could not hold it."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(f"{name}: numbers, text, lists and mappings with text as keys, not {value!r}")
 
 
 def _known(name: str, names: Iterable[str], what: str) -> None:

@@ -18,9 +18,14 @@ STATES = ("done", "failed", "unfinished", "missing")
 
 
 def order_of(sweep: Sweep, point: Point) -> dict:
-    """Return all that a process needs to make a point, as plain values; it decides what the result is."""
-    notebook = None if sweep.notebook is None else {"path": str(sweep.notebook), "code": sweep.code}
+    """Return all that a process needs to make a point, as plain values."""
+    notebook = None if sweep.notebook is None else {"folder": str(sweep.notebook.parent), "code": sweep.code}
     return {"name": point.name, "notebook": notebook, "settings": point.settings}
+
+
+def notebook_copy(out: Path, code: str) -> Path:
+    """Return where a sweep keeps the notebook it runs: one that is edited meanwhile stays one version."""
+    return out / "log" / f"{code}.ipynb"
 
 
 def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
@@ -36,30 +41,57 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     pandas.DataFrame
         A row a point, by name: state (``"done"``: its folder and a complete ``summary.json`` are there; ``"failed"``;
         ``"unfinished"``: begun and stopped; ``"missing"``), seconds its last attempt took (NaN where there was none),
-        last_line (of its log, where it failed).
+        last_line (of its log, where it failed), older (done, by an earlier version of the notebook's code).
 
     Raises
     ------
     FileExistsError
-        If a folder of that name holds a point with other settings or of another notebook.
+        If a folder of that name holds a point with other settings, or of another notebook.
     """
     out, rows = Path(out), {}
     there = {entry.name for entry in os.scandir(out)} if out.is_dir() else set()
     logs = {entry.name for entry in os.scandir(out / "log")} if "log" in there else set()
     for point in sweep.points:
-        record = _read(out / "log" / f"{point.name}.json") if f"{point.name}.json" in logs else {}
-        state = record.get("state", "missing")
+        record = read_json(out / "log" / f"{point.name}.json") if f"{point.name}.json" in logs else {}
+        state, line, older = record.get("state", "missing"), record.get("last_line", ""), False
         if point.name in there:
-            _check_same(out, sweep, point, record)
-            state = "done" if not missing_summary(out / point.name, sweep.notebook is not None) else "failed"
+            code = is_done(out, order_of(sweep, point), lenient=True)
+            state, older = ("done", code != sweep.code) if code is not False else ("failed", False)
+            line = line or "its folder is incomplete: remove it"
         elif state == "done":  # its folder was removed: to be made anew
             state = "missing"
         elif state == "missing" and f"{point.name}.partial" in there:
             state = "unfinished"
-        line = record.get("last_line", "") if state == "failed" else ""
-        rows[point.name] = {"state": state, "seconds": record.get("seconds", float("nan")), "last_line": line}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["state", "seconds", "last_line"])
-    return table.rename_axis("point")
+        line = line if state == "failed" else ""
+        rows[point.name] = (state, record.get("seconds", float("nan")), line, older)
+    columns = ["state", "seconds", "last_line", "older"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("point")
+
+
+def is_done(out: Path, order: dict, *, lenient: bool = False) -> bool | str | None:
+    """Tell whether a point's folder is there and complete; `lenient`: return the hash of the code that made it.
+
+    Raises
+    ------
+    FileExistsError
+        If it was made with other settings, or holds what no sweep of this kind made.
+    """
+    folder, notebook = out / order["name"], order["notebook"]
+    if not folder.is_dir() or missing_summary(folder, notebook is not None):
+        return False
+    made = read_json(folder / "point.json")
+    if not made and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
+        import yaml
+
+        made = {"settings": yaml.safe_load(config.read_text("utf-8")), "code": None}
+    asked = _made(order)
+    if not made or (made["code"] is None) != (asked["code"] is None):
+        raise FileExistsError(f"{folder} was not made by this sweep; name another --out, or remove that folder")
+    if made["settings"] != asked["settings"]:
+        names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
+        told = f"was made with other settings ({', '.join(names)})"
+        raise FileExistsError(f"{folder} {told}; name another --out, or remove that folder")
+    return made["code"] if lenient else True
 
 
 def plan(sweep: Sweep, out: str | os.PathLike) -> str:
@@ -75,7 +107,13 @@ def plan(sweep: Sweep, out: str | os.PathLike) -> str:
     if len(timed):
         work = f"about {clock(todo['seconds'].fillna(timed.mean()).sum())} of work, by {len(timed)} that were timed"
     lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
-    return "\n".join(lines)
+    return "\n".join(lines + ([of_older(states)] if states["older"].any() else []))
+
+
+def of_older(states: pd.DataFrame) -> str:
+    """Say how many points an earlier version of the notebook made."""
+    n = int(states["older"].sum())
+    return f"{n} of them by an earlier version of the notebook's code: remove their folders to make them anew"
 
 
 def missing_summary(folder: Path, notebook: bool) -> str | None:
@@ -84,10 +122,8 @@ def missing_summary(folder: Path, notebook: bool) -> str | None:
     if not summaries or not summaries[0].is_file():
         return "it ended but left no summary.json, which says that a run is complete; a notebook may write its own"
     for path in summaries:
-        try:
-            json.loads(path.read_text("utf-8"))
-        except ValueError:
-            return f"{path.relative_to(folder)} is cut short"
+        if not read_json(path):
+            return f"{path.relative_to(folder)} is cut short, or holds no mapping with an entry"
     if notebook and (left := next((p for p in sorted(folder.rglob("*.partial"))), None)):
         return f"{left.relative_to(folder)} is unfinished"
     return None
@@ -95,7 +131,7 @@ def missing_summary(folder: Path, notebook: bool) -> str | None:
 
 def write_record(out: Path, order: dict, **record) -> dict:
     """Keep what came of a point's last attempt in ``log/NAME.json``; returns it."""
-    record = {"state": "", "seconds": 0.0, "last_line": ""} | record | {"made": _made(order)}
+    record = {"state": "", "seconds": 0.0, "last_line": ""} | record
     path = out / "log" / f"{order['name']}.json"
     own = path.with_name(f".{path.name}.{os.getpid()}")
     own.write_text(json.dumps(record, indent=1), "utf-8")
@@ -117,10 +153,10 @@ def make_point(order: dict, out: Path) -> None:
 
     folder, notebook = out / order["name"], order["notebook"]
     with alone(folder):  # where two sweeps want it, the second waits and finds it done
-        if folder.is_dir():
-            if lack := missing_summary(folder, notebook is not None):
-                raise FileExistsError(f"{folder} is there, but {lack}; remove it")
+        if is_done(out, order):
             return
+        if folder.exists():
+            raise FileExistsError(f"{folder} is there, but {missing_summary(folder, notebook is not None)}; remove it")
         work = folder.with_name(folder.name + ".partial")
         _begin(work, order)
         if notebook is None:
@@ -131,8 +167,9 @@ def make_point(order: dict, out: Path) -> None:
         else:
             import papermill
 
+            source, target = notebook_copy(out, notebook["code"]), work / "notebook.ipynb"
             papermill.execute_notebook(
-                notebook["path"], str(work / "notebook.ipynb"), order["settings"], cwd=str(work), progress_bar=False
+                str(source), str(target), order["settings"], cwd=str(work), progress_bar=False, log_output=False
             )
             if lack := missing_summary(work, notebook=True):
                 raise RuntimeError(lack)
@@ -142,7 +179,7 @@ def make_point(order: dict, out: Path) -> None:
 def _begin(work: Path, order: dict) -> None:
     """Make the folder to work in, or keep what a stopped attempt at the very same left there."""
     path = work / "point.json"
-    if work.is_dir() and _read(path) != _made(order):
+    if work.is_dir() and read_json(path) != _made(order):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_made(order), indent=1), "utf-8")
@@ -179,30 +216,13 @@ def _made(order: dict) -> dict:
     return {"settings": order["settings"], "code": (order["notebook"] or {}).get("code")}
 
 
-def _read(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """Return a JSON mapping; an empty one where there is none, or its writing was cut short."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def _check_same(out: Path, sweep: Sweep, point: Point, record: dict) -> None:
-    config = out / point.name / "config.yml"
-    made = record.get("made") or _read(out / point.name / "point.json")  # where the log was removed
-    if not made and sweep.notebook is None and config.is_file():  # by `peka-lite run`
-        import yaml
-
-        made = {"settings": yaml.safe_load(config.read_text("utf-8")), "code": None}
-    asked = _made(order_of(sweep, point))
-    if not made or made == asked:
-        return
-    if made["code"] != asked["code"]:
-        differs = "was made by another notebook, or another version of its code"
-    else:
-        names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
-        differs = f"was made with other settings ({', '.join(names)})"
-    raise FileExistsError(f"{out / point.name} {differs}; name another --out, or remove that folder")
+    return found if isinstance(found, dict) else {}
 
 
 def clock(seconds: float) -> str:

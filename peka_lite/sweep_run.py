@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from peka_lite.sweep import Sweep
-from peka_lite.sweep_points import missing_summary, order_of, sweep_states, write_record
+from peka_lite.sweep import Sweep, code_of
+from peka_lite.sweep_points import is_done, missing_summary, notebook_copy, order_of, sweep_states, write_record
 from peka_lite.sweep_view import Board
 
 ANSWER_WITHIN = 20  # seconds
@@ -75,10 +75,11 @@ def run_sweep(
     todo = [point for point in sweep.points if states.loc[point.name, "state"] != "done"]
     board = Board(sweep, states)
     if not todo:
+        _write_told(sweep, out)
         board.end(states)
         return states
-    with _client(sweep, scheduler, workers) as client:
-        (out / "log").mkdir(parents=True, exist_ok=True)
+    board.start()
+    with _client(sweep, scheduler, workers, len(todo)) as client:
         _write_told(sweep, out)
         sharing = _threads_by_host(client)
         orders = [order_of(sweep, point) for point in todo]
@@ -95,8 +96,9 @@ def run_sweep(
                 point, error = named[future.key], future.exception()
                 if error is None and (lack := missing_summary(out / point.name, sweep.notebook is not None)):
                     error = PointError(f"{lack} (on {out}, seen from here)")
-                if error is not None and future.status == "error" and not isinstance(error, PointError):
-                    # Its workers died, again and again.
+                if future.status in ("cancelled", "lost"):
+                    raise OSError(f"{client.scheduler.address}: the scheduler went away; what is done is kept")
+                if error is not None and not isinstance(error, PointError):  # its workers died, again and again
                     write_record(out, order_of(sweep, point), state="failed", last_line=_one_line(error))
                 board.ended(point.name, None if error is None else _one_line(error))
     states = sweep_states(sweep, out)
@@ -106,18 +108,19 @@ def run_sweep(
 
 def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
     """Make one point, on a worker: a process of its own that ends when the worker does."""
-    from dask.system import CPU_COUNT
     from distributed import get_worker
 
     out, worker = Path(out), get_worker()
     if not (out / "sweep.yml").is_file():
         raise PointError(f"{out} is not to be seen from {worker.address}: give a folder that all workers share")
-    if (out / order["name"]).is_dir() and not missing_summary(out / order["name"], order["notebook"] is not None):
-        return  # done before its worker died, or by another sweep
+    try:
+        if is_done(out, order):  # before its worker died, or by another sweep
+            return
+    except FileExistsError as error:
+        raise PointError(str(error)) from None
     begun = time.perf_counter()
     worker.log_event(topic, {"point": order["name"], "worker": worker.address})
-    threads = str(max(1, CPU_COUNT // sharing.get(_host(worker.address), worker.state.nthreads)))
-    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    environment = os.environ | _environment(order, worker, sharing)
     log = out / "log" / f"{order['name']}.txt"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -144,37 +147,53 @@ def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
     write_record(out, order, state="done", seconds=seconds, host=worker.address)
 
 
+def _environment(order: dict, worker, sharing: dict[str, int]) -> dict[str, str]:
+    """Return a point's share of the cores, and for a notebook the modules that lie beside it."""
+    from dask.system import CPU_COUNT
+
+    # Workers that see a whole machine share it; one that sees fewer cores, as in a job of its own, has those alone.
+    whole = os.cpu_count() == CPU_COUNT
+    at_once = sharing.get(_host(worker.address), worker.state.nthreads) if whole else worker.state.nthreads
+    threads = str(max(1, CPU_COUNT // at_once))
+    found = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    if order["notebook"]:
+        paths = [order["notebook"]["folder"], os.environ.get("PYTHONPATH")]
+        found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return found
+
+
 @contextmanager
-def _client(sweep: Sweep, scheduler: str | None, workers: int | None):
+def _client(sweep: Sweep, scheduler: str | None, workers: int | None, points: int):
     from distributed import Client
 
     if scheduler is not None:
         if workers is not None:
             raise ValueError("workers and scheduler: a running cluster has workers of its own; give one of the two")
         try:
-            with Client(scheduler, timeout=ANSWER_WITHIN) as client:
-                yield client
-        except OSError as error:
+            client = Client(scheduler, timeout=ANSWER_WITHIN)
+        except (OSError, ValueError) as error:
             raise OSError(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from None
+        with client:
+            yield client
         return
     import dask
     from distributed import Nanny, Scheduler, SpecCluster
 
-    environments = _local_environments(sweep, workers)
-    options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1", "silence_logs": 40}
+    environments = _local_environments(sweep, workers, points)
+    options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1", "silence_logs": 50}
     spec = {i: {"cls": Nanny, "options": options | {"env": env}} for i, env in enumerate(environments)}
     head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": _dashboard()}}
     # A worker takes no second point ahead, so what is shown as running runs.
     with (
         dask.config.set({"distributed.scheduler.worker-saturation": 1.0}),
-        SpecCluster(workers=spec, scheduler=head, silence_logs=40) as cluster,
+        SpecCluster(workers=spec, scheduler=head, silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
         client.wait_for_workers(len(spec))
         yield client
 
 
-def _local_environments(sweep: Sweep, workers: int | None) -> list[dict[str, str]]:
+def _local_environments(sweep: Sweep, workers: int | None, points: int) -> list[dict[str, str]]:
     """Return a worker's environment variables for each process that fits cores, memory and GPUs."""
     import psutil
     from dask.system import CPU_COUNT
@@ -186,9 +205,9 @@ def _local_environments(sweep: Sweep, workers: int | None) -> list[dict[str, str
     if gpus:
         if workers is not None and workers > len(gpus):
             raise ValueError(f"workers: {workers} are more than the {len(gpus)} GPUs here, and a point takes one")
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: min(workers or points, points)]]
     memory = min(psutil.virtual_memory().available, MEMORY_LIMIT) / 2**30
-    return [{}] * (workers or max(1, min(CPU_COUNT, int(memory / sweep.memory), len(sweep.points))))
+    return [{}] * min(workers or max(1, min(CPU_COUNT, int(memory / sweep.memory))), points)
 
 
 def _gpus() -> list[str]:
@@ -224,9 +243,17 @@ def _dashboard() -> str:
 
 
 def _write_told(sweep: Sweep, out: Path) -> None:
+    (out / "log").mkdir(parents=True, exist_ok=True)
     own = out / f".sweep.yml.{os.getpid()}"
     own.write_text(yaml.safe_dump(sweep.told(), sort_keys=False), "utf-8")
     os.replace(own, out / "sweep.yml")
+    if sweep.notebook is not None and not (copy := notebook_copy(out, sweep.code)).is_file():
+        text = sweep.notebook.read_bytes()
+        if code_of(text) != sweep.code:
+            raise ValueError(f"{sweep.notebook} was changed while the sweep was read; start it again")
+        own = copy.with_name(f".{copy.name}.{os.getpid()}")
+        own.write_bytes(text)
+        os.replace(own, copy)
 
 
 def _last_line(log: Path) -> str:

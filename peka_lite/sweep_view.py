@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 
 import pandas as pd
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from peka_lite.sweep import Sweep
-from peka_lite.sweep_points import STATES, clock
+from peka_lite.sweep_points import STATES, clock, of_older
 
 
 class Board:
@@ -34,24 +36,35 @@ class Board:
         self.running: dict[str, tuple[float, str]] = {}  # since when, on which worker
         self.failed: dict[str, str] = {}
         self.slots = 1
+        self._lock = threading.RLock()  # Dask's events, the sweep and the live table come from three threads
+
+    def start(self) -> None:
+        """Say what is to come, before the workers are there."""
+        told = f"{self.sweep.title}: {len(self.waiting)} to run, {self.done} done before; workers are starting"
+        self.console.print(told, markup=False, soft_wrap=True)
 
     def event(self, told: dict) -> None:
         """Take note that a worker began a point; a second time, where the first worker died or the point is retried."""
-        name = told["point"]
-        if name in self.waiting:
-            self.waiting.remove(name)
-        self.running[name] = time.monotonic(), told["worker"]
+        with self._lock:
+            name = told["point"]
+            if name in self.waiting:
+                self.waiting.remove(name)
+            elif name not in self.running:  # it has ended meanwhile
+                return
+            self.running[name] = time.monotonic(), told["worker"]
+            self.slots = max(self.slots, len(self.running))  # workers that came later
 
     def ended(self, name: str, error: str | None) -> None:
         """Take note that a point is done, or failed with `error`."""
-        since, _ = self.running.pop(name, (time.monotonic(), ""))
-        if name in self.waiting:
-            self.waiting.remove(name)
-        seconds = self.took[name] = time.monotonic() - since
-        if error is None:
-            self.done += 1
-        else:
-            self.failed[name] = error
+        with self._lock:
+            since, _ = self.running.pop(name, (time.monotonic(), ""))
+            if name in self.waiting:
+                self.waiting.remove(name)
+            seconds = self.took[name] = time.monotonic() - since
+            if error is None:
+                self.done += 1
+            else:
+                self.failed[name] = error
         if not self.console.is_terminal:
             count = f"[{self.done + len(self.failed)}/{len(self.sweep.points)}]"
             word = f"done in {clock(seconds)}" if error is None else f"failed: {error}"
@@ -59,23 +72,23 @@ class Board:
 
     def left(self) -> str:
         """Return the time left, from what points took before and have taken now; a question mark where none has."""
-        if not self.took:
-            return "?"
-        mean = sum(self.took.values()) / len(self.took)
-        now = time.monotonic()
-        rest = sum(self.took.get(name, mean) for name in self.waiting)
-        rest += sum(max(0.0, self.took.get(name, mean) - (now - since)) for name, (since, _) in self.running.items())
-        return clock(rest / max(1, min(self.slots, len(self.waiting) + len(self.running))))
+        with self._lock:
+            if not self.took:
+                return "?"
+            mean = sum(self.took.values()) / len(self.took)
+            now = time.monotonic()
+            rest = sum(self.took.get(name, mean) for name in self.waiting)
+            rest += sum(
+                max(0.0, self.took.get(name, mean) - (now - begun)) for name, (begun, _) in self.running.items()
+            )
+            return clock(rest / max(1, min(self.slots, len(self.waiting) + len(self.running))))
 
     @contextmanager
     def live(self, *, dashboard: str, slots: int):
         """Show progress until the block ends."""
-        self.slots = slots
-        n = len(self.waiting)
-        self.console.print(
-            f"{self.sweep.title}: {n} to run, {slots} at once, {self.done} done before\nDask's dashboard: {dashboard}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+        self.slots = max(self.slots, slots)
+        told = f"{slots} at once; Dask's dashboard: {dashboard}"
+        self.console.print(told, markup=False, soft_wrap=True)
         if not self.console.is_terminal:
             yield
             return
@@ -87,21 +100,23 @@ class Board:
         counts = states["state"].value_counts()
         told = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
         self.console.print(f"{self.sweep.name}: {told}", markup=False)
+        if states["older"].any():
+            self.console.print(of_older(states), markup=False)
         for name, row in states[states["state"] == "failed"].iterrows():
             self.console.print(f"  failed  {name}: {row['last_line']}", markup=False, soft_wrap=True)
 
-    def _table(self) -> Table:
-        total, failed = len(self.sweep.points), len(self.failed)
-        table = Table(
-            title=f"{self.sweep.name}: {self.done} of {total} done, {len(self.running)} running, {failed} failed, "
-            f"{len(self.waiting)} waiting, {self.left()} left",
-            title_justify="left", box=None,
-        )  # fmt: skip
+    def _table(self) -> Group:
+        with self._lock:
+            running, failed = list(self.running.items()), list(self.failed.items())
+            head = (
+                f"{self.done} of {len(self.sweep.points)} done, {len(running)} running, {len(failed)} failed, "
+                f"{len(self.waiting)} waiting, {self.left()} left"
+            )
+        table, now = Table(box=None), time.monotonic()
         for column in ("state", "point", "time", "where"):
             table.add_column(column)
-        now = time.monotonic()
-        for name, (since, worker) in list(self.running.items())[: self.console.height - 8]:
-            table.add_row("running", name, clock(now - since), worker)
-        for name, error in list(self.failed.items())[-5:]:
-            table.add_row("failed", name, clock(self.took[name]), error)
-        return table
+        for name, (since, worker) in running[: max(1, self.console.height - 9)]:
+            table.add_row("running", Text(name), clock(now - since), worker)
+        for name, error in failed[-5:]:
+            table.add_row("failed", Text(name), clock(self.took[name]), Text(error))
+        return Group(Text(head), table)

@@ -57,6 +57,8 @@ def test_names_are_safe_for_a_folder_and_a_file_counts_by_its_name():
     assert "/" not in point_name({"cohort": "a/b", "note": "x/../y"})
     assert point_name({}) == "base"
     assert len(point_name({f"parameter_{k}": "value" * 3 for k in range(20)})) == 120
+    assert len(point_name({"note": "学" * 110}).encode()) <= 120
+    assert point_name({"x": "q.partial"}) == "x=q-partial"
 
 
 def test_names_that_would_agree_differ():

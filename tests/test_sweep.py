@@ -1,5 +1,6 @@
 """Sweeps: what is asked for is checked, name by name and value by value, before anything starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from peka_lite.config import RunConfig
+from peka_lite.notebook_parameters import read_parameters
 from peka_lite.sweep import read_sweep, read_value, ready_sweeps
 from peka_lite.sweep_points import sweep_states
 
@@ -53,6 +55,17 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
     assert [p.settings["lr"] for p in read_sweep(path).points] == [1e-4, 1e3, 2.5e-5, 5.0]
     assert read_value("1e-4") == 1e-4
     assert read_value("1e-4x") == "1e-4x"
+
+
+def test_a_path_that_only_the_current_folder_holds_is_refused(write, tmp_path, mini_root, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").symlink_to(mini_root)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(FileNotFoundError, match="cohort: 'mine' is not beside the sweep"):
+        read_sweep(write(grid={"cohort": ["mine"]}))
+    given = read_sweep(write(grid={"seed": [0, 0]}), fixed={"cohort": "mine"})
+    assert [(p.name, p.settings["cohort"]) for p in given.points] == [("seed=0", str(mini_root))]
 
 
 def test_points_with_the_same_settings_are_one(write):
@@ -107,6 +120,7 @@ def test_paths_are_relative_to_the_file(write, tmp_path, mini_root, monkeypatch)
         ({"grid": {"epochs": ["ten"]}}, "grid: epochs .*'ten'"),
         ({"grid": {"method": ["none", "bone"], "r": [64]}}, "point method=none,r=64: r=64 does not fit"),
         ({}, "nothing varies: give grid, zip or list"),
+        ({"grid": {"seed": [0]}, "memory": float("nan")}, "memory: GiB that one point needs"),
         ({"grid": {"seed": [0]}, "memory": "lots"}, "memory: GiB that one point needs"),
         ({"grid": [1]}, "grid: a mapping of parameters"),
         ({"list": [1]}, "list: every entry maps parameters"),
@@ -121,10 +135,19 @@ def test_what_nothing_knows_is_one_error_with_file_place_and_nearest_name(write,
 
 def test_text_that_is_no_sweep_is_refused(tmp_path):
     path = tmp_path / "bad.yml"
-    for text, words in (("a: [", "no YAML"), ("- 1", "a sweep is a mapping"), ("", "a sweep is a mapping")):
+    for text, words in (
+        ("a: [", "no YAML"), ("- 1", "a sweep is a mapping"), ("", "a sweep is a mapping"),
+        ("grid: {seed: [0]}\ngrid: {tau: [1.0]}", "'grid' is there twice"),
+        ("grid: {seed: [0], seed: [1]}", "'seed' is there twice"),
+    ):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"^{path}: .*{words}"):
             read_sweep(path)
+    path.write_bytes("title: Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{path}: no YAML"):
+        read_sweep(path)
+    with pytest.raises(ValueError, match="'@x' is no value in YAML"):
+        read_value("@x")
     with pytest.raises(FileNotFoundError, match="no such sweep; give a YAML file or one of ablations, quick, table1"):
         read_sweep("tabel1")
 
@@ -144,6 +167,8 @@ def test_a_notebooks_parameters_are_checked_by_name_type_and_meaning(write, tmp_
     for name, value, words in (
         ("methd", "none", "unknown parameter of walk.ipynb 'methd'; did you mean 'method'"),
         ("n", 2.5, "n is int, not 2.5"),
+        ("lr", {1: 2}, "lr: numbers, text, lists and mappings with text as keys"),
+        ("lr", float("nan"), "lr: numbers, text"),
         ("n", None, "n is int, not None"),
         ("n", True, "n is int, not True"),
         ("b", 1, "b is bool, not 1"),
@@ -152,6 +177,41 @@ def test_a_notebooks_parameters_are_checked_by_name_type_and_meaning(write, tmp_
     ):
         with pytest.raises(ValueError, match=words):
             read(name, value)
+
+
+def test_parameters_are_read_as_python_reads_them(tmp_path):
+    path = write_notebook(
+        tmp_path / "walk.ipynb",
+        "import os\na: int | None = None  # x = 3\nb: str = 'p=q'\nc, d = 1, 2\ne = f = 0.1\n"
+        "g: 'Optional[int]' = None\nh: os.PathLike = '.'\ni = os.sep\nj: list[str] = []\nk = True",
+    )
+    found = read_parameters(path)
+    assert list(found) == list("abcdefghijk")
+    fits = {"a": (1, None), "b": ("",), "c": (1, "x"), "e": (1, 0.5), "g": (3, None), "h": (1,), "i": (1,), "j": ([],)}
+    for name, values in fits.items():
+        for value in values:
+            found[name].check(name, value)
+    for name, value in (("a", "1"), ("a", 1.5), ("b", None), ("e", "x"), ("f", True), ("g", "3"), ("j", "x"), ("k", 1)):
+        with pytest.raises(ValueError, match=f"^{name} is "):
+            found[name].check(name, value)
+
+
+def test_notebooks_that_cannot_be_swept_are_refused(tmp_path):
+    path = tmp_path / "x.ipynb"
+    cell = {"cell_type": "code", "source": "a = ", "metadata": {"tags": ["parameters"]}}
+    kernel = {"kernelspec": {"name": "python3"}}
+    for told, words in (
+        ("[", "no notebook of format 4"),
+        ([1], "no notebook of format 4"),
+        ({"worksheets": []}, "no notebook of format 4"),
+        ({"cells": [], "metadata": kernel}, "no cell tagged 'parameters'"),
+        ({"cells": [cell], "metadata": {}}, "names no kernel"),
+        ({"cells": [cell], "metadata": {"kernelspec": {"name": "julia-0"}}}, "kernel 'julia-0', which is not"),
+        ({"cells": [cell], "metadata": kernel}, "its parameters cell is no Python"),
+    ):  # fmt: skip
+        path.write_text(told if isinstance(told, str) else json.dumps(told))
+        with pytest.raises(ValueError, match=words):
+            read_parameters(path)
 
 
 def test_another_projects_notebook_gives_its_parameters_their_own_meaning(write, tmp_path):
@@ -193,7 +253,7 @@ def test_states_follow_folders_records_and_settings(write, tmp_path):
     done = out / "seed=0"
     done.mkdir()
     (done / "config.yml").write_text(yaml.safe_dump(sweep.points[0].settings))
-    (done / "summary.json").write_text("{}")
+    (done / "summary.json").write_text('{"mean_pcc": 0.1}')
     assert list(sweep_states(sweep, out)["state"]) == ["done", "unfinished", "missing"]
     (done / "summary.json").write_text('{"mean_pcc": 0.')
     assert sweep_states(sweep, out)["state"].iloc[0] == "failed"

@@ -1,5 +1,6 @@
 """A sweep survives what happens to it: failing points, killed workers, a rerun, another sweep, a cluster elsewhere."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 from test_sweep import write_notebook
 
 from peka_lite import sweep_run
@@ -158,9 +160,14 @@ if a == 4:
     assert "left no summary.json" in lines[0]
     assert "summary.json is cut short" in lines[1]
     assert "results/x.partial is unfinished" in lines[3]
-    edited = write_sweep(tmp_path, leaves + "\nprint(a)", grid={"a": [3]})
-    with pytest.raises(FileExistsError, match="another version of its code"):
-        run_sweep(read_sweep(edited), tmp_path / "out")
+    edited = read_sweep(write_sweep(tmp_path, leaves + "\nprint(a)", grid={"a": [1, 3]}))
+    states = sweep_states(edited, tmp_path / "out")
+    assert states[["state", "older"]].to_numpy().tolist() == [["failed", False], ["done", True]]
+    assert "1 of them by an earlier version of the notebook's code" in plan(edited, tmp_path / "out")
+    other = read_sweep(write_sweep(tmp_path, leaves, grid={"a": [3]}), fixed={"b": "other"})
+    for what in (sweep_states, run_sweep):
+        with pytest.raises(FileExistsError, match=r"a=3 was made with other settings \(b\)"):
+            what(other, tmp_path / "out")
 
 
 def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_path):
@@ -171,6 +178,7 @@ def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_pat
     order, work = order_of(sweep, sweep.points[0]), out / "a=1.partial"
     for settings, stays in ((order["settings"], True), ({"a": 7}, False)):
         work.mkdir(parents=True)
+        sweep_run._write_told(sweep, out)
         (work / "left").touch()
         made = {"settings": settings, "code": sweep.code}
         (work / "point.json").write_text(json.dumps(made))
@@ -178,7 +186,7 @@ def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_pat
         assert (out / "a=1" / "left").exists() == stays
         assert json.loads((out / "a=1" / "point.json").read_text())["settings"] == order["settings"]
         (out / "a=1" / "summary.json").write_text("{")
-        with pytest.raises(FileExistsError, match=r"a=1 is there, but summary\.json is cut"):
+        with pytest.raises(FileExistsError, match=r"a=1 is there, but summary\.json is cut short"):
             make_point(order, out)
         shutil.rmtree(out)
 
@@ -207,18 +215,56 @@ def test_two_sweeps_at_once_share_one_cache(tmp_path, mini_root):
 def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": list(range(40))}, memory=2))
     monkeypatch.setattr(sweep_run, "_gpus", lambda: ["4", "6"])
-    assert sweep_run._local_environments(sweep, None) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
-    assert len(sweep_run._local_environments(sweep, 1)) == 1
+    assert sweep_run._local_environments(sweep, None, 40) == [
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {"CUDA_VISIBLE_DEVICES": "6"},
+    ]
+    assert len(sweep_run._local_environments(sweep, 1, 40)) == 1
+    assert len(sweep_run._local_environments(sweep, None, 1)) == 1  # one point is left
     with pytest.raises(ValueError, match="3 are more than the 2 GPUs"):
-        sweep_run._local_environments(sweep, 3)
+        sweep_run._local_environments(sweep, 3, 40)
     monkeypatch.setattr(sweep_run, "_gpus", list)
     monkeypatch.setattr("dask.system.CPU_COUNT", 16)
     for gib, n in ((9, 4), (1000, 16), (0.5, 1)):
         monkeypatch.setattr("distributed.system.MEMORY_LIMIT", gib * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1 << 60}))
-        assert len(sweep_run._local_environments(sweep, None)) == n
+        assert len(sweep_run._local_environments(sweep, None, 40)) == n
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        sweep_run._local_environments(sweep, 0)
+        sweep_run._local_environments(sweep, 0, 40)
+
+
+def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside.py").write_text("FACTOR = 3")
+    (tmp_path / "data.csv").write_text("7")
+    code = """
+import json, beside
+from pathlib import Path
+path = Path(notes).parent / "walk.ipynb"
+path.write_text(path.read_text().replace("beside.FACTOR", "100"))
+assert Path(b).read_text() == "7"
+json.dump({"got": a * beside.FACTOR}, open("summary.json", "w"))
+"""
+    sweep = read_sweep(write_sweep(tmp_path, code, grid={"a": [1, 2], "b": ["data.csv"]}))
+    states = run_sweep(sweep, tmp_path / "out", workers=1)
+    assert list(states["state"]) == ["done", "done"], states["last_line"].tolist()
+    got = [json.loads((tmp_path / "out" / name / "summary.json").read_text())["got"] for name in states.index]
+    assert got == [3, 6]
+
+
+def test_the_live_table_shows_any_text_as_it_is(tmp_path):
+    sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
+    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1", "a=2"])
+    board = Board(sweep, states)
+    board.console = Console(file=io.StringIO(), force_terminal=True, width=120, height=5)
+    with board.live(dashboard="http://x", slots=2):
+        board.event({"point": "a=1", "worker": "tcp://x:1"})
+        board.event({"point": "a=2", "worker": "tcp://x:1"})
+        board.ended("a=1", "OSError: [/data/x.h5] is [red]not[/red] there")
+        board.event({"point": "a=1", "worker": "tcp://x:1"})  # late
+        board.console.print(board._table())
+    shown = board.console.file.getvalue()
+    assert "0 of 2 done, 1 running, 1 failed, 0 waiting" in shown
+    assert "OSError: [/data/x.h5] is [red]not[/red] there" in shown
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch):
