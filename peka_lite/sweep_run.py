@@ -70,6 +70,8 @@ def run_sweep(
 
     out = Path(out).resolve()
     states = sweep_states(sweep, out)
+    if scheduler is not None and workers is not None:
+        raise ValueError("workers and scheduler: a running cluster has workers of its own; give one of the two")
     if retry < 0:
         raise ValueError(f"retry is a number of further tries, not {retry}")
     todo = [point for point in sweep.points if states.loc[point.name, "state"] != "done"]
@@ -167,8 +169,6 @@ def _client(sweep: Sweep, scheduler: str | None, workers: int | None, points: in
     from distributed import Client
 
     if scheduler is not None:
-        if workers is not None:
-            raise ValueError("workers and scheduler: a running cluster has workers of its own; give one of the two")
         try:
             client = Client(scheduler, timeout=ANSWER_WITHIN)
         except (OSError, ValueError) as error:

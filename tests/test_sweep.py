@@ -257,6 +257,7 @@ def test_states_follow_folders_records_and_settings(write, tmp_path):
     assert list(sweep_states(sweep, out)["state"]) == ["done", "unfinished", "missing"]
     (done / "summary.json").write_text('{"mean_pcc": 0.')
     assert sweep_states(sweep, out)["state"].iloc[0] == "failed"
+    (done / "summary.json").write_text('{"mean_pcc": 0.1}')
     other = read_sweep(write(fixed=FIXED | {"tau": 3.0}, grid={"seed": [0]}))
     with pytest.raises(FileExistsError, match=r"seed=0 was made with other settings \(tau\)"):
         sweep_states(other, out)

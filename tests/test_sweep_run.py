@@ -138,8 +138,8 @@ if a == 2 and not tried.exists():
     assert list(states["state"]) == ["done"] * 4
     assert states["seconds"].gt(0).all()
     said = capfd.readouterr().out
-    assert "4 to run, 2 at once" in said
-    assert "dashboard: http://127.0.0.1" in said
+    assert "4 to run, 0 done before" in said
+    assert "2 at once; Dask's dashboard: http://127.0.0.1" in said
     monkeypatch.setattr(sweep_run, "ANSWER_WITHIN", 1)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9: no Dask scheduler answers"):
         run_sweep(read_sweep(tmp_path / "many.yml", fixed={"a": 9}), tmp_path / "x", scheduler="tcp://127.0.0.1:9")
