@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from peka_lite.sweep_points import read_json
+
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
 
 
@@ -99,7 +101,7 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
         ) from None
     finished, missing, seconds = [], {}, {}
     for name in points:
-        record = _record(folder / "log" / f"{name}.json")
+        record = read_json(folder / "log" / f"{name}.json")
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
         if _is_finished(folder / name, notebook):
@@ -133,11 +135,3 @@ def _scalars(path: Path) -> dict:
         return {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
     except (ValueError, AttributeError):
         raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it anew") from None
-
-
-def _record(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):  # none was written, or its writing was cut short
-        return {}
-    return record if isinstance(record, dict) else {}

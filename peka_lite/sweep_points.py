@@ -132,10 +132,7 @@ def missing_summary(folder: Path, notebook: bool) -> str | None:
 def write_record(out: Path, order: dict, **record) -> dict:
     """Keep what came of a point's last attempt in ``log/NAME.json``; returns it."""
     record = {"state": "", "seconds": 0.0, "last_line": ""} | record
-    path = out / "log" / f"{order['name']}.json"
-    own = path.with_name(f".{path.name}.{os.getpid()}")
-    own.write_text(json.dumps(record, indent=1), "utf-8")
-    os.replace(own, path)
+    write_whole(out / "log" / f"{order['name']}.json", json.dumps(record, indent=1).encode())
     return record
 
 
@@ -214,6 +211,13 @@ def _end(status: int) -> None:
 
 def _made(order: dict) -> dict:
     return {"settings": order["settings"], "code": (order["notebook"] or {}).get("code")}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears when it is complete, whoever else writes it."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own.write_bytes(content)
+    os.replace(own, path)
 
 
 def read_json(path: Path) -> dict:

@@ -14,7 +14,15 @@ import pandas as pd
 import yaml
 
 from peka_lite.sweep import Sweep, code_of
-from peka_lite.sweep_points import is_done, missing_summary, notebook_copy, order_of, sweep_states, write_record
+from peka_lite.sweep_points import (
+    is_done,
+    missing_summary,
+    notebook_copy,
+    order_of,
+    sweep_states,
+    write_record,
+    write_whole,
+)
 from peka_lite.sweep_view import Board
 
 ANSWER_WITHIN = 20  # seconds
@@ -245,16 +253,12 @@ def _dashboard() -> str:
 
 def _write_told(sweep: Sweep, out: Path) -> None:
     (out / "log").mkdir(parents=True, exist_ok=True)
-    own = out / f".sweep.yml.{os.getpid()}"
-    own.write_text(yaml.safe_dump(sweep.told(), sort_keys=False), "utf-8")
-    os.replace(own, out / "sweep.yml")
+    write_whole(out / "sweep.yml", yaml.safe_dump(sweep.told(), sort_keys=False).encode())
     if sweep.notebook is not None and not (copy := notebook_copy(out, sweep.code)).is_file():
         text = sweep.notebook.read_bytes()
         if code_of(text) != sweep.code:
             raise ValueError(f"{sweep.notebook} was changed while the sweep was read; start it again")
-        own = copy.with_name(f".{copy.name}.{os.getpid()}")
-        own.write_bytes(text)
-        os.replace(own, copy)
+        write_whole(copy, text)
 
 
 def _last_line(log: Path) -> str:
