@@ -91,15 +91,13 @@ def run_sweep(
     board.start()
     with _client(sweep, scheduler, workers, len(todo)) as client:
         _write_told(sweep, out)
-        sharing = _threads_by_host(client)
+        at = {"out": str(out), "local": scheduler is None, "sharing": _threads_by_host(client)}
         orders = [order_of(sweep, point) for point in todo]
         # One graph under one name: Dask hands a point out when a worker is free, in this order.
         graph = f"{sweep.name}-{time.time_ns()}"
         client.subscribe_topic(graph, lambda event: board.event(event[1]))
         keys = [(graph, k) for k in range(len(orders))]
-        futures = client.map(
-            _do, orders, key=keys, out=str(out), topic=graph, sharing=sharing, retries=retry, pure=False
-        )
+        futures = client.map(_do, orders, key=keys, topic=graph, **at, retries=retry, pure=False)
         named = dict(zip(keys, todo, strict=True))
         with board.live(dashboard=client.dashboard_link, slots=sum(client.nthreads().values())):
             for future in as_completed(futures):
@@ -116,7 +114,7 @@ def run_sweep(
     return states
 
 
-def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
+def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, int]) -> None:
     """Make one point, on a worker: a process of its own that ends when the worker does."""
     from distributed import get_worker
 
@@ -130,7 +128,7 @@ def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
         raise PointError(str(error)) from None
     begun = time.perf_counter()
     worker.log_event(topic, {"point": order["name"], "worker": worker.address})
-    environment = dict(os.environ) | _environment(order, worker, sharing)
+    environment = dict(os.environ) | _environment(order, worker, local, sharing)
     environment.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's own; a run would spend a third of its time on it
     log = out / "log" / f"{order['name']}.txt"
     with log.open("w") as file:
@@ -158,13 +156,13 @@ def _do(order: dict, *, out: str, topic: str, sharing: dict[str, int]) -> None:
     write_record(out, order, state="done", seconds=seconds, host=worker.address)
 
 
-def _environment(order: dict, worker, sharing: dict[str, int]) -> dict[str, str]:
+def _environment(order: dict, worker, local: bool, sharing: dict[str, int]) -> dict[str, str]:
     """Return a point's share of the cores, and for a notebook the modules that lie beside it."""
     from dask.system import CPU_COUNT
 
-    # Workers that see a whole machine share it; one that sees fewer cores, as in a job of its own, has those alone.
-    whole = os.cpu_count() == CPU_COUNT
-    at_once = sharing.get(_host(worker.address), worker.state.nthreads) if whole else worker.state.nthreads
+    # Workers of one machine share its cores; on a cluster one that sees fewer than all, in a job, has those alone.
+    own = worker.state.nthreads
+    at_once = sharing.get(_host(worker.address), own) if local or os.cpu_count() == CPU_COUNT else own
     threads = str(max(1, CPU_COUNT // at_once))
     found = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     if order["notebook"]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -231,6 +232,21 @@ def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
         assert len(sweep_run._local_environments(sweep, None, 40)) == n
     with pytest.raises(ValueError, match="at least 1, not 0"):
         sweep_run._local_environments(sweep, 0, 40)
+
+
+@pytest.mark.parametrize(
+    ("cores", "seen", "local", "threads"),
+    [(8, 8, True, "2"), (8, 8, False, "2"), (64, 8, True, "2"), (64, 8, False, "8")],
+)
+def test_points_share_a_machine_and_have_a_job_alone(monkeypatch, cores, seen, local, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("dask.system.CPU_COUNT", seen)
+    worker = SimpleNamespace(address="tcp://10.0.0.1:7", state=SimpleNamespace(nthreads=1))
+    order = {"notebook": None}
+    assert sweep_run._environment(order, worker, local, {"tcp://10.0.0.1": 4})["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    order = {"notebook": {"folder": "beside"}}
+    assert sweep_run._environment(order, worker, local, {})["PYTHONPATH"] == os.pathsep.join(["beside", "mine"])
 
 
 def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_lies_beside_it(tmp_path):
