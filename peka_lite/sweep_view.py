@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ class Board:
     """
 
     def __init__(self, sweep: Sweep, states: pd.DataFrame):
-        self.console = Console(highlight=False, force_jupyter=False)
+        # A notebook's stream may call itself a terminal, and cannot move a cursor.
+        terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()
+        self.console = Console(highlight=False, force_jupyter=False, force_terminal=terminal)
         self.sweep = sweep
         self.took = {name: s for name, s in states["seconds"].items() if s == s}  # NaN: never tried
         self.waiting = [name for name, state in states["state"].items() if state != "done"]

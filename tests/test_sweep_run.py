@@ -283,6 +283,20 @@ def test_the_live_table_shows_any_text_as_it_is(tmp_path):
     assert "OSError: [/data/x.h5] is [red]not[/red] there" in shown
 
 
+def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeypatch):
+    """As a notebook's does."""
+    sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1]}))
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", stream)
+    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1"])
+    board = Board(sweep, states)
+    with board.live(dashboard="http://x", slots=2):
+        board.event({"point": "a=1", "worker": "tcp://x:1"})
+        board.ended("a=1", None)
+    assert stream.getvalue() == "2 at once; Dask's dashboard: http://x\n[1/1] a=1 done in 0 s; 0 s left\n"
+
+
 def test_gpus_are_those_that_are_visible(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

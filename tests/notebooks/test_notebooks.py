@@ -70,6 +70,8 @@ def test_runs_on_its_own(name, mini_root, tmp_path):
     done = execute(name, tmp_path, cohort=str(mini_root))
     figures = sum("image/png" in o.get("data", {}) for c in done.cells for o in c.get("outputs", []))
     assert figures >= 1
+    said = "".join(o["text"] for c in done.cells for o in c.get("outputs", []) if o.get("name") == "stdout")
+    assert "\x1b" not in said  # nothing that only a terminal understands
 
 
 def test_the_last_page_uses_the_run_of_the_page_before(mini_root, tmp_path):
