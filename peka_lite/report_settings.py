@@ -115,7 +115,7 @@ def in_words(found: dict) -> str:
 
 
 def word(value) -> str:
-    """Return a setting's value as the name of a sweep's point has it."""
+    """Return a setting's value as a reader would write it: ``null``, ``true``, ``4``, a file by its name."""
     value = value.item() if hasattr(value, "item") else value  # of a column
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

@@ -55,8 +55,8 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
         record = read_json(out / "log" / f"{point.name}.json") if f"{point.name}.json" in logs else {}
         state, line, older = record.get("state", "missing"), record.get("last_line", ""), False
         if point.name in there:
-            code = is_done(out, order_of(sweep, point), lenient=True)
-            state, older = ("done", code != sweep.code) if code is not False else ("failed", False)
+            made = finished(out, order_of(sweep, point))
+            state, older = ("done", made["code"] != sweep.code) if made else ("failed", False)
             line = line or "its folder is incomplete: remove it"
         elif state == "done":  # its folder was removed: to be made anew
             state = "missing"
@@ -68,8 +68,8 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("point")
 
 
-def is_done(out: Path, order: dict, *, lenient: bool = False) -> bool | str | None:
-    """Tell whether a point's folder is there and complete; `lenient`: return the hash of the code that made it.
+def finished(out: Path, order: dict) -> dict | None:
+    """Return settings and hash of the code that made a point's folder, where it is there and complete; else None.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def is_done(out: Path, order: dict, *, lenient: bool = False) -> bool | str | No
     """
     folder, notebook = out / order["name"], order["notebook"]
     if not folder.is_dir() or missing_summary(folder, notebook is not None):
-        return False
+        return None
     made = read_json(folder / "point.json")
     if not made and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
         import yaml
@@ -91,7 +91,7 @@ def is_done(out: Path, order: dict, *, lenient: bool = False) -> bool | str | No
         names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
         told = f"was made with other settings ({', '.join(names)})"
         raise FileExistsError(f"{folder} {told}; name another --out, or remove that folder")
-    return made["code"] if lenient else True
+    return made
 
 
 def plan(sweep: Sweep, out: str | os.PathLike) -> str:
@@ -150,7 +150,7 @@ def make_point(order: dict, out: Path) -> None:
 
     folder, notebook = out / order["name"], order["notebook"]
     with alone(folder):  # where two sweeps want it, the second waits and finds it done
-        if is_done(out, order):
+        if finished(out, order):
             return
         if folder.exists():
             raise FileExistsError(f"{folder} is there, but {missing_summary(folder, notebook is not None)}; remove it")

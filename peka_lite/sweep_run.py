@@ -15,7 +15,7 @@ import yaml
 
 from peka_lite.sweep import Sweep, code_of
 from peka_lite.sweep_points import (
-    is_done,
+    finished,
     missing_summary,
     notebook_copy,
     order_of,
@@ -72,7 +72,7 @@ def run_sweep(
     ValueError
         For workers together with a scheduler, or more workers than GPUs.
     OSError
-        If no scheduler answers at that address.
+        If no scheduler answers at that address, or it goes away.
     """
     from distributed import as_completed
 
@@ -101,11 +101,11 @@ def run_sweep(
         named = dict(zip(keys, todo, strict=True))
         with board.live(dashboard=client.dashboard_link, slots=sum(client.nthreads().values())):
             for future in as_completed(futures):
+                if future.status in ("cancelled", "lost"):
+                    raise OSError(f"{client.scheduler.address}: the scheduler went away; what is done is kept")
                 point, error = named[future.key], future.exception()
                 if error is None and (lack := missing_summary(out / point.name, sweep.notebook is not None)):
                     error = PointError(f"{lack} (on {out}, seen from here)")
-                if future.status in ("cancelled", "lost"):
-                    raise OSError(f"{client.scheduler.address}: the scheduler went away; what is done is kept")
                 if error is not None and not isinstance(error, PointError):  # its workers died, again and again
                     write_record(out, order_of(sweep, point), state="failed", last_line=_one_line(error))
                 board.ended(point.name, None if error is None else _one_line(error))
@@ -122,7 +122,7 @@ def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, in
     if not (out / "sweep.yml").is_file():
         raise PointError(f"{out} is not to be seen from {worker.address}: give a folder that all workers share")
     try:
-        if is_done(out, order):  # before its worker died, or by another sweep
+        if finished(out, order):  # before its worker died, or by another sweep
             return
     except FileExistsError as error:
         raise PointError(str(error)) from None
