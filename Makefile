@@ -14,7 +14,8 @@ export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
-LIBRARY := $(shell find peka_lite -name '*.py' -o -name '*.txt' -o -name '*.yml' | sort)
+# Code, ready sweeps, and what lies in data/: gene lists, published values, pretrained weights and their cards.
+LIBRARY := $(shell find peka_lite -type f \( -name '*.py' -o -name '*.yml' -o -path 'peka_lite/data/*' \) | sort)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=book/%)
 PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/*)
@@ -25,6 +26,8 @@ help:
 	@echo "make book    execute the notebooks and build the book"
 	@echo "make test    run the tests"
 	@echo "make sweep   run the sweep quick.yml, from nothing to a table and a figure"
+	@echo "make pretrain-student   make the weights of the small student in the package anew"
+	@echo "make pretrain-teacher   make the weights of the small teacher in the package anew"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove what the jobs made, except the environment"
 	@echo "make address URL=https://github.com/OWNER/REPO   set the repository the Colab buttons open"
@@ -69,6 +72,33 @@ $(HTML): $(EXECUTED) $(PAGES) $(LIBRARY)
 	@cp build/results/front_map.png book/notebooks/front_map.png
 	$(BIN)/jupyter-book build book -W -n --keep-going --quiet
 	@touch $@
+
+# Not part of any other job: what these write is committed. HER2ST holds sections HER2_C2 to HER2_C5 in HEST-1k's layout.
+PRE := build/pretraining
+HER2ST ?= data/her2st
+SECTIONS := HER2_C2 HER2_C3 HER2_C4 HER2_C5
+LEARN := $(BIN)/python pretraining/student.py --corpus $(PRE)/corpus --batch 64
+REAL := $(LEARN) --init $(PRE)/synthetic.safetensors --summary --lr 4e-4 --minutes 3 --real-share 0.5
+
+.PHONY: pretrain-student
+pretrain-student: $(PRE)/synthetic.safetensors
+	$(REAL) --sections $(SECTIONS) --log pretraining/student_stage3.csv --out peka_lite/data/mini_student.safetensors
+
+# What a score on a real section needs: weights that never saw it.
+.PHONY: pretrain-left-out
+pretrain-left-out: $(SECTIONS:%=$(PRE)/without_%.safetensors)
+$(PRE)/without_%.safetensors: $(PRE)/synthetic.safetensors
+	$(REAL) --sections $(filter-out $*,$(SECTIONS)) --out $@
+
+$(PRE)/synthetic.safetensors: | $(READY)
+	$(BIN)/python pretraining/corpus.py --out $(PRE)/corpus --real $(HER2ST) --sections $(SECTIONS)
+	$(LEARN) --lr 8e-4 --minutes 55 --stop 0.528 --masked 0.75 --depth 2 --log pretraining/student_stage1.csv \
+	  --out $(PRE)/first.safetensors
+	$(LEARN) --init $(PRE)/first.safetensors --summary --lr 6e-4 --minutes 30 --log pretraining/student_stage2.csv --out $@
+
+.PHONY: pretrain-teacher
+pretrain-teacher: | $(READY)
+	$(BIN)/python pretraining/teacher.py
 
 .PHONY: lock
 lock:

@@ -25,7 +25,7 @@ from peka_lite.mini import write_mini_cohort
 from peka_lite.sweep import read_sweep
 from peka_lite.sweep_run import run_sweep
 
-FIXED = {"cohort": "mini", "weights": "random", "protocol": "hest", "method": "bone", "n_splits": 2}
+FIXED = {"cohort": "mini", "protocol": "hest", "method": "bone", "n_splits": 2}
 
 
 def main() -> None:

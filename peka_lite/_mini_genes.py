@@ -2,6 +2,9 @@
 
 Within each kind of gene, rates are mixture x profile. Every row of a mixture and of a profile sums to 1, so a
 kind takes the same expected share of a spot's counts wherever the spot lies.
+
+The numbers follow four real breast sections (``benchmarks/mini_counts.py``) but for the patterns: those of the visible
+and invisible genes are stronger, so that a small cohort can teach, and noise genes have none, though real ones do.
 """
 
 from importlib import resources
@@ -15,8 +18,8 @@ from peka_lite._mini_tissue import DOMAINS, smooth_noise
 
 NICHES = ("interferon", "stress", "cycle", "sterol")
 NICHE_BIAS = (1.0, 0.0, -0.5, -0.5)  # some niches are rarer, as some tissue domains are
-SHARE = {"visible": 0.32, "invisible": 0.22, "noise": 0.46}  # of a spot's counts
-MEDIAN_DEPTH = 6500  # counts per spot
+SHARE = {"visible": 0.32, "invisible": 0.14, "noise": 0.54}  # of a spot's counts
+MEDIAN_DEPTH = 3300  # counts per spot
 
 
 def draw_genes(rng):
@@ -41,9 +44,10 @@ def draw_genes(rng):
     var.insert(0, "kind", np.select([of_domain, of_niche], ["visible", "invisible"], "noise"))
     var["dispersion"] = 0.08 * np.exp(rng.normal(0, 0.3, len(var)))  # variance = mean + dispersion * mean**2
 
-    base = np.exp(rng.normal(0, 0.5, len(var)))
+    base = np.exp(rng.normal(0, 1.1, len(var)))
     base *= var.programme.map({"mitochondrial": 15.0, "ribosomal": 2.5}).fillna(1.0).to_numpy()
-    contrast = rng.uniform(8, 30, len(var))  # of a marker, its own programme against any other
+    # Of a marker, its own programme against any other: from weak to strong.
+    contrast = np.exp(rng.uniform(np.log(4), np.log(30), len(var)))
     profiles = {}
     for kind, programmes in (("visible", DOMAINS), ("invisible", NICHES), ("noise", ("all",))):
         where = (var.kind == kind).to_numpy()
@@ -81,7 +85,7 @@ def draw_niches(rng, shape, cell):
 def draw_depth(rng, shape, cell):
     """Draw each spot's expected counts, float64 (n_spots,), from a smooth field and a lognormal, not the tissue."""
     scatter = rng.normal(0, 0.2, len(cell[0]))
-    return MEDIAN_DEPTH * np.exp(0.2 * smooth_noise(rng, shape, 14)[cell] + scatter)
+    return MEDIAN_DEPTH * np.exp(0.5 * smooth_noise(rng, shape, 22)[cell] + scatter)
 
 
 def draw_counts(rng, var, profiles, mixtures, depth):

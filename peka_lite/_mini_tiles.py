@@ -8,35 +8,38 @@ haematoxylin and how much eosin every pixel carries; they become colours only at
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from scipy.special import expit
+from scipy.special import expit, ndtr
 
 from peka_lite._mini_tissue import DOMAINS, PIXEL_UM, STEP, smooth_noise
 
+# Optical density in red, green and blue, between the published matrix and what sections of breast cancer show.
+HAEMATOXYLIN, EOSIN = (0.71, 0.62, 0.32), (0.24, 0.88, 0.36)
+
 # Diffuse stain of each domain, before any nucleus or fibre is drawn: (haematoxylin, eosin).
 GROUND = {
-    "tumour": (0.16, 0.32),
-    "stroma": (0.03, 0.30),
-    "immune": (0.12, 0.20),
-    "gland": (0.03, 0.30),
+    "tumour": (0.24, 0.34),
+    "stroma": (0.12, 0.32),
+    "immune": (0.20, 0.24),
+    "gland": (0.10, 0.32),
     "fat": (0.00, 0.02),
-    "necrosis": (0.07, 0.42),
+    "necrosis": (0.14, 0.46),
 }
 
 # Nuclei: length and width (um), their relative spread, irregularity of the outline, haematoxylin, coarseness.
 NUCLEI = {
-    "tumour": (10.5, 8.5, 0.24, 0.13, 1.15, 0.45),
-    "lymphocyte": (6.0, 5.5, 0.08, 0.05, 1.55, 0.35),
-    "fibroblast": (13.0, 3.0, 0.18, 0.08, 1.15, 0.20),
-    "epithelium": (8.5, 6.0, 0.10, 0.05, 1.10, 0.30),
-    "adipocyte": (9.0, 2.2, 0.15, 0.05, 1.25, 0.15),
+    "tumour": (9.5, 7.5, 0.24, 0.16, 1.30, 0.40),
+    "lymphocyte": (6.2, 5.6, 0.10, 0.07, 1.60, 0.30),
+    "fibroblast": (12.0, 3.4, 0.24, 0.12, 1.25, 0.20),
+    "epithelium": (8.5, 6.0, 0.12, 0.07, 1.20, 0.30),
+    "adipocyte": (9.0, 2.4, 0.15, 0.05, 1.30, 0.15),
     "debris": (2.6, 2.2, 0.40, 0.20, 1.60, 0.20),
 }
 
 # Cells per mm2 of each domain; a tile is 0.0125 mm2. Epithelium and fat nuclei have their own rules below.
 DENSITY = {
-    "tumour": {"tumour": 7000, "stroma": 40, "necrosis": 250},
-    "lymphocyte": {"tumour": 250, "stroma": 300, "immune": 17000, "gland": 300, "fat": 20, "necrosis": 250},
-    "fibroblast": {"tumour": 120, "stroma": 2300, "immune": 250, "gland": 1500},
+    "tumour": {"tumour": 8500, "stroma": 60, "necrosis": 300},
+    "lymphocyte": {"tumour": 400, "stroma": 500, "immune": 14000, "gland": 400, "fat": 20, "necrosis": 350},
+    "fibroblast": {"tumour": 250, "stroma": 2800, "immune": 400, "gland": 1800},
     "debris": {"necrosis": 5500, "tumour": 60},
 }
 
@@ -62,25 +65,24 @@ def draw_section(rng, labels, stain):
         uint8 (rows * STEP, columns * STEP, 3), 0.5 um per pixel.
     """
     angle, across, along = _fibre_course(rng, labels)
-    hematoxylin, eosin = _paint_ground(rng, labels, across, along)
+    holes = _holes(rng, labels)
+    hematoxylin, eosin = _paint_ground(rng, labels, across, along, holes)
     banks = {name: _nucleus_bank(rng, *spec) for name, spec in NUCLEI.items()}
-    _cells(rng, labels, angle, hematoxylin, banks)
+    _cells(rng, labels, holes, angle, hematoxylin, banks)
     _adipocytes(rng, labels, hematoxylin, eosin, banks["adipocyte"])
     _glands(rng, labels, hematoxylin, eosin, banks["epithelium"])
     return _colour(hematoxylin, eosin, stain)
 
 
 def draw_stain(rng):
-    """Draw one patient's stain and scanner: optical density vectors, strengths, white point and gamma."""
-    from skimage.color import rgb_from_hed
-
-    # Scanners record eosin a little warmer than the pure magenta of the published matrix.
-    vectors = rgb_from_hed[:2] + rng.normal([[0, 0, 0], [0.06, 0, 0.12]], 0.035)
+    """Draw one patient's stain and scanner: density vectors, strengths, white point, gamma, and blur in pixels."""
+    vectors = np.array([HAEMATOXYLIN, EOSIN]) + rng.normal(0, 0.03, (2, 3))
     return {
         "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),  # (2 stains, 3 colours)
-        "strength": np.array([1.3, 1.0]) * np.exp(rng.normal(0, 0.15, 2)),
-        "white": np.array([240.0, 236.0, 241.0]) + rng.normal(0, 3, 3),
+        "strength": np.array([1.9, 1.15]) * np.exp(rng.normal(0, 0.18, 2)),
+        "white": np.array([237.0, 227.0, 236.0]) + rng.normal(0, 5, 3),
         "gamma": float(np.exp(rng.normal(0, 0.06))),
+        "blur": float(np.exp(rng.normal(0.1, 0.25))),
     }
 
 
@@ -102,7 +104,7 @@ def _fibre_course(rng, labels):
     return np.arctan2(slope_rows, slope_columns) + np.pi / 2, across, along
 
 
-def _paint_ground(rng, labels, across, along):
+def _paint_ground(rng, labels, across, along, holes):
     """Paint all that is not a cell: cytoplasm, wavy collagen, debris and the gaps beside tumour nests.
 
     Returns
@@ -114,7 +116,7 @@ def _paint_ground(rng, labels, across, along):
     coarse, fine = smooth_noise(rng, canvas, (5.0, 60.0)), smooth_noise(rng, canvas, (1.3, 30.0))
     fibre = 0.11 * np.tanh(1.5 * coarse) + 0.05 * fine  # (across, along)
     slit = 0.7 * expit(6 * (-1.7 - coarse))
-    cloud, speckle = smooth_noise(rng, canvas, 6.0), smooth_noise(rng, canvas, 1.2)
+    cloud, speckle = smooth_noise(rng, canvas, 9.0), smooth_noise(rng, canvas, 1.4)
 
     connective = _layer(labels, {"stroma": 1, "gland": 1})
     bundles = connective * (0.8 + 0.35 * smooth_noise(rng, shape, 5)).clip(0.2)
@@ -126,9 +128,9 @@ def _paint_ground(rng, labels, across, along):
     layers = np.stack([
         _layer(labels, {name: ground[0] for name, ground in GROUND.items()}),
         _layer(labels, {name: ground[1] for name, ground in GROUND.items()}),
-        _layer(labels, {"tumour": 0.05, "stroma": 0.02, "immune": 0.06, "necrosis": 0.13}),
+        _layer(labels, {"tumour": 0.10, "stroma": 0.07, "immune": 0.10, "gland": 0.05, "necrosis": 0.15}),
         _layer(labels, {"tumour": 0.02, "stroma": 0.01, "immune": 0.02, "necrosis": 0.09}),
-        bundles, loose, gap, across, along,
+        bundles, loose, np.maximum(gap, holes), across, along,
     ]).astype(np.float32)  # (9, rows, columns)  # fmt: skip
     layers = ndimage.gaussian_filter(layers, (0, 0.7, 0.7))  # rounds the steps of the map's cells
     layers = np.pad(layers, ((0, 0), (1, 1), (1, 1)), mode="edge")
@@ -143,9 +145,9 @@ def _paint_ground(rng, labels, across, along):
         grain = cloudy * cloud[strip % PERIOD] + grainy * speckle[strip % PERIOD]
         where = u.astype(np.int32) % PERIOD, v.astype(np.int32) % PERIOD
         e = (e + grain + bundle * fibre[where]) * (1 - bundle * slit[where]) * (1 - pale)
-        glass = 1 - np.clip(3 * white - 1.5, 0, 0.95)
+        glass = 1 - np.clip(5 * white - 2.2, 0, 0.95)
         eosin[strip] = np.maximum(e, 0) * glass
-        hematoxylin[strip] = np.maximum(h + 0.4 * grain, 0) * glass
+        hematoxylin[strip] = np.maximum(h + 0.7 * grain, 0) * glass
     return hematoxylin, eosin
 
 
@@ -184,15 +186,10 @@ def _adipocytes(rng, labels, hematoxylin, eosin, bank):
     _place(rng, hematoxylin, pixels[chosen] * 2, bank, np.arctan2(rows, columns) + np.pi / 2)
 
 
-def _clefts(rng, labels, hematoxylin, eosin):
-    """Open white gaps where tumour nests have shrunk away from the stroma."""
-    tumour = ndimage.gaussian_filter((labels == DOMAINS.index("tumour")).astype(np.float32), 0.8)
-    edge = (4 * tumour * (1 - tumour)) ** 2  # 1 on the border of a nest, 0 away from it
-    connective = ndimage.gaussian_filter((labels == DOMAINS.index("stroma")).astype(np.float32), 1.5)
-    gap = edge * np.minimum(4 * connective, 1) * (smooth_noise(rng, labels.shape, 3) > 0.4)
-    gap = np.clip(_enlarge(gap) * 3 - 1.2, 0, 0.95)
-    eosin *= 1 - gap
-    hematoxylin *= 1 - gap
+def _holes(rng, labels):
+    """Tear small holes and spaces into solid tissue, float32 of the labels' shape: 1 where there is glass."""
+    share = _layer(labels, {"tumour": 0.09, "stroma": 0.04, "immune": 0.05, "necrosis": 0.03})
+    return (ndtr(-smooth_noise(rng, labels.shape, 1.3)) < share).astype(np.float32)
 
 
 def _lattice(rng, shape, spacing, jitter):
@@ -243,14 +240,15 @@ def _stamp(hematoxylin, points, bank, which_angle, which_variant):
         np.maximum(window, bank[a, v], out=window)
 
 
-def _cells(rng, labels, angle, hematoxylin, banks):
-    """Scatter every free cell type at its density in each domain."""
+def _cells(rng, labels, holes, angle, hematoxylin, banks):
+    """Scatter every free cell type at its density in each domain, in clumps and not over holes."""
     for name, density in DENSITY.items():
         densest = max(density.values())
         points = _lattice(rng, hematoxylin.shape, 1000 / PIXEL_UM / np.sqrt(densest), jitter=0.42)
         # Shaken by half a cell of the map, or the borders of the domains would look square.
         cell = _cell_of(points + rng.uniform(-STEP / 2, STEP / 2, points.shape), labels)
-        crowding = (1 + 0.2 * smooth_noise(rng, labels.shape, 4)) * _layer(labels, density) / densest
+        clumps = np.exp(0.3 * smooth_noise(rng, labels.shape, 4) + 0.5 * smooth_noise(rng, labels.shape, 1.5) - 0.17)
+        crowding = clumps * (1 - holes) * _layer(labels, density) / densest
         keep = rng.random(len(points)) < crowding[cell]
         points, cell = points[keep], tuple(axis[keep] for axis in cell)
         turn = angle[cell] if name == "fibroblast" else rng.uniform(0, np.pi, len(points))
@@ -296,6 +294,8 @@ def _glands(rng, labels, hematoxylin, eosin, bank):
 
 def _colour(hematoxylin, eosin, stain):
     """Mix the two stains in optical density and let the scanner see them, uint8 (height, width, 3)."""
+    for canvas in (hematoxylin, eosin):  # the microscope's focus
+        ndimage.gaussian_filter(canvas, stain["blur"], output=canvas, truncate=3)
     dyes = (stain["gamma"] * stain["strength"][:, None] * stain["vectors"]).astype(np.float32)  # (2, 3)
     white = stain["white"].astype(np.float32)
     rgb = np.empty((*eosin.shape, 3), np.uint8)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from peka_lite._packaged import origin, packaged
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located
@@ -58,8 +59,8 @@ def load_backbone(
     name
         A key of `BACKBONES`, or a `Backbone` row of your own.
     weights
-        ``"hub"``: the published weights, those that `fetch` put in the cache or else the hub's; a path: a local
-        ``.bin``, ``.pth`` or ``.safetensors`` file of them;
+        ``"hub"``: the published weights, those inside the package for ``"mini"``, those that `fetch` put in the
+        cache, or else the hub's; a path: a local ``.bin``, ``.pth`` or ``.safetensors`` file of them;
         ``"random"``: a random start from `seed`, for tests and teaching, with a warning that says so.
     device
         Where the model goes; None keeps it on the CPU.
@@ -67,7 +68,8 @@ def load_backbone(
     Returns
     -------
     torch.nn.Module
-        ``model.weights_origin`` records which of the three it was.
+        Float32 weights, whatever the file holds. ``model.weights_origin`` records which of the three it was and, for
+        a file of the package, the first digits of its SHA-256.
 
     Raises
     ------
@@ -78,7 +80,7 @@ def load_backbone(
     ConnectionError
         For a hub that cannot be reached.
     FileNotFoundError
-        For a local file that is not there, or a hub repository that holds no weights file.
+        For a file that is not there, one's own or the package's, or a hub repository that holds no weights file.
     """
     spec = _row(name)
     weights = str(weights)
@@ -89,15 +91,14 @@ def load_backbone(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
             model = build(spec)
-        origin = f"random, seed {seed}"
+        came = f"random, seed {seed}"
     else:
-        path = _from_hub(spec) if weights == "hub" else Path(weights)
+        path, came = _published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file for {spec.name}; give a file, 'hub' or 'random'")
         model = build(spec)
         _load_file(model, spec, path)
-        origin = f"hub {spec.source}" if weights == "hub" else f"file {path.name}"
-    model.spec, model.weights_origin = spec, origin
+    model.spec, model.weights_origin = spec, came
     return model.eval().to(device or "cpu")
 
 
@@ -180,6 +181,13 @@ def _row(name: str | Backbone) -> Backbone:
 def build(spec: Backbone) -> nn.Module:
     """Build a student's architecture with timm's random start and no classifier."""
     return timm.create_model(spec.arch, pretrained=False, num_classes=0, **spec.options)
+
+
+def _published(spec: Backbone) -> tuple[Path, str]:
+    """Return the file of a row's published weights, and where it comes from in words."""
+    if (path := packaged(spec)) is not None:
+        return path, origin(path)
+    return _from_hub(spec), f"hub {spec.source}"
 
 
 def _from_hub(spec: Backbone) -> Path:

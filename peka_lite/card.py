@@ -11,6 +11,7 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 from peka_lite import __version__
+from peka_lite._packaged import PREFIX
 from peka_lite.backbones import Backbone, ConvStem
 from peka_lite.manifest import read_manifest
 from peka_lite.trained import TrainedModel
@@ -120,9 +121,10 @@ def _options(spec: Backbone) -> tuple[list[str], str]:
 
 def _front_matter(trained: TrainedModel) -> dict:
     spec, front = trained.student.spec, {}
-    if not random_start(trained) or spec.source is None:
+    ours = spec.source is None or spec.source.startswith(PREFIX)
+    if ours or not random_start(trained):
         front["license"] = spec.licence.lower()  # the Hub's ids of the registry's licences
-    if not random_start(trained) and spec.source is not None and not spec.source.startswith("datasets/"):
+    if not ours and not random_start(trained) and not spec.source.startswith("datasets/"):
         front["base_model"] = spec.source
     entry = read_manifest().artifacts.get(trained.config.cohort)
     if entry is not None and entry.repo_type == "dataset":

@@ -59,8 +59,8 @@ def estimated_ceiling(
 
     It is an upper bound where counts scatter more than Poisson, which real counts do: a split takes scatter of the
     rate for signal, as it does whatever else two halves of a spot share, such as its total. On the default mini cohort
-    (variance = mean + 0.08 mean^2), with log1p-cp10k, it is 0.04 too high on average for genes with a pattern and 0.23
-    for genes without; given `dispersion`, 0.01 for either. On simulated Poisson counts of 1,000 to 20,000 a spot the
+    (variance = mean + 0.08 mean^2), with log1p-cp10k, it is 0.08 too high on average for genes with a pattern and 0.21
+    for genes without; given `dispersion`, 0.04 and 0.10. On simulated Poisson counts of 1,000 to 20,000 a spot the
     mean over genes is within 0.02 over 1,000 spots (0.025 over 300). Over 1,000 spots a single gene is off by 0.03 to
     0.06 where its ceiling is above 0.4, by about 0.1 below that, and more over fewer spots: report means over genes.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite.manifest import cache_dir, located, patients_of, read_manifest
+from peka_lite.registry import MINI_FORMAT
 
 # What reads or writes a cohort is imported where that is done: to look up where one is takes none of it.
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def find_cohort(name: str | os.PathLike) -> Path:
         For a name that is neither a folder nor a fetched cohort; the message says how to get one.
     """
     if name == "mini":
-        return cache_dir() / "mini"
+        return cache_dir() / f"mini-{MINI_FORMAT}"  # an older one stays for an older library
     if Path(name).is_dir():
         return Path(name)
     known = [entry.name for entry in read_manifest().values() if entry.kind == "cohort"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
+from peka_lite._packaged import packaged
 from peka_lite.cohorts import find_cohort
 from peka_lite.manifest import cache_dir, located
 from peka_lite.protocols import PROTOCOLS, Protocol
@@ -83,7 +84,7 @@ class RunConfig:
     teacher_checkpoint, teacher_genes, teacher_mapping
         Files of teacher ``"scfoundation"``: weights, gene list and gene mapping, as in `ScFoundation.from_checkpoint`.
     weights
-        ``"hub"``, a file, or ``"random"``.
+        ``"hub"`` (the published ones; for ``"mini"`` they lie inside the package), a file, or ``"random"``.
     r
         Block size or rank; None takes the backbone's own.
     label_method, resolution, n_clusters
@@ -162,8 +163,8 @@ class RunConfig:
             raise ValueError(f"r={self.r} does not fit method {self.method!r}")
         if self.method == "bone":
             check_block_size(spec, self.block_size)
-        if self.weights == "hub" and spec.source is None:
-            raise ValueError(f"no weights are published for {spec.name!r}; pass weights='random' or a file")
+        if self.weights == "hub":
+            packaged(spec)  # raises where the package should hold them and does not
         if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):

@@ -242,11 +242,14 @@ def _ask_the_hub(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str
 
 def _artifacts():
     from peka_lite._fetch import PARTIAL
+    from peka_lite._packaged import packaged
     from peka_lite.manifest import cache_dir, located, read_manifest
+    from peka_lite.registry import BACKBONES
 
     names = list(read_manifest())
     here = [name for name in names if located(name) is not None]
     line = f"{len(here)} of {len(names)} fetched: {', '.join(here) or 'the default pages need none'}"
+    line += f"; in the package: {', '.join(row.name for row in BACKBONES.values() if packaged(row))}"
     if begun := sorted(folder.parent.name for folder in cache_dir().glob(f"*/*/{PARTIAL}")):
         return "note", f"{line}; broken off: {', '.join(begun)}", f"`peka-lite fetch {begun[0]}` goes on with it"
     if not here:

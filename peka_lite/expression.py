@@ -68,7 +68,8 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
     """
     if method not in NORMALIZATIONS:
         raise ValueError(f"unknown normalisation {method!r}; known: {', '.join(NORMALIZATIONS)}")
-    X = sparse.csr_matrix(adata.X, dtype=np.float64)
+    # A copy: with another type alone scipy shares the indices, and log1p sorts them in place.
+    X = sparse.csr_matrix(adata.X, dtype=np.float64, copy=True)
     if method == "log1p-cp10k":
         total = np.asarray(X.sum(1)).ravel()  # (N,)
         X = sparse.diags(np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)) @ X

@@ -127,6 +127,7 @@ class Cohort:
         for column in self.obs:
             joined.obs[column] = self.obs[column].to_numpy()
         joined.X = sparse.csr_matrix(joined.X)
+        joined.X.sort_indices()  # joining slides of other genes leaves them in disorder
         return joined
 
     @cached_property

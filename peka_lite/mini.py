@@ -34,12 +34,12 @@ from peka_lite._mini_tissue import (
     draw_outline,
     mix_domains,
 )
+from peka_lite.registry import MINI_FORMAT
 
 __all__ = ["noise_ceiling", "write_mini_cohort"]
 
 N_WITHOUT_TILE = 2  # spots per slide whose tile is missing, as at the edge of a real scan
 FILES = {"st": ".h5ad", "patches": ".h5", "metadata": ".json"}
-FORMAT = 1  # raise it when the same seed would give other bytes
 
 
 def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide=(150, 250)):
@@ -83,7 +83,7 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         raise ValueError(f"spots_per_slide must satisfy 20 <= low <= high <= 1000, got {(low, high)}")
     root = Path(root)
     options = {
-        "format": FORMAT,
+        "format": MINI_FORMAT,
         "seed": seed,
         "n_patients": n_patients,
         "n_slides": n_slides,

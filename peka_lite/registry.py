@@ -52,13 +52,20 @@ class Late(Mapping):
 FEATURES = ("student", "frozen+student", "teacher", "colour", "coordinates", "depth")
 SPLITS = ("patient", "slide", "spot")
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
-TEACHERS = Late({"pca": "peka_lite.teachers.pca:PCATeacher", "scfoundation": "peka_lite.teachers:make_scfoundation"})
+TEACHERS = Late(
+    {
+        "pca": "peka_lite.teachers.pca:PCATeacher",
+        "scfoundation": "peka_lite.teachers:make_scfoundation",
+        "scfoundation-mini": "peka_lite.teachers:make_scfoundation_mini",
+    }
+)
 LABEL_METHODS = {
     "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
     "kmeans": {"n_clusters": 100, "n_neighbors": 15},
 }
 METHODS = ("none", "bone", "lora", "adalora", "miss")
 LAYERS = ("qkv", "proj")
+MINI_FORMAT = 2  # of the embedded cohort; raise it when the same seed would give other bytes
 KD_SPACES = ("embedding", "logits")
 # bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
 PRECISION = Late({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
@@ -76,7 +83,8 @@ class Backbone:
     name, arch
         Our name, and the timm architecture it is built from with `options`.
     source
-        Hub repository of the published weights; None where there is none.
+        Hub repository of the published weights, ``"datasets/..."`` for a file of a dataset's repository,
+        ``"package/FILE"`` for a file in the package's ``data`` folder; None where there is none.
     revision
         Hub revision; None takes the repository's default branch.
     dim
@@ -146,8 +154,8 @@ _ROWS = (
              options=Late({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
     Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
              page_of("prov-gigapath/prov-gigapath"), options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
-    Backbone("mini", "vit_tiny_patch16_224", None, 192, *BIOPTIMUS, "BSD-3-Clause", input_size=112,
-             pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
+    Backbone("mini", "vit_tiny_patch16_224", "package/mini_student.safetensors", 192, *BIOPTIMUS, "BSD-3-Clause",
+             input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
 )  # fmt: skip
 BACKBONES: Mapping[str, Backbone] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -147,7 +147,8 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backbones: bool = False) -> list[Run]:
     """Return runs in row order, refusing those that may not stand in one column.
 
-    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights. Beside
+    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights; without
+    it even the same file's content must be the same, as `backbone_fingerprint` tells. Beside
     a mean over seeds may stand one over fewer of these seeds.
     """
     if not runs:
@@ -158,7 +159,9 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
     checks = [
         (field, runs) for field in ("data_fingerprint", *of_protocol, "n_splits", "seed", "n_genes", "train_share")
     ]
-    checks += [(field, students) for field in (() if backbones else ("backbone", "weights"))]
+    if not backbones:
+        came = [run for run in students if run.config["weights"] != "random"]
+        checks += [("backbone", students), ("weights", students), ("backbone_fingerprint", came)]
     checks += [(field, taught) for field in ("epochs", "teacher")]
     most = widest(runs)
     for field, group in checks:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from peka_lite._packaged import origin, packaged
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
@@ -23,6 +24,7 @@ from peka_lite.expression import NORMALIZATIONS
 from peka_lite.hest import Cohort
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
+from peka_lite.registry import BACKBONES
 from peka_lite.results import claim, draw_maps, held_out_predictions, made_with
 from peka_lite.scores import interval, pooled
 from peka_lite.sources import FeatureSource, taught_by
@@ -165,7 +167,7 @@ def run_name(config: RunConfig) -> str:
 
     Examples
     --------
-    >>> run_name(RunConfig(cohort="mini", weights="random", method="none"))[:26]
+    >>> run_name(RunConfig(cohort="mini", method="none"))[:26]
     'mini_mini_none_patient_s0_'
     """
     settings = hashlib.sha256(json.dumps(config.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
@@ -174,7 +176,10 @@ def run_name(config: RunConfig) -> str:
 
 
 def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False):
-    """Return `load_run` of `out`, running the experiment first where it is not there; other settings are an error."""
+    """Return `load_run` of `out`, running the experiment first where it is not there.
+
+    Other settings, another teacher under the same name, or other weights inside the package are a FileExistsError.
+    """
     out = Path(out)
     if not (out / "summary.json").is_file():
         run(config, out, maps=maps, progress=progress)
@@ -184,6 +189,9 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     made_by = loaded[2].get("teacher_fingerprint")
     if made_by is not None and config.load_teacher().fingerprint != made_by:
         raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run anew")
+    file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else None
+    if file is not None and (used := loaded[2].get("weights")) not in (None, origin(file)):
+        raise FileExistsError(f"{out} holds a run with weights {used!r}, now {origin(file)!r}; remove it to run anew")
     return loaded
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from peka_lite import __version__
+from peka_lite._packaged import packaged, sha256
 from peka_lite.adapter_files import backbone_fingerprint, save_adapter
 from peka_lite.adapters import adapt, adapted_share, merge
 from peka_lite.backbones import embed_tiles, load_backbone
@@ -25,6 +26,7 @@ from peka_lite.locks import RECORD, put, workplace
 from peka_lite.losses import NotFinite
 from peka_lite.manifest import cache_dir
 from peka_lite.processes import Processes
+from peka_lite.registry import BACKBONES
 from peka_lite.transfer import TransferModel, fit
 
 TRAINING = (
@@ -86,7 +88,8 @@ def taught_student(
 
     Notes
     -----
-    Folders of ``students`` in the cache are named by a hash of data, rows, settings and versions. A stopped job goes
+    Folders of ``students`` in the cache are named by a hash of data, rows, settings, versions and, where the weights
+    are a file of one's own or of the package, its content. A stopped job goes
     on from its last epoch, on another machine too; of two jobs that want one student the second waits for the first
     (`alone`), and where a disk has no locks both make it, and the one that is through first puts it there.
     """
@@ -208,8 +211,8 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "versions": [2, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
-    if Path(config.weights).is_file():
-        with open(config.weights, "rb") as file:
-            settings["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)
+    if file is not None and file.is_file():
+        settings["weights"] = sha256(file)
     name = config.backbone if rows is None else f"{config.backbone}_{config.method}"
     return f"{name}_{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"

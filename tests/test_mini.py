@@ -273,8 +273,18 @@ def test_counts_are_whole_and_every_spot_expresses_enough_genes(slides):
     for slide in slides.values():
         assert (slide.X.data == np.rint(slide.X.data)).all()
         assert slide.X.data.min() >= 1
-        assert ((slide.X > 0).sum(1) > 400).all()
-        assert 4000 < np.median(np.asarray(slide.X.sum(1))) < 10000
+        assert ((slide.X > 0).sum(1) > 250).all()
+        assert 2000 < np.median(np.asarray(slide.X.sum(1))) < 6000
+
+
+def test_counts_are_as_spread_as_in_real_sections(many_slides):
+    """Over the 1,345 genes that real breast sections share (benchmarks/mini_counts.py): 0.49, 0.66, -1.16 and 0.87."""
+    counts = [slide.X.toarray() for slide in many_slides]
+    assert 0.35 < np.mean([(x == 0).mean() for x in counts]) < 0.55
+    assert 0.45 < np.mean([x.sum(1).std() / x.sum(1).mean() for x in counts]) < 0.75
+    low, high = np.quantile(np.log10(np.concatenate(counts).mean(0)), [0.05, 0.95])
+    assert -1.2 < low < -0.6
+    assert 0.7 < high < 1.1
 
 
 def test_counts_are_negative_binomial_around_the_rate(slides):

@@ -164,6 +164,15 @@ def test_runs_that_may_not_share_a_column_are_refused_by_what_differs(write_run,
             table(runs)
 
 
+def test_weights_of_one_name_that_are_not_the_same_are_refused(write_run):
+    folders = [write_run("a", weights="hub"), write_run("b", weights="hub", method="bone")]
+    for folder, fingerprint in zip(folders, ("f0", "f1"), strict=True):
+        summary = json.loads((folder / "summary.json").read_text()) | {"backbone_fingerprint": fingerprint}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"a and b differ in backbone_fingerprint \(f0 and f1\)"):
+        protocol_table(read_runs(folders))
+
+
 def test_taught_students_of_other_epochs_or_teacher_are_refused_but_frozen_ones_have_none(write_run):
     frozen = write_run("a", epochs=50, teacher="scfoundation")
     bone = write_run("b", method="bone")

@@ -1,6 +1,7 @@
 """One experiment from start to end: its folder, its honesty, its refusals."""
 
 import json
+import re
 import shutil
 
 import anndata as ad
@@ -23,13 +24,13 @@ from peka_lite.scores import pooled
 from peka_lite.teachers.scfoundation import ScFoundation
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow"),
     pytest.mark.usefixtures("own_cache"),
 ]
 
 
 def config(root, **changes):
-    settings = {"cohort": str(root), "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20, "resolution": 0.5}
+    settings = {"cohort": str(root), "epochs": 1, "n_splits": 3, "n_genes": 20, "resolution": 0.5}
     settings |= changes
     if settings.get("label_method") == "kmeans":
         del settings["resolution"]
@@ -78,7 +79,7 @@ def test_summary_says_what_ran(bone_run, mini_cohort):
     table = pd.read_csv(bone_run / "metrics.csv")
     assert summary["mean_pcc"] == pytest.approx(table.groupby("fold")["pcc"].mean().mean())
     assert summary["ci_low"] < summary["mean_pcc"] < summary["ci_high"]
-    assert summary["weights"] == "random, seed 0"
+    assert re.fullmatch(r"package mini_student\.safetensors, sha256 [0-9a-f]{12}", summary["weights"])
     assert summary["data_fingerprint"] == fingerprint(mini_cohort)
     assert summary["synthetic"] is True
     assert 0.02 < summary["adapted_share"] < 0.08
@@ -223,7 +224,6 @@ def test_run_names_differ_with_any_setting(mini_root):
         ({"method": "none", "r": 32}, "does not fit method 'none'"),
         ({"backbone": "resnet50", "weights": "hub"}, "only method 'none'"),
         ({"backbone": "ctranspath", "weights": "hub"}, "only method 'none'"),
-        ({"weights": "hub"}, "no weights are published for 'mini'"),
         ({"resolution": 1.0, "label_method": "kmeans_"}, "unknown label_method"),
         ({"n_clusters": 5}, "belongs to label_method 'kmeans'"),
         ({"epochs": 0}, "epochs must be above 0"),

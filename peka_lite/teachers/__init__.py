@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,25 @@ def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options)
     return ScFoundation.from_checkpoint(checkpoint, **options)
 
 
+def make_scfoundation_mini(**options):
+    """Make scFoundation at small size from the checkpoint in the package; ``data/scfoundation_mini.md`` is its card.
+
+    Its vocabulary is the mini cohort's genes, sorted. `options` are ``precision`` and ``mapping`` of
+    `ScFoundation.from_checkpoint`.
+    """
+    from peka_lite.teachers.scfoundation import ScFoundation
+
+    if unknown := options.keys() - {"precision", "mapping"}:
+        raise ValueError(
+            f"teacher 'scfoundation-mini' takes precision and mapping, not {', '.join(sorted(unknown))}; its weights "
+            "and genes come with the package, and 'scfoundation' reads a checkpoint"
+        )
+    data = Path(str(resources.files("peka_lite"))) / "data"
+    lines = (data / "mini_genes.txt").read_text("utf-8").splitlines()
+    genes = sorted(gene for line in lines if not line.startswith("#") for gene in line.split())
+    return ScFoundation.from_checkpoint(data / "scfoundation_mini.ckpt", genes=genes, **options)
+
+
 def load_teacher(name: str, **options):
     """Make a teacher by name.
 
@@ -33,8 +53,9 @@ def load_teacher(name: str, **options):
     Parameters
     ----------
     name
-        ``"pca"``, whose options are those of `PCATeacher`; or ``"scfoundation"``, with ``checkpoint`` (None: the
-        fetched one) and the options of `ScFoundation.from_checkpoint`.
+        ``"pca"``, whose options are those of `PCATeacher`; ``"scfoundation"``, with ``checkpoint`` (None: the fetched
+        one) and the options of `ScFoundation.from_checkpoint`; or ``"scfoundation-mini"``, the same network at small
+        size, pretrained on synthetic counts, with ``precision`` and ``mapping``.
 
     Examples
     --------

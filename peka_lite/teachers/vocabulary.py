@@ -142,7 +142,7 @@ def align_to_vocabulary(
     names = rename(adata.var_names, genes, mapping)
     in_logs = logged and not names.is_unique
     if in_logs:
-        adata = ad.AnnData(np.expm1(sparse.csr_matrix(adata.X, dtype=np.float64)), adata.obs, adata.var)
+        adata = ad.AnnData(np.expm1(sparse.csr_matrix(adata.X, dtype=np.float64, copy=True)), adata.obs, adata.var)
     X, coverage = align_genes(adata, genes, names=names)
     if coverage >= 0.5:
         return np.log1p(X) if in_logs else X, coverage

@@ -1,0 +1,214 @@
+r"""Pretrain the small student `mini` on tiles without labels, on a CPU, within a number of minutes.
+
+A first training learns from synthetic tiles, another goes on from its weights with real ones among them:
+
+    python pretraining/student.py --corpus corpus --minutes 30 --out synthetic.safetensors --log synthetic.csv
+    python pretraining/student.py --corpus corpus --minutes 5 --init synthetic.safetensors --lr 4e-4 \
+        --sections HER2_C2 HER2_C3 HER2_C4 HER2_C5 --out mini.safetensors --log mini.csv
+
+`make pretrain-student` holds the commands behind the shipped weights. `--minutes` of processor time are the budget and
+set the learning rate's course; with `--steps` instead, a seed gives the same weights again on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from objectives import TARGETS, make_objective
+from safetensors.torch import save
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from peka_lite.backbones import load_backbone, pooled, preprocess
+
+COLUMNS = ("step", "tiles", "cpu_minutes", "loss", "tiles_per_second", "validation_r2")
+WARMUP = 0.05  # of the budget
+
+
+def open_corpus(folder: Path, sections: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Map the synthetic tiles and the tiles of each real section, uint8 (n, 112, 112, 3).
+
+    Raises
+    ------
+    FileNotFoundError
+        If the corpus, or a section in it, is not there; the message names those that are.
+    """
+    if not (folder / "synthetic.npy").is_file():
+        raise FileNotFoundError(f"{folder} holds no synthetic.npy; make it with pretraining/corpus.py --out {folder}")
+    known = sorted(p.stem for p in folder.glob("*.npy") if not p.stem.startswith(("synthetic", "validation", ".")))
+    if unknown := [name for name in sections if name not in known]:
+        raise FileNotFoundError(f"{folder} holds no section {unknown[0]!r}; it holds {', '.join(known) or 'none'}")
+    files = [folder / f"{name}.npy" for name in ("synthetic", *sections)]
+    synthetic, *real = (np.load(file, mmap_mode="r") for file in files)
+    return synthetic, real
+
+
+def draw_batch(rng, synthetic, real: list, size: int, share: float) -> torch.Tensor:
+    """Draw tiles uint8 (size, 112, 112, 3), a share of them real where there are real sections."""
+    n_real = round(size * share) if real else 0
+    batch = np.concatenate([synthetic[np.sort(rng.integers(len(synthetic), size=size - n_real))]])
+    if n_real:
+        section = rng.integers(len(real), size=n_real)
+        batch = np.concatenate([batch, [real[s][rng.integers(len(real[s]))] for s in section]])
+    return torch.from_numpy(batch)
+
+
+@torch.inference_mode()
+def embed(model, tiles) -> np.ndarray:
+    """Return the pooled features (N, 192) of uint8 tiles."""
+    batches = (torch.from_numpy(np.array(tiles[i : i + 128])) for i in range(0, len(tiles), 128))
+    return torch.cat([pooled(model, preprocess(batch, model.spec)) for batch in batches]).numpy()
+
+
+def ridge_r2(features: np.ndarray, mixture: np.ndarray, section: np.ndarray) -> float:
+    """Tell how well a ridge predicts the domains of sections that it was not fitted on: R2, mean over domains.
+
+    Each half of the sections is predicted from the other half.
+    """
+    predicted = np.empty_like(mixture)
+    for half in (0, 1):
+        train, test = section % 2 != half, section % 2 == half
+        ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13)))
+        predicted[test] = ridge.fit(features[train], mixture[train]).predict(features[test])
+    return float(1 - (((mixture - predicted) ** 2).sum(0) / ((mixture - mixture.mean(0)) ** 2).sum(0)).mean())
+
+
+def make_optimizer(objective, lr: float) -> torch.optim.AdamW:
+    """AdamW, without decay for biases, norms and position embeddings."""
+    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    flat = [p for name, p in named if p.ndim < 2 or "pos" in name or "cls_token" in name]
+    rest = [p for name, p in named if not (p.ndim < 2 or "pos" in name or "cls_token" in name)]
+    groups = [{"params": rest, "weight_decay": 0.05}, {"params": flat, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def write_weights(path: Path, model, record: dict) -> None:
+    """Write the student in half precision under the names that `load_backbone` reads, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        draft.write_bytes(save(state, {"format": "pt"} | {name: str(value) for name, value in record.items()}))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def train(options: argparse.Namespace) -> list[dict]:
+    """Train, write the weights at every validation and at the end, and return the rows of the log."""
+    synthetic, real = open_corpus(options.corpus, options.sections)
+    held_out = [np.load(options.corpus / f"validation{end}.npy") for end in ("", "_mixture", "_section")]
+    rng = np.random.default_rng(options.seed)
+    torch.manual_seed(options.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*starts from random weights")
+        model = load_backbone("mini", weights=options.init or "random", seed=options.seed)
+    masking = {name: getattr(options, name) for name in ("target", "masked", "depth", "summary")}
+    masking = masking if options.objective == "mae" else {}
+    objective = make_objective(options.objective, model.train(), stain=options.stain, **masking)
+    optimizer = make_optimizer(objective, options.lr)
+    student = objective.average["backbone"].eval()
+
+    rows, losses, share, step, seen = [], [], 0.0, 0, 0
+    begun, written = time.process_time(), time.perf_counter()
+    judged = written
+    while share < options.stop:
+        warm, course = min(1.0, (share + 1e-3) / WARMUP), max(0.0, share - WARMUP) / (1 - WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * course)) / 2)
+        loss = objective.loss(draw_batch(rng, synthetic, real, options.batch, options.real_share))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 3.0)
+        optimizer.step()
+        momentum = objective.momentum(step, share)
+        with torch.no_grad():
+            pairs = zip(objective.average.parameters(), objective.learner.parameters(), strict=True)
+            for average, learned in pairs:
+                average.lerp_(learned, 1 - momentum)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"the loss is {losses[-1]} at step {step}; give a smaller --lr")
+        step, seen, now = step + 1, seen + options.batch, time.perf_counter()
+        minutes = (time.process_time() - begun) / 60
+        share = step / options.steps if options.steps else minutes / options.minutes
+
+        judge = share >= options.stop or now - judged > 60 * options.validate
+        if judge or now - written > 30 or step == 1:
+            row = {"step": step, "tiles": seen, "cpu_minutes": round(minutes, 2)}
+            row["loss"], row["tiles_per_second"] = round(float(np.mean(losses)), 5), round(seen / minutes / 60, 1)
+            row["validation_r2"] = round(ridge_r2(embed(student, held_out[0]), *held_out[1:]), 4) if judge else ""
+            rows.append(row)
+            _append(options.log, rows)
+            losses, written = [], time.perf_counter()
+            if judge:
+                write_weights(options.out, student, vars(options) | row | {"share": round(share, 3)})
+                judged = written
+    return rows
+
+
+def _append(log: Path | None, rows: list[dict]) -> None:
+    """Print the last row, and add it to the log; the first row starts the log anew."""
+    print(", ".join(f"{name} {value}" for name, value in rows[-1].items() if value != ""), flush=True)
+    if log is None:
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w" if len(rows) == 1 else "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if len(rows) == 1:
+            writer.writeheader()
+        writer.writerow(rows[-1])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="folder that corpus.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file of the weights, in half precision")
+    parser.add_argument("--log", type=Path, help="CSV file of the loss and the validation")
+    parser.add_argument("--objective", choices=("mae", "dino", "ibot"), default="mae")
+    parser.add_argument("--target", choices=TARGETS, default="descriptors", help="what mae predicts")
+    parser.add_argument("--masked", type=float, default=0.5, help="share of the patches that mae hides")
+    parser.add_argument("--depth", type=int, default=1, help="of mae's decoder")
+    parser.add_argument("--summary", action="store_true", help="mae predicts the descriptors of the whole tile too")
+    parser.add_argument("--minutes", type=float, default=30.0, help="the budget in processor time, validation included")
+    parser.add_argument("--stop", type=float, default=1.0, help="share of the budget after which to end early")
+    parser.add_argument("--steps", type=int, help="the budget in steps, in place of --minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", help="weights to go on from; without, a random start")
+    parser.add_argument("--sections", nargs="+", default=[], help="real sections of the corpus in the mix")
+    parser.add_argument("--real-share", type=float, default=0.25, help="of a batch, with --sections")
+    parser.add_argument("--stain", type=float, default=0.1, help="spread of the stain jitter, log strength; 0: none")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--validate", type=float, default=4.0, help="minutes between validations")
+    options = parser.parse_args(arguments)
+    for name in ("real_share", "masked", "stop"):
+        if not 0 <= getattr(options, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} is a share, 0 to 1, not {getattr(options, name)}")
+    if options.summary and (options.objective, options.target) != ("mae", "descriptors"):
+        parser.error("--summary is of --objective mae and --target descriptors")
+    if min(options.minutes, options.batch, 1 if options.steps is None else options.steps) <= 0:
+        parser.error("--minutes, --steps and --batch are above 0")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train as the command line says; what is wrong with it is one line."""
+    try:
+        train(parse(arguments))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"student.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
