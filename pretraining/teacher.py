@@ -6,7 +6,7 @@ masked values are told, and judged by their squared error. Half of the spots are
 the model learns what depth means. Other than in the paper are the decoder (`MaskedModel`), what is told of a gene
 (`draw_corpus`), and that a step looks at a random part of the genes only, which is faster.
 
-    python pretraining/teacher.py --minutes 12 --seed 0
+    python pretraining/teacher.py --steps 900 --seed 0
 
 It writes ``peka_lite/data/scfoundation_mini.ckpt``, in the format of the published checkpoint, and
 ``pretraining/teacher_log.csv``.
@@ -153,9 +153,9 @@ def loss_of(model: MaskedModel, batch: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 def train(
     *,
-    minutes: float,
+    steps: int,
     seed: int,
-    steps: int | None = None,
+    minutes: float | None = None,
     n_cohorts: int = 120,
     hidden_dim: int = 64,
     depth: int = 2,
@@ -166,7 +166,7 @@ def train(
     genes: int = 500,
     every: int = 100,
 ) -> tuple[MaskedModel, list[dict]]:
-    """Train for some minutes, or a number of steps.
+    """Train for a number of steps, or instead some minutes.
 
     The last fifth takes few spots a step, with most or all of their genes, as `embed` does.
 
@@ -180,7 +180,7 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(KEY, 0)))
     taught, held_out = np.random.SeedSequence(seed, spawn_key=(KEY, 1)).spawn(2)
-    corpus, unseen = draw_corpus(taught.spawn(n_cohorts)), draw_corpus(held_out.spawn(4))
+    corpus, unseen = draw_corpus(taught.spawn(n_cohorts)), draw_corpus(held_out.spawn(min(4, n_cohorts)))
     n_spots, n_genes = corpus[0].shape
     exam_rng = np.random.default_rng(0)
     drawn = exam_rng.permutation(len(unseen[0]))[:128]
@@ -191,7 +191,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     begun, log, losses, step, seen, done = time.monotonic(), [], [], 0, 0, 0.0
     while done < 1:
-        done = (step + 1) / steps if steps else (time.monotonic() - begun) / (60 * minutes)
+        done = (time.monotonic() - begun) / (60 * minutes) if minutes else (step + 1) / steps
         n, width = (spots, genes) if done < 0.8 else (max(1, spots // 4), min(3 * genes, n_genes))
         fall = 0.51 + 0.49 * math.cos(math.pi * min(done, 1))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, fall)
@@ -228,14 +228,14 @@ def write_checkpoint(model: MaskedModel, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train and write checkpoint and log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of training; drawing the counts comes on top")
-    parser.add_argument("--steps", type=int, help="instead: the same weights again, on the same machine")
+    parser.add_argument("--steps", type=int, default=900, help="the same weights again, on the same machine")
+    parser.add_argument("--minutes", type=float, help="of training, instead of steps; drawing the counts comes on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cohorts", type=int, default=120, help="how many are drawn to learn from")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--log", type=Path, default=HERE / "teacher_log.csv")
     o = parser.parse_args(arguments)
-    model, log = train(minutes=o.minutes, seed=o.seed, steps=o.steps, n_cohorts=o.cohorts)
+    model, log = train(steps=o.steps, minutes=o.minutes, seed=o.seed, n_cohorts=o.cohorts)
     write_checkpoint(model, o.out)
     with o.log.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

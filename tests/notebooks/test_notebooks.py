@@ -10,7 +10,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
-         "06_spatial_pcc_maps", "07_sweeps"]  # fmt: skip
+         "06_spatial_pcc_maps", "07_sweeps", "08_default_models"]  # fmt: skip
 SMALL = {"epochs": 1, "n_splits": 3}
 
 

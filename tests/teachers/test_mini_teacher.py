@@ -36,7 +36,7 @@ def mini():
 @pytest.fixture(scope="module")
 def spots():
     """A few spots of a cohort that nobody trained on, beside the domains' true shares."""
-    counts, mixture = pretraining.draw_cohort(np.random.SeedSequence(11), n_slides=2, n_spots=60)
+    counts, mixture = pretraining.draw_cohort(np.random.SeedSequence(11), n_slides=2, n_spots=45)
     var = _mini_genes.draw_genes(np.random.default_rng(0))[0]
     obs = pd.DataFrame(index=[f"spot{i}" for i in range(len(counts))])
     adata = ad.AnnData(sparse.csr_matrix(counts, dtype=np.float32), obs, pd.DataFrame(index=var.index))
@@ -97,7 +97,7 @@ def test_a_run_takes_it_by_name(mini, mini_root):
 
 def test_the_script_writes_a_checkpoint_that_loads(tmp_path, mini, capsys):
     out, log = tmp_path / "small.ckpt", tmp_path / "log.csv"
-    pretraining.main(["--steps", "5", "--cohorts", "2", "--out", str(out), "--log", str(log), "--seed", "3"])
+    pretraining.main(["--steps", "5", "--cohorts", "1", "--out", str(out), "--log", str(log), "--seed", "3"])
     made = ScFoundation.from_checkpoint(out, genes=mini.genes)
     assert made.encoder.config == mini.encoder.config
     assert made.fingerprint != mini.fingerprint
