@@ -32,6 +32,7 @@ from peka_lite.backbones import load_backbone, pooled, preprocess
 
 COLUMNS = ("step", "tiles", "cpu_minutes", "loss", "tiles_per_second", "validation_r2")
 WARMUP = 0.05  # of the budget
+FILES = ("corpus", "init", "log", "out")  # where things lie on one machine is not told in the weights
 
 
 def open_corpus(folder: Path, sections: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -151,7 +152,8 @@ def train(options: argparse.Namespace) -> list[dict]:
             _append(options.log, rows)
             losses, written = [], time.perf_counter()
             if judge:
-                write_weights(options.out, student, vars(options) | row | {"share": round(share, 3)})
+                settings = {name: value for name, value in vars(options).items() if name not in FILES}
+                write_weights(options.out, student, settings | row | {"share": round(share, 3)})
                 judged = written
     return rows
 

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage.color import rgb_from_hed
 
@@ -137,6 +138,9 @@ def test_every_objective_gives_weights_that_load(run, tmp_path, objective):
     log = tmp_path / "log.csv"
     file = run("--objective", objective, "--sections", "REAL", "--log", log, steps=2)
     assert {t.dtype for t in load_file(file).values()} == {torch.float16}
+    with safe_open(file, "pt") as stored:
+        assert stored.metadata()["objective"] == objective
+        assert str(tmp_path) not in str(stored.metadata())
     model = load_backbone("mini", weights=file)
     with pytest.warns(UserWarning, match="random weights"):
         start = load_backbone("mini", weights="random", seed=0)
