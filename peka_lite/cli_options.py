@@ -12,7 +12,7 @@ _HELP = {
     "slides": "comma-separated slide ids; all by default",
     "patients": "CSV file with columns id,patient, where nothing else names them",
     "protocol": "paper, hest or strict: sets split, normalization, alpha and what sees which rows",
-    "features": "student, frozen+student, or a control: teacher, colour, coordinates, depth",
+    "features": "student, frozen+student, projector, or a control: teacher, colour, coordinates, depth",
     "teacher": "pca, scfoundation or scfoundation-mini (small, in the package)",
     "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
     "teacher_genes": "its gene list; the one beside the checkpoint or the fetched one by default",

@@ -24,6 +24,7 @@ from peka_lite.registry import (
     NORMALIZATIONS,
     SPLITS,
     TEACHERS,
+    WITH_STUDENT,
     check_block_size,
     check_penalty,
     did_you_mean,
@@ -42,8 +43,8 @@ _TYPES = {
     "None": ((NoneType,), "None"),
 }
 _NAMES = {
-    "protocol": PROTOCOLS, "features": FEATURES, "teacher": TEACHERS, "backbone": BACKBONES, "method": METHODS,
-    "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
+    "protocol": PROTOCOLS, "features": (*FEATURES, "backbone"), "teacher": TEACHERS, "backbone": BACKBONES,
+    "method": METHODS, "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
     "normalization": NORMALIZATIONS,
 }  # fmt: skip
 _ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
@@ -68,8 +69,10 @@ class RunConfig:
         ``"paper"``, ``"hest"`` or ``"strict"`` (`PROTOCOLS`): sets split, normalization and alpha, and which rows each
         step may see. None: those three as given here, everything that learns on training rows.
     features
-        What the probe reads: ``"student"``; ``"frozen+student"``, the frozen student's features beside the taught
-        one's; or a control without a student: ``"colour"`` and texture of the tile, ``"coordinates"`` on the slide,
+        What the probe reads: ``"student"`` (``"backbone"`` is another word for it), the backbone's pooled output;
+        ``"frozen+student"``, the frozen student's features beside the taught one's; ``"projector"``, an ablation: what
+        the projector that was taught beside the adapters makes of them, in the teacher's space; or a control
+        without a student: ``"colour"`` and texture of the tile, ``"coordinates"`` on the slide,
         ``"depth"`` (total count), and ``"teacher"``, which sees the expression itself: the upper line.
     teacher, backbone, method
         Names known to `load_teacher`, `BACKBONES` and `adapt`.
@@ -148,10 +151,14 @@ class RunConfig:
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
         self._settle_protocol()
-        if self.features not in ("student", "frozen+student") and self.method != "none":
+        if self.features == "backbone":
+            object.__setattr__(self, "features", "student")
+        if self.features not in WITH_STUDENT and self.method != "none":
             raise ValueError(f"features {self.features!r} take no student: give method 'none' with them")
-        if self.method == "none" and (self.features == "frozen+student" or self.shuffle_teacher):
-            raise ValueError("method 'none' teaches no student: neither 'frozen+student' nor shuffle_teacher fits it")
+        if self.method == "none" and (self.features in ("frozen+student", "projector") or self.shuffle_teacher):
+            raise ValueError(
+                "method 'none' teaches no student: neither 'frozen+student', 'projector' nor shuffle_teacher fits it"
+            )
         if self.resolution is not None and self.label_method != "knn-leiden":
             raise ValueError("resolution belongs to label_method 'knn-leiden'; kmeans takes n_clusters")
         if self.n_clusters is not None and self.label_method != "kmeans":

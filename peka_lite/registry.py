@@ -49,7 +49,8 @@ class Late(Mapping):
         return f"Late({self._values})"
 
 
-FEATURES = ("student", "frozen+student", "teacher", "colour", "coordinates", "depth")
+FEATURES = ("student", "frozen+student", "projector", "teacher", "colour", "coordinates", "depth")
+WITH_STUDENT = FEATURES[:3]
 SPLITS = ("patient", "slide", "spot")
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
 TEACHERS = Late(

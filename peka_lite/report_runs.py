@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from peka_lite.registry import WITH_STUDENT
 from peka_lite.report_sweeps import RUN_FILES, is_sweep, read_sweep_folder
 
 PROTOCOLS = ("paper", "hest", "strict", "custom")
@@ -73,7 +74,7 @@ class Run:
     @property
     def backbone(self) -> str | None:
         """The student's; None for controls, which read none."""
-        return self.summary["backbone"] if self.summary["features"] in ("student", "frozen+student") else None
+        return self.summary["backbone"] if self.summary["features"] in WITH_STUDENT else None
 
     @property
     def named_cohort(self) -> str:
@@ -127,7 +128,7 @@ def label(run: Run) -> str:
         return CONTROLS[features]
     if features == "teacher":
         return "teacher (upper line)"
-    name = f"[frozen, {method}]" if features == "frozen+student" else method
+    name = {"frozen+student": f"[frozen, {method}]", "projector": f"{method}, projector"}.get(features, method)
     return f"{name}, shuffled teacher" if run.summary["shuffled"] else name
 
 
@@ -139,7 +140,9 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
         method = list(METHODS).index(run.summary["method"])
         if features in CONTROLS:
             return 0, 0, list(CONTROLS).index(features)
-        return 4 if features == "teacher" else 1 if shuffled else 2, features == "frozen+student", method
+        if features == "teacher":
+            return 4, 0, method
+        return 1 if shuffled else 2, WITH_STUDENT.index(features), method
 
     return sorted(runs, key=place)
 

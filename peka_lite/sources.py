@@ -16,7 +16,7 @@ from peka_lite.lessons import embedding
 from peka_lite.processes import Processes
 from peka_lite.provenance import row_ids
 from peka_lite.results import fingerprint
-from peka_lite.students import Student, taught_student
+from peka_lite.students import Student, projection, taught_student
 from peka_lite.tiles import TileStore
 
 
@@ -65,7 +65,8 @@ class FeatureSource:
             return self._once(f"teacher {who}", lambda: self._embedding(self._rows(left_out)))
         if kind == "student":
             return self._once(who, lambda: self._student(self._rows(left_out)))
-        return self._once(f"both {who}", lambda: self._both(self._rows(left_out)))
+        make = {"frozen+student": self._both, "projector": self._projected}[kind]
+        return self._once(f"{kind} {who}", lambda: make(self._rows(left_out)))
 
     def coverage(self) -> float | None:
         """Return the share of expressed genes that a pretrained teacher knows, on the slide where it knows fewest."""
@@ -152,6 +153,10 @@ class FeatureSource:
     def _both(self, rows: np.ndarray) -> Student:
         taught, frozen = self._student(rows), self._student(None)
         return replace(taught, features=np.hstack([frozen.features, taught.features]))
+
+    def _projected(self, rows: np.ndarray) -> Student:
+        taught = self._student(rows)
+        return replace(taught, features=projection(taught))
 
     def _embedding(self, rows: np.ndarray) -> Student:
         at = {"data": self.data, "device": self.device, "progress": self.progress}

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 
 from peka_lite import __version__
 from peka_lite._packaged import packaged, sha256
@@ -27,13 +27,14 @@ from peka_lite.losses import NotFinite
 from peka_lite.manifest import cache_dir
 from peka_lite.processes import Processes
 from peka_lite.registry import BACKBONES
-from peka_lite.transfer import TransferModel, fit
+from peka_lite.transfer import TransferModel, fit, mlp
 
 TRAINING = (
     "backbone", "weights", "method", "r", "layers", "teacher", "label_method", "resolution", "n_clusters", "kd_space",
     "tau", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "augment", "seed", "shuffle_teacher",
 )  # fmt: skip
 
+PROJECTOR = "projector.safetensors"
 FITTING = (
     "epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed", "micro_batch", "recompute",
     "compile",
@@ -56,7 +57,7 @@ class Student:
         weights (where they came from), fingerprint (`backbone_fingerprint`), and of a taught one share (of weights
         adapted) and n_labels.
     folder
-        Holds ``adapter.safetensors`` and ``training.csv`` unless the student is frozen.
+        Holds ``adapter.safetensors``, ``projector.safetensors`` and ``training.csv`` unless the student is frozen.
     """
 
     features: np.ndarray
@@ -116,6 +117,17 @@ def taught_student(
     return Student(np.load(folder / "features.npy", mmap_mode="r"), learned, embedding_ids, record, folder)
 
 
+def projection(student: Student) -> np.ndarray:
+    """Return what a taught student's projector makes of its features: S of the paper's equation 4, (N, D_t) float32."""
+    state = load_file(student.folder / PROJECTOR)
+    hidden, dim = state["0.weight"].shape
+    projector = mlp(dim, hidden, len(state["2.weight"]))
+    projector.load_state_dict(state)
+    with torch.inference_mode():
+        pieces = torch.from_numpy(np.array(student.features)).split(4096)
+        return torch.cat([projector(piece) for piece in pieces]).numpy()
+
+
 def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress) -> None:
     progress = progress and processes.first
     student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
@@ -127,12 +139,13 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
         if processes.first:
             processes.wait()
         ids |= taught.ids
-        history = _teach(config, student, tiles.select(rows), taught, cohort, rows, work, device, progress)
+        history, projector = _teach(config, student, tiles.select(rows), taught, cohort, rows, work, device, progress)
         record |= {"share": adapted_share(student), "n_labels": taught.n_labels}
         ids["student"] = student.adapter.fitted_on
         if processes.first:
             history.to_csv(work / "training.csv", index=False)
             save_adapter(student, work / "adapter.safetensors", data=data)
+            save_file({name: p.detach().cpu() for name, p in projector.named_parameters()}, work / PROJECTOR)
         student = merge(student)
     _embed(student, tiles, work / "features.npy", device, processes, progress)
     if processes.first:
@@ -171,7 +184,7 @@ def _embed(student, tiles, path: Path, device, processes: Processes, progress) -
     processes.wait()
 
 
-def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, progress) -> pd.DataFrame:
+def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, progress):
     E, labels, n_labels = lesson.embedding, lesson.labels, lesson.n_labels
     if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
         order = np.random.default_rng(config.seed).permutation(len(E))
@@ -189,10 +202,11 @@ def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, p
         student, teacher_dim=E.shape[1], n_classes=n_labels, kd_space=config.kd_space, seed=config.seed
     )
     try:
-        return fit(
+        history = fit(
             model, tiles, E, labels, **{k: getattr(config, k) for k in FITTING}, device=device,
             checkpoint=work / "student.pt", resume=True, progress=progress,
         )  # fmt: skip
+        return history, model.projector
     except NotFinite as error:
         spots = cohort.obs.iloc[rows[error.rows[:8]]]
         names = ", ".join(f"{slide} {barcode}" for slide, barcode in zip(spots["slide"], spots["barcode"], strict=True))
@@ -208,7 +222,7 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "rows": None if rows is None else hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest(),
         "teacher": None if rows is None else [repr(teacher), getattr(teacher, "fingerprint", None)],
         "labels": None if rows is None else repr(config.labeler()),
-        "versions": [2, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
+        "versions": [3, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
     file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)

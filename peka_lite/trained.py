@@ -138,7 +138,9 @@ def load_trained(
     folder = Path(folder)
     config, summary = read_run(folder)
     if config.features not in ("student", "frozen+student"):
-        raise ValueError(f"{folder} has features {config.features!r}: no student learned there, so there is no model")
+        raise ValueError(
+            f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' alone"
+        )
     probes = load_probes(folder / "probe.safetensors")
     fold = _fold(folder, probes, fold)
     probe, genes = probes.probes[_name(fold)]

@@ -64,11 +64,11 @@ class TransferModel(nn.Module):
         self.backbone, self.kd_space, self.n_classes = backbone, kd_space, n_classes
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.projector = _mlp(backbone.spec.dim, hidden, teacher_dim)
+            self.projector = mlp(backbone.spec.dim, hidden, teacher_dim)
             self.classifier = (
                 nn.Linear(backbone.spec.dim, n_classes)
                 if kd_space == "embedding"
-                else _mlp(teacher_dim, hidden, n_classes)
+                else mlp(teacher_dim, hidden, n_classes)
             )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +219,8 @@ def _check(model: TransferModel, n: int, teacher, labels, **positive) -> None:
             raise ValueError(f"{name} must be above 0, not {value}")
 
 
-def _mlp(into: int, hidden: int, out: int) -> nn.Sequential:
+def mlp(into: int, hidden: int, out: int) -> nn.Sequential:
+    """Return the projector's shape: two linear layers with GELU between them."""
     return nn.Sequential(nn.Linear(into, hidden), nn.GELU(), nn.Linear(hidden, out))
 
 

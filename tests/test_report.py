@@ -94,6 +94,7 @@ def test_the_same_run_twice_is_refused_even_on_another_device(write_run):
 def test_rows_are_named_and_ordered_from_controls_to_the_teacher(write_run):
     kinds = [
         ("teacher", "none", False, "teacher (upper line)"),
+        ("projector", "bone", False, "Bone, projector"),
         ("frozen+student", "bone", False, "[frozen, Bone]"),
         ("student", "miss", False, "MiSS"),
         ("student", "adalora", False, "AdaLoRA"),

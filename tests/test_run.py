@@ -123,16 +123,38 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_c
         {"method": "none", "features": "depth", "alpha": 1.0},
         {"method": "none", "features": "teacher"},
         {"features": "frozen+student", "layers": "proj"},
+        {"features": "projector", "protocol": "strict", "n_splits": 3},
         {"shuffle_teacher": True, "train_share": 0.5},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
 def test_every_choice_runs(mini_root, tmp_path, changes):
-    summary = run(config(mini_root, n_splits=2, **changes), tmp_path / "out")
+    summary = run(config(mini_root, **{"n_splits": 2} | changes), tmp_path / "out")
     assert -1 <= summary["mean_pcc"] <= 1
     assert summary["ceiling"]["log1p-cp10k"]["basis"] == "known"
     assert summary["mean_pcc"] == summary["scores"][summary["normalization"]]["pooled"]["pcc"]
     assert (tmp_path / "out" / "adapter.safetensors").exists() == (changes.get("method") != "none")
+
+
+def test_projector_features_are_what_the_taught_model_projects(mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.students as room
+    from peka_lite.backbones import preprocess
+
+    real, taught, given = room.fit, [], []
+    monkeypatch.setattr(room, "fit", lambda model, *a, **k: (taught.append(model), real(model, *a, **k))[1])
+    kept = room.projection
+    monkeypatch.setattr("peka_lite.sources.projection", lambda student: (given.append(kept(student)), given[-1])[1])
+    run(config(mini_root, features="projector", protocol="paper"), tmp_path / "out", maps=False)
+    (model,), tiles = taught, open_cohort(mini_root).tiles
+    with torch.inference_mode():
+        projected, _ = model(preprocess(torch.from_numpy(tiles[:16]), model.backbone.spec))
+    assert given[0].shape == (len(tiles), model.projector[-1].out_features)
+    assert np.allclose(given[0][:16], projected, atol=2e-3)
+    assert not (tmp_path / "out" / "probe.safetensors").exists()
+
+
+def test_backbone_is_another_word_for_student_features():
+    assert RunConfig(features="backbone") == RunConfig(features="student")
 
 
 def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_path, fresh_cache):
@@ -236,6 +258,7 @@ def test_run_names_differ_with_any_setting(mini_root):
         ({"protocol": "hest", "normalization": "log1p-cp10k"}, "has normalization 'log1p', not"),
         ({"features": "teacher"}, "take no student: give method 'none'"),
         ({"features": "frozen+student", "method": "none"}, "teaches no student"),
+        ({"features": "projector", "method": "none"}, "teaches no student"),
         ({"shuffle_teacher": True, "method": "none"}, "teaches no student"),
         ({"train_share": 0.0}, "train_share is above 0"),
         ({"layers": "fc1"}, "unknown layers 'fc1'; known: qkv, proj"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -12,18 +13,44 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.i
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
          "06_spatial_pcc_maps", "07_sweeps", "08_default_models"]  # fmt: skip
 SMALL = {"epochs": 1, "n_splits": 3}
+ANATOMY = ("**You will learn**", "**You need**", "## Key takeaways", "## Exercises", "## What's next", "## References")
+
+
+def tagged(notebook, tag):
+    return [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
+
+
+def with_unsolved_checks(notebook):
+    """Run each exercise's check once before its solution, where it has to fail."""
+    for solution, check in zip(tagged(notebook, "solution"), tagged(notebook, "check"), strict=True):
+        test = textwrap.indent(check.source, "    ")
+        source = f"""
+try:
+{test}
+except AssertionError:
+    pass
+else:
+    raise RuntimeError("{check.id} passes before the exercise is solved")
+"""
+        at = notebook.cells.index(solution)
+        notebook.cells.insert(at, nbformat.v4.new_code_cell(source, id=f"{check.id}-unsolved"))
+    return notebook
 
 
 def execute(name, folder, **parameters):
     source = next(p for p in NOTEBOOKS if p.stem == name)
+    copy = with_unsolved_checks(nbformat.read(source, as_version=4))
     known = papermill.inspect_notebook(str(source))
     assert parameters.keys() <= known.keys()
     wanted = {k: v for k, v in SMALL.items() if k in known} | parameters
     here = os.getcwd()
+    (folder / "given").mkdir(exist_ok=True)
+    nbformat.write(copy, folder / "given" / source.name)
     try:
         return papermill.execute_notebook(
-            str(source), str(folder / source.name), wanted, cwd=str(folder), progress_bar=False, log_output=False
-        )
+            str(folder / "given" / source.name), str(folder / source.name), wanted,
+            cwd=str(folder), progress_bar=False, log_output=False,
+        )  # fmt: skip
     finally:
         os.chdir(here)
 
@@ -39,15 +66,49 @@ def test_committed_clean(path):
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert not any(c.outputs or c.execution_count for c in code)
     assert len({c.id for c in notebook.cells}) == len(notebook.cells)
-    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    assert all(re.match(r"\w+: [\w| ]+ = .+", line) for line in tagged[0].source.splitlines())
+    (parameters,) = tagged(notebook, "parameters")
+    assert all(re.match(r"\w+: [\w| ]+ = .+", line) for line in parameters.source.splitlines())
     assert "pip install" in code[0].source
-    assert code[1] is tagged[0]
+    assert code[1] is parameters
     text = path.read_text()
     assert not re.search(r'"/(home|root|work|Users|tmp)/', text)
-    for heading in ("**You will learn**", "**You need**", "## Exercises", "## What's next", "## References"):
-        assert heading in text
+    at = [text.find(heading) for heading in ANATOMY]
+    assert -1 not in at, ANATOMY[at.index(-1)]
+    assert at == sorted(at)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_exercises_are_complete(path):
+    """Three to five, each a task, a cell to fill in, a folded solution and a check, in this order."""
+    cells = nbformat.read(path, as_version=4).cells
+    starts = [i for i, c in enumerate(cells) if "exercise" in c.metadata.get("tags", [])]
+    assert 3 <= len(starts) <= 5
+    for n, i in enumerate(starts, 1):
+        task, starter, solution, check = cells[i - 1 : i + 3]
+        assert f"### Exercise {n}: " in task.source
+        number = f"{path.stem[:2]}-ex{n}"
+        assert [c.id for c in (starter, solution, check)] == [number, f"{number}-solution", f"{number}-check"]
+        assert solution.metadata["tags"] == ["solution", "hide-cell"]
+        assert solution.metadata["jupyter"]["source_hidden"]
+        assert solution.source.startswith(f"# @title Solution {n}\n")
+        assert check.metadata["tags"] == ["check"]
+        assert check.source.count("assert ") >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_key_takeaways_lead_to_their_sections(path):
+    text = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+    sections = {slug(heading) for heading in re.findall(r"^#{2,3} (.+)$", text, re.M)}
+    bullets = re.search(r"## Key takeaways\n+((?:[-* ].*\n?)+)", text).group(1)
+    bullets = re.split(r"^- ", bullets, flags=re.M)[1:]
+    assert 3 <= len(bullets) <= 6
+    for bullet in bullets:
+        assert sections & set(re.findall(r"\]\(#([^)]+)\)", bullet)), bullet
+
+
+def slug(heading):
+    """A heading's anchor, as GitHub and MyST make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -68,7 +129,7 @@ def test_every_figure_has_alt_text(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_on_its_own(name, mini_root, tmp_path):
     done = execute(name, tmp_path, cohort=str(mini_root))
-    figures = sum("image/png" in o.get("data", {}) for c in done.cells for o in c.get("outputs", []))
+    figures = sum("image/svg+xml" in o.get("data", {}) for c in done.cells for o in c.get("outputs", []))
     assert figures >= 1
     said = "".join(o["text"] for c in done.cells for o in c.get("outputs", []) if o.get("name") == "stdout")
     assert "\x1b" not in said  # nothing that only a terminal understands
