@@ -18,13 +18,15 @@ export PYTHONWARNINGS ?= ignore::SyntaxWarning
 LIBRARY := $(shell find peka_lite -type f \( -name '*.py' -o -name '*.yml' -o -path 'peka_lite/data/*' \) | sort)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=book/%)
-PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/*)
+PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/* book/_templates/static/*)
 HTML := book/_build/html/index.html
 
 .PHONY: help
 help:
 	@echo "make book    execute the notebooks and build the book"
 	@echo "make test    run the tests"
+	@echo "make check-book   open every page of the book in a browser (chromium) and check it"
+	@echo "make print   the book as one page and as a PDF (chromium)"
 	@echo "make sweep   run the sweep quick.yml, from nothing to a table and a figure"
 	@echo "make pretrain-student   make the weights of the small student in the package anew"
 	@echo "make pretrain-teacher   make the weights of the small teacher in the package anew"
@@ -63,15 +65,24 @@ build/.fresh: $(LIBRARY)
 	@rm -rf build/results build/sweeps build/cache/students && mkdir -p build/results && touch $@
 
 book/notebooks/%.ipynb: notebooks/%.ipynb build/.fresh | $(READY)
-	@mkdir -p book/notebooks build/executed
-	@echo "Running $<"
-	@start=$$SECONDS; $(BIN)/papermill --no-progress-bar --log-level WARNING --cwd build $< build/executed/$*.ipynb \
-	  && mv build/executed/$*.ipynb $@ && echo "  $$((SECONDS - start)) s"
+	@$(BIN)/python book/execute.py $< $@ build
 
 $(HTML): $(EXECUTED) $(PAGES) $(LIBRARY)
 	@cp build/results/front_map.png book/notebooks/front_map.png
+	@$(BIN)/python book/costs_table.py book/notebooks
 	$(BIN)/jupyter-book build book -W -n --keep-going --quiet
 	@touch $@
+
+# Every page in a browser; Debian's chromium, or it says that there is none.
+.PHONY: check-book
+check-book: $(HTML)
+	$(BIN)/python -m pytest tests/pages --numprocesses auto
+
+# The whole book as one page, and that as a PDF.
+.PHONY: print
+print: $(HTML)
+	$(BIN)/jupyter-book build book --builder singlehtml --quiet
+	$(BIN)/python book/print.py book/_build/singlehtml/index.html book/_build/peka_lite.pdf
 
 # Not part of any other job: what these write is committed. HER2ST holds sections HER2_C2 to HER2_C5 in HEST-1k's layout.
 PRE := build/pretraining

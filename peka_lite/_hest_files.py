@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -18,7 +18,16 @@ from peka_lite.tiles import TILE_SHAPE
 
 
 class HestFormatError(ValueError):
-    """A file that is not what HEST-1k's layout says; the message names the file, the field and the fix."""
+    """A file that is not what HEST-1k's layout says; the message names the file, the field and the fix.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.read_cohort("my_slides")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    peka_lite._hest_files.HestFormatError: my_slides/st: no .h5ad file here. Give the folder that holds st, ...
+    """
 
     def __init__(self, path, field: str, fix: str):
         super().__init__(f"{path}: {field}. {fix}")
@@ -32,8 +41,13 @@ def read_spots(path: Path) -> ad.AnnData:
             adata = ad.read_h5ad(path)
     except Exception as error:
         raise HestFormatError(path, f"cannot be read as .h5ad ({error})", "Download the file again") from error
+    return check_spots(adata, path)
+
+
+def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts") -> ad.AnnData:
+    """Bring spots into the form that `read_spots` promises, in place; errors name `path`, and `raw` as the fix."""
     if adata.X is None:
-        raise HestFormatError(path, "X is missing", "X must hold raw counts")
+        raise HestFormatError(path, "X is missing", raw)
     if not adata.n_obs:
         raise HestFormatError(path, "holds no spot", "obs_names must be the barcodes of spots")
     if not adata.obs_names.is_unique:
@@ -47,7 +61,7 @@ def read_spots(path: Path) -> ad.AnnData:
         (counts != np.rint(counts), "non-integer"),
     ):
         if bad.any():
-            raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", "X must hold raw counts")
+            raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", raw)
     spatial = adata.obsm.get("spatial")
     if spatial is None or spatial.shape[1] < 2 or not np.isfinite(np.asarray(spatial, dtype=float)[:, :2]).all():
         raise HestFormatError(path, "obsm['spatial'] is missing or not finite", "It must hold (N, 2) pixel centres")
@@ -82,6 +96,20 @@ def read_tile_barcodes(path: Path) -> pd.Index:
         twice = barcodes[barcodes.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} names more than one tile", "Barcodes must be unique")
     return barcodes
+
+
+def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str], corners: np.ndarray, *,
+                attributes: Mapping[str, object], field: str = "barcode") -> None:  # fmt: skip
+    """Write a patches file: tiles (224, 224, 3) uint8 one by one, the barcode and upper left corner (x, y) of each."""
+    one = (1, *TILE_SHAPE)
+    with h5py.File(path, "w") as file:
+        image = file.create_dataset("img", (len(barcodes), *TILE_SHAPE), "u1", chunks=one, compression="gzip")
+        for row, tile in enumerate(tiles):
+            image[row] = tile
+        for dataset in (image, file.create_dataset("coords", data=corners)):
+            dataset.attrs.update(attributes)
+        column = np.array([[barcode.encode()] for barcode in barcodes], dtype=object)  # (n_tiles, 1)
+        file.create_dataset(field, data=column, dtype=h5py.string_dtype())
 
 
 def patient_name(value) -> str | None:

@@ -63,6 +63,16 @@ def backbone_fingerprint(model: nn.Module) -> str:
     Read are each tensor's name (as in the plain model), shape, type and about `SAMPLE` values at even distances, so
     that a billion weights take well under a second. Weights that differ only in between have one fingerprint: it
     tells checkpoints apart, and is no proof that a file is whole.
+
+    Examples
+    --------
+    Adapting leaves the frozen weights as they are:
+
+    >>> import peka_lite as pk
+    >>> student = pk.load_backbone("mini")
+    >>> plain = pk.backbone_fingerprint(student)
+    >>> len(plain), pk.backbone_fingerprint(pk.adapt(student, "bone", r=32)) == plain
+    (16, True)
     """
     adapter = getattr(model, "adapter", None)
     adapted = tuple(f"{name}." for name in adapter.layers) if adapter is not None else ()
@@ -90,6 +100,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all"
     ------
     ValueError
         For a model without an adapter or without a registry row, and for a name with a dot.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> pk.save_adapter(student, "fold0.safetensors", name="fold0")
+    >>> pk.read_adapter_info("fold0.safetensors").options
+    {'fold0': {'r': 32}}
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None or not adapter.layers:
@@ -152,6 +170,15 @@ def read_adapter_info(path: str | os.PathLike) -> AdapterInfo:
         For a file that is not there.
     ValueError
         For a truncated file, or one that `save_adapter` did not write.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=16, targets="proj")
+    >>> pk.save_adapter(student, "bone.safetensors")
+    >>> info = pk.read_adapter_info("bone.safetensors")
+    >>> info.backbone, info.method, info.layers, info.options
+    ('mini', 'bone', 'proj', {'all': {'r': 16}})
     """
     record = read_record(path, kind="adapter")
     try:
@@ -180,6 +207,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
     ValueError
         For another backbone or other frozen weights, a name that is not there, a model that is adapted already, and
         whatever `read_adapter_info` refuses.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.save_adapter(pk.adapt(pk.load_backbone("mini"), "bone", r=32), "bone.safetensors")
+    >>> student = pk.load_adapter(pk.load_backbone("mini"), "bone.safetensors")
+    >>> student.adapter.method, student.adapter.options
+    ('bone', {'r': 32})
     """
     info = read_adapter_info(path)
     if name is None and len(info.names) > 1:

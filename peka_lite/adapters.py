@@ -33,10 +33,16 @@ class BoneLinear(nn.Module):
 
     Examples
     --------
-    >>> layer = BoneLinear(nn.Linear(8, 24), r=4)
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> layer = pk.BoneLinear(torch.nn.Linear(8, 24), r=4)
     >>> x = torch.randn(2, 8)
-    >>> torch.equal(layer(x), layer.base(x)), tuple(layer.block.shape)
-    (True, (6, 4, 4))
+    >>> tuple(layer.block.shape), torch.equal(layer(x), layer.base(x))  # blocks start at zero
+    ((6, 4, 4), True)
+    >>> pk.BoneLinear(torch.nn.Linear(8, 24), r=5)
+    Traceback (most recent call last):
+        ...
+    ValueError: r=5 must divide in_features=8 and out_features=24; these would: 1, 2, 4, 8
     """
 
     def __init__(self, base: nn.Linear, *, r: int):
@@ -146,6 +152,15 @@ def adapt(
     ValueError
         For an unknown method, an `r` that does not divide the layers, a model without such layers, a model already
         adapted, or AdaLoRA without `total_steps`.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> student.adapter.layers[:2], len(student.adapter.layers)
+    (('blocks.0.attn.qkv', 'blocks.1.attn.qkv'), 6)
+    >>> sum(weights.numel() for weights in student.parameters() if weights.requires_grad)  # 6 layers of 576 x 32
+    110592
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
@@ -185,10 +200,13 @@ def adapted_share(model: nn.Module) -> float:
 
     Examples
     --------
-    >>> import timm
-    >>> vit = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0), "bone", r=64)
-    >>> f"{adapted_share(vit):.1%}"
-    '8.0%'
+    >>> import peka_lite as pk
+    >>> for r in (16, 32, 64):
+    ...     student = pk.adapt(pk.load_backbone("mini"), "bone", r=r)
+    ...     print(f"block size {r}: {pk.adapted_share(student):.1%}")
+    block size 16: 2.0%
+    block size 32: 3.9%
+    block size 64: 7.8%
     """
     return sum(p.numel() for p in model.parameters() if p.requires_grad) / model.adapter.n_base
 
@@ -207,7 +225,20 @@ def lora_rank_like_bone(in_features: int, out_features: int, r: int) -> int:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold adapters into plain timm weights, in place: same outputs, no extra layers, nothing trainable."""
+    """Fold adapters into plain timm weights, in place: same outputs, no extra layers, nothing trainable.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> for layer in student.adapter.layers:  # as if it had learnt something
+    ...     _ = torch.nn.init.normal_(student.get_submodule(layer).block, std=0.01)
+    >>> x = torch.randn(2, 3, 112, 112)
+    >>> adapted = student(x)
+    >>> torch.allclose(pk.merge(student)(x), adapted, atol=1e-3), student.adapter
+    (True, None)
+    """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
         raise ValueError("nothing to merge: this model carries no adapter")

@@ -58,6 +58,20 @@ def predict_from(
         For a slide that is neither a file nor an id of the cohort.
     ValueError
         As `load_trained` and `predict_slide`, for `mpp` given with a HEST slide, and for `cohort` with an image.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(method="none", slides=["MINI1", "MINI3", "MINI5"], n_splits=3, n_genes=10)
+    >>> _ = pk.load_or_run(config, "frozen", maps=False)
+    >>> predicted = pk.predict_from("frozen", "MINI3", "MINI3.h5ad")
+    >>> predicted.uns["peka_lite"]["held_out"], predicted.uns["peka_lite"]["model"]["fold"]
+    ('yes', 'fold1')
+    >>> predicted.var.head(3).round(1)
+           pcc
+    BANK1  0.1
+    KDM3A -0.1
+    NAT1   0.1
     """
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():

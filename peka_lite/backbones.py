@@ -14,10 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peka_lite._packaged import origin, packaged
+from peka_lite.backbone_files import backbone_row
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located
-from peka_lite.registry import BACKBONES, IMAGENET, Backbone, page_of
+from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, page_of
 
 __all__ = [
     "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "embed_tiles", "load_backbone", "pooled", "precision_for",
@@ -50,14 +51,14 @@ class ConvStem(nn.Module):
 
 
 def load_backbone(
-    name: str | Backbone, *, weights: str | os.PathLike = "hub", seed: int = 0, device: str | None = None
+    name: str | os.PathLike | Backbone, *, weights: str | os.PathLike = "hub", seed: int = 0, device: str | None = None
 ) -> nn.Module:
     """Load a student as a plain timm model in eval mode, its registry row at ``model.spec``.
 
     Parameters
     ----------
     name
-        A key of `BACKBONES`, or a `Backbone` row of your own.
+        A key of `BACKBONES`, a `Backbone` row of your own, or a YAML file of one (`read_backbone`).
     weights
         ``"hub"``: the published weights, those inside the package for ``"mini"``, those that `fetch` put in the
         cache, or else the hub's; a path: a local ``.bin``, ``.pth`` or ``.safetensors`` file of them;
@@ -81,8 +82,18 @@ def load_backbone(
         For a hub that cannot be reached.
     FileNotFoundError
         For a file that is not there, one's own or the package's, or a hub repository that holds no weights file.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> student = pk.load_backbone("mini")
+    >>> student.spec.input_size, sum(weights.numel() for weights in student.parameters())
+    (112, 2827008)
+    >>> tuple(student(torch.zeros(1, 3, 112, 112)).shape)
+    (1, 192)
     """
-    spec = _row(name)
+    spec = backbone_row(name)
     weights = str(weights)
     if weights == "random":
         warnings.warn(
@@ -145,6 +156,13 @@ def embed_tiles(
     -------
     numpy.ndarray
         (N, D_s) float32.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> tiles = pk.open_cohort("mini", slides=["MINI1"]).tiles
+    >>> pk.embed_tiles(pk.load_backbone("mini"), tiles[:8]).shape
+    (8, 192)
     """
     device = torch.device(device or default_device())
     model.eval().to(device)
@@ -170,17 +188,16 @@ def embed_tiles(
     return out
 
 
-def _row(name: str | Backbone) -> Backbone:
-    if isinstance(name, Backbone):
-        return name
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
-    return BACKBONES[name]
-
-
 def build(spec: Backbone) -> nn.Module:
-    """Build a student's architecture with timm's random start and no classifier."""
-    return timm.create_model(spec.arch, pretrained=False, num_classes=0, **spec.options)
+    """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
+    try:
+        model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
+    except (RuntimeError, TypeError) as error:  # no such architecture, or an option that it does not take
+        raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({error})") from None
+    width = model.num_features * (2 if spec.pooling == "token+avg" else 1)
+    if width != spec.dim:
+        raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
+    return model
 
 
 def _published(spec: Backbone) -> tuple[Path, str]:

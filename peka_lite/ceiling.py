@@ -36,6 +36,17 @@ def ceiling_of(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-
     str
         ``"known"`` where ``layers["rate"]`` holds the true rates, as in the mini cohort (`peka_lite.noise_ceiling`);
         otherwise ``"count splitting"`` (`estimated_ceiling`).
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
+    >>> ceiling, source = pk.ceiling_of(adata, ["KRT8", "CD8A"])
+    >>> ceiling.round(2).to_dict(), source
+    ({'KRT8': 0.86, 'CD8A': 0.78}, 'known')
+    >>> del adata.layers["rate"]  # real data have none
+    >>> pk.ceiling_of(adata, ["KRT8", "CD8A"])[1]
+    'count splitting'
     """
     if "rate" not in adata.layers:
         return estimated_ceiling(adata, genes, method=method), "count splitting"
@@ -93,6 +104,20 @@ def estimated_ceiling(
     ValueError
         For counts that are not whole numbers of 0 or more, a gene named twice, an unknown method, a dispersion of the
         wrong shape or below 0, and fewer than one split.
+
+    Examples
+    --------
+    Deeper sequencing raises the ceiling:
+
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import pandas as pd
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> rate = rng.uniform(0.2, 1.8, size=(500, 1)) * [2, 20]  # 500 spots, two genes of one pattern
+    >>> counts = ad.AnnData(rng.poisson(rate).astype(np.float32), var=pd.DataFrame(index=["shallow", "deep"]))
+    >>> pk.estimated_ceiling(counts, method="log1p").round(1).to_dict()
+    {'shallow': 0.5, 'deep': 0.9}
     """
     genes = adata.var_names if genes is None else genes
     columns = _columns(adata, genes)

@@ -14,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
     command = {
-        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "export": _export, "sweep": _sweep,
+        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "map": _map, "add": _add,
+        "export": _export, "sweep": _sweep,
         "report": _report, "fetch": _fetch, "doctor": _doctor,
     }[options.pop("command")]  # fmt: skip
     try:
@@ -83,6 +84,20 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
     predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
     told = predicted.uns["peka_lite"]["model"]
     print(f"{predicted.n_obs} tiles, {predicted.n_vars} genes, model {told['folder']} {told['fold']}; {out}")
+    return 0
+
+
+def _map(*, predictions: str, gene: str | None, out: str) -> int:
+    from peka_lite.maps import save_predicted_map
+
+    print(save_predicted_map(predictions, out, gene=gene))
+    return 0
+
+
+def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> int:
+    from peka_lite.own_slides import add_slide, read_counts
+
+    print(add_slide(cohort, slide_id, read_counts(counts), image, progress=sys.stderr.isatty(), **options))
     return 0
 
 

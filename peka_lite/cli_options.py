@@ -17,7 +17,7 @@ _HELP = {
     "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
     "teacher_genes": "its gene list; the one beside the checkpoint or the fetched one by default",
     "teacher_mapping": "HGNC's complete set, for Ensembl ids and aliases",
-    "backbone": "mini, uni, h-optimus-0, ... (see the book)",
+    "backbone": "mini, uni, h-optimus-0, ... (see the book), or the YAML file of your own",
     "method": "none, bone, lora, adalora or miss",
     "split": "patient (by default), slide or spot",
     "weights": "hub (the published ones; those of mini are in the package), a weights file, or random",
@@ -98,6 +98,23 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
         user.add_argument("--device", help=_HELP["device"], metavar="VALUE")
         user.add_argument("--out", required=True, help=".h5ad file to write", metavar="FILE")
 
+    picture = add("map", "a picture of one predicted gene beside the H&E")
+    picture.add_argument("predictions", help=".h5ad file that `predict` wrote", metavar="FILE")
+    picture.add_argument(
+        "--gene", help="which; the best-predicted or, unknown, most varied one by default", metavar="NAME"
+    )
+    picture.add_argument("--out", required=True, help="picture to write: .png, .svg or .pdf", metavar="FILE")
+
+    own = add("add", "a slide of your own, with counts, into a cohort's folder")
+    own.add_argument("counts", help="Space Ranger's outs folder, or an .h5ad of counts", metavar="OUTS")
+    own.add_argument("--image", required=True, help="the full-resolution image that belongs to it", metavar="FILE")
+    own.add_argument("--cohort", required=True, help="folder to add it to, made where it is missing", metavar="DIR")
+    own.add_argument("--id", required=True, dest="slide_id", help="the slide's name in it", metavar="NAME")
+    own.add_argument("--patient", help="who the tissue came from; unknown by default", metavar="NAME")
+    said = "microns per pixel of the image, or visium: from its spots; by default what the file says"
+    own.add_argument("--mpp", type=_mpp, help=said, metavar="UM")
+    own.add_argument("--technology", default="Visium", help="Visium by default", metavar="NAME")
+
     export = add("export", "merged weights that timm loads, with a model card")
     export.add_argument("model", help="folder of `run` or `train`", metavar="RUN")
     export.add_argument("--fold", type=int, help="whose model; all, or fold 0 by default", metavar="N")
@@ -141,6 +158,10 @@ def _add_settings(experiment: argparse.ArgumentParser) -> None:
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _mpp(text: str) -> float | str:
+    return text if text == "visium" else float(text)
 
 
 def _slide_ids(text: str) -> tuple[str, ...]:

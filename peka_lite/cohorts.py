@@ -40,7 +40,14 @@ def find_cohort(name: str | os.PathLike) -> Path:
 
 
 def cohort_root(name: str | os.PathLike) -> Path:
-    """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use."""
+    """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> sorted(path.name for path in pk.cohort_root("mini").iterdir())
+    ['metadata', 'mini.json', 'patches', 'st']
+    """
     root = find_cohort(name)
     if name == "mini":
         from peka_lite.mini import write_mini_cohort
@@ -61,6 +68,14 @@ def open_cohort(
 
     Parameters are those of `cohort_root`, `read_cohort` and `qc`. A cohort of the manifest takes its patients from
     there where `patients` is None, and where `slides` is None leaves out slides that show the section of another one.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.open_cohort("mini", slides=["MINI1", "MINI2"])
+    Cohort of 2 slides, 395 spots, 1500 shared genes
+      Slide MINI1: 190 spots x 1500 genes, Mini patient 1; dropped 2 spots without a tile
+      Slide MINI2: 205 spots x 1500 genes, Mini patient 2; dropped 2 spots without a tile
     """
     from peka_lite.expression import qc
     from peka_lite.hest import read_cohort

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING
 
 from peka_lite._packaged import packaged
+from peka_lite.backbone_files import backbone_row, is_file
 from peka_lite.cohorts import find_cohort
 from peka_lite.manifest import cache_dir, located
 from peka_lite.protocols import PROTOCOLS, Protocol
@@ -43,8 +44,8 @@ _TYPES = {
     "None": ((NoneType,), "None"),
 }
 _NAMES = {
-    "protocol": PROTOCOLS, "features": (*FEATURES, "backbone"), "teacher": TEACHERS, "backbone": BACKBONES,
-    "method": METHODS, "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
+    "protocol": PROTOCOLS, "features": (*FEATURES, "backbone"), "teacher": TEACHERS, "method": METHODS,
+    "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
     "normalization": NORMALIZATIONS,
 }  # fmt: skip
 _ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
@@ -75,7 +76,8 @@ class RunConfig:
         without a student: ``"colour"`` and texture of the tile, ``"coordinates"`` on the slide,
         ``"depth"`` (total count), and ``"teacher"``, which sees the expression itself: the upper line.
     teacher, backbone, method
-        Names known to `load_teacher`, `BACKBONES` and `adapt`.
+        Names known to `load_teacher`, `BACKBONES` and `adapt`. A YAML file is a backbone too (`read_backbone`): its row
+        is registered, and its name takes the file's place here.
     split
         As in `folds`; a protocol that holds patients out takes ``"slide"`` where there is one patient.
     layers
@@ -103,6 +105,16 @@ class RunConfig:
         choose a number by looking at test scores.
     n_splits, seed, min_genes, max_mito, device
         Folds wanted; seed of every random choice; quality control as in `qc`; None takes a GPU where there is one.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(protocol="strict", method="lora")
+    >>> config.split, config.alpha, config.block_size
+    ('patient', 'inner', 32)
+    >>> pk.RunConfig(protocol="strict", alpha=10.0)
+    Traceback (most recent call last):
+    ValueError: protocol 'strict' has alpha 'inner', not 10.0; leave alpha out
     """
 
     cohort: str = "mini"
@@ -148,6 +160,7 @@ class RunConfig:
     def __post_init__(self):
         for field in _FIELDS:
             check_field(field, getattr(self, field))
+        object.__setattr__(self, "backbone", backbone_row(self.backbone).name)
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
         self._settle_protocol()
@@ -254,11 +267,12 @@ def check_field(field: str, value) -> None:
 
     Examples
     --------
-    >>> check_field("lr", 1e-3)
-    >>> check_field("method", "bonne")
+    >>> import peka_lite as pk
+    >>> pk.check_field("lr", 1e-3)
+    >>> pk.check_field("method", "bonne")
     Traceback (most recent call last):
     ValueError: unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?
-    >>> check_field("epochs", 2.0)
+    >>> pk.check_field("epochs", 2.0)
     Traceback (most recent call last):
     ValueError: epochs is a whole number (int), not 2.0
     """
@@ -272,6 +286,8 @@ def check_field(field: str, value) -> None:
         raise ValueError(f"{field} is {told}, not {value!r}")
     if value is None:
         return
+    if field == "backbone" and not is_file(value):
+        backbone_row(value)
     if field in _NAMES and value not in _NAMES[field]:
         known = _NAMES[field]
         raise ValueError(f"unknown {field} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")

@@ -38,6 +38,16 @@ def colour_texture(tiles, *, progress: bool = False) -> np.ndarray:
     ------
     ValueError
         If the tiles are not uint8 RGB of at least 16 px a side.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peka_lite.controls import colour_texture
+    >>> tiles = np.full((2, 224, 224, 3), 255, np.uint8)
+    >>> tiles[1] = (200, 120, 180)
+    >>> X = colour_texture(tiles)
+    >>> X.shape, X[:, 25].tolist()  # the share of bright pixels
+    ((2, 52), [1.0, 0.0])
     """
     shape, dtype = tuple(tiles.shape), getattr(tiles, "dtype", np.dtype(np.uint8))  # a TileStore is always uint8
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or min(shape[1:3]) < 16:
@@ -60,6 +70,13 @@ def coordinates(cohort) -> np.ndarray:
     -------
     numpy.ndarray
         (N, 21 * (1 + slides)) float32 in the cohort's row order.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> from peka_lite.controls import coordinates
+    >>> coordinates(pk.open_cohort("mini", slides=["MINI1", "MINI2"])).shape
+    (395, 63)
     """
     sizes = [s.n_spots for s in cohort.slides]
     ends = np.cumsum([0, *sizes])
@@ -83,6 +100,15 @@ def depth(cohort) -> np.ndarray:
     -------
     numpy.ndarray
         (N, 1) float32 in the cohort's row order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> from peka_lite.controls import depth
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1"])
+    >>> np.allclose(np.expm1(depth(cohort)), cohort.adata.X.sum(1))
+    True
     """
     total = np.asarray(cohort.adata.X.sum(1, dtype=np.float64)).reshape(-1, 1)
     return np.log1p(total).astype(np.float32)

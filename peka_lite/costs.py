@@ -33,6 +33,15 @@ class Cost:
         input (`recompute`).
     step_kept
         Bytes a step beside them: merged weights.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cost = pk.student_cost("mini", half=False)
+    >>> cost.adapters == 4 * 4 * 110592  # weights, their gradients and two moments of Adam, 4 bytes each
+    True
+    >>> cost.memory(256, recompute=True) < cost.memory(256) / 2, cost.operations(1, recompute=True) > cost.operations(1)
+    (True, True)
     """
 
     forward: int
@@ -74,7 +83,8 @@ def student_cost(name: str, method: str = "bone", *, r: int | None = None, half:
 
     Examples
     --------
-    >>> cost = student_cost("mini", half=False)
+    >>> import peka_lite as pk
+    >>> cost = pk.student_cost("mini", half=False)
     >>> round(cost.forward / 1e9, 2), round(cost.backward / cost.forward, 2)  # frozen weights have no gradient
     (0.29, 1.2)
     """

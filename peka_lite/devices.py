@@ -11,14 +11,32 @@ from peka_lite.registry import PRECISION
 
 
 def default_device() -> str:
-    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``; of several processes each has a GPU of its own."""
+    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``; of several processes each has a GPU of its own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> torch.zeros(3, device=pk.default_device()).is_cuda == torch.cuda.is_available()
+    True
+    """
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.dtype] = PRECISION) -> torch.dtype:
-    """Return the compute type for a device; `precision` has the keys of `PRECISION`."""
+    """Return the compute type for a device; `precision` has the keys of `PRECISION`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> pk.compute_dtype("cpu")
+    torch.float32
+    >>> pk.compute_dtype("cpu", precision={"cpu": torch.bfloat16})
+    torch.bfloat16
+    """
     if torch.device(device).type != "cuda":
         return precision["cpu"]
     modern = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -56,7 +56,17 @@ def doctor(*, online: bool = True) -> list[Check]:
 
 
 def report(checks: Iterable[Check]) -> str:
-    """Render checks as `peka-lite doctor` prints them: a line each, its fix indented below."""
+    """Render checks as `peka-lite doctor` prints them: a line each, its fix indented below.
+
+    Examples
+    --------
+    >>> from peka_lite.doctor import Check, report
+    >>> checks = [Check("python", "ok", "3.11.9"), Check("token", "note", "no Hugging Face token", "set HF_TOKEN")]
+    >>> print(report(checks))
+    ok    python      3.11.9
+    note  token       no Hugging Face token
+          fix: set HF_TOKEN
+    """
     return "\n".join(
         f"{check.status:<6}{check.name:<12}{check.line}" + (f"\n      fix: {check.fix}" if check.fix else "")
         for check in checks

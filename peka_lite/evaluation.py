@@ -76,6 +76,18 @@ def evaluate(
     LeakError
         When a promise of the protocol is broken: a patient on both sides, or genes, teacher, clusters, student or
         probe that learned from rows outside the training rows.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI3", "MINI5"])
+    >>> colour = cohort.tiles[:][:, ::8, ::8].mean((1, 2))  # (N, 3): mean red, green and blue of a tile
+    >>> student = pk.Student(colour, {}, None, {}, None)  # it learned from no row
+    >>> splits, protocol = pk.folds(cohort, "patient", 3, 0), pk.PROTOCOLS["hest"]
+    >>> done = pk.evaluate(cohort, splits, lambda left_out: student, protocol=protocol, n_genes=10)
+    >>> own = done.moments[done.moments["normalization"] == "log1p"]
+    >>> pk.pooled(own).groupby("fold")["pcc"].mean().round(2).to_dict()
+    {0: 0.28, 1: 0.24, 2: 0.31}
     """
     fold_of = np.empty(len(cohort), dtype=np.int64)
     for i, (_, test) in enumerate(folds):
@@ -142,6 +154,7 @@ def left_out_sets(n_folds: int, *, inner: bool) -> list[tuple[int, ...]]:
 
     Examples
     --------
+    >>> from peka_lite.evaluation import left_out_sets
     >>> left_out_sets(3, inner=True)
     [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
     """

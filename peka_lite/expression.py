@@ -39,6 +39,13 @@ def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
     -------
     Cohort
         A new cohort; each slide's `dropped` says how many spots went and why.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1"])
+    >>> pk.qc(cohort, min_genes=600).slides[0].dropped
+    {'spots without a tile': 2, 'spots with fewer than 600 genes': 4}
     """
     if max_mito is not None and not 0 < max_mito <= 1:
         raise ValueError(f"max_mito is a fraction between 0 and 1, not {max_mito}")
@@ -65,6 +72,21 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
     -------
     scipy.sparse.csr_matrix
         (N, G) float32; a spot without counts stays zero.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> counts = ad.AnnData(np.array([[1.0, 3.0], [10.0, 30.0], [0.0, 0.0]]))
+    >>> print(pk.normalize(counts).toarray().round(2))  # ten times the counts, the same values
+    [[7.82 8.92]
+     [7.82 8.92]
+     [0.   0.  ]]
+    >>> print(pk.normalize(counts, method="log1p").toarray().round(2))
+    [[0.69 1.39]
+     [2.4  3.43]
+     [0.   0.  ]]
     """
     if method not in NORMALIZATIONS:
         raise ValueError(f"unknown normalisation {method!r}; known: {', '.join(NORMALIZATIONS)}")
@@ -106,6 +128,16 @@ def top_hvg(
     ------
     ValueError
         If fewer than `n` genes pass the filter.
+
+    Examples
+    --------
+    Spots that are held out have no say, and the list remembers who had:
+
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
+    >>> genes = pk.top_hvg(adata, n=3, rows=range(100))
+    >>> genes, len(genes.fitted_on_)
+    (['BANK1', 'DDIT4', 'HSPB8'], 100)
     """
     import scanpy as sc
 
@@ -135,6 +167,17 @@ def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp1
     """Return what the probe predicts: normalised expression of `genes`, (N, len(genes)) float32.
 
     Totals are taken over all genes of `adata`, before the selection.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
+    >>> pk.targets(adata, ["KRT8", "CD8A"]).shape
+    (190, 2)
+    >>> pk.targets(adata, ["KRT8", "CD8"])
+    Traceback (most recent call last):
+        ...
+    KeyError: 'genes not in the data: CD8'
     """
     if missing := [g for g in genes if g not in adata.var_names]:
         raise KeyError(f"genes not in the data: {', '.join(missing[:10])}")
@@ -169,6 +212,18 @@ def align_genes(
     float
         Coverage: the share of the data's own genes that the wanted order knows, among those with a count in any row
         (among all where no row has one).
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import pandas as pd
+    >>> import peka_lite as pk
+    >>> genes = pd.DataFrame(index=["TP53", "ACTB", "NEW1"])
+    >>> counts = ad.AnnData(np.array([[3.0, 1.0, 4.0], [0.0, 2.0, 5.0]]), var=genes)
+    >>> X, coverage = pk.align_genes(counts, ["ACTB", "GAPDH", "TP53"])  # GAPDH was not measured
+    >>> X.toarray().tolist(), round(coverage, 2)
+    ([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0]], 0.67)
     """
     genes = pd.Index(genes)
     if not genes.is_unique:

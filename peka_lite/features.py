@@ -49,6 +49,20 @@ def write_features(
     ------
     ValueError
         For a name that does not end in .h5ad.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI3"], min_genes=1000)
+    >>> features = pk.write_features(cohort, "features.h5ad", pk.load_backbone("mini"))
+    >>> features.shape
+    (29, 192)
+    >>> features.obs.head(2)
+                              slide         patient             barcode
+    MINI3/CAACCCTATCATATAT-1  MINI3  Mini patient 3  CAACCCTATCATATAT-1
+    MINI3/AAACAACGTAACAGCA-1  MINI3  Mini patient 3  AAACAACGTAACAGCA-1
+    >>> features.uns["peka_lite"]["backbone"]
+    'mini'
     """
     out = Path(out)
     if out.suffix != ".h5ad":

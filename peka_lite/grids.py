@@ -43,6 +43,7 @@ def expand(
 
     Examples
     --------
+    >>> from peka_lite.grids import expand
     >>> expand(grid={"seed": [0, 1], "method": ["none", "bone"]}, exclude=[{"method": "none", "seed": 1}])
     [{'seed': 0, 'method': 'none'}, {'seed': 0, 'method': 'bone'}, {'seed': 1, 'method': 'bone'}]
     >>> expand(zipped=[{"backbone": ["uni", "h-optimus-0"], "r": [256, 192]}])
@@ -78,6 +79,7 @@ def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) 
 
     Examples
     --------
+    >>> from peka_lite.grids import matches
     >>> matches({"seed": 1, "tau": 2.0}, {"seed": [1, 2]}), matches({"seed": 1}, {"seed": 1, "tau": 2.0})
     (True, False)
     """
@@ -96,6 +98,7 @@ def point_name(parameters: Mapping) -> str:
 
     Examples
     --------
+    >>> from peka_lite.grids import point_name
     >>> point_name({"method": "bone", "lr": 0.0001, "slides": ["A1", "B1"], "r": None})
     'method=bone,lr=0.0001,slides=A1+B1,r=null'
     """

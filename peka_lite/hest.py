@@ -49,6 +49,15 @@ class Slide:
         The slide's JSON fields.
     dropped
         Why rows of the files are not here, and how many: ``{"spots without a tile": 2, ...}``.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> slide = pk.read_slide(pk.cohort_root("mini"), "MINI1")
+    >>> slide.tiles.shape, slide.adata.obsm["spatial"].shape
+    ((190, 224, 224, 3), (190, 2))
+    >>> slide.select(slide.adata.obs["domain"] == "immune", reason="in other tissue")
+    Slide MINI1: 20 spots x 1500 genes, Mini patient 1; dropped 2 spots without a tile; dropped 170 in other tissue
     """
 
     id: str
@@ -91,6 +100,20 @@ class Cohort:
         The slides, in order.
     left_out
         Slides that were found but not taken: id -> why.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI7"])
+    >>> len(cohort), len(cohort.genes), cohort.tiles.shape
+    (416, 1500, (416, 224, 224, 3))
+    >>> cohort.obs.groupby(["patient", "slide"]).size()  # two sections of one person
+    patient         slide
+    Mini patient 1  MINI1    190
+                    MINI7    226
+    dtype: int64
+    >>> cohort.rows_of("MINI7")[:3].tolist()
+    [190, 191, 192]
     """
 
     slides: tuple[Slide, ...]
@@ -191,6 +214,13 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
     HestFormatError
         For a missing file or dataset, duplicate barcodes, no overlap, a wrong tile shape or dtype, counts that are
         negative, NaN or not whole, and missing coordinates.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> slide = pk.read_slide(pk.cohort_root("mini"), "MINI1")
+    >>> slide.n_spots, slide.patient, slide.dropped
+    (190, 'Mini patient 1', {'spots without a tile': 2})
     """
     root = Path(root)
     st, patches, meta = (
@@ -247,6 +277,15 @@ def read_cohort(
     ------
     HestFormatError
         As `read_slide`, and where the folder holds no slide or `patients` is not such a table.
+
+    Examples
+    --------
+    Blocks cut from one person get one name:
+
+    >>> import peka_lite as pk
+    >>> cohort = pk.read_cohort(pk.cohort_root("mini"), ["MINI1", "MINI2"], patients={"MINI2": "Mini patient 1"})
+    >>> {slide.id: slide.patient for slide in cohort.slides}
+    {'MINI1': 'Mini patient 1', 'MINI2': 'Mini patient 1'}
     """
     root = Path(root)
     found = sorted(p.stem for p in (root / "st").glob("*.h5ad"))

@@ -34,8 +34,10 @@ def transfer_loss(
 
     Examples
     --------
+    >>> import torch
+    >>> import peka_lite as pk
     >>> T = torch.tensor([[1.0, 2.0]])
-    >>> total, kd, ce = transfer_loss(T, T, torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    >>> total, kd, ce = pk.transfer_loss(T, T, torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     >>> round(kd.item(), 4), round(ce.item(), 4), round(total.item(), 4)
     (0.0, 0.6931, 0.3466)
     """

@@ -29,6 +29,15 @@ def read_manifest(path: str | os.PathLike | None = None) -> Manifest:
     ValueError
         For what is no manifest: unknown, missing or double keys, a value of the wrong kind. The message names the
         file, the entry and the field.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> manifest = pk.read_manifest()
+    >>> [name for name, entry in manifest.items() if entry.kind == "cohort"]
+    ['breast', 'kidney', 'liver', 'lung']
+    >>> manifest["breast"].licence, len(manifest["breast"].slides)
+    ('CC-BY-NC-SA-4.0', 8)
     """
     return _shipped() if path is None else parse_manifest(Path(path))
 
@@ -49,6 +58,12 @@ def located(name: str | Artifact, *, root: str | os.PathLike | None = None) -> P
     ------
     ValueError
         For an unknown name, or a record that is no JSON.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> print(pk.located("scfoundation", root="not_fetched_yet"))
+    None
     """
     artifact = _artifact(name)
     root = _root(artifact, root)
@@ -110,6 +125,15 @@ def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progre
         For a source that cannot be reached.
     OSError
         For a file that came too short, and for too small a disk.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> path = pk.fetch("hgnc")  # doctest: +SKIP
+    >>> pk.fetch("hgncs")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: nothing called 'hgncs' in data_manifest.yml; known: breast, kidney, liver, lung, scfoundation, ...
     """
     artifact = _artifact(name)
     folder = _root(artifact, root)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite.registry import did_you_mean
 from peka_lite.scores import pearson
 
 IMAGE_KEY = "downscaled_fullres"
 OVER = ("neighbours", "genes")
+UNITS = {"log1p-cp10k": "log1p of counts per 10,000", "log1p": "log1p of counts"}
 
 
 def local_pcc(
@@ -47,9 +52,11 @@ def local_pcc(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
     >>> rng = np.random.default_rng(0)
-    >>> xy, Y = rng.random((50, 2)), rng.random((50, 4))
-    >>> bool(np.allclose(local_pcc(xy, Y, 2 * Y + 1), 1))
+    >>> xy, Y = rng.random((50, 2)), rng.random((50, 4))  # 50 spots, four genes
+    >>> bool(np.allclose(pk.local_pcc(xy, Y, 2 * Y + 1), 1))
     True
     """
     Y, P = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
@@ -85,6 +92,15 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     Returns
     -------
     matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
+    >>> measured = pk.targets(adata, ["KRT8"])[:, 0]
+    >>> figure = pk.expression_map(adata, measured, measured / 2, gene="KRT8")
+    >>> [ax.get_title() for ax in figure.axes[:3]]
+    ['KRT8: measured', 'KRT8: predicted (PCC 1.00)', 'measured minus predicted']
     """
     measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
     pcc = pearson(measured[:, None], predicted[:, None])[0]
@@ -104,14 +120,23 @@ def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n
     """Draw where on the slide a prediction holds: `local_pcc` over neighbourhoods and over genes, beside the H&E.
 
     `measured` and `predicted` are (N, G) normalised expression at the slide's spots.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
+    >>> measured = pk.targets(adata, ["KRT8", "CD8A", "ACACB"])
+    >>> figure = pk.pcc_map(adata, measured, measured + 1)
+    >>> [ax.get_ylabel() for ax in figure.axes]  # three panels, two colour bars
+    ['', '', '', 'PCC', 'PCC']
     """
     coords = np.asarray(adata.obsm["spatial"])[:, :2]
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     _spots(axes[0], adata, None, title="H&E")
     shared = {"cmap": "RdBu_r", "norm": Normalize(-1, 1), "label": "PCC"}
     for ax, over, words in (
-        (axes[1], "neighbours", "each spot's neighbourhood"),
-        (axes[2], "genes", "genes at the spot"),
+        (axes[1], "neighbours", "neighbourhoods"),
+        (axes[2], "genes", "genes"),
     ):
         values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)
         _spots(ax, adata, values, title=f"PCC over {words} (mean {pd.Series(values).mean():.2f})", **shared)
@@ -129,6 +154,16 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
         How many genes, the best first, among those that most folds predicted.
     order_by
         Method whose mean PCC orders the genes; the first in the table by default.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import peka_lite as pk
+    >>> pcc = {"frozen": {"KRT8": 0.5, "CD8A": 0.6}, "bone": {"KRT8": 0.7, "CD8A": 0.4}}
+    >>> rows = [(method, 0, gene, value) for method, genes in pcc.items() for gene, value in genes.items()]
+    >>> figure = pk.gene_bars(pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"]), order_by="bone")
+    >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]  # the best of Bone first
+    ['KRT8', 'CD8A']
     """
     import seaborn as sns
 
@@ -152,42 +187,130 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     return fig
 
 
+def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
+    """Draw what a model predicts of one gene, beside the H&E.
+
+    Parameters
+    ----------
+    adata
+        From `predict_slide`, `predict_spots` or `predict_from`, or read from the file that they wrote.
+    gene
+        One of ``adata.var_names``. None: the gene that the model's own run predicted best on spots it had held out
+        (``var["pcc"]``); where none were held out, the gene whose prediction varies most over this slide.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        For a gene that is not predicted, or a slide without its image.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
+    >>> predictions = adata[:, ["KRT8", "CD8A"]].copy()  # as if `predict_slide` had made them
+    >>> predictions.X = pk.targets(adata, ["KRT8", "CD8A"])
+    >>> predictions.var["pcc"] = [0.3, 0.6]
+    >>> figure = pk.predicted_map(predictions)
+    >>> print(figure.axes[1].get_title())
+    CD8A: predicted
+    PCC 0.60 on held-out spots of its run
+    """
+    pcc = adata.var["pcc"] if "pcc" in adata.var else pd.Series(np.nan, index=adata.var_names)
+    if gene is None:
+        gene = pcc.idxmax() if pcc.notna().any() else adata.var_names[np.asarray(adata.X).std(0).argmax()]
+    if gene not in adata.var_names:
+        near = did_you_mean(gene, adata.var_names)
+        raise ValueError(f"gene {gene!r} is not predicted; there are {', '.join(adata.var_names)}{near}")
+    library = next(iter(adata.uns.get("spatial", {}).values()), {})
+    if IMAGE_KEY not in library.get("images", {}):
+        raise ValueError(f"the slide has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}] to draw on")
+    values = np.asarray(adata[:, gene].X, dtype=float).ravel()
+    model = adata.uns.get("peka_lite", {}).get("model", {})
+    title = f"{gene}: predicted"
+    if np.isfinite(pcc[gene]):
+        title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
+    low, high = np.percentile(values, [1, 99])
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
+    _spots(axes[0], adata, None, title="H&E")
+    _spots(
+        axes[1], adata, values, title=title, norm=Normalize(low, max(high, low + 1e-9)),
+        label=UNITS.get(model.get("normalization"), "predicted expression"),
+        shape="square" if "tissue_share" in adata.obs else "circle",  # tiles of a grid touch
+    )  # fmt: skip
+    return fig
+
+
+def save_predicted_map(predictions: str | os.PathLike, out: str | os.PathLike, *, gene: str | None = None) -> Path:
+    """Draw `predicted_map` of a file of predictions into a picture; its suffix names the kind (png, svg, pdf, ...)."""
+    predictions, out = Path(predictions), Path(out)
+    if (kind := out.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:
+        raise ValueError(f"{out}: give a name that ends in .png, .svg or .pdf")
+    if not predictions.is_file() or predictions.suffix != ".h5ad":
+        raise FileNotFoundError(f"{predictions}: no file of predictions; `peka-lite predict` writes one (.h5ad)")
+    figure = predicted_map(ad.read_h5ad(predictions), gene)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(partial, format=kind, dpi=150)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
+    return out
+
+
+def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
+    """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the part with tissue.
+
+    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centres and two diameters around them.
+    """
+    library = next(iter(adata.uns["spatial"].values()))
+    image = library["images"][IMAGE_KEY]
+    scale = float(library["scalefactors"]["tissue_downscaled_fullres_scalef"])
+    diameter = float(library["scalefactors"]["spot_diameter_fullres"])
+    coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
+    edge = image.shape[1::-1]  # width, height
+    low = np.clip((coords.min(0) - 2 * diameter) * scale, 0, edge).astype(int)
+    high = np.clip(np.ceil((coords.max(0) + 2 * diameter) * scale), 0, edge).astype(int)
+    return image, scale, diameter, (*low.tolist(), *high.tolist())
+
+
 def _zscore(A: np.ndarray) -> np.ndarray:
     mean, std = A.mean(0), A.std(0)
     varies = std > 1e-10 * np.abs(mean)  # rounding leaves a constant gene with a tiny spread, not with none
     return np.where(varies, A - mean, 0) / np.where(varies, std, 1)
 
 
-def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None) -> None:
+def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None, shape="circle") -> None:
     """One panel: the slide's image cut to its tissue, and spots coloured by values where there are any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # squidpy's import warns of its own dependencies
         import squidpy as sq
 
-    name, library = next(iter(adata.uns["spatial"].items()))
-    image = library["images"][IMAGE_KEY]
-    scale = float(library["scalefactors"]["tissue_downscaled_fullres_scalef"])
-    diameter = float(library["scalefactors"]["spot_diameter_fullres"])
-    coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
-    edge = np.array(image.shape[1::-1]) / scale
-    low = np.clip(coords.min(0) - 2 * diameter, 0, edge)
-    high = np.clip(coords.max(0) + 2 * diameter, 0, edge)
+    image, scale, diameter, (x0, y0, x1, y1) = tissue_window(adata)
     ax.set(title=title)
     ax.set_axis_off()
     if values is None:
-        (x0, y0), (x1, y1) = (low * scale).astype(int), np.ceil(high * scale).astype(int)
         ax.imshow(image[y0:y1, x0:x1])
         return
+    coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     view = ad.AnnData(obs=pd.DataFrame({"value": values}, index=adata.obs_names), obsm={"spatial": coords})
     # HEST names the scale factor of its image in its own way; squidpy derives the name from the image's.
     factors = {"spot_diameter_fullres": diameter, f"tissue_{IMAGE_KEY}_scalef": scale}
+    name, crop = next(iter(adata.uns["spatial"])), np.array([x0, y0, x1, y1]) / scale
     view.uns["spatial"] = {name: {"images": {IMAGE_KEY: image}, "scalefactors": factors}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sq.pl.spatial_scatter(
-            view, color="value", library_id=name, img_res_key=IMAGE_KEY, crop_coord=(*low, *high), ax=ax, title=title,
-            cmap=cmap, norm=norm, img_alpha=0.55, size=1.0, colorbar=False, frameon=False,
+            view, color="value", library_id=name, img_res_key=IMAGE_KEY, crop_coord=tuple(crop), ax=ax, title=title,
+            cmap=cmap, norm=norm, img_alpha=0.55, size=1.0, shape=shape, colorbar=False, frameon=False,
         )  # fmt: skip
+    for drawn in (*ax.images, *ax.collections):
+        drawn.set_rasterized(True)  # hundreds of circles as paths would make a vector figure large
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75)
     bar.set_label(label)
     ax.set(xlabel="", ylabel="")

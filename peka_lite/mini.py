@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from peka_lite import _mini_genes as genes
+from peka_lite._hest_files import write_tiles
 from peka_lite._mini_genes import noise_ceiling
 from peka_lite._mini_tiles import draw_section, draw_stain
 from peka_lite._mini_tissue import (
@@ -72,6 +72,15 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         If an option is out of range.
     FileExistsError
         If `root` exists and holds something else.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> root = pk.write_mini_cohort("cohort", seed=1, n_patients=1, n_slides=1, spots_per_slide=(30, 30))
+    >>> sorted(path.name for path in root.iterdir())
+    ['metadata', 'mini.json', 'patches', 'st']
+    >>> pk.read_cohort(root).slides[0]
+    Slide MINI1: 28 spots x 1500 genes, Mini patient 1; dropped 2 spots without a tile
     """
     seed, n_patients, n_slides = (operator.index(value) for value in (seed, n_patients, n_slides))
     low, high = (operator.index(value) for value in spots_per_slide)
@@ -218,22 +227,17 @@ def _write_slide(root, name, number, slide, section, corners, order):
     slide.write_h5ad(root / "st" / f"{name}.h5ad", compression="gzip")
 
     chosen = order[N_WITHOUT_TILE:]
-    barcodes = np.array([[slide.obs_names[spot].encode()] for spot in chosen], dtype=object)  # (n_tiles, 1)
-    field = "barcodes" if name == "MINI2" else "barcode"  # HEST spells it both ways
+    tiles = (section[y : y + TILE, x : x + TILE] for x, y in corners[chosen])
     attributes = {
         "patch_size_src": TILE,
         "patch_size_target": TILE,
         "downsample": 1.0,
         "pixel_size": PIXEL_UM,
     }
-    with h5py.File(root / "patches" / f"{name}.h5", "w") as file:
-        one = (1, TILE, TILE, 3)
-        image = file.create_dataset("img", (len(chosen), *one[1:]), "u1", chunks=one, compression="gzip")
-        for tile, (x, y) in enumerate(corners[chosen]):
-            image[tile] = section[y : y + TILE, x : x + TILE]
-        for dataset in (image, file.create_dataset("coords", data=corners[chosen])):
-            dataset.attrs.update(attributes)
-        file.create_dataset(field, data=barcodes, dtype=h5py.string_dtype())
+    write_tiles(
+        root / "patches" / f"{name}.h5", tiles, slide.obs_names[chosen], corners[chosen], attributes=attributes,
+        field="barcodes" if name == "MINI2" else "barcode",  # HEST spells it both ways
+    )  # fmt: skip
 
     metadata = _metadata(name, number, slide, section)
     (root / "metadata" / f"{name}.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")

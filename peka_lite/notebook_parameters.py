@@ -15,7 +15,15 @@ _NUMBER = (int, float)
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its type in words and as types that a value may have; None where any value may come."""
+    """One parameter: its type in words and as types that a value may have; None where any value may come.
+
+    Examples
+    --------
+    >>> from peka_lite.notebook_parameters import Parameter
+    >>> Parameter("float | None", (float, int, type(None))).check("tau", "2")
+    Traceback (most recent call last):
+    ValueError: tau is float | None, not '2'
+    """
 
     words: str
     types: tuple[type, ...] | None

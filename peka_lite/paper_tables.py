@@ -20,6 +20,16 @@ def published() -> pd.DataFrame:
     """Return the paper's mean PCCs (PEKA, arXiv:2504.07061): table (1, 2), cohort, backbone, method, pcc.
 
     PEKA is method ``"bone"`` in Table 2. Table 1 names no backbone for it: method ``"PEKA (best)"``, backbone empty.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.published().query("table == 2 and cohort == 'breast' and backbone == 'uni'")
+        table  cohort backbone   method    pcc
+    20      2  breast      uni     none  0.617
+    21      2  breast      uni     lora  0.668
+    22      2  breast      uni  adalora  0.643
+    23      2  breast      uni     bone  0.688
     """
     with resources.files("peka_lite").joinpath("data/published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file, keep_default_na=False)
@@ -29,6 +39,19 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
     """Put frozen backbones and the best Bone student beside the paper's Table 1; runs of one protocol.
 
     Ours is the pooled mean PCC on the protocol's own targets. A cohort that is not the paper's has no published column.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> table = pk.table1(pk.read_runs(["student"]))
+    >>> list(table)
+    ['breast, published', 'kidney, published', 'liver, published', 'lung, published', 'mini MINI3, ours (custom)']
+    >>> list(table.index)
+    ['ResNet-50', 'CTransPath', 'UNI', 'H-optimus-0', 'mini', 'PEKA (best)']
+    >>> table.loc["mini"].round(2).tolist()
+    [nan, nan, nan, nan, 0.07]
     """
     protocol, by_cohort = _one_protocol(runs, "Table 1")
     ours, best = {}, []
@@ -53,7 +76,19 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def table2(runs: Sequence[Run]) -> pd.DataFrame:
-    """Put every backbone and method beside the paper's Table 2; otherwise as `table1`."""
+    """Put every backbone and method beside the paper's Table 2; otherwise as `table1`.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> table = pk.table2(pk.read_runs(["student"]))
+    >>> table["breast, published"]["UNI"].to_dict()
+    {'frozen': 0.617, 'Bone (PEKA)': 0.688, 'LoRA': 0.668, 'AdaLoRA': 0.643}
+    >>> table.loc[("mini", "frozen")].dropna().round(2).to_dict()
+    {'mini MINI3, ours (custom)': 0.07}
+    """
     protocol, by_cohort = _one_protocol(runs, "Table 2")
     ours = {
         cohort: {
@@ -75,7 +110,19 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def comparability(runs: Sequence[Run]) -> str:
-    """Say in one sentence why these runs' values may not be compared with published ones, naming what differs."""
+    """Say in one sentence why these runs' values may not be compared with published ones, naming what differs.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> for part in pk.comparability(pk.read_runs(["student"])).split("; "):
+    ...     print(part)
+    Published and our values may not be compared: the protocol is custom and not the paper's
+    cohort mini MINI3 (synthetic) is not in the paper
+    backbone mini is not in the paper.
+    """
     students = [run for run in runs if run.backbone]
     taught = [run for run in students if run.summary["method"] != "none"]
 

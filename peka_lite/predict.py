@@ -70,7 +70,8 @@ def predict_slide(
     Returns
     -------
     anndata.AnnData
-        As read from `out`. ``X`` (N, genes) float32; ``obs`` array_row, array_col and tissue_share;
+        As read from `out`. ``X`` (N, genes) float32; ``var`` pcc, how well the model's own run predicted each gene on
+        spots it had held out (NaN where none were); ``obs`` array_row, array_col and tissue_share;
         ``obsm["spatial"]`` (N, 2) centres in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
         thumbnail and its scale, so that `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial` draw it;
         ``uns["peka_lite"]`` where it comes from.
@@ -81,6 +82,21 @@ def predict_slide(
         As `open_slide`, `tissue_tiles` and `WholeSlide.read_tile`. What was predicted before stays for the next try.
     ValueError
         For an `out` that is not ``.h5ad``, or predictions that are not finite or not of the model's genes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> from PIL import Image
+    >>> tiles = pk.open_cohort("mini", slides=["MINI3"]).tiles[:4]
+    >>> Image.fromarray(np.hstack(tiles)).save("slide.png")  # 224 x 896 px
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> predicted = pk.predict_slide("slide.png", pk.load_trained("student"), "slide.h5ad", mpp=0.5)
+    >>> predicted.shape, predicted.obsm["spatial"][:2].tolist()
+    ((4, 10), [[112.0, 112.0], [336.0, 112.0]])
+    >>> list(predicted.obs), list(predicted.var)
+    (['array_row', 'array_col', 'tissue_share'], ['pcc'])
     """
     out = _checked(out, batch_size, workers)
     with open_slide(slide, mpp=mpp) as opened:
@@ -121,6 +137,21 @@ def predict_spots(
     As `predict_slide`, but with the slide's spots: obs, ``obsm["spatial"]`` and ``uns["spatial"]`` are those of
     ``slide.adata``. Its image also goes by the name ``"hires"`` where there is none, which plots look for. What
     `held_out` says of slide and model is kept in ``uns["peka_lite"]``.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> model = pk.load_trained("student", fold=1)
+    >>> slide = pk.open_cohort("mini", slides=["MINI5"], min_genes=1000).slides[0]
+    >>> predicted = pk.predict_spots(slide, model, "MINI5.h5ad", held_out="yes")
+    >>> predicted.shape, predicted.uns["peka_lite"]["held_out"]
+    ((57, 10), 'yes')
+    >>> predicted.var.head(2).round(1)
+            pcc
+    PGR     0.4
+    UBE2Q1  0.0
     """
     out = _checked(out, batch_size, 1)
     measured = slide.adata
@@ -191,7 +222,7 @@ def _predict(
         whole = ad.AnnData(
             np.asarray(rows),  # still on disk
             obs=adata.obs,
-            var=pd.DataFrame(index=genes),
+            var=pd.DataFrame({"pcc": model.gene_pcc}, index=genes),
             obsm=dict(adata.obsm),
             uns={
                 **adata.uns,

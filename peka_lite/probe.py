@@ -40,11 +40,13 @@ class PCARidge:
 
     Examples
     --------
-    >>> rng = np.random.default_rng(0)
-    >>> X = rng.normal(size=(80, 6))
-    >>> model = PCARidge(n_components=6, alpha=1e-6).fit(X, X[:, :2])
-    >>> bool(np.corrcoef(model.predict(X)[:, 0], X[:, 0])[0, 1] > 0.999)
-    True
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> X = np.random.default_rng(0).normal(size=(80, 6))  # features of 80 spots
+    >>> Y = X[:, :2] + 3  # two genes
+    >>> probe = pk.PCARidge(n_components=6, alpha=0.0, fit_intercept=True).fit(X[:60], Y[:60])
+    >>> probe.coef_.shape, bool(np.allclose(probe.predict(X[60:]), Y[60:]))
+    ((6, 2), True)
     """
 
     def __init__(
@@ -173,6 +175,22 @@ def cross_validate(
     -------
     pandas.DataFrame
         One row per fold and gene: fold, gene, pcc (NaN for a constant gene or prediction), n_train, n_test.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(600, 4))  # features of 600 spots
+    >>> Y = np.stack([X[:, 0] + rng.normal(size=600), rng.normal(size=600)], axis=1)  # the second gene is noise
+    >>> first, second = np.arange(300), np.arange(300, 600)
+    >>> folds = [(first, second), (second, first)]
+    >>> pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4).round(2)
+       fold  gene   pcc  n_train  n_test
+    0     0  KRT8  0.71      300     300
+    1     0  CD8A -0.03      300     300
+    2     1  KRT8  0.70      300     300
+    3     1  CD8A -0.10      300     300
     """
     Y = np.asarray(Y)
     genes = list(range(Y.shape[1])) if genes is None else list(genes)

@@ -61,13 +61,12 @@ def save_probes(
 
     Examples
     --------
-    >>> import tempfile
-    >>> rng = np.random.default_rng(0)
-    >>> X = rng.normal(size=(40, 5))
-    >>> probe = PCARidge(5).fit(X, X[:, :2])
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_probes(f"{folder}/probe.safetensors", {"all": (probe, ["ACTB", "KRT8"])}, normalization="log1p")
-    ...     again, genes = load_probes(f"{folder}/probe.safetensors").probes["all"]
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> X = np.random.default_rng(0).normal(size=(40, 5))
+    >>> probe = pk.PCARidge(5).fit(X, X[:, :2])
+    >>> pk.save_probes("probe.safetensors", {"all": (probe, ["ACTB", "KRT8"])}, normalization="log1p")
+    >>> again, genes = pk.load_probes("probe.safetensors").probes["all"]
     >>> genes, np.array_equal(again.predict(X), probe.predict(X))
     (('ACTB', 'KRT8'), True)
     """
@@ -101,6 +100,17 @@ def load_probes(path: str | os.PathLike) -> Probes:
         For a file that is not there.
     ValueError
         For a truncated file, or one that `save_probes` did not write.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> X = np.random.default_rng(0).normal(size=(40, 5))
+    >>> probe = pk.PCARidge(n_components=3).fit(X, X[:, :1])
+    >>> pk.save_probes("probe.safetensors", {"fold0": (probe, ["KRT8"])}, normalization="log1p-cp10k")
+    >>> file = pk.load_probes("probe.safetensors")
+    >>> file.normalization, list(file.probes), file.probes["fold0"][0].n_components
+    ('log1p-cp10k', ['fold0'], 3)
     """
     record, probes = read_record(path, kind="probe"), {}
     for name, kept in record["probes"].items():

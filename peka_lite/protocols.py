@@ -29,6 +29,17 @@ class Protocol:
         scored with a student, teacher and clusters that saw neither the inner nor the outer test rows.
     standardize, fit_intercept
         As in `PCARidge`.
+
+    Examples
+    --------
+    Who is held out, which rows teach, which choose the genes, and the penalty:
+
+    >>> import peka_lite as pk
+    >>> for p in pk.PROTOCOLS.values():
+    ...     print(f"{p.name:7}{p.split:9}{p.student:7}{p.genes:7}{p.alpha}")
+    paper  spot     all    all    1.0
+    hest   patient  train  all    hest
+    strict patient  train  train  inner
     """
 
     name: str

@@ -41,11 +41,14 @@ class PseudoLabeler:
     Examples
     --------
     >>> import numpy as np
-    >>> E = np.repeat(np.eye(3, dtype=np.float32) * 9, 20, axis=0)
+    >>> import peka_lite as pk
+    >>> E = np.repeat(np.eye(3, dtype=np.float32) * 9, (20, 40, 30), axis=0)  # three kinds of spots
     >>> E += np.random.default_rng(0).normal(0, 0.1, E.shape)
-    >>> labels = PseudoLabeler("kmeans", n_clusters=3).fit(E).labels_
-    >>> [len(set(labels[i : i + 20])) for i in (0, 20, 40)]
-    [1, 1, 1]
+    >>> labeler = pk.PseudoLabeler("kmeans", n_clusters=3).fit(E)
+    >>> np.bincount(labeler.labels_).tolist()
+    [40, 30, 20]
+    >>> labeler.predict(9 * np.eye(3)).tolist()
+    [2, 0, 1]
     """
 
     def __init__(self, method: str = "knn-leiden", *, seed: int = 0, **options):

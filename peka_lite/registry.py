@@ -102,6 +102,15 @@ class Backbone:
         Compute type by device.
     licence, gate
         Licence of the weights; page to ask for access, None where nobody has to.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> uni = pk.BACKBONES["uni"]
+    >>> uni.dim, uni.pooling, uni.bone_r, uni.licence
+    (1024, 'token', 256, 'CC-BY-NC-ND-4.0')
+    >>> [name for name in ("resnet50", "uni", "mini") if pk.BACKBONES[name].gate is None]  # nobody has to ask for these
+    ['resnet50', 'mini']
     """
 
     name: str
@@ -158,7 +167,9 @@ _ROWS = (
     Backbone("mini", "vit_tiny_patch16_224", "package/mini_student.safetensors", 192, *BIOPTIMUS, "BSD-3-Clause",
              input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
 )  # fmt: skip
-BACKBONES: Mapping[str, Backbone] = MappingProxyType({row.name: row for row in _ROWS})
+_BACKBONES = {row.name: row for row in _ROWS}  # `register_backbone` adds to it
+#: The students that can be asked for by name, name -> `Backbone`; `register_backbone` adds one.
+BACKBONES: Mapping[str, Backbone] = MappingProxyType(_BACKBONES)
 
 
 def check_block_size(spec: Backbone, r: int) -> None:

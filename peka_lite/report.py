@@ -47,6 +47,17 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     ------
     FileExistsError
         If `out` is there already; with `replace`, if it is no report, or holds what no report makes.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(features="depth", **small), "depth", maps=False)
+    >>> files = pk.write_report(["depth"], "report")
+    >>> [path.name for path in files if path.suffix == ".csv"]
+    ['metrics.csv', 'points.csv', 'protocol_mini-MINI3_custom.csv', 'table1.csv', 'table2.csv']
+    >>> [path.name for path in files if path.suffix in (".md", ".png")]
+    ['figure2.png', 'points.png', 'protocol_mini-MINI3_custom.md', 'report.md', 'table1.md', 'table2.md']
     """
     out, folders = Path(out), [Path(folder) for folder in folders]
     _check_free(out, replace)

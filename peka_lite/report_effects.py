@@ -32,6 +32,18 @@ def effects_table(others: Sequence[Run], reference: Sequence[Run]) -> pd.DataFra
     ------
     ValueError
         Without runs in either list, or if they are not of one protocol and cohort.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"features": "coordinates", "method": "none", "slides": ["MINI3"], "n_splits": 2, "n_genes": 10}
+    >>> for share in (1.0, 0.25):
+    ...     config = pk.RunConfig(train_share=share, protocol="paper", **small)
+    ...     _ = pk.load_or_run(config, f"spots_{share:.0%}", maps=False)
+    >>> reference, others, told = pk.by_settings(pk.read_runs(["spots_100%", "spots_25%"]))
+    >>> pk.effects_table(others, reference)[["PCC", "difference"]].round(2).reset_index()
+               settings     features   PCC  difference
+    0  train_share=0.25  coordinates  0.07       -0.12
     """
     if not others or not reference:
         raise ValueError("effects need runs of the reference settings and of others")

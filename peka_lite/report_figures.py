@@ -29,6 +29,19 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
 
     Whiskers are 95% intervals; the table under each panel gives the PCC lost from one protocol to the next. Data and
     errors are those of `leak_table`.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3"], "n_splits": 2, "n_genes": 10}
+    >>> for protocol in ("paper", "hest"):
+    ...     config = pk.RunConfig(features="coordinates", protocol=protocol, **small)
+    ...     _ = pk.load_or_run(config, f"leak_{protocol}", maps=False)
+    >>> figure = pk.leak_figure(pk.read_runs(["leak_paper", "leak_hest"]))
+    >>> [ax.get_title() for ax in figure.axes[:2]]
+    ['log1p-cp10k targets', 'log1p targets']
+    >>> [text.get_text().splitlines()[:2] for text in figure.axes[0].get_xticklabels()]
+    [['paper', 'random spots held out'], ['hest', 'patients held out']]
     """
     import seaborn as sns
 
@@ -71,6 +84,18 @@ def figure2(runs: Sequence[Run]) -> Figure:
     """Draw how the PCC is spread over genes, a box and its genes for every row, one panel a cohort (and backbone).
 
     Runs of one protocol; a gene's PCC, on the protocol's own targets, is its mean over the folds that predicted it.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> figure = pk.figure2(pk.read_runs(["coordinates", "depth"]))
+    >>> figure.axes[0].get_title()
+    'mini MINI3 (synthetic) · one patient, random spots held out · log1p-cp10k targets'
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['coordinates', 'total count']
     """
     import seaborn as sns
 

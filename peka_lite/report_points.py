@@ -34,6 +34,18 @@ def points_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) -> 
         a fold's test spots, on the protocol's own targets), the same by slides, share_of_ceiling, seconds. Then one
         row a summary of a notebook's own, its scalars in columns of their names. A column of several types is text.
         ``attrs`` holds title and note.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> table = pk.points_table(pk.read_runs(["coordinates", "depth"]))
+    >>> table[["run", "label", "protocol", "backbone", "mean_pcc", "share_of_ceiling"]].round(2)
+               run        label protocol backbone  mean_pcc  share_of_ceiling
+    0  coordinates  coordinates   custom     None      0.12              0.21
+    1        depth  total count   custom     None     -0.01             -0.02
     """
     names, rows = _varied(runs, sweeps), []
     for run in runs:
@@ -66,6 +78,18 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     pandas.DataFrame
         point, run, the settings that vary, label, protocol, cohort and backbone as in `points_table`, then fold, gene,
         pcc and the other columns of the run's ``metrics.csv``; a run without that file gives these three.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(features="depth", **small), "depth", maps=False)
+    >>> table = pk.metrics_table(pk.read_runs(["depth"]))
+    >>> table[["run", "label", "protocol", "fold", "gene", "pcc"]].head(3).round(2)
+         run        label protocol  fold    gene   pcc
+    0  depth  total count   custom     0   ADH1B  0.04
+    1  depth  total count   custom     0  ELAVL1 -0.13
+    2  depth  total count   custom     0   MUC16 -0.01
     """
     names, parts = _varied(runs, sweeps), []
     for run in runs:

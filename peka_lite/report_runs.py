@@ -94,6 +94,18 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
         For a folder that holds no finished run, or an unfinished one; the message names what is missing.
     ValueError
         For a run made by an older version, and for two runs with the same settings outside a sweep.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), f"runs/{features}", maps=False)
+    >>> [(run.name, round(run.score()["pcc"], 2)) for run in pk.read_runs(["runs"])]
+    [('coordinates', 0.12), ('depth', -0.01)]
+    >>> pk.read_runs(["runs/teacher"])
+    Traceback (most recent call last):
+    FileNotFoundError: runs/teacher: no such folder; give one that `peka-lite run` made, or one of those
     """
     found, runs, sweeps = [], {}, False
     for folder in map(Path, folders):
@@ -122,7 +134,17 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
 
 
 def label(run: Run) -> str:
-    """Return a run's row name: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ..."""
+    """Return a run's row name: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ...
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("depth", "student"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> [pk.label(run) for run in pk.read_runs(["depth", "student"])]
+    ['total count', 'frozen']
+    """
     features, method = run.summary["features"], METHODS[run.summary["method"]]
     if features in CONTROLS:
         return CONTROLS[features]

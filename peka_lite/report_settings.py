@@ -37,18 +37,54 @@ def over_seeds(runs: Sequence[Run]) -> list[Run]:
     -------
     list of Run
         In order of their first runs.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for seed in (0, 1):
+    ...     _ = pk.load_or_run(pk.RunConfig(features="coordinates", seed=seed, **small), f"seed{seed}", maps=False)
+    >>> runs = pk.read_runs(["seed0", "seed1"])
+    >>> (mean,) = pk.over_seeds(runs)
+    >>> mean.seeds, sorted(mean.moments["fold"].unique())
+    ((0, 1), ['0:0', '0:1', '1:0', '1:1'])
+    >>> [round(run.score()["pcc"], 2) for run in (*runs, mean)]
+    [0.12, 0.14, 0.13]
     """
     alike = group(runs, lambda run: (label(run), run.backbone, run.cohort, tuple(settings(run, seed=False).items())))
     return [_mean(list({run.config["seed"]: run for run in reversed(here)}.values())) for here in alike.values()]
 
 
 def seed_scores(run: Run, how: str = "pooled", *, normalization: str | None = None) -> dict[int, float]:
-    """Return the mean PCC of each seed; of the protocol's own targets by default."""
+    """Return the mean PCC of each seed; of the protocol's own targets by default.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for seed in (0, 1):
+    ...     _ = pk.load_or_run(pk.RunConfig(features="coordinates", seed=seed, **small), f"seed{seed}", maps=False)
+    >>> (mean,) = pk.over_seeds(pk.read_runs(["seed0", "seed1"]))
+    >>> {seed: round(pcc, 2) for seed, pcc in pk.seed_scores(mean).items()}
+    {0: 0.12, 1: 0.14}
+    """
     return {part.config["seed"]: part.score(how, normalization=normalization)["pcc"] for part in run.parts or (run,)}
 
 
 def sd_over_seeds(run: Run, how: str = "pooled", *, normalization: str | None = None) -> float:
-    """Return the standard deviation of the seeds' mean PCC, with n - 1; NaN for one seed."""
+    """Return the standard deviation of the seeds' mean PCC, with n - 1; NaN for one seed.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for seed in (0, 1):
+    ...     _ = pk.load_or_run(pk.RunConfig(features="coordinates", seed=seed, **small), f"seed{seed}", maps=False)
+    >>> runs = pk.read_runs(["seed0", "seed1"])
+    >>> (mean,) = pk.over_seeds(runs)
+    >>> round(pk.sd_over_seeds(mean), 3), pk.sd_over_seeds(runs[0])
+    (0.015, nan)
+    """
     scores = seed_scores(run, how, normalization=normalization).values()
     return statistics.stdev(scores) if len(scores) > 1 else math.nan
 
@@ -85,6 +121,20 @@ def by_settings(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[str, di
         `require_shared` takes the reference of one cohort, protocol and backbone.
     told
         Cohort -> the reference's settings, of those that differ.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features, share in (("coordinates", 1.0), ("depth", 1.0), ("coordinates", 0.25)):
+    ...     config = pk.RunConfig(features=features, train_share=share, **small)
+    ...     _ = pk.load_or_run(config, f"{features}_{share:.0%}", maps=False)
+    >>> runs = pk.read_runs(["coordinates_100%", "depth_100%", "coordinates_25%"])
+    >>> reference, others, told = pk.by_settings(runs)
+    >>> [run.name for run in reference], [run.name for run in others]
+    (['coordinates_100%', 'depth_100%'], ['coordinates_25%'])
+    >>> told
+    {'mini MINI3': {'train_share': 1.0}}
     """
     signed = list(zip(runs, _signatures(runs), strict=True))
     told = {}
@@ -106,6 +156,7 @@ def in_words(found: dict) -> str:
 
     Examples
     --------
+    >>> from peka_lite.report_settings import in_words
     >>> in_words({"epochs": 2, "lr": 0.0001, "r": None, "seed": (0, 1)})
     'epochs=2, lr=0.0001, r=null, seed=0+1'
     """

@@ -35,6 +35,18 @@ def sweep_figure(points: pd.DataFrame) -> Figure:
     ------
     ValueError
         If no row is a run.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> figure = pk.sweep_figure(pk.points_table(pk.read_runs(["coordinates", "depth"])))
+    >>> figure.axes[0].get_title()
+    'custom protocol · mini MINI3 (synthetic)'
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['coordinates', 'total count']
     """
     names = [name for name in setting_columns(points) if name not in (*ROW, "seed")] if "label" in points else []
     runs = points[points["label"].notna() & points["protocol"].notna()] if "label" in points else points.iloc[:0]
@@ -75,6 +87,18 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     """Draw what each change of settings is worth, a row a change, with paired 95% intervals about a zero line.
 
     Where no run can be paired with the reference, the PCC is drawn. Data are those of `effects_table`.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"features": "coordinates", "method": "none", "slides": ["MINI3"], "n_splits": 2, "n_genes": 10}
+    >>> for share in (1.0, 0.25):
+    ...     config = pk.RunConfig(train_share=share, protocol="paper", **small)
+    ...     _ = pk.load_or_run(config, f"spots_{share:.0%}", maps=False)
+    >>> reference, others, told = pk.by_settings(pk.read_runs(["spots_100%", "spots_25%"]))
+    >>> figure = pk.effects_figure(pk.effects_table(others, reference))
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()], figure.axes[0].get_xlabel()
+    (['train_share=0.25'], 'PCC minus that of the reference settings, same features (right: better)')
     """
     paired = table["difference"].notna().any()
     columns = ["difference", "difference low", "difference high"] if paired else ["PCC", "low", "high"]

@@ -33,6 +33,19 @@ class SweepFolder:
         The other points, with what their logs say of them: ``"missing"``, ``"unfinished"``, ``"failed: ..."``.
     seconds
         What the last attempt of each point took, where that is on record.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> import yaml
+    >>> Path("quick/method=none.partial").mkdir(parents=True)
+    >>> _ = Path("quick/sweep.yml").write_text(yaml.safe_dump(pk.read_sweep("quick").told()))
+    >>> folder = pk.read_sweep_folder("quick")
+    >>> folder.varied, folder.finished
+    (('method', 'features'), ())
+    >>> folder.missing["method=none"], folder.missing["method=bone"]
+    ('unfinished', 'missing')
     """
 
     folder: Path
@@ -87,6 +100,19 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     ------
     ValueError
         If ``sweep.yml`` is not what `peka-lite sweep` writes into its folder.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> import yaml
+    >>> text = "{fixed: {method: none, slides: [MINI3], split: spot}, grid: {features: [depth, coordinates]}}"
+    >>> _ = Path("controls.yml").write_text(text)
+    >>> sweep = pk.read_sweep("controls.yml")
+    >>> _ = pk.load_or_run(pk.RunConfig(**sweep.points[0].settings), "controls/features=depth", maps=False)
+    >>> _ = Path("controls/sweep.yml").write_text(yaml.safe_dump(sweep.told()))  # which `run_sweep` writes
+    >>> pk.read_sweep_folder("controls").told()
+    '1 of 2 points finished; missing: `features=coordinates`.'
     """
     folder = Path(folder)
     path = folder / "sweep.yml"

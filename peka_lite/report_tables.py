@@ -39,6 +39,22 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     ------
     ValueError
         If runs differ in what would make a column mean two things; the message names it.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> table = pk.protocol_table(pk.read_runs(["coordinates", "depth"]))
+    >>> table[["PCC", "share of ceiling", "fold 0", "fold 1"]].round(2).T
+    features          coordinates  total count
+    PCC                      0.12        -0.01
+    share of ceiling         0.21        -0.02
+    fold 0                   0.13        -0.04
+    fold 1                   0.10         0.01
+    >>> table.attrs["title"].split(" · ")[2:]
+    ['one patient, random spots held out', 'log1p-cp10k targets', 'no intervals: one slide']
     """
     runs = require_shared(runs)
     own = runs[0].summary["normalization"]
@@ -73,6 +89,20 @@ def difference_table(
 
     Parameters and errors are those of `protocol_table`; `reference` is a row's `label`. Columns: difference of the
     pooled PCC and its 95% interval, and the same by slides; NaN for a mean over other seeds than the reference's.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3", "MINI5"], "n_splits": 3, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     config = pk.RunConfig(features=features, protocol="hest", **small)
+    ...     _ = pk.load_or_run(config, f"{features}_hest", maps=False)
+    >>> runs = pk.read_runs(["coordinates_hest", "depth_hest"])
+    >>> pk.difference_table(runs, reference="coordinates").round(2).T.head(3)
+    minus coordinates  total count
+    difference                0.25
+    low                       0.04
+    high                      0.45
     """
     runs = require_shared(runs)
     named = {label(run): run for run in runs}
@@ -109,6 +139,22 @@ def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
     ------
     ValueError
         With fewer than two of these protocols, or runs that differ in data, backbone, epochs and the like.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3"], "n_splits": 2, "n_genes": 10}
+    >>> for protocol in ("paper", "hest"):
+    ...     config = pk.RunConfig(features="coordinates", protocol=protocol, **small)
+    ...     _ = pk.load_or_run(config, f"leak_{protocol}", maps=False)
+    >>> table = pk.leak_table(pk.read_runs(["leak_paper", "leak_hest"]))
+    >>> table[["paper", "hest", "cost of holding patients out"]].reset_index().round(2).T
+                                            0            1
+    targets                       log1p-cp10k        log1p
+    features                      coordinates  coordinates
+    paper                                0.21         0.24
+    hest                                -0.05        -0.03
+    cost of holding patients out         0.27         0.27
     """
     have = [p for p in PROTOCOLS if any(run.summary["protocol"] == p for run in runs)]
     if len(have) < 2 or "custom" in have:

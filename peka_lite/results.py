@@ -20,7 +20,18 @@ from peka_lite.hest import Cohort
 
 
 def fingerprint(cohort: Cohort) -> str:
-    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits."""
+    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort, same = (pk.open_cohort("mini", slides=["MINI3"]) for _ in range(2))
+    >>> stricter = pk.open_cohort("mini", slides=["MINI3"], min_genes=450)
+    >>> len(cohort), len(stricter)
+    (156, 151)
+    >>> pk.fingerprint(cohort) == pk.fingerprint(same), pk.fingerprint(cohort) == pk.fingerprint(stricter)
+    (True, False)
+    """
     digest = hashlib.sha256()
     for slide in cohort.slides:
         digest.update(f"{slide.id} {counts_digest(slide.adata)}".encode())

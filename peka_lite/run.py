@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from peka_lite._packaged import origin, packaged
+from peka_lite.backbone_files import restore_backbone, save_backbone
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
@@ -46,11 +47,11 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         split, protocol, features, normalization, fold, gene, pcc, n_train, n_test; the protocol's own targets, PCC
         pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalisations, from which
         every score follows), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
-        among a fold's targets; layer ``measured``), ``maps/*.png``, and where a student was taught ``training.csv``
-        and ``adapter.safetensors`` (one set of tensors a fold, or one for all). Until then the work is in
-        ``{out}.partial``. Taught students are kept in the cache (`taught_student`), so running the same again after an
-        interruption goes on from there. Where a student is judged, ``probe.safetensors`` holds each fold's probe, and
-        `load_trained` makes of the folder a model to predict with.
+        among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` where the backbone is one's own,
+        and where a student was taught ``training.csv`` and ``adapter.safetensors`` (one set of tensors a fold, or one
+        for all). Until then the work is in ``{out}.partial``. Taught students are kept in the cache (`taught_student`),
+        so running the same again after an interruption goes on from there. Where a student is judged,
+        ``probe.safetensors`` holds each fold's probe, and `load_trained` makes of the folder a model to predict with.
     maps
         Draw the maps, the slowest part of a run whose students are taught already.
 
@@ -64,6 +65,19 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     ------
     FileExistsError
         If `out` is there already, or ``{out}.partial`` holds a run with other settings.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> from peka_lite.run import run
+    >>> slides = ["MINI1", "MINI3", "MINI5"]
+    >>> config = pk.RunConfig(features="depth", method="none", slides=slides, n_splits=3, n_genes=10)
+    >>> summary = run(config, "first_run", maps=False)
+    >>> round(summary["mean_pcc"], 2), summary["split"], summary["n_folds"], summary["n_spots"]
+    (0.02, 'patient', 3, 580)
+    >>> sorted(path.name for path in Path("first_run").iterdir())
+    ['config.yml', 'metrics.csv', 'predictions.h5ad', 'slides.parquet', 'summary.json']
     """
     begun, out = time.perf_counter(), Path(out)
     work = out.with_name(out.name + ".partial")
@@ -88,6 +102,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     if processes.first:
         work.mkdir(parents=True, exist_ok=True)
         (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        save_backbone(config.backbone, work)
     source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
     if not processes.first:
         return {}
@@ -153,10 +168,26 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
 
 
 def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.AnnData]:
-    """Read a finished run's config, result table, summary and predictions."""
+    """Read a finished run's config, result table, summary and predictions.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(features="depth", method="none", **small), "depth", maps=False)
+    >>> config, table, summary, predictions = pk.load_run("depth")
+    >>> table[["fold", "gene", "pcc", "n_train", "n_test"]].head(3).round(2)
+       fold    gene   pcc  n_train  n_test
+    0     0   ADH1B  0.04       78      78
+    1     0  ELAVL1 -0.13       78      78
+    2     0   MUC16 -0.01       78      78
+    >>> predictions.n_obs, list(predictions.layers)
+    (156, ['measured'])
+    """
     out = Path(out)
     if not (out / "summary.json").is_file():
         raise FileNotFoundError(f"{out}: no finished run here (summary.json is missing)")
+    restore_backbone(out)
     config = RunConfig(**yaml.safe_load((out / "config.yml").read_text()))
     summary = json.loads((out / "summary.json").read_text())
     return config, pd.read_csv(out / "metrics.csv"), summary, ad.read_h5ad(out / "predictions.h5ad")
@@ -167,7 +198,8 @@ def run_name(config: RunConfig) -> str:
 
     Examples
     --------
-    >>> run_name(RunConfig(cohort="mini", method="none"))[:26]
+    >>> import peka_lite as pk
+    >>> pk.run_name(pk.RunConfig(cohort="mini", method="none"))[:26]
     'mini_mini_none_patient_s0_'
     """
     settings = hashlib.sha256(json.dumps(config.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
@@ -179,6 +211,18 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     """Return `load_run` of `out`, running the experiment first where it is not there.
 
     Other settings, another teacher under the same name, or other weights inside the package are a FileExistsError.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> config = pk.RunConfig(features="depth", method="none", **small)
+    >>> config, table, summary, predictions = pk.load_or_run(config, "depth", maps=False)
+    >>> pk.load_or_run(config, "depth")[1].equals(table)  # read, not run again
+    True
+    >>> pk.load_or_run(pk.RunConfig(features="coordinates", method="none", **small), "depth")
+    Traceback (most recent call last):
+    FileExistsError: depth holds a run with other settings; name another folder or remove it
     """
     out = Path(out)
     if not (out / "summary.json").is_file():

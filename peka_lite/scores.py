@@ -16,7 +16,10 @@ def pearson(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
 
     Examples
     --------
-    >>> pearson(np.array([[0.0, 1], [1, 1], [2, 1]]), np.array([[1.0, 3], [2, 4], [4, 5]])).round(3).tolist()
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> measured, predicted = np.array([[0.0, 1], [1, 1], [2, 1]]), np.array([[1.0, 3], [2, 4], [4, 5]])
+    >>> pk.pearson(measured, predicted).round(3).tolist()  # the second gene does not vary
     [0.982, nan]
     """
     Y, P = np.asarray(Y, dtype=np.float64), np.asarray(P, dtype=np.float64)
@@ -66,7 +69,22 @@ def slide_moments(
 
 
 def pooled(moments: pd.DataFrame) -> pd.DataFrame:
-    """Return the PCC over all test spots of a fold: normalization, fold, gene, pcc (NaN where a side is constant)."""
+    """Return the PCC over all test spots of a fold: normalization, fold, gene, pcc (NaN where a side is constant).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y = rng.normal(size=(90, 2))  # two genes, 30 spots of each of three patients
+    >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second is predicted worse
+    >>> who = np.repeat(["A", "B", "C"], 30)
+    >>> moments = pk.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
+    >>> pk.pooled(moments.assign(normalization="log1p", fold=0)).round(2)
+      normalization  fold  gene   pcc
+    0         log1p     0  KRT8  0.90
+    1         log1p     0  CD8A  0.67
+    """
     keys = ["normalization", "fold", "gene"]
     sums = _sums(moments).groupby([moments[k] for k in keys], sort=False).sum()
     return sums.index.to_frame(index=False).assign(pcc=_pcc(sums.to_numpy().T))
@@ -97,6 +115,19 @@ def interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, 
     -------
     dict
         pcc, ci_low, ci_high (NaN with one unit), per_fold (list), unit, n_units.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y = rng.normal(size=(180, 2))  # two genes, 30 spots of each of six patients
+    >>> P = Y + 0.5 * rng.normal(size=Y.shape)
+    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> moments = pk.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
+    >>> found = pk.interval(moments.assign(normalization="log1p", fold=0))
+    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")], found["unit"], found["n_units"]
+    ([0.9, 0.86, 0.94], 'patient', 6)
     """
     return difference(moments, None, how=how, n_boot=n_boot, seed=seed)
 
@@ -110,6 +141,22 @@ def difference(
     ------
     ValueError
         If the two do not score the same folds, slides and genes, or hold several normalisations.
+
+    Examples
+    --------
+    Of two predictions the first has half the noise; the interval leaves 0 out:
+
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y, noise = rng.normal(size=(2, 180, 2))  # two genes, 30 spots of each of six patients
+    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> of = {"slides": who, "patients": who, "genes": ["KRT8", "CD8A"]}
+    >>> a = pk.scores.slide_moments(Y, Y + 0.5 * noise, **of).assign(normalization="log1p", fold=0)
+    >>> b = pk.scores.slide_moments(Y, Y + 1.0 * noise, **of).assign(normalization="log1p", fold=0)
+    >>> found = pk.difference(a, b)
+    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")]
+    [0.17, 0.1, 0.24]
     """
     if how not in ("pooled", "slides"):
         raise ValueError(f"unknown way {how!r}; known: pooled, slides")
@@ -235,6 +282,19 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict
     -------
     dict
         mean_pcc, ci_low, ci_high (NaN with one fold), mean_pcc_per_fold (list), n_nan, nan_genes (names).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(100, 4))
+    >>> Y = X[:, :2] + 0.5 * rng.normal(size=(100, 2))
+    >>> Y[:20, 1] = 0  # not seen on the first fold's test spots
+    >>> folds = [(np.delete(np.arange(100), test), test) for test in np.arange(100).reshape(5, 20)]
+    >>> found = pk.summarize(pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4))
+    >>> round(found["mean_pcc"], 2), found["n_nan"], found["nan_genes"]
+    (0.88, 1, ['CD8A'])
     """
     wide = table.pivot_table(index="fold", columns="gene", values="pcc", dropna=False, aggfunc="first", sort=True)
     lost = table[table["pcc"].isna()]

@@ -45,6 +45,17 @@ def export(
     -----
     UserWarning
         When the licence of the parent weights forbids sharing what was written.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> out = pk.export("student", "to_share", fold=0)
+    >>> sorted(path.name for path in out.iterdir())
+    ['README.md', 'model.safetensors', 'probe.safetensors']
+    >>> (out / "README.md").read_text(encoding="utf-8").splitlines()[1:3]
+    ['license: bsd-3-clause', 'library_name: timm']
     """
     out = Path(out)
     if out.exists():

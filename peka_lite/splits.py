@@ -9,6 +9,8 @@ from sklearn.model_selection import GroupKFold, KFold
 
 from peka_lite.registry import SPLITS
 
+SAYS = {"slide": "tells nothing about a new patient", "spot": "scores neighbours of training spots: too high"}
+
 
 def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split the rows of a cohort into folds in which no group stands on both sides.
@@ -35,6 +37,20 @@ def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list
     ------
     ValueError
         With one group, or where a slide's patient is unknown: nobody can be held out by guessing.
+
+    Examples
+    --------
+    How many of the two patients stand on both sides of each fold:
+
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI2", "MINI7"])  # MINI1 and MINI7 are of one patient
+    >>> patient = cohort.obs["patient"]
+    >>> for by in ("patient", "slide", "spot"):
+    ...     folds = pk.folds(cohort, by=by, n_splits=2)
+    ...     print(by, [len({*patient[train]} & {*patient[test]}) for train, test in folds])
+    patient [0, 0]
+    slide [1, 1]
+    spot [2, 2]
     """
     if by not in SPLITS:
         raise ValueError(f"unknown split {by!r}; known: {', '.join(SPLITS)}")
@@ -54,7 +70,11 @@ def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list
     groups = cohort.obs[by].to_numpy().astype(str)
     names = np.unique(groups)
     if len(names) == 1:
-        raise ValueError(f"the cohort holds one {by} ({names[0]}); there is none to hold out")
+        other = "slide" if len(cohort.slides) > 1 else "spot"
+        raise ValueError(
+            f"the cohort holds one {by} ({names[0]}); there is none to hold out. Add slides of others, or split by "
+            f"{other}, which {SAYS[other]}"
+        )
     if len(names) < n_splits:
         warnings.warn(f"{len(names)} {by}s for {n_splits} folds: each {by} is one fold", stacklevel=2)
         n_splits = len(names)

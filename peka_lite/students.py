@@ -20,6 +20,7 @@ from peka_lite import __version__
 from peka_lite._packaged import packaged, sha256
 from peka_lite.adapter_files import backbone_fingerprint, save_adapter
 from peka_lite.adapters import adapt, adapted_share, merge
+from peka_lite.backbone_files import PACKAGE, row_fields
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.lessons import Lesson, lesson
 from peka_lite.locks import RECORD, put, workplace
@@ -58,6 +59,18 @@ class Student:
         adapted) and n_labels.
     folder
         Holds ``adapter.safetensors``, ``projector.safetensors`` and ``training.csv`` unless the student is frozen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI3"])
+    >>> splits, protocol = pk.folds(cohort, "patient", 2, 0), pk.PROTOCOLS["hest"]
+    >>> everything = np.concatenate([pk.row_ids(slide.adata.X) for slide in cohort.slides])
+    >>> student = pk.Student(np.zeros((len(cohort), 2)), {"teacher": everything}, None, {}, None)
+    >>> pk.evaluate(cohort, splits, lambda left_out: student, protocol=protocol)
+    Traceback (most recent call last):
+    peka_lite.provenance.LeakError: fold 0: the teacher learned from 156 of 346 rows outside the training rows; ...
     """
 
     features: np.ndarray
@@ -228,5 +241,7 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
     file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)
     if file is not None and file.is_file():
         settings["weights"] = sha256(file)
+    if config.backbone not in PACKAGE:
+        settings["row"] = row_fields(BACKBONES[config.backbone])
     name = config.backbone if rows is None else f"{config.backbone}_{config.method}"
     return f"{name}_{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"

@@ -14,8 +14,9 @@ def use_style() -> None:
     Examples
     --------
     >>> import matplotlib.pyplot as plt
+    >>> import peka_lite as pk
     >>> with plt.rc_context():
-    ...     use_style()
+    ...     pk.use_style()
     ...     plt.rcParams["axes.spines.top"], plt.rcParams["image.cmap"]
     (False, 'viridis')
     """

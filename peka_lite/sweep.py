@@ -14,13 +14,14 @@ from pathlib import Path
 
 import yaml
 
+from peka_lite.backbone_files import is_file
 from peka_lite.config import RunConfig
 from peka_lite.grids import expand, matches, unique_names
 from peka_lite.registry import did_you_mean
 from peka_lite.sweep_checks import KEYS, check_excluded, check_plain, check_shape, checker, every_value
 
 READY = Path(__file__).with_name("sweeps")  # table1, table2, ablations, quick
-_PATHS = ("cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
+_PATHS = ("backbone", "cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
 _NO_PATHS = ("mini", "hub", "random")
 
 
@@ -36,6 +37,15 @@ class Point:
         What sets it apart, as the file says it.
     settings
         Every field of `RunConfig`, or the parameters that the notebook is given.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> point = pk.read_sweep("quick").points[3]
+    >>> point.name, point.varied
+    ('method=none', {'method': 'none'})
+    >>> point.settings["protocol"], point.settings["epochs"], pk.RunConfig(**point.settings).split
+    ('strict', 2, 'patient')
     """
 
     name: str
@@ -57,6 +67,15 @@ class Sweep:
         GiB that one point needs; decides how many run at once on this machine.
     points
         In order; points with equal settings are one, under the first name.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> sweep = pk.read_sweep("quick")
+    >>> sweep.title
+    'Four methods and two controls on the embedded cohort'
+    >>> sweep.varied, len(sweep.points), sweep.memory, sweep.notebook
+    (('method', 'features'), 6, 2.0, None)
     """
 
     name: str
@@ -97,7 +116,10 @@ def ready_sweeps() -> dict[str, str]:
 
     Examples
     --------
-    >>> sorted(ready_sweeps())
+    >>> import peka_lite as pk
+    >>> pk.ready_sweeps()["quick"]
+    'Four methods and two controls on the embedded cohort'
+    >>> sorted(pk.ready_sweeps())
     ['ablations', 'quick', 'table1', 'table2']
     """
     return {path.stem: _load(path.read_bytes(), path)["title"] for path in sorted(READY.glob("*.yml"))}
@@ -124,6 +146,20 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         For a file that is not there: the sweep, its notebook, or one that a point names.
     ValueError
         For a key, parameter or value that nothing knows; the message names file and place, and the nearest right name.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> text = "{fixed: {features: depth, method: none}, grid: {seed: [0, 1], n_genes: [10, 50]}}"
+    >>> _ = Path("seeds.yml").write_text(text)
+    >>> [point.name for point in pk.read_sweep("seeds.yml").points]
+    ['seed=0,n_genes=10', 'seed=0,n_genes=50', 'seed=1,n_genes=10', 'seed=1,n_genes=50']
+    >>> [point.name for point in pk.read_sweep("seeds.yml", fixed={"n_genes": 20}).points]
+    ['seed=0', 'seed=1']
+    >>> pk.read_sweep("seeds.yml", fixed={"epoch": 4})
+    Traceback (most recent call last):
+    ValueError: seeds.yml: given: unknown setting 'epoch'; did you mean 'epochs'?
     """
     path = _find(source)
     asked = _load(path.read_bytes(), path)
@@ -170,6 +206,7 @@ def read_value(text: str):
 
     Examples
     --------
+    >>> from peka_lite.sweep import read_value
     >>> read_value("1e-4"), read_value("[uni, 4]"), read_value("bone"), read_value("null")
     (0.0001, ['uni', 4], 'bone', None)
     """
@@ -232,9 +269,11 @@ def _fix(axes: dict, fixed: Mapping) -> None:
 
 def _as_run(name: str, given: dict) -> dict:
     try:
-        return RunConfig(**given).as_dict()
+        settings = RunConfig(**given).as_dict()
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"point {name}: {error}") from None
+    # Another process makes the point: it knows a backbone of one's own by its file alone.
+    return settings | ({"backbone": given["backbone"]} if is_file(given.get("backbone", "")) else {})
 
 
 def _notebook(base: Path, given) -> Path | None:
@@ -250,6 +289,8 @@ def _rooted(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -
     found = dict(parameters)
     for name, value in parameters.items():
         if not isinstance(value, str) or not value or value in _NO_PATHS or (names and name not in names):
+            continue
+        if name == "backbone" and not is_file(value):  # a name, whatever lies beside the sweep
             continue
         if (base / value).exists():
             found[name] = str((base / value).resolve())

@@ -47,6 +47,20 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     ------
     FileExistsError
         If a folder of that name holds a point with other settings, or of another notebook.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> Path("quick/method=none.partial").mkdir(parents=True)  # as a stopped point leaves it
+    >>> pk.sweep_states(pk.read_sweep("quick"), "quick")[["state"]].reset_index()
+                                  point       state
+    0                       method=bone     missing
+    1                       method=lora     missing
+    2                    method=adalora     missing
+    3                       method=none  unfinished
+    4       features=colour,method=none     missing
+    5  features=coordinates,method=none     missing
     """
     out, rows = Path(out), {}
     there = {entry.name for entry in os.scandir(out)} if out.is_dir() else set()
@@ -95,7 +109,20 @@ def finished(out: Path, order: dict) -> dict | None:
 
 
 def plan(sweep: Sweep, out: str | os.PathLike) -> str:
-    """Say what `run_sweep` would do: a line a point with its state and the time its last attempt took, then totals."""
+    """Say what `run_sweep` would do: a line a point with its state and the time its last attempt took, then totals.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> print(pk.plan(pk.read_sweep("quick"), "quick"))
+    method=bone                       missing
+    method=lora                       missing
+    method=adalora                    missing
+    method=none                       missing
+    features=colour,method=none       missing
+    features=coordinates,method=none  missing
+    6 points in quick: 0 done, 6 to run; how long a point takes is not known yet
+    """
     states = sweep_states(sweep, out)
     wide = max(map(len, states.index))
     took = states["seconds"].map(clock, na_action="ignore").fillna("")
@@ -234,6 +261,7 @@ def clock(seconds: float) -> str:
 
     Examples
     --------
+    >>> from peka_lite.sweep_points import clock
     >>> clock(8), clock(75), clock(7300)
     ('8 s', '1 min 15 s', '2 h 1 min')
     """

@@ -73,6 +73,19 @@ def run_sweep(
         For workers together with a scheduler, or more workers than GPUs.
     OSError
         If no scheduler answers at that address, or it goes away.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> text = "{fixed: {method: none, slides: [MINI3], split: spot, n_splits: 2}, list: [{features: depth}]}"
+    >>> _ = Path("small.yml").write_text(text)
+    >>> sweep = pk.read_sweep("small.yml")
+    >>> _ = pk.load_or_run(pk.RunConfig(**sweep.points[0].settings), "small/features=depth", maps=False)
+    >>> pk.run_sweep(sweep, "small")[["state"]].reset_index()  # what is done is not made again
+    small: 1 done
+                point state
+    0  features=depth  done
     """
     from distributed import as_completed
 

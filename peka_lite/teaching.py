@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from peka_lite.backbone_files import save_backbone
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
@@ -54,6 +55,16 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         If `out` is there already, or ``{out}.partial`` holds other settings.
     ValueError
         For features that have no student, and a fold that is not there.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(method="none", slides=["MINI1", "MINI3", "MINI5"], n_splits=3, n_genes=10)
+    >>> summary = pk.train(config, "student", fold=0)
+    >>> summary["held_out"], summary["n_taught"], summary["n_spots"]
+    (['MINI5'], 346, 580)
+    >>> pk.load_trained("student").name
+    'fold0'
     """
     begun, out = time.perf_counter(), Path(out)
     if config.features not in ("student", "frozen+student"):
@@ -80,6 +91,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     if processes.first:
         work.mkdir(parents=True, exist_ok=True)
         (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        save_backbone(config.backbone, work)
     others = [j for j in range(len(splits)) if j not in left] if inner else []
     source.prepare([left, *(tuple(sorted((*left, j))) for j in others)])
     if not processes.first:

@@ -29,6 +29,16 @@ class TileStore:
         (N,) int, for each row of the store the row inside that file.
     ids
         (N,) uint64, what the property `ids` returns; None makes them from file names and rows.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> tiles = pk.open_cohort("mini", slides=["MINI1"]).tiles
+    >>> two = tiles.select([5, 0])
+    >>> two
+    TileStore(2 tiles of 224 px from 1 file(s))
+    >>> bool((two[1] == tiles[0]).all()), two[:].shape
+    (True, (2, 224, 224, 3))
     """
 
     def __init__(

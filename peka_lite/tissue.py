@@ -57,6 +57,20 @@ def tissue_tiles(slide: WholeSlide, *, min_tissue: float = 0.5) -> TissueTiles:
     ------
     SlideError
         Where no tile holds so much; the message says how much the fullest holds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> import peka_lite as pk
+    >>> pixels = np.full((672, 672, 3), 240, np.uint8)
+    >>> pixels[224:448, 224:560] = (200, 120, 180)  # the middle tile, and half of the one beside it
+    >>> Image.fromarray(pixels).save("slide.png")
+    >>> with pk.open_slide("slide.png", mpp=0.5) as slide:
+    ...     pk.tissue_tiles(slide, min_tissue=0.4).obs.round(1)
+              array_row  array_col  tissue_share
+    tile_1_1          1          1           1.0
+    tile_1_2          1          2           0.5
     """
     if not 0 < min_tissue <= 1:
         raise ValueError(f"min_tissue is a share above 0 and at most 1, not {min_tissue}")
@@ -105,9 +119,11 @@ def find_tissue(image: np.ndarray, *, um_per_px: float) -> np.ndarray:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
     >>> image = np.full((60, 60, 3), 240, np.uint8)
     >>> image[20:40, 20:40] = (200, 120, 180)
-    >>> int(find_tissue(image, um_per_px=20).sum())
+    >>> int(pk.find_tissue(image, um_per_px=20).sum())
     400
     """
     smooth = [gaussian_filter(image[..., c], SMOOTH / um_per_px, output=np.float32) for c in range(3)]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from torch import nn
 
 from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.adapters import adapter_state, merge
+from peka_lite.backbone_files import restore_backbone
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
@@ -45,6 +47,17 @@ class TrainedModel:
         where one model learned from the whole cohort.
     fingerprint
         16 hex digits, the same for the same frozen weights, adapter, probe and genes.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(method="none", slides=["MINI1", "MINI3", "MINI5"], n_splits=3, n_genes=10)
+    >>> _ = pk.load_or_run(config, "frozen", maps=False)
+    >>> model = pk.load_trained("frozen", fold=2)
+    >>> model.predict(pk.open_cohort("mini", slides=["MINI3"]).tiles[:4]).shape
+    (4, 10)
+    >>> dict(zip(model.genes[:3], model.gene_pcc.round(2).tolist()))
+    {'BANK1': 0.25, 'FBN1': 0.32, 'CDH1': 0.61}
     """
 
     student: nn.Module
@@ -77,6 +90,15 @@ class TrainedModel:
         models = [m for m in (self.frozen, self.student) if m is not None]  # the order the probe was fitted in
         X = [embed_tiles(m, tiles, batch_size=batch_size, device=device, progress=progress) for m in models]
         return self.probe.predict(np.hstack(X)).astype(np.float32)
+
+    @property
+    def gene_pcc(self) -> np.ndarray:
+        """(genes,) PCC on the spots that this model's fold held out; NaN where the folder has no scores of it."""
+        table = self.folder / "metrics.csv"
+        if self.fold is None or not table.is_file():
+            return np.full(len(self.genes), np.nan)
+        scores = pd.read_csv(table)
+        return scores[scores["fold"] == self.fold].set_index("gene")["pcc"].reindex(self.genes).to_numpy(dtype=float)
 
     def describe(self) -> dict:
         """Say what this model is, in values that JSON can hold."""
@@ -134,6 +156,17 @@ def load_trained(
     ValueError
         For a fold that is not there, features without a student, frozen weights other than the run's, and files that
         do not belong together.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
+    >>> [pk.load_trained("student", fold=fold).genes[:3] for fold in (0, 1)]
+    [('ADH1B', 'ELAVL1', 'MUC16'), ('PGR', 'UBE2Q1', 'CDH1')]
+    >>> pk.load_trained("student", fold=2)
+    Traceback (most recent call last):
+    ValueError: student has no fold 2; it has models of fold0, fold1
     """
     folder = Path(folder)
     config, summary = read_run(folder)
@@ -185,6 +218,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     for name in ("summary.json", "config.yml"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no finished run or training here ({name} is missing)")
+    restore_backbone(folder)
     fields = yaml.safe_load((folder / "config.yml").read_text())
     known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
     if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):

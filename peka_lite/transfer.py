@@ -46,6 +46,16 @@ class TransferModel(nn.Module):
         of the student's projection with what it says of the teacher, and with the label (the authors' code).
     seed
         Decides the random start of projector and classifier.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> model = pk.TransferModel(student, teacher_dim=50, n_classes=7)
+    >>> z, logits = model(torch.zeros(2, 3, 112, 112))
+    >>> tuple(z.shape), tuple(logits.shape)
+    ((2, 50), (2, 7))
     """
 
     def __init__(
@@ -146,6 +156,18 @@ def fit(
         When the GPU's memory does not suffice, with what would.
     ValueError
         When rows disagree, or the checkpoint comes from other settings.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> tiles = pk.open_cohort("mini", slides=["MINI1"]).tiles[:8]
+    >>> teacher = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> model = pk.TransferModel(student, teacher_dim=6, n_classes=2)
+    >>> history = pk.fit(model, tiles, teacher, np.arange(8) % 2, epochs=3, batch_size=8, lr=1e-3)
+    >>> len(history), bool(history["loss"].iloc[-1] < history["loss"].iloc[0])
+    (3, True)
     """
     n = len(tiles)
     _check(model, n, teacher, labels, epochs=epochs, batch_size=batch_size, tau=tau, micro_batch=micro_batch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,13 +25,31 @@ SQUARE = 1.1  # most that one side of a pixel may exceed the other
 LANCZOS_REACH = 3  # the filter's reach to either side, in pixels of the coarser grid
 BLOCK = 2048  # pixels of a level read at once for a thumbnail
 PER_UNIT = {"centimeter": 1e4, "inch": 25400.0}  # um
+COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr")  # Pillow's modes of plain images that are taken
 
 
 class SlideError(ValueError):
-    """A slide that cannot be used; the message names the file, what is wrong and the fix."""
+    """A slide that cannot be used; the message names the file, what is wrong and the fix.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> import peka_lite as pk
+    >>> Image.new("RGB", (448, 448), "white").save("slide.png")
+    >>> with pk.open_slide("slide.png", mpp=0.5) as slide:
+    ...     pk.tissue_tiles(slide)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    peka_lite.wsi.SlideError: slide.png: no tissue found on its thumbnail at 0.5 um/px. Is it an H&E slide, ...
+    """
 
     def __init__(self, path, what: str, fix: str):
         super().__init__(f"{path}: {what}. {fix}")
+        self.path, self.what, self.fix = path, what, fix
+
+
+class ResolutionError(SlideError):
+    """A slide whose resolution is not known, or cannot be right."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +71,15 @@ class WholeSlide:
         OpenSlide turns positions into that level's.
     fingerprint
         Hash of the file's size, time and content as OpenSlide samples it; 16 hex digits.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> import peka_lite as pk
+    >>> Image.new("RGB", (900, 500), (200, 120, 180)).save("slide.png")
+    >>> with pk.open_slide("slide.png", mpp=0.25) as slide:
+    ...     slide, slide.tile, slide.read_tile(0, 1).shape
+    (WholeSlide slide.png: 900 x 500 px at 0.25 um/px, 1 level(s), (448.0, 448.0), (224, 224, 3))
     """
 
     path: Path
@@ -58,6 +87,7 @@ class WholeSlide:
     size: tuple[int, int]
     levels: tuple[tuple[float, float, float], ...]
     fingerprint: str
+    _open: Callable[[], object] = field(compare=False)
     _idle: list = field(default_factory=list, compare=False)
 
     @property
@@ -75,6 +105,11 @@ class WholeSlide:
         """
         width, height = self.tile
         return self._read(col * width, row * height, width, height, (TILE, TILE))
+
+    def read_around(self, x: float, y: float) -> np.ndarray:
+        """Read the tile whose centre is at (x, y); otherwise as `read_tile`."""
+        width, height = self.tile
+        return self._read(x - width / 2, y - height / 2, width, height, (TILE, TILE))
 
     def thumbnail(self, most: int = 2000) -> tuple[np.ndarray, float]:
         """Shrink the slide so that its longer side has at most `most` pixels.
@@ -148,7 +183,7 @@ class WholeSlide:
             try:
                 handle = self._idle.pop()
             except IndexError:  # as many handles as threads that read at once
-                handle = openslide.OpenSlide(self.path)
+                handle = self._open()
             region = handle.read_region(corner, level, size)
         except openslide.OpenSlideError as error:  # the handle is not put back: it would fail wherever it reads
             raise SlideError(
@@ -166,12 +201,13 @@ class WholeSlide:
 
 
 def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSlide:
-    """Open a whole-slide image that OpenSlide can read (Goode et al. 2013, doi:10.4103/2153-3539.119005).
+    """Open a whole-slide image that OpenSlide reads (Goode et al. 2013, doi:10.4103/2153-3539.119005), or a plain one.
 
     Parameters
     ----------
     path
-        SVS, NDPI, MRXS, SCN, tiled TIFF, ...; with a pyramid of any kind, or one level.
+        SVS, NDPI, MRXS, SCN, tiled TIFF, ...; with a pyramid of any kind, or one level. What OpenSlide cannot read but
+        Pillow can, as a TIFF without tiles, a PNG or a JPEG, is held whole in memory (3 bytes a pixel).
     mpp
         Microns per pixel of level 0, both ways; None reads them from the file. Where given, what the file says
         does not count.
@@ -181,8 +217,23 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     FileNotFoundError
         For a file that is not there.
     SlideError
-        For a file that OpenSlide cannot read, without a plausible resolution, with pixels more than 10 % longer one
-        way than the other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns: tiles are blown up.
+        For a file that neither can read or that has no 8-bit colours, without a plausible resolution, with pixels more
+        than 10 % longer one way than the other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns: tiles are
+        blown up.
+
+    Examples
+    --------
+    A file that does not say how large its pixels are has to be told:
+
+    >>> from PIL import Image
+    >>> import peka_lite as pk
+    >>> Image.new("RGB", (900, 500), (200, 120, 180)).save("slide.png")
+    >>> pk.open_slide("slide.png")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    peka_lite.wsi.ResolutionError: slide.png: it does not say its resolution. Give the microns per pixel ...
+    >>> pk.open_slide("slide.png", mpp=0.5)
+    WholeSlide slide.png: 900 x 500 px at 0.5 um/px, 1 level(s)
     """
     import openslide
 
@@ -190,15 +241,17 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a whole-slide image")
     try:
-        handle = openslide.OpenSlide(path)
+        again = functools.partial(openslide.OpenSlide, path)
+        handle = again()
         properties = dict(handle.properties)
-        size, levels = handle.dimensions, tuple(zip(handle.level_dimensions, handle.level_downsamples, strict=True))
     except openslide.OpenSlideError as error:
-        raise SlideError(
-            path,
-            f"OpenSlide cannot read it ({error})",
-            "Convert it to a tiled pyramidal TIFF, with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
-        ) from None
+        image = _plain(path, error)
+        again = functools.partial(openslide.ImageSlide, image)
+        handle = again()
+        dots = dict(zip("XY", image.info.get("dpi", ()), strict=False))
+        properties = {f"tiff.{axis}Resolution": str(value) for axis, value in dots.items()}
+        properties["tiff.ResolutionUnit"] = "inch"
+    size, levels = handle.dimensions, tuple(zip(handle.level_dimensions, handle.level_downsamples, strict=True))
     resolution = _resolution(path, properties, mpp)
     if max(resolution) > TILE_MPP * NEAR:
         coarse = f"level 0 has {max(resolution):.3g} um/px, coarser than the {TILE_MPP} um/px of tiles"
@@ -213,8 +266,34 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
         size=size,
         levels=tuple((*_ratio(size, dimensions), factor) for dimensions, factor in levels),
         fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
+        _open=again,
         _idle=[handle],
     )
+
+
+def _plain(path: Path, why: Exception) -> Image.Image:
+    """Read an image that OpenSlide does not know, whole."""
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # microscopes' images are larger than photographs
+    try:
+        with Image.open(path) as image:
+            if image.mode not in COLOUR:
+                raise SlideError(
+                    path, f"its pixels are of mode {image.mode}, not 8-bit colours", "Give the H&E image in RGB"
+                )
+            whole = image if image.mode == "RGBA" else image.convert("RGB")
+            whole.load()
+            whole.info = dict(image.info)
+            return whole.copy() if whole is image else whole
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, SlideError):
+            raise
+        raise SlideError(
+            path,
+            f"OpenSlide cannot read it ({why}), nor can Pillow",
+            "Convert it to a tiled pyramidal TIFF, with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
+        ) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
 
 
 def _resolution(path: Path, properties: dict, mpp: float | None) -> tuple[float, float]:
@@ -231,12 +310,14 @@ def _resolution(path: Path, properties: dict, mpp: float | None) -> tuple[float,
         found.append(own or unit / (_number(properties.get(f"tiff.{axis.upper()}Resolution")) or math.nan))
     fix = "Give the microns per pixel of its finest level with --mpp (mpp= in Python)"
     if any(math.isnan(value) for value in found):
-        raise SlideError(path, "it does not say its resolution", fix)
+        raise ResolutionError(path, "it does not say its resolution", fix)
     says = f"{found[0]:.4g} x {found[1]:.4g} um/px"
     if not all(low <= value <= high for value in found):
-        raise SlideError(path, f"its resolution of {says} is not plausible", fix)
+        raise ResolutionError(path, f"its resolution of {says} is not plausible", fix)
     if max(found) > SQUARE * min(found):
-        raise SlideError(path, f"its pixels are not square ({says})", f"{fix}, or scale the image to square pixels")
+        raise ResolutionError(
+            path, f"its pixels are not square ({says})", f"{fix}, or scale the image to square pixels"
+        )
     return found[0], found[1]
 
 

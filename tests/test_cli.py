@@ -130,3 +130,52 @@ def test_sweep_without_a_file_names_what_is_ready_and_bad_input_is_one_line(caps
     assert not list(tmp_path.iterdir())
     assert main(["sweep", "quick", "--dry-run", "-p", "epochs", "1"]) == 0
     assert "6 points in sweeps/quick: 0 done, 6 to run" in capsys.readouterr().out
+
+
+def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cache, tmp_path, capsys):
+    import anndata as ad
+    import numpy as np
+    import tifffile
+
+    source = mini_cohort.slides[3]
+    centres = np.asarray(source.adata.obsm["spatial"], dtype=int)
+    image = np.full((*(centres.max(0) + 224)[::-1], 3), 245, dtype=np.uint8)
+    for (x, y), tile in zip(centres, source.tiles, strict=True):
+        image[y - 112 : y + 112, x - 112 : x + 112] = tile
+    tifffile.imwrite(tmp_path / "scan.tif", image, photometric="rgb", tile=(256, 256))
+    counts = ad.AnnData(source.adata.X, obs=source.adata.obs, var=source.adata.var)
+    counts.obsm["spatial"] = centres.astype(float)
+    half = source.n_spots // 2
+    counts[:half].write_h5ad(tmp_path / "A.h5ad")
+    counts[half:].write_h5ad(tmp_path / "B.h5ad")
+
+    def call(text):
+        status = main([part.replace("@", f"{tmp_path}/") for part in text.split()])
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return said.out
+
+    call(f"train --cohort {mini_root} --slides MINI2,MINI3 --method none --n-genes 10 --out @first")
+    call("predict @scan.tif --model @first --mpp 0.5 --out @genes.h5ad")
+    assert call("map @genes.h5ad --out @map.png").strip() == str(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    add = f"--image {tmp_path}/scan.tif --cohort {tmp_path}/own --mpp visium"
+    assert f"Slide A: {half} spots" in call(f"add @A.h5ad --id A --patient P {add}")
+    # One patient: nothing to hold out but sections or spots, and it is said which.
+    run = f"run --cohort {tmp_path}/own --method none --n-splits 2 --n-genes 5 --no-maps --out {tmp_path}/run"
+    for ids, other in ((("A",), "spot"), (("A", "B"), "slide")):
+        if "B" in ids:
+            call(f"add @B.h5ad --id B --patient P {add}")
+        assert main(run.split()) == 2
+        assert f"split by {other}" in capsys.readouterr().err
+    assert "mean PCC" in call(f"{run} --split slide")
+    for bad, words in (
+        ("map @genes.h5ad --gene NOPE --out @m.png", "gene 'NOPE' is not predicted; there are"),
+        ("map @genes.h5ad --out @m.doc", "give a name that ends in .png, .svg or .pdf"),
+        ("map @scan.tif --out @m.png", "no file of predictions"),
+        ("add @nowhere --image @scan.tif --cohort @own --id C", "neither an .h5ad file nor Space Ranger's outs"),
+        ("add @A.h5ad --image @scan.tif --cohort @own --id A", "A.h5 is there already"),
+    ):
+        assert main([part.replace("@", f"{tmp_path}/") for part in bad.split()]) == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("m.*"))

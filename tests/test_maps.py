@@ -1,5 +1,6 @@
 """Pictures of tissue: local correlation equals a loop by hand, figures hold what they say they do."""
 
+import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 from scipy.stats import pearsonr
 
 from peka_lite.hest import read_slide
-from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map
+from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map, predicted_map
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
     tissue, near, genes = panels(fig)
     coords = slide.adata.obsm["spatial"]
     assert tissue.get_title() == "H&E"
-    for ax, over, words in ((near, "neighbours", "each spot's neighbourhood"), (genes, "genes", "genes at the spot")):
+    for ax, over, words in ((near, "neighbours", "neighbourhoods"), (genes, "genes", "genes")):
         expected = local_pcc(coords, Y, P, over=over, n_neighbors=8)
         np.testing.assert_allclose(painted(ax), expected, atol=1e-6)
         assert ax.get_title() == f"PCC over {words} (mean {expected.mean():.2f})"
@@ -245,3 +246,55 @@ def test_gene_bars_whiskers_are_the_range_over_folds():
 def test_unknown_method_to_order_by_is_refused():
     with pytest.raises(ValueError, match="no method 'lora' in the table; it has none, bone"):
         gene_bars(table(), order_by="lora")
+
+
+def predictions(pcc, *, grid=False):
+    """What `predict_slide` writes, by hand: the second gene varies most, values tell the spot."""
+    rows, cols = (a.ravel() for a in np.mgrid[:4, :5])
+    n = len(rows)
+    X = np.column_stack([np.arange(n), 5 * np.arange(n), np.ones(n)]).astype(np.float32)
+    image = np.full((100, 120, 3), 200, np.uint8)
+    factors = {"spot_diameter_fullres": 200.0, "tissue_downscaled_fullres_scalef": 0.1}
+    adata = ad.AnnData(
+        X, obs=pd.DataFrame(index=[f"t{i}" for i in range(n)]), var=pd.DataFrame({"pcc": pcc}, index=["A", "B", "C"]),
+        obsm={"spatial": np.column_stack([cols, rows]) * 200.0 + 100},
+        uns={"spatial": {"s": {"images": {"downscaled_fullres": image}, "scalefactors": factors}},
+             "peka_lite": {"model": {"cohort": "breast", "normalization": "log1p"}}},
+    )  # fmt: skip
+    if grid:
+        adata.obs["tissue_share"] = 1.0
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("pcc", "gene", "shown"),
+    [
+        ([np.nan] * 3, None, "B: predicted"),  # nothing held out: what varies most
+        ([0.2, 0.1, np.nan], None, "A: predicted\nPCC 0.20 on held-out spots of breast"),
+        ([0.2, 0.1, np.nan], "B", "B: predicted\nPCC 0.10 on held-out spots of breast"),
+        ([0.2, 0.1, np.nan], "C", "C: predicted"),
+    ],
+)
+def test_a_predicted_map_draws_the_gene_that_is_asked_for_or_known_best(pcc, gene, shown):
+    adata = predictions(pcc)
+    fig = predicted_map(adata, gene)
+    picture, gene_panel = panels(fig)
+    assert (picture.get_title(), gene_panel.get_title()) == ("H&E", shown)
+    np.testing.assert_allclose(painted(gene_panel), adata[:, shown[0]].X.ravel())
+    assert bars_of(fig)[0].get_ylabel() == "log1p of counts"
+
+
+def test_tiles_of_a_grid_are_squares_that_touch():
+    fig = predicted_map(predictions([0.1] * 3, grid=True), "A")
+    drawn = spots(panels(fig)[1]).get_paths()
+    sides = np.array([np.ptp(p.vertices, axis=0) for p in drawn])  # (n, 2), pixels of the image
+    np.testing.assert_allclose(sides, 20)
+
+
+def test_a_predicted_map_says_what_is_missing():
+    adata = predictions([0.1] * 3)
+    with pytest.raises(ValueError, match="gene 'X' is not predicted; there are A, B, C"):
+        predicted_map(adata, "X")
+    del adata.uns["spatial"]
+    with pytest.raises(ValueError, match="the slide has no image"):
+        predicted_map(adata)

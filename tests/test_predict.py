@@ -44,6 +44,10 @@ class MeanColour:
         self.seen.append(len(tiles))
         return (tiles.mean((1, 2), dtype=np.float64) * self.scale).astype(np.float32)
 
+    @property
+    def gene_pcc(self):
+        return np.linspace(0.5, 0.9, len(self.genes))
+
     def describe(self):
         return {
             "backbone": "mean colour", "n": 3, "pcc": {"mean": 0.5, "low": None}, "genes": list(self.genes),

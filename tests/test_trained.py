@@ -235,8 +235,8 @@ def test_a_fold_that_is_not_there_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "colour", "method": "none"}, "features 'colour': no student learned there"),
-        ({"features": "teacher", "method": "none"}, "features 'teacher': no student"),
+        ({"features": "colour", "method": "none"}, "features 'colour': models are kept of"),
+        ({"features": "teacher", "method": "none"}, "features 'teacher': models are kept of"),
         ({"backbone": "vgg"}, "unknown backbone 'vgg'"),
         ({"method": "lora"}, "has method 'bone', the run 'lora': it belongs to another folder"),
         ({"normalization": "log1p"}, "has normalization 'log1p-cp10k', the run 'log1p'"),

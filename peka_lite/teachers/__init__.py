@@ -59,8 +59,11 @@ def load_teacher(name: str, **options):
 
     Examples
     --------
-    >>> load_teacher("pca", n_components=32)
+    >>> import peka_lite as pk
+    >>> pk.load_teacher("pca", n_components=32)
     PCATeacher(n_components=32, n_genes=2000, seed=0)
+    >>> pk.load_teacher("scfoundation-mini")
+    ScFoundation(scfoundation_mini.ckpt, cell: 2 layers, width 64, 1500 genes)
     """
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}; known: {', '.join(TEACHERS)}")
@@ -83,6 +86,18 @@ def embed_cohort(
     whose name holds a hash of counts, weights and settings: when any of them changes, so does the file. A stopped job
     goes on where it was, and of two jobs that want one file the second waits for the first. A teacher that is fitted,
     as PCA, is asked anew. `options` go to the teacher's `embed`, as ``resolution="f1"``.
+
+    Examples
+    --------
+    Fitted on the first slide, the teacher embeds the second too:
+
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI2"])
+    >>> train = cohort.rows_of("MINI1")
+    >>> teacher = pk.load_teacher("pca", n_components=8, n_genes=100).fit(cohort.by_slide(train))
+    >>> E = pk.embed_cohort(teacher, cohort)
+    >>> E.shape, len(teacher.fitted_on_)
+    ((395, 8), 190)
     """
     options |= {"device": device}
     if not hasattr(teacher, "cache_key"):

@@ -34,6 +34,15 @@ class PCATeacher:
     ----------
     fitted_on_
         `row_ids` of the counts given to `fit`.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1"])
+    >>> teacher = pk.load_teacher("pca", n_components=8, n_genes=100).fit(cohort.by_slide(range(100)))
+    >>> E = teacher.embed(cohort.adata)
+    >>> E.shape, round(float(E[:100].std()), 2)
+    ((190, 8), 1.0)
     """
 
     def __init__(self, *, n_components: int = 50, n_genes: int = 2000, seed: int = 0):

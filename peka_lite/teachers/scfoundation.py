@@ -42,6 +42,20 @@ class ScFoundation:
         Hash of weights, sizes, vocabulary and gene mapping; 16 hex digits.
     precision
         Compute type by device, as `peka_lite.devices.PRECISION`: float32 on a CPU, half precision on a GPU.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import pandas as pd
+    >>> import peka_lite as pk
+    >>> genes = pd.DataFrame(index=["CD3E", "ACTB", "NEW1"])
+    >>> spots = ad.AnnData(np.array([[0.0, 5.0, 2.0], [1.0, 9.0, 0.0]]), var=genes)
+    >>> teacher = pk.ScFoundation.random(["ACTB", "CD3E", "KRT8"])
+    >>> teacher
+    ScFoundation(random weights, seed 0: 2 layers, width 64, 3 genes)
+    >>> round(teacher.coverage(spots), 2), teacher.embed(spots).shape, teacher.embed(spots, pool="max").shape
+    (0.67, (2, 256), (2, 64))
     """
 
     def __init__(

@@ -90,9 +90,12 @@ def tokenize(
 
     Examples
     --------
-    >>> spots = tokenize(sparse.csr_matrix([[0, 30, 70]]))
-    >>> spots.positions.tolist(), [round(float(value), 2) for value in spots.values]
-    ([1, 2, 3, 4], [8.01, 8.85, 4.0, 2.0])
+    >>> import peka_lite as pk
+    >>> spots = pk.tokenize([[0, 30, 70]])  # counts of three genes
+    >>> spots.positions.tolist()  # the expressed genes, then T and S
+    [1, 2, 3, 4]
+    >>> [round(float(value), 2) for value in spots.values]
+    [8.01, 8.85, 4.0, 2.0]
     """
     check_options(resolution=resolution, pre_normalized=pre_normalized, input_type=input_type)
     X = sparse.csr_matrix(X, dtype=np.float64, copy=True)

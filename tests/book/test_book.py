@@ -18,12 +18,10 @@ def build(folder, *, url=""):
     shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns("_build", "notebooks"))
     for target in ("notebooks", "book/notebooks"):
         shutil.copytree(ROOT / "notebooks", folder / target, ignore=shutil.ignore_patterns(".*"))
-    if url:
-        subprocess.run(
-            [sys.executable, "-c", "import sys; sys.path.insert(0, 'book'); from address import set_address; "
-             "from pathlib import Path; set_address(sys.argv[1], root=Path.cwd())", url],
-            cwd=folder, check=True,
-        )  # fmt: skip
+    set_address = "import sys; sys.path.insert(0, 'book'); from address import set_address; "
+    set_address += "from pathlib import Path; set_address(sys.argv[1], root=Path.cwd())"
+    subprocess.run([sys.executable, "-c", set_address, url], cwd=folder, check=True)
+    subprocess.run([sys.executable, "book/costs_table.py", "book/notebooks"], cwd=folder, check=True)
     from matplotlib.image import imsave
 
     imsave(folder / "book" / "notebooks" / "front_map.png", [[0.0, 1.0]])
@@ -53,7 +51,7 @@ def test_front_page_opens_with_a_map(html):
     picture = re.search(r'<img[^>]*alt="([^"]+)"[^>]*src="([^"]+)"', body) or re.search(r"<img[^>]*>", body)
     assert "front_map" in picture.group(0)
     assert body.index(picture.group(0)) < 2500
-    assert 'alt="One gene on a tissue slide' in picture.group(0)
+    assert 'alt="In: a tile of an H&amp;E slide' in picture.group(0)
 
 
 def test_no_address_no_colab_button(html):

@@ -11,7 +11,8 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
-         "06_spatial_pcc_maps", "07_sweeps", "08_default_models"]  # fmt: skip
+         "06_spatial_pcc_maps", "07_sweeps", "08_default_models", "09_paper_explained", "10_leakage_and_protocols",
+         "11_your_own_slides"]  # fmt: skip
 SMALL = {"epochs": 1, "n_splits": 3}
 ANATOMY = ("**You will learn**", "**You need**", "## Key takeaways", "## Exercises", "## What's next", "## References")
 

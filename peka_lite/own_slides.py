@@ -1,0 +1,305 @@
+"""A slide of one's own in HEST-1k's layout: counts with the centres of their spots, and the image they lie on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
+from tqdm.auto import tqdm
+
+from peka_lite._hest_files import HestFormatError, check_spots, patient_name, write_tiles
+from peka_lite.hest import Slide, read_slide
+from peka_lite.maps import IMAGE_KEY
+from peka_lite.tiles import TILE_SHAPE
+from peka_lite.wsi import ResolutionError, WholeSlide, open_slide
+
+FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
+PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
+OFF = 0.1  # most by which the distance between spots may miss PITCH_UM
+
+
+def add_slide(
+    root: str | os.PathLike,
+    slide_id: str,
+    counts: ad.AnnData,
+    image: str | os.PathLike,
+    *,
+    patient: str | None = None,
+    mpp: float | str | None = None,
+    technology: str = "Visium",
+    spot_um: float = SPOT_UM,
+    metadata: Mapping | None = None,
+    progress: bool = False,
+) -> Slide:
+    """Add a slide to a folder in HEST-1k's layout, which is made where it is not there.
+
+    A tile of 224 px at 0.5 um/px (112 um) is cut around every spot. The three files are written beside their places and
+    moved there when all are complete.
+
+    Parameters
+    ----------
+    root
+        The cohort's folder.
+    slide_id
+        Name of the slide, new to the folder.
+    counts
+        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centres, x first, in
+        pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` give them. Spots whose
+        ``obs["in_tissue"]`` is 0 are left out. ``obs`` and ``var`` are kept, layers and other tables are not.
+    image
+        The image that these pixels are counted on, as `open_slide` takes it: the one given to Space Ranger, not the
+        ``hires`` or ``lowres`` picture that it wrote.
+    patient
+        Who the tissue came from. Blocks of one person get one name. None: unknown, and no split by patient.
+    mpp
+        Microns per pixel of the image. None: what the file says. ``"visium"``: from the spots, 100 um apart.
+    technology
+        ``"Visium"``: the distance between spots must agree with the resolution. Of others nothing is known.
+    spot_um
+        Diameter of a spot in um, for maps.
+    metadata
+        More fields for the slide's JSON file, such as organ or disease_state.
+    progress
+        Show a bar.
+
+    Returns
+    -------
+    Slide
+        As `read_slide` gives it. ``dropped`` counts spots off the tissue and spots whose tile reaches over the edge of
+        the image.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a file of that slide.
+    HestFormatError
+        For counts that are not raw, duplicate barcodes, missing coordinates, and centres that do not fit the image.
+    FileNotFoundError, SlideError
+        As `open_slide`, also where no resolution is known.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> from PIL import Image
+    >>> Image.new("RGB", (800, 600), (220, 180, 210)).save("scan.png")
+    >>> counts = ad.AnnData(np.ones((3, 4), dtype=int))  # three spots, 200 px apart; the last lies at the edge
+    >>> counts.obsm["spatial"] = np.array([[300, 300], [500, 300], [700, 300]])
+    >>> pk.add_slide("my_slides", "S1", counts, "scan.png", patient="P1", mpp=0.5)
+    Slide S1: 2 spots x 4 genes, P1; dropped 1 spots without a tile
+    """
+    root = Path(root)
+    _check_place(root, slide_id, metadata)
+    if not spot_um > 0:
+        raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
+    spots = _spots_of(counts, f"counts of {slide_id}")
+    off_tissue = counts.n_obs - spots.n_obs
+    centres = spots.obsm["spatial"]  # (N, 2)
+    distance = spot_distance(centres) if len(centres) > 1 else None  # px
+    if isinstance(mpp, str):
+        mpp = _from_spots(mpp, distance)
+        embedded = None
+    else:
+        embedded = mpp is None
+    try:
+        opened = open_slide(image, mpp=mpp)
+    except ResolutionError as error:
+        raise ResolutionError(
+            error.path, error.what, f"{error.fix}; for Visium 'visium' takes them from the distance between spots"
+        ) from None
+    with opened as slide:
+        _check_centres(centres, slide, slide_id)
+        if technology == "Visium" and distance is not None:
+            _check_distance(distance, slide, slide_id)
+        half = np.array(slide.tile) / 2
+        inside = ((centres - half >= 0) & (centres + half <= slide.size)).all(1)  # (N,)
+        if not inside.any():
+            raise HestFormatError(slide.path, f"none of {len(centres)} tiles of 112 um lies in it", "Is it cut close?")
+        fields = _fields(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
+        fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
+        spots.uns["spatial"] = {"ST": _picture(slide, spot_um)}
+        _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, progress)
+    made = read_slide(root, slide_id)
+    dropped = made.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
+    return dataclasses.replace(made, dropped=dropped)
+
+
+def read_counts(path: str | os.PathLike) -> ad.AnnData:
+    """Read counts and centres of spots: an ``.h5ad`` file, or the ``outs`` folder that Space Ranger wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a path that is neither, or a folder without Space Ranger's files.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> counts = pk.read_counts(pk.cohort_root("mini") / "st" / "MINI1.h5ad")
+    >>> counts.obsm["spatial"].shape == (counts.n_obs, 2)
+    True
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".h5ad":
+        return ad.read_h5ad(path)
+    path = path / "outs" if (path / "outs" / "spatial").is_dir() else path
+    if not (path / "spatial").is_dir():
+        raise FileNotFoundError(f"{path}: neither an .h5ad file nor Space Ranger's outs folder, which holds spatial")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # squidpy's import warns of its own dependencies; gene names are seen to later
+        import squidpy as sq
+
+        return sq.read.visium(path)
+
+
+def spot_distance(centres: np.ndarray) -> float:
+    """Return how far neighbouring spots lie apart, centre to centre, in the unit of `centres` (N, 2).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> x, y = np.meshgrid(np.arange(5) * 20.0, np.arange(5) * 20.0)
+    >>> pk.spot_distance(np.column_stack([x.ravel(), y.ravel()]))
+    20.0
+    """
+    n = min(7, len(centres))  # itself and six on a hexagonal grid
+    near = NearestNeighbors(n_neighbors=n).fit(centres).kneighbors(centres)[0][:, 1:]  # (N, n - 1)
+    return float(np.median(near[near <= 1.2 * np.median(near[:, 0])]))
+
+
+def _check_place(root: Path, slide_id: str, metadata: Mapping | None) -> None:
+    if not slide_id or slide_id.startswith(".") or Path(slide_id).name != slide_id:
+        raise ValueError(f"{slide_id!r} is no id of a slide: it names files, so without a folder or a dot at its start")
+    if str(root) == "mini" or (root / "mini.json").is_file():
+        raise ValueError(f"{root}: this is the embedded cohort, which stays as it is; give a folder of your own")
+    there = [path for folder, end in FILES.items() if (path := root / folder / f"{slide_id}{end}").exists()]
+    if there:
+        raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")
+    if odd := {"id", "patient", "st_technology", "spot_diameter"} & set(metadata or {}):
+        raise ValueError(f"metadata: {', '.join(sorted(odd))} has an argument of its own")
+
+
+def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
+    """Return the spots on tissue, as `read_spots` would: a copy of what is kept."""
+    spatial = counts.obsm.get("spatial")
+    if spatial is None:
+        raise HestFormatError(
+            name,
+            "obsm['spatial'] is missing",
+            "Read them with squidpy.read.visium, or put the (N, 2) pixel centres there",
+        )
+    rows = np.ones(counts.n_obs, dtype=bool)
+    if "in_tissue" in counts.obs:
+        rows = counts.obs["in_tissue"].astype(float).to_numpy() == 1
+    if not rows.any():
+        raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 there")
+    elsewhere = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
+    kept = ad.AnnData(
+        sparse.csr_matrix(counts.X[rows], dtype=np.float32) if counts.X is not None else None,
+        obs=counts.obs[rows].copy(),
+        var=pd.DataFrame(counts.var.copy()),
+        obsm={"spatial": np.asarray(spatial, dtype=float)[rows, :2]},
+    )
+    return check_spots(kept, name, raw=f"X must hold raw counts, neither normalised nor logarithms.{elsewhere}")
+
+
+def _from_spots(mpp: str, distance: float | None) -> float:
+    if mpp != "visium":
+        raise ValueError(f"mpp is microns per pixel, 'visium' or None, not {mpp!r}")
+    if not distance:
+        raise ValueError("mpp='visium' takes the resolution from the distance between spots; there is one spot alone")
+    return PITCH_UM / distance
+
+
+def _check_centres(centres: np.ndarray, slide: WholeSlide, slide_id: str) -> None:
+    outside = ((centres < 0) | (centres > slide.size)).any(1)
+    if outside.any():
+        width, height = slide.size
+        x, y = centres.max(0)
+        raise HestFormatError(
+            f"counts of {slide_id}",
+            f"{outside.sum()} of {len(centres)} centres lie outside {slide.path.name}, {width} x {height} px "
+            f"(they reach x={x:.0f}, y={y:.0f})",
+            "obsm['spatial'] counts pixels of the full-resolution image: give the image that Space Ranger was given",
+        )
+
+
+def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
+    found = distance * float(np.sqrt(np.prod(slide.mpp)))  # um
+    if abs(found / PITCH_UM - 1) > OFF:
+        raise HestFormatError(
+            f"counts of {slide_id}",
+            f"spots lie {found:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um",
+            f"If {slide.path.name} is the image that Space Ranger was given, 'visium' as mpp takes "
+            f"{PITCH_UM / distance:.4g} um/px from the spots; if they are not Visium's, give their technology",
+        )
+
+
+def _picture(slide: WholeSlide, spot_um: float) -> dict:
+    image, scale = slide.thumbnail(1000)
+    factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
+    return {"images": {IMAGE_KEY: image}, "scalefactors": factors}
+
+
+def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:
+    """Fill in HEST's fields."""
+    return {
+        "dataset_title": "own slides",
+        "id": slide_id,
+        "patient": patient_name(patient),
+        "st_technology": technology,
+        "image": slide.path.name,
+        "pixel_size_um": slide.mpp[0],
+        "pixel_size_um_estimated": PITCH_UM / distance if technology == "Visium" and distance else None,
+        "fullres_px_width": slide.size[0],
+        "fullres_px_height": slide.size[1],
+        "spots_under_tissue": spots.n_obs,
+        "inter_spot_dist": distance and distance * slide.mpp[0],
+        "nb_genes": spots.n_vars,
+    }
+
+
+def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, progress: bool) -> None:
+    """Write three files beside their places, then move them there; on an error nothing stays."""
+    centres, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
+    corners = np.rint(centres - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
+    bar = tqdm(centres, desc="cut tiles", unit=" tiles", disable=not progress)
+    factor = slide.tile[0] / side
+    attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
+    attributes["pixel_size"] = slide.mpp[0]
+    text = json.dumps(fields, indent=1) + "\n"
+    root.mkdir(parents=True, exist_ok=True)
+    draft, moved = Path(tempfile.mkdtemp(prefix=f".{slide_id}-", dir=root)), []
+    try:
+        tiles = (slide.read_around(x, y) for x, y in bar)
+        write_tiles(draft / "patches", tiles, spots.obs_names[rows], corners, attributes=attributes)
+        (draft / "metadata").write_text(text, encoding="utf-8")
+        spots.write_h5ad(draft / "st", compression="gzip")
+        for folder, end in FILES.items():
+            (root / folder).mkdir(exist_ok=True)
+            place = root / folder / f"{slide_id}{end}"
+            os.replace(draft / folder, place)
+            moved.append(place)
+    except BaseException:
+        for place in moved:
+            place.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        for folder in (*(root / name for name in FILES), root):
+            with suppress(OSError):  # only where it is empty
+                folder.rmdir()

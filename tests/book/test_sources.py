@@ -1,0 +1,139 @@
+"""What the book's sources promise: messages that exist, words linked at first use, a workflow that publishes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+TOC = yaml.safe_load((BOOK / "_toc.yml").read_text())
+PAGES = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
+
+
+def prose(page):
+    """The running text of a page: all but headings, code, formulas, tables, directives and links to other places."""
+    if "notebooks/" in page:
+        cells = nbformat.read(ROOT / f"{page}.ipynb", as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = (BOOK / f"{page}.md").read_text()
+    return re.sub(NOT_PROSE, " ", text)
+
+
+NOT_PROSE = re.compile(
+    r"^## References.*\Z"
+    r"|^(```+|:::+).*?^\1\s*$"  # code and directives
+    r"|^(?:#|\||\s*[-*] [^\n]*\]\(#|:Cause|:Fix)[^\n]*$"  # headings, tables, bullets that lead to a section
+    r"|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|\{cite\}"
+    r"|\[(?:[^\[\]]|\[[^\]]*\])*\]\((?!(?:\.\./)?glossary\.md)[^)]*\)",  # links to other places
+    re.M | re.S,
+)
+
+
+def said():
+    """Every piece of text in the library's code, adjoining literals joined as Python joins them."""
+    for path in (ROOT / "peka_lite").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_the_library_says():
+    headings = re.findall(r"^### (.+)$", (BOOK / "troubleshooting.md").read_text(), re.M)
+    quoted = [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
+    assert len(quoted) >= 12
+    cell = next(c for c in nbformat.read(ROOT / "notebooks/01_hest_loading.ipynb", 4).cells if c.cell_type == "code")
+    everything = "\n".join([*said(), cell.source])
+    assert [message for message in quoted if message not in everything] == []
+
+
+def test_every_trouble_has_a_cause_and_a_fix():
+    entries = re.split(r"^### ", (BOOK / "troubleshooting.md").read_text(), flags=re.M)[1:]
+    assert all(entry.count("\n:Cause:") == 1 and entry.count("\n:Fix:") == 1 for entry in entries)
+
+
+GLOSSARY = re.findall(r"^## (.+)$", (BOOK / "glossary.md").read_text(), re.M)
+
+
+def test_the_glossary_is_in_order():
+    assert sorted(GLOSSARY, key=str.lower) == GLOSSARY
+
+
+# Everyday words too; a link at their first use would as often be wrong as right.
+EVERYDAY = {"Ceiling", "Control", "Count", "Depth", "Features", "Fold", "Merge", "Run folder", "Targets", "Token"}
+LINKED = [page for page in PAGES if page not in ("glossary", "api", "references", "cite", "changelog", "contributing")]
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_words_of_the_glossary_are_linked_where_they_come_first(page):
+    text, folder = prose(page), "../" if "notebooks/" in page else ""
+    late = []
+    for term in set(GLOSSARY) - EVERYDAY:
+        slug = re.sub(r"[^\w\- ]", "", term.lower()).replace(" ", "-")
+        link = re.search(rf"\[[^\]]+\]\({re.escape(folder)}glossary\.md#{slug}\)", text)
+        bare = re.sub(r"\[[^\]]+\]\([^)]*\)", lambda m: "\0" * len(m.group()), text)
+        first = re.search(word(term), bare)
+        if first and (link is None or link.start() > first.start()):
+            late.append((term, text[max(0, first.start() - 30) : first.end() + 20]))
+    assert late == []
+
+
+def word(term):
+    """What a term looks like in a sentence: names as they are, words in either case, one or several."""
+    if term.lower() != term[0].lower() + term[1:]:  # PCC, AdaLoRA, HEST-1k
+        return rf"(?<![\w\[-]){re.escape(term)}(?![\w-])"
+    if term in ("Bone", "Leiden", "Visium"):
+        return rf"(?<![\w\[-]){term}(?![\w-])"
+    return rf"(?i)(?<![\w\[-]){re.escape(term.rstrip('s') if term.endswith('genes') else term)}s?(?![\w-])"
+
+
+def test_workflow_runs_the_checks_and_publishes_the_book():
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
+    steps = flow["jobs"]["check"]["steps"]
+    runs = [step.get("run", "") for step in steps]
+    assert any(".ci/run" in run for run in runs)
+    assert any(run.startswith("make address URL=${{ github.server_url }}/") for run in runs)
+    (upload,) = [step for step in steps if "upload-pages-artifact" in step.get("uses", "")]
+    assert upload["with"]["path"] == "book/_build/html"
+    publish = flow["jobs"]["publish"]
+    assert publish["needs"] == "check"
+    assert publish["permissions"] == {"pages": "write", "id-token": "write"}
+    assert any("deploy-pages" in step["uses"] for step in publish["steps"])
+
+
+def test_the_table_of_costs_tells_what_ran_and_what_did_not(tmp_path):
+    for name, cost in (("01_a", {"seconds": 61, "gib": 1.5, "machine": "2 CPU cores"}), ("02_b", None)):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# Title {name[-1]}\n\nText")])
+        if cost:
+            notebook.metadata["cost"] = cost
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    subprocess.run([sys.executable, str(BOOK / "costs_table.py"), str(tmp_path)], check=True)
+    _, _, first, second, total = (tmp_path / "costs_table.md").read_text().splitlines()
+    assert "61 s | 1.5 GiB | none | 2 CPU cores" in first
+    assert f"[2 Title b]({tmp_path.name}/02_b.ipynb) | not run" in second
+    assert "1 min 1 s" in total
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_notebook_that_is_run_is_kept_whole_with_its_cost_or_not_at_all(tmp_path, fails):
+    source = tmp_path / "one.ipynb"
+    code = "1 / 0" if fails else "grown = bytearray(300_000_000); print(len(grown))"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("import time; time.sleep(1)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), source)
+    where = (source, tmp_path / "out" / "one.ipynb", tmp_path)
+    command = [sys.executable, str(BOOK / "execute.py"), *map(str, where)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails
+    assert (tmp_path / "out" / "one.ipynb").is_file() != fails
+    if not fails:
+        cost = nbformat.read(tmp_path / "out" / "one.ipynb", as_version=4).metadata["cost"]
+        assert 1 <= cost["seconds"] < 300
+        assert 0.3 < cost["gib"] < 3
+        assert re.search(r"\d+ s, \d+\.\d GiB", done.stdout)

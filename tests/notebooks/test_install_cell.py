@@ -1,0 +1,96 @@
+"""Each notebook's first cell, in an environment like Colab's: most packages there, and a PyTorch of another version."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STANDS_THERE = {"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128"}  # other versions than the lock's
+COLAB_LACKS = {"anndata", "igraph", "leidenalg", "openslide-bin", "openslide-python", "scanpy", "squidpy"}
+NOT_FOR_IT = re.compile(r"nvidia-|triton|cuda-|torch$|torchvision$|jupyter-book|sphinx|playwright")
+
+
+def first_cell(path):
+    return next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+
+
+def write_wheel(folder, name, version):
+    """A package of this name and version that holds nothing but its version."""
+    path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", f'__version__ = "{version}"\n')
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """The Python of a new environment: the lock's packages less what Colab lacks, a PyTorch that is not the lock's."""
+    uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is absent: a clean environment cannot be made quickly")
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no git repository here that the cell could install from")
+    folder = tmp_path_factory.mktemp("colab")
+    python = folder / "env" / "bin" / "python"
+    subprocess.run([uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder / "env")], check=True)
+    pins = re.findall(r"^([\w.-]+)==([\w.+-]+)((?: ;[^\\\n]*)?) \\?$", (ROOT / "requirements.lock").read_text(), re.M)
+    assert len(pins) > 100
+    wanted = [f"{n}=={v}{when}" for n, v, when in pins if n not in COLAB_LACKS and not NOT_FOR_IT.match(n)]
+    (folder / "there.txt").write_text("\n".join(wanted))
+    wheels = [str(write_wheel(folder, name, version)) for name, version in STANDS_THERE.items()]
+    install = [uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps"]
+    # Not from here: uv would read the constraints of this project's own file.
+    subprocess.run([*install, "-r", str(folder / "there.txt")], check=True, cwd=folder)
+    subprocess.run([*install, *wheels], check=True, cwd=folder)
+    return python
+
+
+def installed(python):
+    code = "from importlib.metadata import distributions as d; print(*(f'{x.name}=={x.version}' for x in d()))"
+    done = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    return dict(line.lower().split("==") for line in done.stdout.split())
+
+
+def test_all_notebooks_open_with_the_same_cell():
+    assert len({first_cell(path) for path in NOTEBOOKS}) == 1
+
+
+def test_first_cell_installs_what_is_missing_and_moves_nothing(colab, tmp_path):
+    before = installed(colab)
+    assert {name: before[name] for name in STANDS_THERE} == STANDS_THERE
+    assert not COLAB_LACKS & before.keys()
+    cell = re.sub('REPOSITORY = ".*"', f'REPOSITORY = "file://{ROOT}"', first_cell(NOTEBOOKS[0]))
+    (tmp_path / "cell.ipy").write_text(cell)
+    done = subprocess.run(
+        [str(colab), "-m", "IPython", "--no-banner", str(tmp_path / "cell.ipy")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    after = installed(colab)
+    assert {"peka-lite", *COLAB_LACKS} <= after.keys(), done.stdout[-2000:] + done.stderr[-2000:]
+    assert {name: after[name] for name in before} == before
+    code = "import torch, peka_lite as pk; print(torch.__version__, len(pk.BACKBONES))"
+    asked = subprocess.run([str(colab), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert asked.stdout.split()[:1] == [STANDS_THERE["torch"]], asked.stderr[-2000:]
+
+
+def test_without_an_address_the_first_cell_says_what_to_do(colab, tmp_path):
+    subprocess.run([str(colab), "-m", "pip", "uninstall", "--quiet", "--yes", "peka-lite"], check=True)
+    (tmp_path / "cell.ipy").write_text(re.sub('REPOSITORY = ".*"', 'REPOSITORY = ""', first_cell(NOTEBOOKS[0])))
+    done = subprocess.run(
+        [str(colab), "-m", "IPython", "--no-banner", str(tmp_path / "cell.ipy")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "in a clone of the repository, first" in done.stdout + done.stderr

@@ -1,0 +1,292 @@
+"""A slide of one's own: tiles show the place of their spot, what does not fit is named, nothing half-written stays."""
+
+import json
+import re
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from PIL import Image
+from scipy import sparse
+
+import peka_lite as pk
+from peka_lite import own_slides
+from peka_lite._hest_files import HestFormatError
+from peka_lite.own_slides import add_slide, read_counts, spot_distance
+from peka_lite.wsi import SlideError
+
+SIDE = 700  # um, of the image
+
+
+def picture(mpp):
+    """Colours that tell the place: red grows to the right, green downwards (um)."""
+    n = round(SIDE / mpp)
+    at = (np.arange(n) + 0.5) * mpp / SIDE
+    x, y = np.broadcast_arrays(at[None, :], at[:, None])
+    return np.rint(255 * np.stack([x, y, 0.5 + 0 * x], axis=-1)).astype(np.uint8)
+
+
+def save(path, image, *, mpp=None, tile=(256, 256)):
+    options = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
+    tifffile.imwrite(path, image, photometric="rgb", tile=tile, compression="zlib", metadata=None, **options)
+    return path
+
+
+def sample(mpp, *, first=100.0, genes=8, side=5):
+    """Counts on Visium's grid as a reader gives them: centres in pixels, float64, x first."""
+    row, col = np.mgrid[:side, : 2 * side]
+    row, col = (a[(row + col) % 2 == 0] for a in (row, col))
+    um = np.column_stack([first + 50 * col, first + 50 * np.sqrt(3) * row])  # (N, 2)
+    n = len(um)
+    X = sparse.csr_matrix(np.random.default_rng(0).poisson(3, (n, genes)))  # int64
+    obs = pd.DataFrame({"in_tissue": 1, "array_row": row, "array_col": col}, index=[f"SPOT{i}-1" for i in range(n)])
+    return ad.AnnData(X, obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(genes)]), obsm={"spatial": um / mpp})
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("image") / "full.tif", picture(0.5), mpp=0.5)
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.25, 0.3712])
+def test_a_tile_shows_the_place_of_its_spot(tmp_path, mpp):
+    counts = sample(mpp)
+    slide = add_slide(tmp_path / "c", "S1", counts, save(tmp_path / "a.tif", picture(mpp), mpp=mpp), patient="P 1")
+    assert slide.dropped == {}
+    assert list(slide.adata.obs_names) == list(counts.obs_names)
+    tiles = slide.tiles[:]
+    assert tiles.shape == (counts.n_obs, 224, 224, 3)
+    um = counts.obsm["spatial"] * mpp  # (N, 2)
+    np.testing.assert_allclose(tiles[..., :2].mean((1, 2)), 255 * um / SIDE, atol=0.5)
+    # From edge to edge a tile spans 112 um.
+    span = tiles[:, :, -1, 0].mean(1) - tiles[:, :, 0, 0].mean(1)
+    np.testing.assert_allclose(span, 255 * 111.5 / SIDE, atol=1)
+    with h5py.File(tmp_path / "c" / "patches" / "S1.h5") as file:
+        np.testing.assert_allclose(file["coords"][:], counts.obsm["spatial"] - 56 / mpp, atol=0.51)
+        assert file["img"].attrs["pixel_size"] == pytest.approx(mpp, rel=1e-4)
+
+
+def test_what_is_written_is_hests_layout_and_makes_a_cohort(tmp_path, image):
+    counts = sample(0.5)
+    counts.layers["other"] = counts.X.copy()
+    add_slide(tmp_path, "B", counts, image, patient="P2")
+    add_slide(tmp_path, "A", counts, image, patient=" P1 ", metadata={"organ": "Breast"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metadata", "patches", "st"]
+    cohort = pk.read_cohort(tmp_path)
+    assert [(s.id, s.patient) for s in cohort.slides] == [("A", "P1"), ("B", "P2")]
+    st = ad.read_h5ad(tmp_path / "st" / "A.h5ad")
+    assert (st.X.dtype, st.X.format, list(st.layers)) == (np.float32, "csr", [])
+    assert (st.X.toarray() == counts.X.toarray()).all()
+    assert list(st.obs) == ["in_tissue", "array_row", "array_col"]
+    told = json.loads((tmp_path / "metadata" / "A.json").read_text())
+    assert told["organ"] == "Breast"
+    assert told["inter_spot_dist"] == pytest.approx(100, rel=1e-3)
+    assert told["pixel_size_um_embedded"] == pytest.approx(0.5, rel=1e-3)
+    assert counts.X.dtype == np.int64  # what was given is left as it is
+    library = st.uns["spatial"]["ST"]
+    scale = library["scalefactors"]["tissue_downscaled_fullres_scalef"]
+    small = library["images"]["downscaled_fullres"]
+    assert max(small.shape) == 1000
+    x, y = (st.obsm["spatial"] * scale).astype(int).T
+    np.testing.assert_allclose(small[y, x, :2], 255 * st.obsm["spatial"] * 0.5 / SIDE, atol=2)
+    assert library["scalefactors"]["spot_diameter_fullres"] == pytest.approx(110, rel=1e-3)
+    fig = pk.expression_map(st, np.arange(st.n_obs), np.arange(st.n_obs), gene="G0")
+    assert len(fig.axes) >= 3
+
+
+def test_spots_off_the_tissue_and_tiles_over_the_edge_are_counted(tmp_path, image):
+    counts = sample(0.5, first=20)  # the first column and row lie within 56 um of the edge
+    counts.obs.loc[counts.obs_names[-3:], "in_tissue"] = 0
+    um = counts.obsm["spatial"][:-3] * 0.5
+    slide = add_slide(tmp_path, "S", counts, image)
+    over = int((um < 56).any(1).sum())
+    assert over > 3
+    assert slide.dropped == {"spots without a tile": over, "spots off the tissue": 3}
+    assert slide.n_spots == counts.n_obs - 3 - over
+    assert slide.patient is None
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "strips.tif", "no-tags.tif"])
+def test_plain_images_do_too(tmp_path, kind, image):
+    pixels, path = picture(0.5), tmp_path / f"plain.{kind}"
+    if kind == "png":
+        Image.fromarray(pixels).save(path, dpi=(50800, 50800))
+    elif kind == "jpg":
+        Image.fromarray(pixels).save(path, quality=95)
+    else:
+        save(path, pixels, tile=None, mpp=0.5 if kind == "strips.tif" else None)
+    given = {"mpp": 0.5} if kind in ("jpg", "no-tags.tif") else {}
+    plain = add_slide(tmp_path / "c", "plain", sample(0.5), path, **given)
+    tiled = add_slide(tmp_path / "c", "tiled", sample(0.5), image)
+    difference = np.abs(plain.tiles[:].astype(int) - tiled.tiles[:])
+    assert difference.max() <= (6 if kind == "jpg" else 1)
+
+
+def test_resolution_from_the_spots(tmp_path):
+    path = save(tmp_path / "a.tif", picture(0.4))
+    counts = sample(0.4)
+    with pytest.raises(SlideError, match=r"a\.tif: it does not say its resolution\. .*'visium' takes them"):
+        add_slide(tmp_path / "c", "S", counts, path)
+    assert not (tmp_path / "c").exists()
+    counts.obsm["spatial"] = counts.obsm["spatial"].round()
+    by_spots = add_slide(tmp_path / "c", "S", counts, path, mpp="visium")
+    assert by_spots.metadata["pixel_size_um"] == pytest.approx(0.4, rel=3e-3)
+    assert by_spots.metadata["pixel_size_um_embedded"] is None
+    with pytest.raises(ValueError, match="mpp is microns per pixel, 'visium' or None, not 'auto'"):
+        add_slide(tmp_path / "c", "T", counts, path, mpp="auto")
+    with pytest.raises(ValueError, match="one spot alone"):
+        add_slide(tmp_path / "c", "T", counts[:1], path, mpp="visium")
+
+
+def test_the_distance_between_spots_forgives_gaps_and_rounding():
+    centres = sample(0.5).obsm["spatial"].round()
+    keep = np.random.default_rng(0).random(len(centres)) < 0.6
+    assert spot_distance(centres[keep]) == pytest.approx(200, rel=0.005)
+
+
+def broken(counts, how):
+    counts = counts.copy()
+    if how == "normalised":
+        counts.layers["counts"] = counts.X.copy()
+        counts.X = counts.X.astype(float) / 3
+    elif how == "negative":
+        counts.X = counts.X - 5 * sparse.csr_matrix(np.ones(counts.shape))
+    elif how == "no spatial":
+        del counts.obsm["spatial"]
+    elif how == "nan":
+        counts.obsm["spatial"][0] = np.nan
+    elif how == "twice":
+        counts.obs_names = ["SAME-1", "SAME-1", *counts.obs_names[2:]]
+    elif how == "off":
+        counts.obs["in_tissue"] = 0
+    elif how == "beyond":
+        counts.obsm["spatial"] = counts.obsm["spatial"] * 4
+    elif how == "too close":
+        counts.obsm["spatial"] = 700 + counts.obsm["spatial"] / 4
+    elif how == "edge":
+        counts = counts[:2]
+        counts.obsm["spatial"][:] = [[10.0, 10.0], [210.0, 10.0]]
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("normalised", r"counts of S: X holds non-integer counts.*neither normalised.*layers\['counts'\]"),
+        ("negative", "X holds negative counts"),
+        ("no spatial", r"obsm\['spatial'\] is missing.*squidpy.read.visium"),
+        ("nan", "missing or not finite"),
+        ("twice", "'SAME-1' stands more than once"),
+        ("off", "no spot is on the tissue"),
+        ("beyond", r"centres lie outside full\.tif, 1400 x 1400 px.*the image that Space Ranger was given"),
+        ("too close", r"spots lie 25 um apart at 0\.5 um/px, Visium's 100 um.*'visium' as mpp takes 2 um/px"),
+        ("edge", r"full\.tif: none of 2 tiles"),
+    ],
+)
+def test_counts_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, image, how, words):
+    with pytest.raises(HestFormatError, match=words):
+        add_slide(tmp_path / "new", "S", broken(sample(0.5), how), image)
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_technologies_may_lie_closer(tmp_path, image):
+    slide = add_slide(tmp_path, "S", broken(sample(0.5), "too close"), image, technology="Xenium", spot_um=20)
+    assert slide.metadata["st_technology"] == "Xenium"
+    assert slide.metadata["pixel_size_um_estimated"] is None
+
+
+def test_a_slide_that_is_there_stays(tmp_path, image):
+    add_slide(tmp_path, "S", sample(0.5), image)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match=r"S\.h5 is there already; choose another id"):
+        add_slide(tmp_path, "S", sample(0.5), image)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+def test_an_id_names_files(tmp_path, image, name):
+    with pytest.raises(ValueError, match="is no id of a slide"):
+        add_slide(tmp_path, name, sample(0.5), image)
+
+
+def test_the_embedded_cohort_stays_as_it_is(mini_root, image):
+    for root in (mini_root, "mini"):
+        with pytest.raises(ValueError, match="embedded cohort"):
+            add_slide(root, "S", sample(0.5), image)
+
+
+@pytest.mark.parametrize("at", ["tiles", "h5ad", "move"])
+def test_nothing_half_written_stays(tmp_path, image, monkeypatch, at):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    add_slide(tmp_path / "c", "OLD", sample(0.5), image)
+    before = sorted((tmp_path / "c").rglob("*"))
+    if at == "tiles":
+        monkeypatch.setattr(own_slides.WholeSlide, "read_around", fail)
+    elif at == "h5ad":
+        monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
+    else:
+        done, replace = [], own_slides.os.replace
+        monkeypatch.setattr(
+            own_slides.os, "replace", lambda a, b: fail() if len(done) == 2 else (done.append(b), replace(a, b))
+        )
+    for folder in ("c", "new"):
+        with pytest.raises(OSError, match="disk full"):
+            add_slide(tmp_path / folder, "S", sample(0.5), image)
+        if at == "move":
+            done.clear()
+    assert sorted((tmp_path / "c").rglob("*")) == before
+    assert not (tmp_path / "new").exists()
+
+
+def write_outs(folder, counts):
+    """Space Ranger's outs folder (version 2): counts as HDF5, positions, scale factors and two pictures."""
+    (folder / "spatial").mkdir(parents=True)
+    X = sparse.csc_matrix(counts.X.T)
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
+        file.attrs["library_ids"], file.attrs["chemistry_description"] = [b"lib"], "Spatial 3' v1"
+        matrix = file.create_group("matrix")
+        matrix["barcodes"] = np.array(counts.obs_names, dtype="S")
+        matrix["data"], matrix["indices"], matrix["indptr"] = X.data.astype(np.int32), X.indices, X.indptr
+        matrix["shape"] = np.array(X.shape)
+        names = np.array(counts.var_names, dtype="S")
+        features = matrix.create_group("features")
+        features["id"], features["name"] = names, names
+        features["feature_type"] = np.array([b"Gene Expression"] * len(names))
+        features["genome"] = np.array([b"GRCh38"] * len(names))
+        features["_all_tag_keys"] = np.array([b"genome"])
+    places = counts.obs.assign(
+        pxl_row_in_fullres=counts.obsm["spatial"][:, 1], pxl_col_in_fullres=counts.obsm["spatial"][:, 0]
+    )
+    places.rename_axis("barcode").to_csv(folder / "spatial" / "tissue_positions.csv")
+    factors = {"tissue_hires_scalef": 0.1, "tissue_lowres_scalef": 0.05, "spot_diameter_fullres": 130.0}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+    for name in ("hires", "lowres"):
+        Image.fromarray(picture(5.0)).save(folder / "spatial" / f"tissue_{name}_image.png")
+    return folder
+
+
+def test_space_rangers_folder_and_a_file_of_counts_give_the_same(tmp_path, image):
+    counts = sample(0.5)
+    outs = write_outs(tmp_path / "run" / "outs", counts)
+    counts.write_h5ad(tmp_path / "counts.h5ad")
+    slides = [
+        add_slide(tmp_path / "c", f"S{i}", read_counts(path), image)
+        for i, path in enumerate([outs, outs.parent, tmp_path / "counts.h5ad"])
+    ]
+    for slide in slides:
+        np.testing.assert_allclose(slide.adata.obsm["spatial"], counts.obsm["spatial"])
+        assert (slide.tiles[:] == slides[0].tiles[:]).all()
+        assert (slide.adata.X.toarray() == counts.X.toarray()).all()
+    with pytest.raises(FileNotFoundError, match=re.escape("neither an .h5ad file nor Space Ranger's outs folder")):
+        read_counts(tmp_path / "c")
+
+
+def test_an_image_without_colours_is_named(tmp_path):
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((300, 300), np.uint16), photometric="minisblack")
+    with pytest.raises(SlideError, match=r"deep\.tif: its pixels are of mode I;16, not 8-bit colours"):
+        add_slide(tmp_path / "c", "S", sample(0.5), tmp_path / "deep.tif", mpp=0.5)
