@@ -1,9 +1,11 @@
-"""Run one notebook for the book, and measure what it took: wall time and memory, kept in the notebook itself."""
+"""Run one notebook for the book: what it took is kept in it, and no exercise's check may pass unsolved."""
 
 import os
 import platform
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import nbformat
 import psutil
 
 EVERY = 0.3  # seconds between two looks at the memory
+UNSOLVED = "-unsolved"  # ends the ids of cells that are run and not kept
 
 
 def memory_of(process: psutil.Process) -> int:
@@ -24,8 +27,22 @@ def memory_of(process: psutil.Process) -> int:
     return total
 
 
+def with_unsolved_checks(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Add, before each solution, its check: there it has to fail, and any error that is no `AssertionError` counts."""
+    cells = []
+    for i, cell in enumerate(notebook.cells):
+        if "solution" in cell.metadata.get("tags", []):
+            check = notebook.cells[i + 1]
+            body = textwrap.indent(check.source, "    ")
+            passes = f'raise RuntimeError("{check.id} passes before the exercise is solved")'
+            code = f"try:\n{body}\nexcept AssertionError:\n    pass\nelse:\n    {passes}"
+            cells.append(nbformat.v4.new_code_cell(code, id=f"{check.id}{UNSOLVED}"))
+        cells.append(cell)
+    return nbformat.from_dict(notebook | {"cells": cells})
+
+
 def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
-    """Run `source` with papermill; `target` appears when it has run to its end.
+    """Run `source` with papermill, each exercise's check before its solution and after; `target` appears at the end.
 
     Returns
     -------
@@ -39,9 +56,13 @@ def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
     """
     work = cwd / "executed" / source.name
     work.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(with_unsolved_checks(nbformat.read(source, as_version=4)), work)
+    cores = os.cpu_count() or 1
+    at_once = int((re.search(r"-j ?(\d+)", os.environ.get("MAKEFLAGS", "")) or [0, 1])[1])  # `make -j2 book`
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} if at_once > 1 else {}
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "WARNING", "--cwd", str(cwd)]
     begun, most = time.monotonic(), 0
-    with subprocess.Popen([*command, str(source), str(work)]) as job:
+    with subprocess.Popen([*command, str(work), str(work)], env=os.environ | threads) as job:
         try:
             while job.poll() is None:
                 most = max(most, memory_of(psutil.Process(job.pid)))
@@ -55,10 +76,12 @@ def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
         raise subprocess.CalledProcessError(job.returncode, command)
     seconds, gib = time.monotonic() - begun, most / 2**30
     notebook = nbformat.read(work, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not cell.id.endswith(UNSOLVED)]
     notebook.metadata["cost"] = {
         "seconds": round(seconds),
         "gib": round(gib, 1),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{cores} CPU cores, {platform.machine()}, Python {platform.python_version()}"
+        + (f"; {at_once} chapters at once" if at_once > 1 else ""),
     }
     nbformat.write(notebook, work)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +91,8 @@ def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
 
 if __name__ == "__main__":
     source, target, cwd = (Path(argument).resolve() for argument in sys.argv[1:])
-    print(f"{source.name}", flush=True)
     try:
         seconds, gib = execute(source, target, cwd=cwd)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
-    print(f"  {seconds:.0f} s, {gib:.1f} GiB", flush=True)
+    print(f"{source.name}: {seconds:.0f} s, {gib:.1f} GiB", flush=True)

@@ -137,3 +137,20 @@ def test_a_notebook_that_is_run_is_kept_whole_with_its_cost_or_not_at_all(tmp_pa
         assert 1 <= cost["seconds"] < 300
         assert 0.3 < cost["gib"] < 3
         assert re.search(r"\d+ s, \d+\.\d GiB", done.stdout)
+
+
+@pytest.mark.parametrize(("starter", "problem"), [("x = None", ""), ("x = 2", "passes before"), ("", "NameError")])
+def test_a_check_has_to_fail_before_its_solution(tmp_path, starter, problem):
+    code = {"a": starter, "b": "x = 2", "c": "assert x is not None\nassert x == 2\nprint('right')"}
+    cells = [nbformat.v4.new_code_cell(lines, id=name) for name, lines in code.items()]
+    cells[1].metadata["tags"] = ["solution", "hide-cell"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "one.ipynb")
+    command = [sys.executable, str(BOOK / "execute.py"), str(tmp_path / "one.ipynb"), str(tmp_path / "out.ipynb")]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode == 0) == (not problem), done.stderr
+    assert problem in done.stdout + done.stderr
+    if not problem:
+        kept = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+        assert [c.id for c in kept] == ["a", "b", "c"]
+        assert kept[2].outputs[0].text == "right\n"

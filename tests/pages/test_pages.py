@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
+import nbformat
 import pytest
 import yaml
 
@@ -79,6 +80,22 @@ def test_links_pictures_and_anchors_lead_somewhere(html):
             elif parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].ids:
                 broken.append(f"{here}: {target} has no such id")
     assert not broken
+
+
+def test_colab_buttons_are_there_exactly_where_there_is_an_address(html):
+    address = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())["repository"]["url"]
+    having = {name for name in CHAPTERS if "colab.research.google.com" in (html / f"{name}.html").read_text()}
+    assert having == (set(CHAPTERS) if address else set())
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_was_run_and_drew_a_figure(html, name):
+    cells = [c for c in nbformat.read(html.parents[1] / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in cells if c.source), name
+    outputs = [o for c in cells for o in c.outputs]
+    assert any("image/svg+xml" in o.get("data", {}) for o in outputs)
+    said = "".join(o["text"] for o in outputs if o.output_type == "stream")
+    assert "\x1b" not in said  # nothing that only a terminal understands
 
 
 # Pages in a browser
