@@ -98,6 +98,12 @@ def test_a_chapter_was_run_and_drew_a_figure(html, name):
     assert "\x1b" not in said  # nothing that only a terminal understands
 
 
+def test_no_markup_is_left_as_text(html):
+    """A table or a field list that the build does not know comes out as a paragraph with its signs."""
+    left = {page.name: re.findall(r"<p>(?:\||:\w+:)[^<]{,40}", page.read_text()) for page in html.rglob("*.html")}
+    assert not {name: found for name, found in left.items() if found}
+
+
 # Pages in a browser
 
 
