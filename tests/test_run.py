@@ -12,12 +12,14 @@ import torch
 import yaml
 from safetensors import safe_open
 from scipy import sparse
+from tiny import TINY
 
 from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.protocols import ALPHAS
 from peka_lite.provenance import LeakError
+from peka_lite.registry import _BACKBONES
 from peka_lite.results import fingerprint
 from peka_lite.run import load_or_run, load_run, run, run_name
 from peka_lite.scores import pooled
@@ -35,6 +37,14 @@ def config(root, **changes):
     if settings.get("label_method") == "kmeans":
         del settings["resolution"]
     return RunConfig(**settings)
+
+
+TEACHES_FAST = {"backbone": "tiny", "weights": "random"}  # where the student does not matter, but that there is one
+
+
+@pytest.fixture(autouse=True)
+def tiny_is_known(monkeypatch):
+    monkeypatch.setitem(_BACKBONES, "tiny", TINY)
 
 
 @pytest.fixture
@@ -101,7 +111,7 @@ def test_predictions_agree_with_metrics(bone_run):
 
 
 def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_cache):
-    run(config(mini_root), tmp_path / "again")
+    run(config(mini_root), tmp_path / "again", maps=False)
     assert (tmp_path / "again" / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
     first, second = adapters(bone_run), adapters(tmp_path / "again")
     assert all(np.array_equal(first[k], second[k]) for k in first)
@@ -129,7 +139,7 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_c
     ids=lambda c: "-".join(map(str, c.values())),
 )
 def test_every_choice_runs(mini_root, tmp_path, changes):
-    summary = run(config(mini_root, **{"n_splits": 2} | changes), tmp_path / "out")
+    summary = run(config(mini_root, **TEACHES_FAST | {"n_splits": 2} | changes), tmp_path / "out", maps=False)
     assert -1 <= summary["mean_pcc"] <= 1
     assert summary["ceiling"]["log1p-cp10k"]["basis"] == "known"
     assert summary["mean_pcc"] == summary["scores"][summary["normalization"]]["pooled"]["pcc"]
@@ -169,7 +179,7 @@ def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_pa
         adata = ad.read_h5ad(path)
         adata.X = sparse.csr_matrix(rng.poisson(3, adata.shape).astype(np.float32))
         adata.write_h5ad(path)
-    run(config(root), tmp_path / "out")
+    run(config(root), tmp_path / "out", maps=False)
 
     _, before, _, predictions = load_run(bone_run)
     _, after, _, _ = load_run(tmp_path / "out")
@@ -305,7 +315,7 @@ def test_scfoundation_teaches_on_real_slides(her2st, checkpoint, tmp_path, monke
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     chosen = {"teacher": "scfoundation", "teacher_checkpoint": checkpoint, "split": "slide"}
     settings = config(her2st, **chosen, slides=("HER2_C2", "HER2_C3"), n_splits=2)
-    summary = run(settings, tmp_path / "out")
+    summary = run(settings, tmp_path / "out", maps=False)
     assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
     assert 0.9 < summary["teacher_coverage"] < 1
     kept = list((tmp_path / "cache" / "embeddings").iterdir())
@@ -378,15 +388,15 @@ def test_sections_do_not_stand_for_patients_where_there_are_several(mini_root, t
 
 
 def test_strict_teaches_one_student_for_every_pair_of_folds(mini_root, tmp_path, monkeypatch, fresh_cache):
-    run(config(mini_root, protocol="strict"), tmp_path / "strict")
+    run(config(mini_root, **TEACHES_FAST, protocol="strict"), tmp_path / "strict", maps=False)
     made = {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")}
     assert len(made) == 3 + 3  # three folds, three pairs of them
-    run(config(mini_root, protocol="hest"), tmp_path / "hest")  # its students are those of strict's outer folds
+    run(config(mini_root, **TEACHES_FAST, protocol="hest"), tmp_path / "hest", maps=False)  # strict's outer folds
     assert {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")} == made
 
 
 def test_the_papers_student_is_taught_once_on_every_spot(mini_root, mini_cohort, tmp_path):
-    run(config(mini_root, protocol="paper"), tmp_path / "out")
+    run(config(mini_root, **TEACHES_FAST, protocol="paper"), tmp_path / "out", maps=False)
     assert {k.split(".")[0] for k in adapters(tmp_path / "out")} == {"all"}
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert table.groupby("fold")["gene"].apply(tuple).nunique() == 1  # chosen on all rows
@@ -399,17 +409,18 @@ def test_a_student_is_found_again_only_for_the_same_settings(mini_root, tmp_path
     taught = []
     real = room.fit
     monkeypatch.setattr(room, "fit", lambda *a, **k: taught.append(1) or real(*a, **k))
-    run(config(mini_root, n_splits=2), tmp_path / "a")
+    fast = TEACHES_FAST | {"n_splits": 2}
+    run(config(mini_root, **fast), tmp_path / "a", maps=False)
     assert len(taught) == 2
-    run(config(mini_root, n_splits=2, n_genes=10, alpha=5.0), tmp_path / "b")  # only the probe differs
+    run(config(mini_root, **fast, n_genes=10, alpha=5.0), tmp_path / "b", maps=False)  # only the probe differs
     assert len(taught) == 2
     for k, changes in enumerate([{"tau": 1.0}, {"shuffle_teacher": True}]):
-        run(config(mini_root, n_splits=2, **changes), tmp_path / f"c{k}")
+        run(config(mini_root, **fast, **changes), tmp_path / f"c{k}", maps=False)
         assert len(taught) == 4 + 2 * k
 
 
 def test_half_the_training_spots_of_each_slide_teach(mini_root, mini_cohort, tmp_path):
-    run(config(mini_root, method="none", train_share=0.5), tmp_path / "out")
+    run(config(mini_root, method="none", train_share=0.5), tmp_path / "out", maps=False)
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     whole = len(mini_cohort) - table["n_test"]
     assert ((table["n_train"] / whole - 0.5).abs() < 0.02).all()

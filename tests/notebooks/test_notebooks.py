@@ -106,11 +106,15 @@ def test_every_figure_has_alt_text(path):
             assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), cell.id
 
 
-def test_the_last_page_uses_the_run_of_the_page_before(mini_root, tmp_path):
-    execute("05_evaluation", tmp_path, cohort=str(mini_root), methods=["none"])
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").glob("*/summary.json")}
-    execute("06_spatial_pcc_maps", tmp_path, cohort=str(mini_root), method="none")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "results").glob("*/summary.json")} == made
+@pytest.mark.parametrize("name", ["06_spatial_pcc_maps", "09_paper_explained"])
+def test_later_chapters_ask_for_the_students_of_chapter_5(name):
+    first, later = (
+        {k: v["default"] for k, v in papermill.inspect_notebook(str(NOTEBOOKS[NAMES.index(n)])).items()}
+        for n in ("05_evaluation", name)
+    )
+    shared = first.keys() & later.keys()
+    assert {"cohort", "slides", "backbone", "weights", "protocol", "split", "epochs", "n_splits", "seed"} <= shared
+    assert {k: first[k].split("#")[0].strip() for k in shared} == {k: later[k].split("#")[0].strip() for k in shared}
 
 
 def test_one_page_on_real_slides(her2st, tmp_path):
