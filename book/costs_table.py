@@ -22,7 +22,7 @@ def costs_table(notebooks: list[Path]) -> str:
         total += cost["seconds"]
         lines.append(f"| {chapter} | {cost['seconds']} s | {cost['gib']} GiB | none | {cost['machine']} |")
     if total:
-        lines.append(f"| all | {total // 60} min {total % 60} s | | | |")
+        lines.append(f"| all, added up | {total // 60} min {total % 60} s | | | |")
     return HEAD + "\n".join(lines) + "\n"
 
 
