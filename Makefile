@@ -11,6 +11,8 @@ READY := .venv/.ready
 export PEKA_LITE_CACHE ?= $(CURDIR)/build/cache
 # Waiting threads must not spin: where cores are shared, PyTorch is several times slower otherwise.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Compiled once: containers that forbid it have every process compile PyTorch and scanpy anew, 10 s each time.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
 # Code, ready sweeps, and what lies in data/: gene lists, published values, pretrained weights and their cards.

@@ -51,6 +51,18 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_backbone():
+    """A backbone ``"tiny"`` that is taught in a moment, for one test file: where it matters only that there is one."""
+    from tiny import TINY
+
+    from peka_lite.registry import _BACKBONES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_BACKBONES, "tiny", TINY)
+        yield
+
+
 @pytest.fixture
 def write_run(tmp_path):
     """Return a function that writes one finished run folder, without the run."""

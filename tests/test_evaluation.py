@@ -20,9 +20,10 @@ from peka_lite.students import Student
 from peka_lite.sums import CellSums
 from peka_lite.teachers.pca import PCATeacher
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.usefixtures("tiny_backbone"),
+]
 STRICT = PROTOCOLS["strict"]
 
 
@@ -45,8 +46,8 @@ def strict(cohort, splits, features, **options):
 
 
 def small(root, **changes):
-    settings = {"cohort": str(root), "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20, "resolution": 0.5}
-    return RunConfig(**(settings | {"protocol": "strict"} | changes))
+    settings = {"cohort": str(root), "backbone": "tiny", "weights": "random", "protocol": "strict", "epochs": 1}
+    return RunConfig(**(settings | {"n_splits": 3, "n_genes": 20, "resolution": 0.5} | changes))
 
 
 @pytest.fixture

@@ -12,14 +12,12 @@ import torch
 import yaml
 from safetensors import safe_open
 from scipy import sparse
-from tiny import TINY
 
 from peka_lite.backbones import BACKBONES
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.protocols import ALPHAS
 from peka_lite.provenance import LeakError
-from peka_lite.registry import _BACKBONES
 from peka_lite.results import fingerprint
 from peka_lite.run import load_or_run, load_run, run, run_name
 from peka_lite.scores import pooled
@@ -27,7 +25,7 @@ from peka_lite.teachers.scfoundation import ScFoundation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
 ]
 
 
@@ -40,11 +38,6 @@ def config(root, **changes):
 
 
 TEACHES_FAST = {"backbone": "tiny", "weights": "random"}  # where the student does not matter, but that there is one
-
-
-@pytest.fixture(autouse=True)
-def tiny_is_known(monkeypatch):
-    monkeypatch.setitem(_BACKBONES, "tiny", TINY)
 
 
 @pytest.fixture
@@ -154,7 +147,7 @@ def test_projector_features_are_what_the_taught_model_projects(mini_root, tmp_pa
     monkeypatch.setattr(room, "fit", lambda model, *a, **k: (taught.append(model), real(model, *a, **k))[1])
     kept = room.projection
     monkeypatch.setattr("peka_lite.sources.projection", lambda student: (given.append(kept(student)), given[-1])[1])
-    run(config(mini_root, features="projector", protocol="paper"), tmp_path / "out", maps=False)
+    run(config(mini_root, **TEACHES_FAST, features="projector", protocol="paper"), tmp_path / "out", maps=False)
     (model,), tiles = taught, open_cohort(mini_root).tiles
     with torch.inference_mode():
         projected, _ = model(preprocess(torch.from_numpy(tiles[:16]), model.backbone.spec))
@@ -207,11 +200,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_p
     monkeypatch.setattr(room, "fit", interrupted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(config(mini_root), out)
+        run(config(mini_root), out, maps=False)
     assert not out.exists()
     with pytest.raises(FileExistsError, match="unfinished run with other settings"):
         run(config(mini_root, seed=5), out)
-    run(config(mini_root), out)
+    run(config(mini_root), out, maps=False)
     assert (out / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
 
 
@@ -314,7 +307,7 @@ def checkpoint(golden):
 def test_scfoundation_teaches_on_real_slides(her2st, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     chosen = {"teacher": "scfoundation", "teacher_checkpoint": checkpoint, "split": "slide"}
-    settings = config(her2st, **chosen, slides=("HER2_C2", "HER2_C3"), n_splits=2)
+    settings = config(her2st, **TEACHES_FAST, **chosen, slides=("HER2_C2", "HER2_C3"), n_splits=2)
     summary = run(settings, tmp_path / "out", maps=False)
     assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
     assert 0.9 < summary["teacher_coverage"] < 1
@@ -347,14 +340,15 @@ def test_a_teacher_that_does_not_know_the_genes_is_refused_before_tiles_are_copi
 
 def test_a_run_of_another_teacher_under_the_same_name_is_not_shown(mini_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
-    genes = open_cohort(mini_root).genes
+    genes, settings = open_cohort(mini_root).genes, config(mini_root, **TEACHES_FAST, n_splits=2)
     for seed in (0, 1):
         teacher = ScFoundation.random(genes, hidden_dim=8, depth=1, seed=seed)
         monkeypatch.setattr(RunConfig, "load_teacher", lambda self, teacher=teacher: teacher)
         if seed == 0:
-            assert load_or_run(config(mini_root, n_splits=2), tmp_path / "out")[2]["teacher_fingerprint"]
+            *_, summary, _ = load_or_run(settings, tmp_path / "out", maps=False)
+            assert summary["teacher_fingerprint"]
     with pytest.raises(FileExistsError, match="another teacher under the same name"):
-        load_or_run(config(mini_root, n_splits=2), tmp_path / "out")
+        load_or_run(settings, tmp_path / "out", maps=False)
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_any_work(mini_root, monkeypatch):
@@ -364,7 +358,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_work(mini_root, monkeypat
 
 
 def test_strict_chooses_its_penalty_and_keeps_both_targets(mini_root, tmp_path):
-    summary = run(config(mini_root, protocol="strict", method="none"), tmp_path / "out")
+    summary = run(config(mini_root, protocol="strict", method="none"), tmp_path / "out", maps=False)
     assert (summary["protocol"], summary["split"], summary["unit"]) == ("strict", "patient", "patient")
     assert len(summary["alphas"]) == 3
     assert set(summary["alphas"]) <= set(ALPHAS)

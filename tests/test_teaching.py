@@ -21,17 +21,17 @@ from peka_lite.trained import load_trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
 ]
 
 
 def config(root, **changes):
-    settings = {"cohort": str(root), "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20}
+    settings = {"cohort": str(root), "backbone": "tiny", "weights": "random", "epochs": 1, "n_splits": 3, "n_genes": 20}
     return RunConfig(**settings | changes)
 
 
 @pytest.fixture(scope="module")
-def whole(own_cache, mini_root, tmp_path_factory):
+def whole(own_cache, tiny_backbone, mini_root, tmp_path_factory):
     """A model of the whole cohort."""
     out = tmp_path_factory.mktemp("trained") / "model"
     train(config(mini_root), out)
@@ -117,7 +117,7 @@ def test_the_penalty_is_the_best_over_the_folds_by_the_long_way(mini_root, tmp_p
 
     summary = train(config(mini_root, protocol="strict", method="none"), tmp_path / "frozen")
     cohort = open_cohort(mini_root)
-    X = embed_tiles(load_backbone("mini", weights="random"), cohort.tiles, device="cpu")
+    X = embed_tiles(load_backbone("tiny", weights="random"), cohort.tiles, device="cpu")
     genes, scores = list(top_hvg(cohort.adata, n=20)), np.zeros(len(ALPHAS))
     Y = targets(cohort.adata, genes, method="log1p-cp10k")
     for rows, test in folds(cohort, "patient", 3, 0):
@@ -131,7 +131,7 @@ def test_shares_and_both_features_are_kept_to(mini_root, tmp_path):
     summary = train(config(mini_root, features="frozen+student", train_share=0.5, seed=1), tmp_path / "both")
     assert summary["n_taught"] < 0.55 * summary["n_spots"]
     model = load_trained(tmp_path / "both", device="cpu")
-    assert len(model.probe.mean_) == 2 * 192
+    assert len(model.probe.mean_) == 2 * 48
     assert np.isfinite(model.predict(open_cohort(mini_root).tiles[:3])).all()
 
 

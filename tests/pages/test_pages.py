@@ -82,6 +82,27 @@ def test_links_pictures_and_anchors_lead_somewhere(html):
     assert not broken
 
 
+def test_every_page_is_built(html):
+    assert all((html / f"{page}.html").is_file() for page in PAGES)
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {Path(name).name for name in CHAPTERS}
+
+
+def test_front_page_opens_with_a_map(html):
+    body = (html / "index.html").read_text()
+    body = body[body.index("<article") :]
+    picture = re.search(r"<img[^>]*>", body)
+    assert "front_map" in picture.group(0)
+    assert picture.start() < 2500
+    assert 'alt="In: a tile of an H&amp;E slide' in picture.group(0)
+
+
+def test_api_page_documents_public_names(html):
+    import peka_lite
+
+    page = (html / "api.html").read_text()
+    assert not [name for name in peka_lite.__all__ if f".{name}" not in page and name != "BACKBONES"]
+
+
 def test_colab_buttons_are_there_exactly_where_there_is_an_address(html):
     address = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())["repository"]["url"]
     having = {name for name in CHAPTERS if "colab.research.google.com" in (html / f"{name}.html").read_text()}
