@@ -83,7 +83,7 @@ $(HTML): $(EXECUTED) $(PAGES) $(LIBRARY)
 # Every page in a browser; Debian's chromium, or it says that there is none.
 .PHONY: check-book
 check-book: $(HTML)
-	$(BIN)/python -m pytest tests/pages --numprocesses auto
+	$(BIN)/python -m pytest tests/pages --numprocesses auto --dist worksteal
 
 # The whole book as one page, and that as a PDF.
 .PHONY: print

@@ -24,7 +24,7 @@ from peka_lite.scores import pooled
 from peka_lite.teachers.scfoundation import ScFoundation
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
     pytest.mark.usefixtures("own_cache", "tiny_backbone"),
 ]
 

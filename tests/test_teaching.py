@@ -53,7 +53,7 @@ def predictions(cohort, features, rows, genes, method="log1p-cp10k", alpha="hest
 
 def test_a_model_of_the_whole_cohort_is_kept_with_all_that_predicting_needs(whole, mini_root):
     assert {p.name for p in whole.iterdir()} == {
-        "config.yml", "summary.json", "probe.safetensors", "adapter.safetensors", "training.csv",
+        "config.yml", "backbone.yml", "summary.json", "probe.safetensors", "adapter.safetensors", "training.csv",
     }  # fmt: skip
     assert RunConfig(**yaml.safe_load((whole / "config.yml").read_text())) == config(mini_root)
     summary, cohort = json.loads((whole / "summary.json").read_text()), open_cohort(mini_root)
@@ -124,7 +124,8 @@ def test_the_penalty_is_the_best_over_the_folds_by_the_long_way(mini_root, tmp_p
         for k, alpha in enumerate(ALPHAS):
             scores[k] += np.nanmean(pearson(Y[test], predictions(cohort, X, rows, genes, alpha=alpha)[test]))
     assert summary["alpha"] == ALPHAS[int(scores.argmax())]
-    assert {p.name for p in (tmp_path / "frozen").iterdir()} == {"config.yml", "summary.json", "probe.safetensors"}
+    kept = {"config.yml", "backbone.yml", "summary.json", "probe.safetensors"}
+    assert {p.name for p in (tmp_path / "frozen").iterdir()} == kept
 
 
 def test_shares_and_both_features_are_kept_to(mini_root, tmp_path):
