@@ -84,7 +84,8 @@ def predict_from(
     if not (root / "st" / f"{slide}.h5ad").is_file():
         known = sorted(path.stem for path in (root / "st").glob("*.h5ad"))
         some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        raise FileNotFoundError(f"{slide} is neither an image file nor a slide of {root.name}, which has {some}")
+        cohort = cohort or config.cohort
+        raise FileNotFoundError(f"{slide}: no such image file, and no slide of the cohort {cohort}, which has {some}")
     if mpp is not None:
         raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
     own = cohort is None or root == cohort_root(config.cohort)

@@ -47,11 +47,16 @@ def _train(*, out: str, fold: int | None, **options) -> int:
     from peka_lite.config import RunConfig
     from peka_lite.teaching import train
 
-    summary = train(RunConfig(**options), out, fold=fold, progress=sys.stderr.isatty())
+    config = RunConfig(**options)
+    print(f"training on {config.cohort}: without a GPU this takes minutes; {out} appears at the end", file=sys.stderr)
+    summary = train(config, out, fold=fold, progress=sys.stderr.isatty())
     if summary:
+        how = "frozen" if config.method == "none" else f"taught by {config.method} in {config.epochs} epochs"
+        drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
         print(
-            f"{summary['method']} on {summary['backbone']} ({summary['weights']}), {summary['n_taught']} of "
-            f"{summary['n_spots']} spots, {summary['adapted_share']:.1%} of the weights; {out}"
+            f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "
+            f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}\n"
+            f"next: peka-lite predict SLIDE --model {out} --out genes.h5ad; `peka-lite run` says how well it predicts"
         )
     return 0
 
@@ -82,15 +87,20 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.applied import predict_from
 
     predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
-    told = predicted.uns["peka_lite"]["model"]
-    print(f"{predicted.n_obs} tiles, {predicted.n_vars} genes, model {told['folder']} {told['fold']}; {out}")
+    told = predicted.uns["peka_lite"]
+    where, fold = "spots", told["model"]["fold"]
+    if "min_tissue" in told:  # an image, not a slide with spots
+        um, share = told["tile_px"] * told["tile_mpp"], told["min_tissue"]
+        where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
+    model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
+    print(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
     return 0
 
 
 def _map(*, predictions: str, gene: str | None, out: str) -> int:
     from peka_lite.maps import save_predicted_map
 
-    print(save_predicted_map(predictions, out, gene=gene))
+    print(f"{save_predicted_map(predictions, out, gene=gene)}: for another gene of {predictions} there is --gene")
     return 0
 
 

@@ -234,14 +234,31 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     if np.isfinite(pcc[gene]):
         title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
     low, high = np.percentile(values, [1, 99])
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
+    label = UNITS.get(model.get("normalization"), "predicted expression")
+    if low < 0 and label in UNITS.values():  # a ridge does not know that counts end at 0
+        low, label = 0.0, f"{label} (below 0 as 0)"
+    x0, y0, x1, y1 = tissue_window(adata)[-1]
+    height = np.clip(4.2 * (y1 - y0) / (x1 - x0), 2, 8) + 0.9  # inches, as the panels ask
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, height), layout="constrained")
     _spots(axes[0], adata, None, title="H&E")
-    _spots(
-        axes[1], adata, values, title=title, norm=Normalize(low, max(high, low + 1e-9)),
-        label=UNITS.get(model.get("normalization"), "predicted expression"),
-        shape="square" if "tissue_share" in adata.obs else "circle",  # tiles of a grid touch
-    )  # fmt: skip
+    shape = "square" if "tissue_share" in adata.obs else "circle"  # tiles of a grid touch
+    norm = Normalize(low, max(high, low + 1e-9))
+    _spots(axes[1], adata, values, title=title, norm=norm, label=label, shape=shape)
+    fig.supxlabel(_what_it_is(adata), fontsize=8)
     return fig
+
+
+def _what_it_is(adata: ad.AnnData) -> str:
+    """Say below a map whose prediction it is, what has none, and what it is not for."""
+    told = adata.uns.get("peka_lite", {})
+    model, words = told.get("model", {}), []
+    if model:
+        drawn = ", which is synthetic: it has seen drawn tissue only" if model.get("synthetic") else ""
+        words.append(f"Model “{model.get('folder', '')}” learned on {model['cohort']}{drawn}.")
+    if "min_tissue" in told:
+        um = told["tile_px"] * told["tile_mpp"]
+        words.append(f"A square is {um:g} µm wide; less than {told['min_tissue']:.0%} tissue has none.")
+    return " ".join([*words, "Not for diagnosis."])
 
 
 def save_predicted_map(predictions: str | os.PathLike, out: str | os.PathLike, *, gene: str | None = None) -> Path:
@@ -266,7 +283,8 @@ def save_predicted_map(predictions: str | os.PathLike, out: str | os.PathLike, *
 def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
     """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the part with tissue.
 
-    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centres and two diameters around them.
+    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centres and two diameters around them. Where
+    tiles of a grid were predicted it is the whole image: tissue that no tile covers is a part of it.
     """
     library = next(iter(adata.uns["spatial"].values()))
     image = library["images"][IMAGE_KEY]
@@ -274,6 +292,8 @@ def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[in
     diameter = float(library["scalefactors"]["spot_diameter_fullres"])
     coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     edge = image.shape[1::-1]  # width, height
+    if "tissue_share" in adata.obs:
+        return image, scale, diameter, (0, 0, *edge)
     low = np.clip((coords.min(0) - 2 * diameter) * scale, 0, edge).astype(int)
     high = np.clip(np.ceil((coords.max(0) + 2 * diameter) * scale), 0, edge).astype(int)
     return image, scale, diameter, (*low.tolist(), *high.tolist())

@@ -18,6 +18,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from tqdm import tqdm
 
 from peka_lite import _mini_genes as genes
 from peka_lite._hest_files import write_tiles
@@ -111,7 +112,8 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         of_genes, of_patients, of_slides = np.random.SeedSequence(seed).spawn(3)
         var, profiles = genes.draw_genes(np.random.default_rng(of_genes))
         patients = [_draw_patient(profiles, stream) for stream in of_patients.spawn(n_patients)]
-        for index, stream in enumerate(of_slides.spawn(n_slides)):
+        streams = tqdm(of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", disable=None)
+        for index, stream in enumerate(streams):  # the bar is a terminal's alone
             number = index % n_patients
             of_slide, of_files = stream.spawn(2)
             slide, section, corners = _draw_slide(var, patients[number], (low, high), of_slide)

@@ -84,7 +84,10 @@ def test_a_training_tells_which_slides_it_never_saw(mini_root, tmp_path, changes
 
 def test_an_image_is_predicted_tile_by_tile(judged, image, tmp_path, capsys):
     assert main(["predict", str(image), "--model", str(judged), "--out", str(tmp_path / "p.h5ad")]) == 0
-    assert "12 tiles, 8 genes, model judged fold0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "8 genes at 12 tiles of 112 um, each at least 50% tissue, from pixels of 0.5 um, by model judged, fold0" in said
+    )
     got = ad.read_h5ad(tmp_path / "p.h5ad")
     pixels = tifffile.imread(image)
     tiles = np.stack([pixels[r * 224 : (r + 1) * 224, c * 224 : (c + 1) * 224]
@@ -97,7 +100,7 @@ def test_an_image_is_predicted_tile_by_tile(judged, image, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("slide", "options", "message"),
     [
-        ("NOBODY", [], "NOBODY is neither an image file nor a slide of mini, which has MINI1, MINI2"),
+        ("NOBODY", [], "NOBODY: no such image file, and no slide of the cohort"),
         ("MINI1", ["--mpp", "0.5"], "mpp belongs to an image file"),
         ("MINI1", ["--fold", "7"], "no fold 7"),
         (__file__, ["--cohort", "mini"], "is an image file"),
@@ -116,7 +119,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(judged, tmp_path, capsys, slid
 def test_train_embed_and_export_from_the_command_line(mini_root, tmp_path, capsys):
     settings = ["--cohort", str(mini_root), "--weights", "random", "--method", "none", "--n-genes", "8"]
     assert main(["train", *settings, "--out", str(tmp_path / "model")]) == 0
-    assert "none on mini (random, seed 0)" in capsys.readouterr().out
+    assert "model: mini (random, seed 0), frozen" in capsys.readouterr().out
     features = tmp_path / "f.h5ad"
     assert main(["embed", "--cohort", str(mini_root), "--slides", "MINI2", "--model", str(tmp_path / "model"),
                  "--out", str(features)]) == 0  # fmt: skip

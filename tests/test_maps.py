@@ -284,6 +284,21 @@ def test_a_predicted_map_draws_the_gene_that_is_asked_for_or_known_best(pcc, gen
     assert bars_of(fig)[0].get_ylabel() == "log1p of counts"
 
 
+def test_a_predicted_map_starts_at_0_counts_and_says_what_it_is():
+    adata = predictions([0.1] * 3, grid=True)
+    adata.X = adata.X - 3  # as a ridge predicts
+    adata.uns["peka_lite"] |= {"min_tissue": 0.5, "tile_px": 224, "tile_mpp": 0.5}
+    adata.uns["peka_lite"]["model"] |= {"folder": "first", "cohort": "mini", "synthetic": True}
+    fig = predicted_map(adata, "A")
+    bar = bars_of(fig)[0]
+    assert (bar.get_ylim()[0], bar.get_ylabel()) == (0, "log1p of counts (below 0 as 0)")
+    said = fig.get_supxlabel()
+    assert "Model “first” learned on mini, which is synthetic" in said
+    assert "A square is 112 µm wide; less than 50% tissue has none" in said
+    assert "Not for diagnosis" in said
+    assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole picture, tiles or none
+
+
 def test_tiles_of_a_grid_are_squares_that_touch():
     fig = predicted_map(predictions([0.1] * 3, grid=True), "A")
     drawn = spots(panels(fig)[1]).get_paths()

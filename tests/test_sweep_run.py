@@ -195,6 +195,7 @@ def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_pat
 def test_two_sweeps_at_once_share_one_cache(tmp_path, mini_root):
     path = tmp_path / "two.yml"
     fixed = {"cohort": str(mini_root), "slides": ["MINI1", "MINI2"], "epochs": 1, "protocol": "hest", "n_splits": 2}
+    fixed |= {"label_method": "kmeans", "n_clusters": 4}
     path.write_text(yaml.safe_dump({"fixed": fixed, "list": [{"method": "bone"}, {"method": "none"}]}))
     cache = tmp_path / "cache"
     both = [command(path, "--out", str(tmp_path / o), "--workers", "1", PEKA_LITE_CACHE=str(cache)) for o in "ab"]
