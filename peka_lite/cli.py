@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -48,10 +49,11 @@ def _train(*, out: str, fold: int | None, **options) -> int:
     from peka_lite.teaching import train
 
     config = RunConfig(**options)
-    print(f"training on {config.cohort}: without a GPU this takes minutes; {out} appears at the end", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print(f"training on {config.cohort}, minutes without a GPU; {out} appears at the end", file=sys.stderr)
     summary = train(config, out, fold=fold, progress=sys.stderr.isatty())
     if summary:
-        how = "frozen" if config.method == "none" else f"taught by {config.method} in {config.epochs} epochs"
+        how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
         drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
         print(
             f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "

@@ -15,7 +15,7 @@ CHAPTER = "notebooks/01_hest_loading"
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
-    """One chapter and the API of a book with an address; `make book` builds them all."""
+    """One chapter and one plain page of a book with an address; `make book` builds them all."""
     folder = tmp_path_factory.mktemp("book")
     shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns("_build", "notebooks"))
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
