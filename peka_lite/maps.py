@@ -188,7 +188,10 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
 
 
 def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
-    """Draw what a model predicts of one gene, beside the H&E.
+    """Draw what a model predicts of one gene, beside the H&E; the line below says which model, and what it is not for.
+
+    Log counts that are predicted below 0 take the colour of 0. Where tiles of a grid were predicted, the whole image is
+    shown, and tissue without a tile stays uncoloured.
 
     Parameters
     ----------
