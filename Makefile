@@ -31,7 +31,9 @@ help:
 	@echo "make sweep   run the sweep quick.yml, from nothing to a table and a figure"
 	@echo "make pretrain-student   make the weights of the small student in the package anew"
 	@echo "make pretrain-teacher   make the weights of the small teacher in the package anew"
-	@echo "make lock    resolve requirements.lock anew"
+	@echo "make smoke   install the wheel on Python 3.13, as Colab has it, and run every step once"
+	@echo "make newest, make oldest   the same with the newest versions; with the oldest, on Python 3.11"
+	@echo "make lock    resolve requirements.lock and constraints-3.13.txt again"
 	@echo "make clean   remove what the jobs made, except the environment"
 	@echo "make address URL=https://github.com/OWNER/REPO   set the repository the Colab buttons open"
 
@@ -49,13 +51,13 @@ test: $(READY)
 sweep: build/.fresh | $(READY)
 	$(BIN)/peka-lite sweep quick --out build/sweeps/quick
 
-# Any Python 3.11 or 3.12 will do; PYTHON=... names one.
+# Any Python 3.11, 3.12 or 3.13 will do; PYTHON=... names one.
 $(READY): requirements.lock pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then \
-	  for p in $${PYTHON:-} python3.12 python3.11 python3 python; do \
-	    if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then found=$$p; break; fi; \
+	  for p in $${PYTHON:-} python3.12 python3.11 python3.13 python3 python; do \
+	    if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then found=$$p; break; fi; \
 	  done; \
-	  [ -n "$${found:-}" ] || { echo "peka_lite needs Python 3.11 or 3.12 on the PATH (or make PYTHON=/path/to/python)"; exit 1; }; \
+	  [ -n "$${found:-}" ] || { echo "peka_lite needs Python 3.11, 3.12 or 3.13 on the PATH (or make PYTHON=/path/to/python)"; exit 1; }; \
 	  echo "Making .venv with $$found"; $$found -m venv .venv; \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
@@ -124,6 +126,20 @@ lock:
 	$$(command -v $(BIN)/uv || command -v uv) pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --upgrade \
 	  --output-file requirements.lock
+	printf '%s\n' $(COLAB_TORCH) | $$(command -v $(BIN)/uv || command -v uv) pip compile pyproject.toml - --no-config \
+	  --extra notebook --universal --python-version 3.13 --no-emit-index-url --no-header --no-annotate --quiet --upgrade \
+	  --output-file constraints-3.13.txt
+
+# The wheel in a fresh environment of its own: with the versions of a day, with the newest, with the oldest that
+# pyproject.toml takes. Only the first is part of .ci/run.
+COLAB_TORCH := torch==2.11.0 torchvision==0.26.0
+.PHONY: smoke newest oldest
+smoke: $(READY)
+	.ci/smoke 3.13 --constraint $(CURDIR)/constraints-3.13.txt
+newest: $(READY)
+	.ci/smoke 3.13 --upgrade
+oldest: $(READY)
+	.ci/smoke 3.11 --resolution lowest-direct --requirement $(CURDIR)/pyproject.toml --extra notebook
 
 .PHONY: address
 address: $(READY)

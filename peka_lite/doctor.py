@@ -88,9 +88,10 @@ def _says(error: Exception) -> str:
 
 def _python():
     version = ".".join(map(str, sys.version_info[:3]))
-    if (3, 11) <= sys.version_info[:2] < (3, 13):
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
         return "ok", version
-    return "fail", f"{version}; peka_lite needs 3.11 or 3.12", "install one of them, then `make test PYTHON=python3.12`"
+    fix = "install one of them, then `make test PYTHON=python3.12`"
+    return "fail", f"{version}; peka_lite needs 3.11, 3.12 or 3.13", fix
 
 
 def _torch():

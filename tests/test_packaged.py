@@ -138,6 +138,9 @@ def test_a_wheel_holds_all_data_and_stays_small(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as held:
         sizes = {info.filename: info.file_size for info in held.infolist()}
+        metadata = next(held.read(name) for name in sizes if name.endswith(".dist-info/METADATA")).decode()
+    # uv overlooks an upper bound, pip does not.
+    assert re.findall("^Requires-Python: (.*)$", metadata, re.M) == ["<3.14,>=3.11"]
     data = [path for path in (ROOT / "peka_lite" / "data").iterdir() if not path.name.startswith(".")]
     assert FILE in data
     assert {f"peka_lite/data/{p.name}": p.stat().st_size for p in data}.items() <= sizes.items()

@@ -1,5 +1,6 @@
 """Each notebook's first cell, in an environment like Colab's: most packages there, and a PyTorch of another version."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STANDS_THERE = {"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128"}  # other versions than the lock's
+STANDS_THERE = {"torch": "2.12.0+cu128", "torchvision": "0.27.0+cu128"}  # of neither file of pins
+PINS = re.compile(r"^([\w.-]+)==([\w.+-]+)((?: ;[^\\\n]*)?)(?: \\)?$", re.M)
 COLAB_LACKS = {"anndata", "igraph", "leidenalg", "openslide-bin", "openslide-python", "scanpy", "squidpy"}
 NOT_FOR_IT = re.compile(r"nvidia-|triton|cuda-|torch$|torchvision$|jupyter-book|sphinx|playwright")
 
@@ -34,18 +36,33 @@ def write_wheel(folder, name, version):
     return path
 
 
-@pytest.fixture(scope="module")
-def colab(tmp_path_factory):
-    """The Python of a new environment: the lock's packages less what Colab lacks, a PyTorch that is not the lock's."""
+def python_3_13():
+    """A Python 3.13, as `.ci/smoke` looks for one; None where there is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for name in (os.environ.get("PYTHON313"), "python3.13", *sorted(pyenv.glob("3.13*/bin/python"))):
+        command = name and shutil.which(name)
+        if command and subprocess.run([command, "--version"], capture_output=True, text=True).stdout[:11] == "Python 3.13":
+            return command
+    return None
+
+
+@pytest.fixture(scope="module", params=["the lock", "Python 3.13"])
+def colab(request, tmp_path_factory):
+    """The Python of a new environment: the pinned packages less what Colab lacks, and a PyTorch of another version."""
     uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
     if uv is None:
         pytest.skip("uv is absent: a clean environment cannot be made quickly")
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("no git repository here that the cell could install from")
+    base, file = sys.executable, "requirements.lock"
+    if request.param == "Python 3.13":
+        base, file = python_3_13(), "constraints-3.13.txt"
+        if base is None:
+            pytest.skip("no Python 3.13 here ($PYTHON313, python3.13, pyenv)")
     folder = tmp_path_factory.mktemp("colab")
     python = folder / "env" / "bin" / "python"
-    subprocess.run([uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder / "env")], check=True)
-    pins = re.findall(r"^([\w.-]+)==([\w.+-]+)((?: ;[^\\\n]*)?) \\?$", (ROOT / "requirements.lock").read_text(), re.M)
+    subprocess.run([uv, "venv", "--quiet", "--seed", "--python", base, str(folder / "env")], check=True)
+    pins = PINS.findall((ROOT / file).read_text())
     assert len(pins) > 100
     wanted = [f"{n}=={v}{when}" for n, v, when in pins if n not in COLAB_LACKS and not NOT_FOR_IT.match(n)]
     (folder / "there.txt").write_text("\n".join(wanted))
