@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from peka_lite._torch_files import read_torch_file
+
 
 def digest(teacher: np.ndarray, labels: np.ndarray) -> str:
     """Hash what a student learns from; 16 hex digits."""
@@ -45,7 +47,8 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
 
 def restore_checkpoint(path: Path, model, optimizer, scaler, settings: dict) -> list[dict]:
     """Put a checkpoint back and return its history; other settings than its own are an error."""
-    state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+    device, remove = next(model.parameters()).device, "remove it to start over"
+    state = read_torch_file(path, what="a checkpoint of training", instead=remove, device=device, mmap=False)
     for key, want in settings.items():
         if state["settings"].get(key) != want:
             raise ValueError(

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite._file_kinds import file_kind
+
 if TYPE_CHECKING:
     from peka_lite._artifacts import Artifact, File
 
@@ -21,7 +23,6 @@ RECORD = "fetched.json"
 PARTIAL = ".partial"
 HEADROOM = 2**28  # bytes to leave free on the disk
 _BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of httpx, and of requests
-_HTML = (b"<!doctype html", b"<html")
 
 
 def read_record(root: Path) -> dict:
@@ -64,11 +65,11 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, progress: bool) 
 
 def check_file(path: Path, file: File, *, what: str) -> str:
     """Return the SHA-256 of a file that is what was announced; raise where it is a web page, too short or another."""
-    with path.open("rb") as data:
-        if data.read(512).lstrip().lower().startswith(_HTML):
-            raise ValueError(
-                f"{what}: a web page came instead of data; open the address in a browser to see what it says"
-            )
+    kind, words, _ = file_kind(path)
+    if kind == "page":
+        raise ValueError(f"{what}: a web page came instead of data; open the address in a browser to see what it says")
+    if kind == "pointer":
+        raise ValueError(f"{what}: {words} came instead of data; take another address, or fetch it again")
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         wrong = "is truncated" if size < file.size else "is too long"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from peka_lite._file_kinds import misfit
 from peka_lite.tiles import TILE_SHAPE
 
 
@@ -35,13 +36,18 @@ class HestFormatError(ValueError):
 
 def read_spots(path: Path) -> ad.AnnData:
     """Read raw counts (N, G) as CSR float32, with unique barcodes, whole counts and finite pixel centres."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Observation|Variable) names are not unique")
+        return check_spots(read_h5ad(path), path)
+
+
+def read_h5ad(path: Path) -> ad.AnnData:
+    """Read an ``.h5ad`` file; `HestFormatError` says what another file is."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(Observation|Variable) names are not unique")
-            adata = ad.read_h5ad(path)
+        return ad.read_h5ad(path)
     except Exception as error:
-        raise HestFormatError(path, f"cannot be read as .h5ad ({error})", "Download the file again") from error
-    return check_spots(adata, path)
+        seen = misfit(path, {"hdf5"}) or error
+        raise HestFormatError(path, f"cannot be read as .h5ad ({seen})", "Download the file again") from error
 
 
 def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts") -> ad.AnnData:
@@ -75,7 +81,8 @@ def read_tile_barcodes(path: Path) -> pd.Index:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise HestFormatError(path, f"cannot be read as HDF5 ({error})", "Download the file again") from None
+        seen = misfit(path, {"hdf5"}) or error
+        raise HestFormatError(path, f"cannot be read as HDF5 ({seen})", "Download the file again") from None
     with file:
         if not isinstance(file.get("img"), h5py.Dataset):
             raise HestFormatError(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
@@ -136,7 +143,8 @@ def read_metadata(path: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise HestFormatError(path, f"not valid JSON ({error})", "Download the file again") from None
+        seen = misfit(path, {"text", "pickle"}) or error
+        raise HestFormatError(path, f"not valid JSON ({seen})", "Download the file again") from None
     if not isinstance(fields, dict):
         raise HestFormatError(path, f"holds a {type(fields).__name__}", "It must hold one object of named fields")
     return fields

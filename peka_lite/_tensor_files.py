@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from peka_lite._file_kinds import misfit
+
 FORMAT = 1
 
 
@@ -63,4 +65,5 @@ def _opened(path: str | os.PathLike):
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+        seen = misfit(Path(path), {"safetensors"}) or error
+        raise ValueError(f"{path} is truncated or no safetensors file ({seen})") from None

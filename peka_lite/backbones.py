@@ -10,14 +10,18 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from peka_lite._file_kinds import file_kind
 from peka_lite._packaged import origin, packaged
+from peka_lite._torch_files import OPTIONS, read_torch_file
 from peka_lite.backbone_files import backbone_row
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
-from peka_lite.manifest import located
+from peka_lite.manifest import located, read_manifest
 from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, page_of
 
 __all__ = [
@@ -252,12 +256,27 @@ def _unreachable(spec: Backbone, repo: str, error: Exception) -> ConnectionError
     )
 
 
+def _read_weights(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
+    if file_kind(path)[0] == "safetensors":  # whatever its name ends in
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as weights ({error}); it is truncated: fetch it again") from None
+    else:
+        known = spec.name if spec.name in read_manifest() else None
+        published = f"take the published file ({spec.source}), or " if spec.source else ""
+        instead = f"{published}save the model's state_dict() where it was made"
+        state = read_torch_file(path, what="weights", instead=instead, artifact=known, also=OPTIONS)
+    for key in ("state_dict", "model"):  # of training scripts
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, no tensors by name; save the model's state_dict()")
+    return timm.models.clean_state_dict(state)
+
+
 def _load_file(model: nn.Module, spec: Backbone, path: Path) -> None:
-    try:
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {error})") from error
-    state = state.get("model", state)
+    state = _read_weights(spec, path)
     if spec.name == "ctranspath":
         from timm.models.swin_transformer import checkpoint_filter_fn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def located(name: str | Artifact, *, root: str | os.PathLike | None = None) -> P
         if not place.is_file() or place.stat().st_size != came["size"]:
             return None
     return root if artifact.kind == "cohort" else root / wanted[0].path
+
+
+def is_published(name: str | Artifact, path: Path) -> bool:
+    """Say whether a file has the SHA-256 that the manifest, or a fetch from the source, recorded of an artifact's."""
+    artifact = _artifact(name)
+    recorded = read_record(_root(artifact, None))
+    published = {file.sha256 for file in artifact.files} | {file["sha256"] for file in recorded.get("files", ())}
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest() in published
 
 
 def patients_of(name: str | Artifact) -> dict[str, str]:

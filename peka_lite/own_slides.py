@@ -19,7 +19,7 @@ from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
-from peka_lite._hest_files import HestFormatError, check_spots, patient_name, write_tiles
+from peka_lite._hest_files import HestFormatError, check_spots, patient_name, read_h5ad, write_tiles
 from peka_lite.hest import Slide, read_slide
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.tiles import TILE_SHAPE
@@ -154,7 +154,7 @@ def read_counts(path: str | os.PathLike) -> ad.AnnData:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".h5ad":
-        return ad.read_h5ad(path)
+        return read_h5ad(path)
     path = path / "outs" if (path / "outs" / "spatial").is_dir() else path
     if not (path / "spatial").is_dir():
         raise FileNotFoundError(f"{path}: neither an .h5ad file nor Space Ranger's outs folder, which holds spatial")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from peka_lite._torch_files import read_torch_file
 from peka_lite.manifest import located
 from peka_lite.teachers.encoder import Encoder, EncoderConfig
 
@@ -39,18 +39,8 @@ def find_genes(path: Path) -> Path:
 def _read_entry(path: Path, key: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; `peka-lite fetch scfoundation` fetches scFoundation's")
-    try:
-        try:
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            file = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused, for reading it would run code it carries; take the published file, or save tensors and "
-            f"plain values only ({str(error).splitlines()[0][:120]})"
-        ) from error
-    except Exception as error:  # a cut file fails wherever the reader stood
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({str(error)[:120]}); fetch it again") from error
+    instead = "take the published file (`peka-lite fetch scfoundation`), or save tensors and plain values only"
+    file = read_torch_file(path, what="a checkpoint", instead=instead, artifact="scfoundation")
     if not isinstance(file, dict) or key not in file:
         there = ", ".join(map(str, file)) if isinstance(file, dict) else type(file).__name__
         raise ValueError(f"{path}: no entry {key!r}; it has {there}")

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from peka_lite._file_kinds import misfit
 from peka_lite.expression import align_genes
 
 # Columns of HGNC's complete set (genenames.org), the more binding name first.
 _NAMES = ("symbol", "prev_symbol", "alias_symbol")
+_TEXT = ("text", "pickle")  # the oldest pickles are text
 
 
 def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
@@ -37,8 +39,9 @@ def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
         try:
             names = _read_list(path) if path.suffix == ".json" else _read_order(path)
         except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            seen = misfit(path, _TEXT) or error
             raise ValueError(
-                f"{path}: no gene list ({error}); it is a TSV file with columns gene_name and index, or a JSON list"
+                f"{path}: no gene list ({seen}); it is a TSV file with columns gene_name and index, or a JSON list"
             ) from error
     index = pd.Index(names)
     if not len(index) or not all(isinstance(name, str) and name for name in names):
@@ -68,6 +71,8 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such gene mapping; `peka-lite fetch hgnc` fetches HGNC's complete set")
+    if other := misfit(path, _TEXT):
+        raise ValueError(f"{path}: no gene mapping: {other}")
     with path.open(encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, delimiter="\t")
         if missing := {*_NAMES, "ensembl_gene_id"} - set(table.fieldnames or ()):
