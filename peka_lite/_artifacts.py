@@ -11,6 +11,8 @@ from typing import get_origin, get_type_hints
 
 import yaml
 
+from peka_lite.registry import ACCESS
+
 KINDS = {"cohorts": "cohort", "checkpoints": "checkpoint", "genes": "genes", "students": "student"}
 PATIENT_BASES = ("table", "title", "alone", "joined")
 
@@ -84,6 +86,8 @@ class Artifact:
         What to fetch; where `any_of`, only the first of them that the repository holds.
     licence, gate
         Licence, None where the source has to tell it; page to ask for access, None where nobody has to.
+    access
+        How it is granted there, a key of `registry.ACCESS`; None where that is not known.
     about, paper, note
         Size in words, the paper, and what a reader must know.
     slides, paper_spots
@@ -96,6 +100,7 @@ class Artifact:
     files: tuple[File, ...]
     licence: str | None
     gate: str | None
+    access: str | None = None
     any_of: bool = False
     repo: str | None = None
     repo_type: str | None = None
@@ -116,6 +121,10 @@ class Artifact:
             raise ValueError("url goes with one file, and with neither repo_type nor revision")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"revision must be a commit (40 hex digits) or null, not {self.revision!r}")
+        if self.access not in (None, *ACCESS):
+            raise ValueError(f"access must be one of {', '.join(ACCESS)} or null, not {self.access!r}")
+        if self.access and not self.gate:
+            raise ValueError("access goes with gate, the page to ask on")
         if not self.files:
             raise ValueError("files is empty")
         _once("slide", [slide.id for slide in self.slides])

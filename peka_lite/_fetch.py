@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._file_kinds import file_kind
+from peka_lite.registry import ask_for_access
 
 if TYPE_CHECKING:
     from peka_lite._artifacts import Artifact, File
@@ -84,7 +85,7 @@ def check_file(path: Path, file: File, *, what: str) -> str:
     return found
 
 
-def hub_error(error: Exception, *, what: str, gate: str | None) -> Exception:
+def hub_error(error: Exception, *, what: str, gate: str | None, access: str | None = None) -> Exception:
     """Turn an error of huggingface_hub, or of any download, into one sentence with the fix.
 
     Parameters
@@ -95,6 +96,8 @@ def hub_error(error: Exception, *, what: str, gate: str | None) -> Exception:
         What was being fetched, in words.
     gate
         Page to ask for access on; None where it is not known.
+    access
+        How access is granted there, a key of `registry.ACCESS`; None where it is not known.
 
     Returns
     -------
@@ -116,8 +119,7 @@ def hub_error(error: Exception, *, what: str, gate: str | None) -> Exception:
             f"there, remove {RECORD} to take the newest"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # GatedRepoError is one of them
-        ask = f"ask for access at {gate}, then" if gate else "ask its owner for access, then"
-        return PermissionError(f"{what} is gated: {ask} log in with `hf auth login` or set HF_TOKEN")
+        return PermissionError(f"{what} is gated: {ask_for_access(gate, access)}")
     if status == 404:
         return FileNotFoundError(f"{what} is not at its address any more ({error}); correct the address")
     if status is not None:
@@ -138,7 +140,7 @@ def _announced(artifact: Artifact, revision: str | None) -> tuple[str | None, st
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=_endpoint(), library_name="peka_lite")
-    with _sentences(artifact.name, artifact.gate or _page(artifact)):
+    with _sentences(artifact.name, artifact.gate or _page(artifact), artifact.access):
         info = api.repo_info(artifact.repo, repo_type=artifact.repo_type, revision=revision)
         paths = [file.path for file in artifact.files]
         held = api.get_paths_info(artifact.repo, paths, repo_type=artifact.repo_type, revision=info.sha)
@@ -201,7 +203,8 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
     headers = build_hf_headers(library_name="peka_lite") | {"Accept-Encoding": "identity"}
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
-    with _sentences(_what(artifact, file), artifact.gate or _page(artifact)), _bars(progress), part.open("ab") as data:
+    asked = _sentences(_what(artifact, file), artifact.gate or _page(artifact), artifact.access)
+    with asked, _bars(progress), part.open("ab") as data:
         if data.tell() < file.size:
             http_get(url, data, resume_size=data.tell(), headers=headers, displayed_filename=file.path)
 
@@ -209,12 +212,12 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
 def _from_url(artifact: Artifact, _commit: None, file: File, part: Path, progress: bool) -> None:
     import pooch
 
-    with _sentences(_what(artifact, file), artifact.gate):
+    with _sentences(_what(artifact, file), artifact.gate, artifact.access):
         pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=30)(artifact.url, str(part), None)
 
 
 @contextlib.contextmanager
-def _sentences(what: str, gate: str | None):
+def _sentences(what: str, gate: str | None, access: str | None):
     """Raise what goes wrong inside as the one sentence of `hub_error`."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -226,7 +229,7 @@ def _sentences(what: str, gate: str | None):
         ) from error
     # Its bases are the errors of the HTTP library that the hub's client is built on: httpx, or requests before 1.0.
     except (OSError, *HfHubHTTPError.__bases__) as error:
-        raise hub_error(error, what=what, gate=gate) from error
+        raise hub_error(error, what=what, gate=gate, access=access) from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from peka_lite.registry import _BACKBONES, BACKBONES, PRECISION, Backbone, Late, check_block_size, did_you_mean
+from peka_lite.registry import _BACKBONES, ACCESS, BACKBONES, PRECISION, Backbone, Late, check_block_size, did_you_mean
 
 POOLING = ("token", "avg", "token+avg")
 MODULES = ("timm.layers:", "torch.nn:")  # where a layer that an option names may come from
@@ -187,6 +187,8 @@ def _checked(row: Backbone) -> Backbone:
             raise ValueError(f"{name} is on a scale of 0 to 1, not {value!r}; divide by 255")
     if row.pooling not in POOLING:
         raise ValueError(f"unknown pooling {row.pooling!r}; known: {', '.join(POOLING)}")
+    if row.access not in (None, *ACCESS):
+        raise ValueError(f"access is one of {', '.join(ACCESS)}, not {row.access!r}")
     if row.bone_r is not None:
         try:
             check_block_size(row, row.bone_r)

@@ -30,7 +30,8 @@ POOLING = {
 LICENCES = {
     "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
     "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
-    "GPL-3.0": "Who shares weights made from them does so under the same licence.",
+    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same licence. The "
+    "authors' README adds that they are for non-commercial academic purposes.",
     "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
     "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
 }
@@ -192,6 +193,9 @@ def _licence(trained: TrainedModel) -> str:
         text += f" Access to them is granted at {spec.gate}, on terms that bind whoever was granted it."
     if "-ND" in spec.licence:
         text = "> [!WARNING]\n> " + text
+    if trained.config.teacher == "scfoundation" and trained.config.method != "none":
+        licence = read_manifest()["scfoundation"].licence
+        text += f"\n\nIts teacher was scFoundation, whose weights are under the {licence}."
     return text + "\n\nThe licence of the data above may ask for more."
 
 

@@ -205,8 +205,12 @@ def _gates(*, online: bool):
     from huggingface_hub import get_token
 
     from peka_lite.manifest import read_manifest
+    from peka_lite.registry import ACCESS
 
-    gated = {(a.repo, a.repo_type): a.gate for a in read_manifest().values() if a.repo and a.gate}
+    asked = [artifact for artifact in read_manifest().values() if artifact.repo and artifact.gate]
+    gated = {
+        (a.repo, a.repo_type): f"{a.gate} ({ACCESS.get(a.access, 'how long that takes is not known')})" for a in asked
+    }
     if not get_token():
         pages = ", ".join(gated.values())
         return "note", f"{len(gated)} gated repositories, none open without a token", f"ask on {pages}; then {_LOG_IN}"

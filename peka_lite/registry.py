@@ -67,6 +67,12 @@ LABEL_METHODS = {
 METHODS = ("none", "bone", "lora", "adalora", "miss")
 LAYERS = ("qkv", "proj")
 MINI_FORMAT = 2  # of the embedded cohort; raise it when the same seed would give other bytes
+#: How access is granted where one has to ask.
+ACCESS = {
+    "automatic": "it opens at once after asking",
+    "manual": "it is granted by hand, which may take days",
+    "institution": "it is granted to institutional e-mail addresses alone, by hand, which may take days",
+}
 KD_SPACES = ("embedding", "logits")
 # bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
 PRECISION = Late({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
@@ -102,6 +108,15 @@ class Backbone:
         Compute type by device.
     licence, gate
         Licence of the weights; page to ask for access, None where nobody has to.
+    access
+        How it is granted there: ``"automatic"``, ``"manual"`` or ``"institution"``; None where that is not known.
+
+    Notes
+    -----
+    Where a published number was made in another way than ours: the authors of ``"gigapath"`` resize a tile to 256
+    pixels and crop the middle 224, here all of the tile is shown; HEST-bench takes ``"resnet50"`` after its third block
+    (1,024 numbers), here it is whole (2,048). ``"ctranspath"`` is the encoder that CHIEF published (AGPL-3.0; its
+    README and CTransPath's add: for non-commercial academic purposes).
 
     Examples
     --------
@@ -127,6 +142,7 @@ class Backbone:
     bone_r: int | None = 256
     precision: Mapping[str, torch.dtype] = field(default_factory=lambda: PRECISION)
     options: Mapping[str, object] = field(default_factory=dict)
+    access: str | None = None
 
 
 _VIT_G = {"img_size": 224, "init_values": 1e-5}
@@ -143,27 +159,28 @@ def page_of(repo: str) -> str:
 _ROWS = (
     Backbone("resnet50", "resnet50.tv_in1k", "timm/resnet50.tv_in1k", 2048, *IMAGENET, "BSD-3-Clause",
              pooling="avg", bone_r=None),
-    Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "GPL-3.0",
+    Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "AGPL-3.0",
              pooling="avg", bone_r=None, options=Late({"embed_layer": "peka_lite.backbones:ConvStem"})),
     Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, page_of("MahmoodLab/UNI"),
-             options={"init_values": 1e-5, "dynamic_img_size": True}),
+             access="institution", options={"init_values": 1e-5, "dynamic_img_size": True}),
     Backbone("h-optimus-0", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", 1536, *BIOPTIMUS, "Apache-2.0",
-             page_of("bioptimus/H-optimus-0"), options=_VIT_G),
+             page_of("bioptimus/H-optimus-0"), access="automatic", options=_VIT_G),
     Backbone("uni2-h", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, *IMAGENET, _CC_NC,
-             page_of("MahmoodLab/UNI2-h"),
+             page_of("MahmoodLab/UNI2-h"), access="institution",
              options=Late({**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536,
                            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8,
                            "dynamic_img_size": True})),
     Backbone("h0-mini", "vit_base_patch14_reg4_dinov2", "bioptimus/H0-mini", 768, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H0-mini"), bone_r=128,
+             page_of("bioptimus/H0-mini"), access="manual", bone_r=128,
              options=Late({**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"})),
     Backbone("h-optimus-1", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", 1536, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H-optimus-1"), options=_VIT_G),
+             page_of("bioptimus/H-optimus-1"), access="manual", options=_VIT_G),
     Backbone("virchow2", "vit_huge_patch14_224", "paige-ai/Virchow2", 2560, *IMAGENET, _CC_NC,
              page_of("paige-ai/Virchow2"), pooling="token+avg",
              options=Late({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
     Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
-             page_of("prov-gigapath/prov-gigapath"), options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
+             page_of("prov-gigapath/prov-gigapath"), access="manual",
+             options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
     Backbone("mini", "vit_tiny_patch16_224", "package/mini_student.safetensors", 192, *BIOPTIMUS, "BSD-3-Clause",
              input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
 )  # fmt: skip
@@ -186,6 +203,13 @@ def check_divides(r: int, in_features: int, out_features: int) -> None:
             f"r={r} must divide in_features={in_features} and out_features={out_features}; "
             f"these would: {', '.join(map(str, fits))}"
         )
+
+
+def ask_for_access(gate: str | None, access: str | None) -> str:
+    """Say what to do at a gate: where to ask, and how access is granted."""
+    ask = f"ask for access at {gate}" if gate else "ask its owner for access"
+    how = f"; {ACCESS[access]}" if access else ""
+    return f"{ask}, then log in with `hf auth login` or set HF_TOKEN{how}"
 
 
 def check_penalty(alpha, *, names: tuple[str, ...] = ("hest",)) -> None:

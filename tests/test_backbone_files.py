@@ -88,6 +88,7 @@ def test_a_file_gives_the_row_that_was_written(file):
         ({"mean": [0.5, 0.5]}, "mean is three numbers"),
         ({"mean": [123.7, 116.3, 103.5]}, "mean is on a scale of 0 to 1.*divide by 255"),
         ({"std": [0, 0.5, 0.5]}, "std is on a scale"),
+        ({"access": "by hand"}, "access is one of automatic, manual, institution, not 'by hand'"),
         ({"pooling": "cls"}, "unknown pooling 'cls'; known: token, avg, token.avg"),
         ({"bone_r": 32}, "bone_r: r=32 must divide in_features=48 .*: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give plain values"),

@@ -175,6 +175,9 @@ def test_gated_weights_without_access_say_in_one_sentence_where_to_ask(monkeypat
         load_backbone(name)
     message = str(caught.value)
     assert message.startswith(f"{name} is gated: ask for access at {BACKBONES[name].gate}, then")
+    assert ("granted by hand" in message) == (name in ("h0-mini", "h-optimus-1", "gigapath"))
+    assert ("opens at once" in message) == (name == "h-optimus-0")
+    assert ("institutional e-mail" in message) == (name in ("uni", "uni2-h"))
     assert "\n" not in message
     assert ". " not in message
 

@@ -116,12 +116,30 @@ def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
     assert students.keys() == set(BACKBONES) - {"mini"}
     for name, entry in students.items():
         spec = BACKBONES[name]
-        assert (entry.licence, entry.gate, entry.revision) == (spec.licence, spec.gate, spec.revision), name
+        theirs = (spec.licence, spec.gate, spec.access, spec.revision)
+        assert (entry.licence, entry.gate, entry.access, entry.revision) == theirs, name
         if entry.any_of:
             assert (spec.source, entry.repo_type) == (entry.repo, "model"), name
             assert [f.path for f in entry.files] == ["model.safetensors", "pytorch_model.bin"], name
         else:
             assert spec.source == f"{entry.repo_type}s/{entry.repo}/{entry.files[0].path}", name
+
+
+def test_the_licences_and_gates_of_the_weights_are_those_that_their_owners_state():
+    manifest = read_manifest()
+    teacher, ctranspath = manifest["scfoundation"], manifest["ctranspath"]
+    assert teacher.licence == "scFoundation License (non-commercial research)"
+    assert teacher.files[0].size == 1_432_587_886
+    assert teacher.about == f"{teacher.files[0].size / 2**30:.2f} GiB"
+    assert teacher.revision is None or "github" in teacher.note.lower()
+    assert ctranspath.licence == "AGPL-3.0"
+    assert "CHIEF" in ctranspath.note
+    assert "non-commercial academic" in ctranspath.note
+    access = {name: manifest[name].access for name in manifest if manifest[name].gate}
+    assert {access[name] for name in (*COHORTS, "h-optimus-0")} == {"automatic"}
+    assert {access[name] for name in ("h0-mini", "h-optimus-1", "gigapath")} == {"manual"}
+    assert {access[name] for name in ("uni", "uni2-h")} == {"institution"}
+    assert access["virchow2"] is None  # not found in a public source
 
 
 def test_the_gene_lists_hash_is_that_of_the_file():
@@ -197,6 +215,11 @@ def edit(where, **fields):
         (edit(("checkpoints", "big"), any_of=["f"]), "big: files and any_of: give one of the two"),
         (edit(("checkpoints", "big"), url="https://x.y/f"), "big: repo and url: give one of the two"),
         (edit(("checkpoints", "big"), revision="main"), "big: revision must be a commit"),
+        (
+            edit(("checkpoints", "big"), gate="https://ask.here", access="hand"),
+            "big: access must be one of automatic, manual",
+        ),
+        (edit(("checkpoints", "big"), gate=None, access="manual"), "big: access goes with gate"),
         (edit(("checkpoints", "big"), repo_type="space"), "big: repo_type must be 'model' or 'dataset'"),
         (edit(("checkpoints", "big"), slides=[]), "big: slides: only a cohort has that"),
         (lambda top: top["checkpoints"]["big"].pop("gate"), "big: gate missing; null says that it is not known"),
@@ -511,6 +534,20 @@ def test_each_error_of_a_download_has_its_own_sentence(error, kind, sentence):
     said = _fetch.hub_error(error, what="UNI", gate=None)
     assert type(said) is kind
     assert re.match(sentence, str(said))
+
+
+@pytest.mark.parametrize(
+    ("access", "how"),
+    [("automatic", "; it opens at once after asking"), ("manual", "; it is granted by hand, which may take days"),
+     ("institution", "; it is granted to institutional e-mail addresses alone, by hand, which may take days"),
+     (None, "")],
+)  # fmt: skip
+def test_a_closed_gate_says_how_it_is_opened(tmp_path, hub, mine, access, how):
+    hub.bad["api"] = "gated"
+    entry = dataclasses.replace(mine["two"], access=access)
+    with pytest.raises(PermissionError, match=r"^two is gated") as caught:
+        fetch(entry, root=tmp_path / "two", progress=False)
+    assert str(caught.value).endswith(f"then log in with `hf auth login` or set HF_TOKEN{how}")
 
 
 @pytest.mark.parametrize(("announced", "wrong"), [(10_000, "truncated"), (1_000, "too long")])

@@ -102,13 +102,28 @@ def test_the_cards_code_names_every_option_of_a_row(name, folder):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_card_carries_the_parents_licence(name, folder):
     spec, card = BACKBONES[name], model_card(of(load_trained(folder), name))
-    assert front(card)["license"] in {"apache-2.0", "bsd-3-clause", "gpl-3.0", "cc-by-nc-nd-4.0"}  # the Hub's ids
+    assert front(card)["license"] in {"apache-2.0", "bsd-3-clause", "agpl-3.0", "cc-by-nc-nd-4.0"}  # the Hub's ids
     assert front(card)["license"] == spec.licence.lower()
     assert front(card).get("base_model") == (None if name in ("ctranspath", "mini") else spec.source)
     assert LICENCES[spec.licence] in card
     assert ("> [!WARNING]" in card) == ("keep this folder to yourself" in card) == (spec.licence == "CC-BY-NC-ND-4.0")
     assert (f"granted at {spec.gate}" in card) == (spec.gate is not None)
     assert POOLING[spec.pooling] in card
+
+
+def test_the_card_states_what_binds_ctranspath_and_a_teacher_of_scfoundation(folder):
+    card = model_card(of(load_trained(folder), "ctranspath"))
+    assert "AGPL-3.0" in card
+    assert "non-commercial academic purposes" in card
+    assert "scFoundation License" not in card
+    card = model_card(of(load_trained(folder), "uni", teacher="scfoundation"))
+    assert (
+        "Its teacher was scFoundation, whose weights are under the scFoundation License (non-commercial research)"
+        in card
+    )
+    assert "scFoundation License" not in model_card(
+        of(load_trained(folder), "uni", teacher="scfoundation", method="none")
+    )
 
 
 def test_the_card_says_that_random_weights_inherit_nothing(exported, folder):
