@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._file_kinds import file_kind
-from peka_lite.registry import ask_for_access
+from peka_lite.registry import closed_gate
 
 if TYPE_CHECKING:
     from peka_lite._artifacts import Artifact, File
@@ -119,7 +119,7 @@ def hub_error(error: Exception, *, what: str, gate: str | None, access: str | No
             f"there, remove {RECORD} to take the newest"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # GatedRepoError is one of them
-        return PermissionError(f"{what} is gated: {ask_for_access(gate, access)}")
+        return PermissionError(closed_gate(what, gate, access))
     if status == 404:
         return FileNotFoundError(f"{what} is not at its address any more ({error}); correct the address")
     if status is not None:

@@ -22,7 +22,7 @@ from peka_lite.backbone_files import backbone_row
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located, read_manifest
-from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, ask_for_access, page_of
+from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, closed_gate, page_of
 
 __all__ = [
     "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "embed_tiles", "load_backbone", "pooled", "precision_for",
@@ -240,7 +240,7 @@ def _from_hub(spec: Backbone) -> Path:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
                 page = spec.gate or page_of(f"datasets/{repo}" if kind == "dataset" else repo)
-                raise PermissionError(f"{spec.name} is gated: {ask_for_access(page, spec.access)}") from error
+                raise PermissionError(closed_gate(spec.name, page, spec.access)) from error
             raise _unreachable(spec, repo, error) from error
     if isinstance(missing, LocalEntryNotFoundError):
         raise _unreachable(spec, repo, missing) from missing

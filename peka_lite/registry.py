@@ -205,9 +205,9 @@ def check_divides(r: int, in_features: int, out_features: int) -> None:
         )
 
 
-def ask_for_access(gate: str | None, access: str | None) -> str:
-    """Say what to do at a gate: where to ask, and how access is granted."""
-    ask = f"ask for access at {gate}" if gate else "ask its owner for access"
+def closed_gate(what: str, gate: str | None, access: str | None) -> str:
+    """Say what to do at a closed gate: where to ask, and how access is granted."""
+    ask = f"{what} is gated: ask for access at {gate}" if gate else f"{what} is gated: ask its owner for access"
     how = f"; {ACCESS[access]}" if access else ""
     return f"{ask}, then log in with `hf auth login` or set HF_TOKEN{how}"
 
