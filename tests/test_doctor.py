@@ -104,7 +104,9 @@ def test_a_check_that_breaks_is_a_check_that_says_why(monkeypatch, subject):
 # --- versions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 10, 9), "fail"), ((3, 11, 0), "ok"), ((3, 13, 9), "ok"), ((3, 14, 0), "fail")])
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 10, 9), "fail"), ((3, 11, 0), "ok"), ((3, 13, 9), "ok"), ((3, 14, 0), "fail")]
+)
 def test_python_is_3_11_to_3_13(monkeypatch, version, status):
     monkeypatch.setattr("peka_lite.doctor.sys", SimpleNamespace(version_info=version))
     check = look_at("python")

@@ -40,9 +40,10 @@ def python_3_13():
     """A Python 3.13, as `.ci/smoke` looks for one; None where there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for name in (os.environ.get("PYTHON313"), "python3.13", *sorted(pyenv.glob("3.13*/bin/python"))):
-        command = name and shutil.which(name)
-        if command and subprocess.run([command, "--version"], capture_output=True, text=True).stdout[:11] == "Python 3.13":
-            return command
+        if command := name and shutil.which(name):
+            answer = subprocess.run([command, "--version"], capture_output=True, text=True)
+            if answer.stdout.startswith("Python 3.13."):
+                return command
     return None
 
 
