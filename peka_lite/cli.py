@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from peka_lite.cli_options import parser
@@ -87,6 +88,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
 
 def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.applied import predict_from
+    from peka_lite.ranges import say_outside
 
     predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
     told = predicted.uns["peka_lite"]
@@ -96,13 +98,15 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
         where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
     model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
     print(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
+    print(say_outside(predicted))
     return 0
 
 
 def _map(*, predictions: str, gene: str | None, out: str) -> int:
     from peka_lite.maps import save_predicted_map
 
-    print(f"{save_predicted_map(predictions, out, gene=gene)}: for another gene of {predictions} there is --gene")
+    drawn, remarks = save_predicted_map(predictions, out, gene=gene)
+    print(f"{out}: {drawn}; for another gene of {predictions} there is --gene", *remarks, sep="\n")
     return 0
 
 
@@ -173,7 +177,9 @@ def _doctor(*, offline: bool) -> int:
 def _report(*, runs: list[str], out: str) -> int:
     from peka_lite.report import write_report
 
-    write_report(runs, out)
+    with warnings.catch_warnings():  # a line each, without the place in the source
+        warnings.showwarning = lambda said, *_, **__: print(f"peka-lite: {said}", file=sys.stderr)
+        write_report(runs, out)
     print(f"{out}/report.md")
     return 0
 

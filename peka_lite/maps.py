@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite.ranges import say_outside, unit_of
 from peka_lite.registry import did_you_mean
 from peka_lite.scores import pearson
 
@@ -104,15 +106,18 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     """
     measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
     pcc = pearson(measured[:, None], predicted[:, None])[0]
-    low, high = np.nanpercentile(np.concatenate([measured, predicted]), [1, 99])
     residual = measured - predicted
-    reach = max(float(np.nanpercentile(np.abs(residual), 99)), 1e-9)
+    reach = residual_reach(residual)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    same = {"cmap": "viridis", "norm": Normalize(low, max(high, low + 1e-9)), "label": "log1p expression"}
+    same = {"cmap": "viridis", "norm": Normalize(*colour_limits(measured, predicted)), "label": "log1p expression"}
     _spots(axes[0], adata, measured, title=f"{gene}: measured", **same)
     _spots(axes[1], adata, predicted, title=f"{gene}: predicted (PCC {pcc:.2f})", **same)
     _spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-reach, reach),
            label="log1p difference")  # fmt: skip
+    flat = [f"What is {kind} {words}." for kind, values in (("measured", measured), ("predicted", predicted))
+            if (words := flat_in_words(values, "spots"))]  # fmt: skip
+    if flat:
+        fig.supxlabel(" ".join(flat), fontsize=8, parse_math=False)
     return fig
 
 
@@ -190,16 +195,19 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
 def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     """Draw what a model predicts of one gene, beside the H&E; the line below says which model, and what it is not for.
 
-    Log counts that are predicted below 0 take the colour of 0. Where tiles of a grid were predicted, the whole image is
-    shown, and tissue without a tile stays uncoloured.
+    Colours span the 1st to the 99th percentile of the prediction on this slide (`colour_limits`), values below 0
+    included, which no count can have: a linear probe does not know that counts end there. A prediction that does not
+    vary on this slide, or that lies below 0 everywhere, is drawn with a sentence that says so. Where tiles of a grid
+    were predicted, the whole image is shown, and tissue without a tile stays uncoloured.
 
     Parameters
     ----------
     adata
         From `predict_slide`, `predict_spots` or `predict_from`, or read from the file that they wrote.
     gene
-        One of ``adata.var_names``. None: the gene that the model's own run predicted best on spots it had held out
-        (``var["pcc"]``); where none were held out, the gene whose prediction varies most over this slide.
+        One of ``adata.var_names``. None: of the genes that vary on this slide (`default_gene`) the one that the
+        model's own run predicted best on spots it had held out (``var["pcc"]``); where none were held out, the one
+        whose prediction varies most.
 
     Returns
     -------
@@ -208,7 +216,7 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     Raises
     ------
     ValueError
-        For a gene that is not predicted, or a slide without its image.
+        For a gene that is not predicted, a slide without its image, or a file without a tile.
 
     Examples
     --------
@@ -222,33 +230,136 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     CD8A: predicted
     PCC 0.60 on held-out spots of its run
     """
-    pcc = adata.var["pcc"] if "pcc" in adata.var else pd.Series(np.nan, index=adata.var_names)
-    if gene is None:
-        gene = pcc.idxmax() if pcc.notna().any() else adata.var_names[np.asarray(adata.X).std(0).argmax()]
+    if not adata.n_obs or not adata.n_vars:
+        raise ValueError(f"there is nothing to draw: {adata.n_obs} tiles, {adata.n_vars} genes")
+    gene = default_gene(adata) if gene is None else gene
     if gene not in adata.var_names:
         near = did_you_mean(gene, adata.var_names)
         raise ValueError(f"gene {gene!r} is not predicted; there are {', '.join(adata.var_names)}{near}")
     library = next(iter(adata.uns.get("spatial", {}).values()), {})
     if IMAGE_KEY not in library.get("images", {}):
         raise ValueError(f"the slide has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}] to draw on")
-    values = np.asarray(adata[:, gene].X, dtype=float).ravel()
+    values, pcc = _values(adata, gene), _pcc(adata)
     model = adata.uns.get("peka_lite", {}).get("model", {})
     title = f"{gene}: predicted"
     if np.isfinite(pcc[gene]):
         title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
-    low, high = np.percentile(values, [1, 99])
+    low, high = colour_limits(values)
     label = UNITS.get(model.get("normalization"), "predicted expression")
-    if low < 0 and label in UNITS.values():  # a ridge does not know that counts end at 0
-        low, label = 0.0, f"{label} (below 0 as 0)"
+    if low < 0 and _of_counts(adata):
+        label += "; no count is below 0"
     x0, y0, x1, y1 = tissue_window(adata)[-1]
-    height = np.clip(4.2 * (y1 - y0) / (x1 - x0), 2, 8) + 0.9  # inches, as the panels ask
+    words = "\n".join(textwrap.fill(line, 160) for line in (*remarks(adata, gene), _what_it_is(adata)))
+    height = np.clip(4.2 * (y1 - y0) / (x1 - x0), 2, 8) + 0.9 + 0.13 * words.count("\n")  # inches, as the panels ask
     fig, axes = plt.subplots(1, 2, figsize=(9.5, height), layout="constrained")
     _spots(axes[0], adata, None, title="H&E")
     shape = "square" if "tissue_share" in adata.obs else "circle"  # tiles of a grid touch
-    norm = Normalize(low, max(high, low + 1e-9))
-    _spots(axes[1], adata, values, title=title, norm=norm, label=label, shape=shape)
-    fig.supxlabel(_what_it_is(adata), fontsize=8)
+    _spots(axes[1], adata, values, title=title, norm=Normalize(low, high), label=label, shape=shape)
+    fig.supxlabel(words, fontsize=8, parse_math=False)
     return fig
+
+
+def default_gene(adata: ad.AnnData) -> str:
+    """Choose the gene that a map shows where none is named: one that varies on this slide.
+
+    Judged by the 5th to the 95th percentile of its prediction, log counts below 0 taken as 0; where no gene varies so,
+    as predicted, then from the least to the greatest. Of those that vary it is the one with the highest PCC, or where
+    none is known the one that varies most; where none varies, the first.
+    """
+    pcc, X = _pcc(adata), adata.to_df().to_numpy()  # (genes,), (N, genes)
+    for floor, cut in ((0 if _of_counts(adata) else -np.inf, 5), (-np.inf, 5), (-np.inf, 0)):
+        spread = pd.Series([_spread(np.maximum(column, floor), cut) for column in X.T], index=adata.var_names)
+        if (varies := spread[spread > 0]).size:
+            best = pcc[varies.index].dropna()
+            return (best if best.size else varies).idxmax()
+    return adata.var_names[0]
+
+
+def colour_limits(*values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of one colour scale for all values: their 1st and 99th percentile, never one number twice.
+
+    Where these meet, as of a gene that is high at one spot alone, they are the least and the greatest value; where all
+    is one value, half a unit to either side of it. What is not finite is left out.
+
+    Examples
+    --------
+    >>> from peka_lite.maps import colour_limits
+    >>> colour_limits([0.0] * 999 + [4.0]), colour_limits([-2.0, -2.0])
+    ((0.0, 4.0), (-2.5, -1.5))
+    """
+    finite = _finite(np.concatenate([np.ravel(part) for part in values]))
+    if not finite.size:
+        return 0.0, 1.0
+    for cut in (1, 0):
+        low, high = np.percentile(finite, [cut, 100 - cut]).tolist()
+        if not _one_value(low, high):
+            return low, high
+    return low - 0.5, high + 0.5
+
+
+def residual_reach(residual: np.ndarray) -> float:
+    """Return where a scale around 0 ends: the 99th percentile of the sizes, else the greatest, else half a unit."""
+    sizes = np.abs(_finite(residual))
+    ends = [float(np.percentile(sizes, cut)) for cut in (99, 100)] if sizes.size else []
+    return next((end for end in ends if end > 1e-9), 0.5)
+
+
+def flat_in_words(values: np.ndarray, unit: str) -> str | None:
+    """Say that values do not vary over a slide, and what they are, or that none is finite; None where they vary."""
+    finite = _finite(values)
+    if not finite.size:
+        return f"is not finite at any of the {len(values)} {unit}"
+    if not _one_value(finite.min(), finite.max()):
+        return None
+    where = f"all {finite.size} {unit}" if finite.size > 1 else f"its one {unit.removesuffix('s')}"
+    return f"does not vary on this slide, it is {finite.mean():.3g} on {where}"
+
+
+def remarks(adata: ad.AnnData, gene: str) -> list[str]:
+    """Say in a sentence each what a map of a gene does not show by itself."""
+    values, unit, said = _values(adata, gene), unit_of(adata), []
+    finite = _finite(values)
+    if flat := flat_in_words(values, unit):
+        said.append(f"The prediction of {gene} {flat}.")
+    elif len(finite) < len(values):
+        said.append(f"The prediction of {gene} is not finite on {len(values) - len(finite)} {unit}: uncoloured.")
+    if finite.size and finite.max() < 0 and _of_counts(adata):
+        said.append(f"{gene} is predicted below 0 on all {unit}, and no count is: take it as none.")
+    if "peka_lite" in adata.uns:
+        said.append(say_outside(adata, gene))
+    return said
+
+
+def _pcc(adata: ad.AnnData) -> pd.Series:
+    return adata.var["pcc"] if "pcc" in adata.var else pd.Series(np.nan, index=adata.var_names)
+
+
+def _values(adata: ad.AnnData, gene: str) -> np.ndarray:
+    return adata[:, [gene]].to_df().to_numpy(dtype=float).ravel()
+
+
+def _of_counts(adata: ad.AnnData) -> bool:
+    """Tell whether predictions are log counts, which end at 0."""
+    return adata.uns.get("peka_lite", {}).get("model", {}).get("normalization") in UNITS
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    return values[np.isfinite(values)]
+
+
+def _one_value(low: float, high: float) -> bool:
+    """Tell whether two ends are one number up to the rounding of float32."""
+    return high - low <= 1e-5 * max(abs(low), abs(high), 1e-4)
+
+
+def _spread(values: np.ndarray, cut: float) -> float:
+    finite = _finite(values)
+    if not finite.size:
+        return 0.0
+    # Between values that are there: of few tiles, too, one alone that is high makes no spread.
+    low, high = (np.percentile(finite, at, method=to) for at, to in ((cut, "higher"), (100 - cut, "lower")))
+    return 0.0 if _one_value(low, high) else high - low
 
 
 def _what_it_is(adata: ad.AnnData) -> str:
@@ -264,14 +375,21 @@ def _what_it_is(adata: ad.AnnData) -> str:
     return " ".join([*words, "Not for diagnosis."])
 
 
-def save_predicted_map(predictions: str | os.PathLike, out: str | os.PathLike, *, gene: str | None = None) -> Path:
-    """Draw `predicted_map` of a file of predictions into a picture; its suffix names the kind (png, svg, pdf, ...)."""
+def save_predicted_map(
+    predictions: str | os.PathLike, out: str | os.PathLike, *, gene: str | None = None
+) -> tuple[str, list[str]]:
+    """Draw `predicted_map` of a file of predictions into a picture; its suffix names the kind (png, svg, pdf, ...).
+
+    Returns the gene drawn and what is to be said of it (`remarks`).
+    """
     predictions, out = Path(predictions), Path(out)
     if (kind := out.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:
         raise ValueError(f"{out}: give a name that ends in .png, .svg or .pdf")
     if not predictions.is_file() or predictions.suffix != ".h5ad":
         raise FileNotFoundError(f"{predictions}: no file of predictions; `peka-lite predict` writes one (.h5ad)")
-    figure = predicted_map(ad.read_h5ad(predictions), gene)
+    adata = ad.read_h5ad(predictions)
+    gene = default_gene(adata) if gene is None and adata.n_vars else gene
+    figure = predicted_map(adata, gene)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -280,7 +398,7 @@ def save_predicted_map(predictions: str | os.PathLike, out: str | os.PathLike, *
     finally:
         partial.unlink(missing_ok=True)
         plt.close(figure)
-    return out
+    return gene, remarks(adata, gene)
 
 
 def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
@@ -334,6 +452,8 @@ def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None, s
         )  # fmt: skip
     for drawn in (*ax.images, *ax.collections):
         drawn.set_rasterized(True)  # hundreds of circles as paths would make a vector figure large
-    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75)
+    beyond = (values < norm.vmin).any(), (values > norm.vmax).any()
+    extend = {(True, False): "min", (False, True): "max", (True, True): "both"}.get(beyond, "neither")
+    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75, extend=extend)
     bar.set_label(label)
     ax.set(xlabel="", ylabel="")

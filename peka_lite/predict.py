@@ -21,6 +21,7 @@ from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.locks import workplace
 from peka_lite.maps import IMAGE_KEY
+from peka_lite.ranges import HIGH, LOW, shares_outside
 from peka_lite.results import storable
 from peka_lite.teachers.stream import open_partial
 from peka_lite.tissue import tissue_tiles
@@ -71,10 +72,12 @@ def predict_slide(
     -------
     anndata.AnnData
         As read from `out`. ``X`` (N, genes) float32; ``var`` pcc, how well the model's own run predicted each gene on
-        spots it had held out (NaN where none were); ``obs`` array_row, array_col and tissue_share;
+        spots it had held out (NaN where none were), train_min and train_max, the range of its training targets (NaN
+        where the model is of an older version that did not keep it); ``obs`` array_row, array_col and tissue_share;
         ``obsm["spatial"]`` (N, 2) centres in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
         thumbnail and its scale, so that `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial` draw it;
-        ``uns["peka_lite"]`` where it comes from.
+        ``uns["peka_lite"]`` where it comes from, and outside_training_range, the share of the values in ``X`` that lie
+        outside their gene's range (NaN where it is unknown).
 
     Raises
     ------
@@ -96,7 +99,7 @@ def predict_slide(
     >>> predicted.shape, predicted.obsm["spatial"][:2].tolist()
     ((4, 10), [[112.0, 112.0], [336.0, 112.0]])
     >>> list(predicted.obs), list(predicted.var)
-    (['array_row', 'array_col', 'tissue_share'], ['pcc'])
+    (['array_row', 'array_col', 'tissue_share'], ['pcc', 'train_min', 'train_max'])
     """
     out = _checked(out, batch_size, workers)
     with open_slide(slide, mpp=mpp) as opened:
@@ -149,9 +152,9 @@ def predict_spots(
     >>> predicted.shape, predicted.uns["peka_lite"]["held_out"]
     ((57, 10), 'yes')
     >>> predicted.var.head(2).round(1)
-            pcc
-    PGR     0.4
-    UBE2Q1  0.0
+            pcc  train_min  train_max
+    PGR     0.4        0.0        0.0
+    UBE2Q1  0.0        0.0        0.0
     """
     out = _checked(out, batch_size, 1)
     measured = slide.adata
@@ -219,10 +222,12 @@ def _predict(
                     )
                 rows[batch], done[batch] = guess, True
                 bar.update(len(tiles))
+        low, high = model.target_range
+        outside = float(np.mean(np.add(*shares_outside(rows, low, high))))
         whole = ad.AnnData(
             np.asarray(rows),  # still on disk
             obs=adata.obs,
-            var=pd.DataFrame({"pcc": model.gene_pcc}, index=genes),
+            var=pd.DataFrame({"pcc": model.gene_pcc, LOW: low, HIGH: high}, index=genes),
             obsm=dict(adata.obsm),
             uns={
                 **adata.uns,
@@ -232,6 +237,7 @@ def _predict(
                     "tile_px": TILE,
                     "tile_mpp": TILE_MPP,
                     "model_fingerprint": model.fingerprint,
+                    "outside_training_range": outside,
                     "model": storable(model.describe()),
                 },
             },

@@ -71,7 +71,10 @@ class PCARidge:
         self.standardize, self.fit_intercept = standardize, fit_intercept
 
     def fit(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
-        """Fit on features (n, d) and targets (n, genes); sets ``coef_`` (d, genes) for the exact solver."""
+        """Fit on features (n, d) and targets (n, genes).
+
+        The exact solver sets ``coef_`` (d, genes) and ``range_`` (2, genes), each gene's least and greatest target.
+        """
         X, Y = np.asarray(X), np.asarray(Y)
         if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
             raise ValueError(f"features (n, d) and targets (n, genes) must share rows, not {X.shape} and {Y.shape}")
@@ -115,6 +118,7 @@ class PCARidge:
         self.n_components_, self.mean_, self.scale_ = width, reduced.mean, reduced.scale
         # Features are centred, so ridge on the scores with or without intercept has these coefficients.
         self.coef_ = reduced.vectors @ reduced.weights(self._alpha(width, len(moments.mean_y)))
+        self.range_ = np.stack([moments.low_y, moments.high_y])
         self.intercept_ = moments.mean_y if self.fit_intercept else np.zeros_like(moments.mean_y)
         return self
 

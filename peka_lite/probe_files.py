@@ -24,7 +24,7 @@ class Probes:
     Attributes
     ----------
     probes
-        Name -> (fitted `PCARidge`, its genes in column order).
+        Name -> (fitted `PCARidge`, its genes in column order). One from a file of an older version has no ``range_``.
     normalization
         Of the values they predict.
     fingerprint
@@ -85,6 +85,8 @@ def save_probes(
         for part in TENSORS:
             values = np.array(getattr(probe, f"{part}_"), dtype=np.float64, order="C")
             tensors[f"{name}.{part}"] = torch.from_numpy(values)
+        if hasattr(probe, "range_"):
+            tensors[f"{name}.range"] = torch.from_numpy(np.array(probe.range_, dtype=np.float64, order="C"))
         options = {option: getattr(probe, option) for option in OPTIONS} | {"width": int(probe.n_components_)}
         kept[name] = {"genes": genes, "options": options}
     record = {"normalization": normalization, "fingerprint": fingerprint, "probes": kept, "version": __version__}
@@ -115,7 +117,9 @@ def load_probes(path: str | os.PathLike) -> Probes:
     record, probes = read_record(path, kind="probe"), {}
     for name, kept in record["probes"].items():
         tensors = {part: values.numpy() for part, values in read_tensors(path, name).items()}
-        if sorted(tensors) != sorted(TENSORS) or tensors["coef"].shape != (len(tensors["mean"]), len(kept["genes"])):
+        shape = len(tensors.get("mean", ())), len(kept["genes"])
+        ranged = "range" not in tensors or tensors["range"].shape == (2, len(kept["genes"]))  # older files have none
+        if tensors.keys() - {"range"} != {*TENSORS} or tensors["coef"].shape != shape or not ranged:
             raise ValueError(f"{path}: the tensors of {name!r} do not fit its {len(kept['genes'])} genes; make it anew")
         width = kept["options"].pop("width")
         probe = PCARidge(**kept["options"])

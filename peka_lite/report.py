@@ -191,9 +191,9 @@ def _check_free(out: Path, replace: bool) -> None:
     if not out.exists():
         return
     if not replace:
-        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     if not (out / "report.md").is_file():
-        raise FileExistsError(f"{out} is there already and is no report (no report.md in it); name another folder")
+        raise FileExistsError(f"{out} is there already and is no report (no report.md in it): give another --out")
     if strange := [p.name for p in sorted(out.iterdir()) if not p.is_file() or p.suffix not in MADE]:
         raise FileExistsError(f"{out} holds what no report makes ({', '.join(strange[:3])}); move that away first")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 
 from peka_lite.registry import WITH_STUDENT
 from peka_lite.report_sweeps import RUN_FILES, is_sweep, read_sweep_folder
+from peka_lite.unfinished import PARTIAL, SETTINGS, SUMMARY, command, refusal
 
 PROTOCOLS = ("paper", "hest", "strict", "custom")
 TARGETS = ("log1p-cp10k", "log1p")
@@ -88,12 +90,16 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     Of a sweep's folder every finished run is read, at any depth below its points; there may be none. Where its points
     made the same run several times, it is read once.
 
+    What is unfinished (also any folder named ``*.partial``), cut short or made by an older version is left out with a
+    warning that names it, as long as something is left.
+
     Raises
     ------
     FileNotFoundError
-        For a folder that holds no finished run, or an unfinished one; the message names what is missing.
+        For a folder that is not there, and where nothing that was given holds a finished run; the message names what
+        is missing and the command that finishes it.
     ValueError
-        For a run made by an older version, and for two runs with the same settings outside a sweep.
+        Where the only runs cannot be read, and for two runs with the same settings outside a sweep.
 
     Examples
     --------
@@ -109,18 +115,25 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     """
     found, runs, sweeps = [], {}, False
     for folder in map(Path, folders):
-        if not folder.is_dir():
+        if not folder.exists() and not folder.with_name(folder.name + PARTIAL).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; give one that `peka-lite run` made, or one of those")
         if is_sweep(folder):
             sweep, sweeps = read_sweep_folder(folder), True
             found += [(path, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
             continue
-        inside = [] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        inside = []
+        if folder.is_dir() and not _is_run(folder):
+            inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
         found += [(path, (), {}) for path in inside or [folder]]
     if not found and not sweeps:
         raise ValueError("a report needs at least one run folder")
+    left_out: list[Exception] = []
     for folder, points, varied in found:
-        run = dataclasses.replace(_read(folder), points=points, varied=varied)
+        try:
+            run = dataclasses.replace(_read(folder), points=points, varied=varied)
+        except (FileNotFoundError, ValueError) as error:
+            left_out.append(error)
+            continue
         settings = {k: v for k, v in run.config.items() if k not in ELSEWHERE}
         key = json.dumps([settings, run.summary["data_fingerprint"]], sort_keys=True)
         if (first := runs.setdefault(key, run)) is run:
@@ -130,6 +143,10 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
         alike = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
         points = tuple(dict.fromkeys(first.points + points))
         runs[key] = dataclasses.replace(first, points=points, varied=alike)
+    if left_out and not (runs or sweeps):
+        raise left_out[0]
+    for error in left_out:
+        warnings.warn(f"left out: {error}", stacklevel=2)
     return list(runs.values())
 
 
@@ -263,21 +280,23 @@ def group(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ()) -> d
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "summary.json").is_file() or (folder / "config.yml").is_file()
+    return folder.name.endswith(PARTIAL) or any((folder / name).is_file() for name in (SETTINGS, SUMMARY))
 
 
 def _read(folder: Path) -> Run:
-    if missing := [f for f in RUN_FILES if not (folder / f).is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: no finished run here ({', '.join(missing)} missing); finish it with `peka-lite run`, or leave "
-            "the folder out"
-        )
+    if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
+        raise FileNotFoundError(refusal(folder, needs=RUN_FILES, what="run"))
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
         config = yaml.safe_load((folder / "config.yml").read_text("utf-8"))
         moments = pd.read_parquet(folder / "slides.parquet")
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder}: a file of this run cannot be read ({error}); run it anew") from None
+        if not (isinstance(summary, dict) and isinstance(config, dict)):
+            raise ValueError("no settings or no summary in it")
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: a file of this run cannot be read ({why}); remove the folder and give `{command(folder)}`"
+        ) from None
     if missing := [field for field in _FIELDS if field not in summary]:
         raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
     return Run(folder.resolve().name, config, summary, moments, folder)

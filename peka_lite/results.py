@@ -15,8 +15,10 @@ import pandas as pd
 import yaml
 
 from peka_lite import __version__
+from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
+from peka_lite.unfinished import COMMAND, command
 
 
 def fingerprint(cohort: Cohort) -> str:
@@ -43,10 +45,21 @@ def fingerprint(cohort: Cohort) -> str:
 def claim(config, out: Path, work: Path) -> None:
     """Refuse a folder that is there, or a ``work`` folder of another config."""
     if out.exists():
-        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     left = work / "config.yml"
     if left.is_file() and yaml.safe_load(left.read_text()) != config.as_dict():
-        raise FileExistsError(f"{work} holds an unfinished run with other settings; remove it, or finish that one")
+        raise FileExistsError(
+            f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
+            f"with `{command(work)}`"
+        )
+
+
+def begin(config, work: Path, name: str) -> None:
+    """Make the folder to work in, with the settings and the name of the command that began it (`command`)."""
+    (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
+    (work / COMMAND).write_text(name, "utf-8")
+    (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    save_backbone(config.backbone, work)
 
 
 def made_with(device: str) -> dict:
@@ -95,10 +108,13 @@ def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
 
 
 def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, folder: Path) -> None:
-    """Draw for each slide the gene its folds predicted best, and where its predictions hold, as PNG files."""
+    """Draw for each slide the gene its folds predicted best, and where its predictions hold, as PNG files.
+
+    It is the best of those whose prediction varies on the slide, where one does.
+    """
     import matplotlib.pyplot as plt
 
-    from peka_lite.maps import IMAGE_KEY, expression_map, pcc_map
+    from peka_lite.maps import IMAGE_KEY, expression_map, flat_in_words, pcc_map
 
     folder.mkdir(exist_ok=True)
     for slide in cohort.slides:
@@ -114,7 +130,8 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
         if scores.empty:
             warnings.warn(f"{slide.id}: no gene was predicted at all of its spots: no maps", stacklevel=3)
             continue
-        best = scores.idxmax()
+        varies = [gene for gene in scores.index if flat_in_words(here[:, gene].X, "spots") is None]
+        best = (scores[varies] if varies else scores).idxmax()
         j = here.var_names.get_loc(best)
         figures = {best: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
         if shown.sum() >= 3 and slide.n_spots > 18:

@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from peka_lite._packaged import origin, packaged
-from peka_lite.backbone_files import restore_backbone, save_backbone
+from peka_lite.backbone_files import restore_backbone
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
@@ -26,10 +26,11 @@ from peka_lite.hest import Cohort
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.registry import BACKBONES
-from peka_lite.results import claim, draw_maps, held_out_predictions, made_with
+from peka_lite.results import begin, claim, draw_maps, held_out_predictions, made_with
 from peka_lite.scores import interval, pooled
 from peka_lite.sources import FeatureSource, taught_by
-from peka_lite.splits import folds
+from peka_lite.splits import protocol_folds
+from peka_lite.unfinished import refusal
 
 
 def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False) -> dict:
@@ -93,16 +94,14 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         max_mito=config.max_mito,
     )
     protocol = config.settled_protocol()
-    splits = folds(cohort, protocol.split, config.n_splits, config.seed)
+    splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
     use = taught_by(cohort, config.train_share, config.seed)
     # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
     Judge(cohort, splits, protocol)
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = source.coverage()
     if processes.first:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-        save_backbone(config.backbone, work)
+        begin(config, work, "run")
     source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
     if not processes.first:
         return {}
@@ -186,7 +185,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     """
     out = Path(out)
     if not (out / "summary.json").is_file():
-        raise FileNotFoundError(f"{out}: no finished run here (summary.json is missing)")
+        raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
     restore_backbone(out)
     config = RunConfig(**yaml.safe_load((out / "config.yml").read_text()))
     summary = json.loads((out / "summary.json").read_text())

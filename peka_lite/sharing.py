@@ -59,7 +59,7 @@ def export(
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} is there already; name another folder or remove it")
+        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     table = trained.folder / "metrics.csv"
     card = model_card(trained, pd.read_csv(table) if table.is_file() else None)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold
 
+from peka_lite.provenance import LeakError
 from peka_lite.registry import SPLITS
 
 SAYS = {"slide": "tells nothing about a new patient", "spot": "scores neighbours of training spots: too high"}
@@ -84,6 +85,68 @@ def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list
         if crossing := set(groups[train]) & set(groups[test]):
             raise AssertionError(f"{by} on both sides of a fold: {', '.join(sorted(crossing))}")
     return made
+
+
+def protocol_folds(cohort, protocol, n_splits: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Split a cohort as a `Protocol` asks; where that cannot be, name settings under which it can.
+
+    Raises
+    ------
+    ValueError
+        With too few patients, slides or spots, or an unknown patient; a `LeakError` where sections would stand for
+        patients. The message names options of ``peka-lite run`` with which this cohort can be split.
+    """
+    inner, named, by = protocol.alpha == "inner", protocol.name != "custom", protocol.split
+    why = _why_not(cohort, by, n_splits, inner=inner, named=named)
+    if why is None:
+        return folds(cohort, by, n_splits, seed)
+    slide, spot = f"--split slide, which {SAYS['slide']}", f"which {SAYS['spot']}"
+    enough = 3 if n_splits < 3 else len(cohort)
+    # Words, split, folds, penalty on inner folds, under a protocol's name; what holds most out comes first.
+    ways = [(f"--n-splits {enough}", by, enough, inner, named)]
+    if named:
+        ways += [
+            ("--protocol hest", "patient", n_splits, False, True),
+            (f"--protocol hest with {slide}", "slide", n_splits, False, True),
+            ("--alpha NUMBER without --protocol", "patient", n_splits, False, False),
+            (f"--protocol paper, {spot}", "spot", n_splits, False, True),
+        ]
+    else:
+        ways += [
+            ("--alpha hest or a number", by, n_splits, False, False),
+            (slide, "slide", n_splits, inner, False),
+            (f"--split spot, {spot}", "spot", n_splits, inner, False),
+        ]
+    found = [words for words, *way in ways if _why_not(cohort, way[0], way[1], inner=way[2], named=way[3]) is None]
+    unknown = any(s.patient is None for s in cohort.slides)
+    kind, words = why
+    if not found or not found[0].startswith("--n-splits"):  # other slides are wanted
+        found.insert(0, "--patients FILE.csv (columns id,patient)" if unknown else "slides of more patients")
+    raise kind(f"{words}: give {', or '.join(found[:3])}")
+
+
+def _why_not(cohort, by: str, n_splits: int, *, inner: bool, named: bool) -> tuple[type[ValueError], str] | None:
+    """Say why a cohort cannot be split so, with the error that it is; None where it can."""
+    patients = sorted({s.patient or "unknown" for s in cohort.slides})
+    if by == "patient" and (unknown := [s.id for s in cohort.slides if s.patient is None]):
+        return ValueError, f"no patient is known for {', '.join(unknown)}, and a patient split does not guess"
+    if by == "slide" and named and (len(patients) > 1 or patients == ["unknown"]):
+        return LeakError, (
+            "the protocol holds out patients; sections may stand for them only within one known patient, and this "
+            f"cohort has {', '.join(patients)}"
+        )
+    if by == "spot":
+        groups = len(cohort)
+        if groups < n_splits:
+            return ValueError, f"{groups} spots cannot make {n_splits} folds"
+    else:
+        groups = cohort.obs[by].nunique()
+        if groups == 1:
+            return ValueError, f"the cohort holds one {by} ({cohort.obs[by].iloc[0]}), there is none to hold out"
+    if inner and min(n_splits, groups) < 3:
+        made = f"{groups} {by}s make {groups}" if groups < n_splits else f"--n-splits asks for {n_splits}"
+        return ValueError, f"choosing a penalty on inner folds needs at least 3 folds, and {made}"
+    return None
 
 
 def _as_rows(split) -> tuple[np.ndarray, np.ndarray]:

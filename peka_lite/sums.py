@@ -31,6 +31,8 @@ class Moments:
         Sums of products of what is left without the means: (d, d), (d, genes), and each gene's own (genes,).
     rows
         (n,) indices of the rows.
+    low_y, high_y
+        (genes,) least and greatest target of each gene.
     """
 
     n: int
@@ -40,10 +42,13 @@ class Moments:
     Sxy: np.ndarray
     Syy: np.ndarray
     rows: np.ndarray
+    low_y: np.ndarray
+    high_y: np.ndarray
 
     def targets(self, index) -> Moments:
         """Return the same rows with these target columns alone; `Sxx` is shared, not copied."""
-        return replace(self, mean_y=self.mean_y[index], Sxy=self.Sxy[:, index], Syy=self.Syy[index])
+        ends = {"low_y": self.low_y[index], "high_y": self.high_y[index]}
+        return replace(self, mean_y=self.mean_y[index], Sxy=self.Sxy[:, index], Syy=self.Syy[index], **ends)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class CellSums:
             Sxx += p.Sxx
             Sxy += p.Sxy
             Syy += p.Syy
-        return Moments(n, mean_x, mean_y, Sxx, Sxy, Syy, np.sort(np.concatenate([p.rows for p in parts])))
+        rows = np.sort(np.concatenate([p.rows for p in parts]))
+        low_y, high_y = np.min([p.low_y for p in parts], axis=0), np.max([p.high_y for p in parts], axis=0)
+        return Moments(n, mean_x, mean_y, Sxx, Sxy, Syy, rows, low_y, high_y)
 
 
 def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096, device: str = "cpu") -> CellSums:
@@ -153,7 +160,7 @@ def _torch_steps(device: str) -> tuple[Callable, Callable, Callable, Callable]:
 
 
 def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -> CellSums:
-    shift, total, xx, xy, yy = {}, {}, {}, {}, {}
+    shift, total, xx, xy, yy, low, high = {}, {}, {}, {}, {}, {}, {}
     for cell, rows, *blocks in pieces:
         x, y = map(load, blocks)
         if cell not in shift:
@@ -161,6 +168,7 @@ def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -
             shift[cell] = [z[0] + (z - z[0]).mean(0) for z in (x, y)]
             total[cell] = [zeros(d), zeros(genes)]
             xx[cell], xy[cell], yy[cell] = zeros((d, d)), zeros((d, genes)), zeros(genes)
+            low[cell], high[cell] = np.full(genes, np.inf), np.full(genes, -np.inf)
         for name, block, z, s, t in zip(("features", "targets"), blocks, (x, y), shift[cell], total[cell], strict=True):
             z -= s
             t += z.sum(0)
@@ -169,6 +177,7 @@ def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -
         add_square(xx[cell], x)
         xy[cell] += x.T @ y
         yy[cell] += (y * y).sum(0)
+        low[cell], high[cell] = np.minimum(low[cell], blocks[1].min(0)), np.maximum(high[cell], blocks[1].max(0))
     of = {}
     for cell in sorted(shift):
         rows = np.flatnonzero(cells == cell)
@@ -178,7 +187,8 @@ def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -
         Sxx = np.tril(Sxx) + np.tril(Sxx, -1).T - np.outer(x / root, x / root)
         Sxy -= np.outer(x / root, y / root)
         Syy = np.maximum(Syy - (y / root) ** 2, 0)
-        of[cell] = Moments(len(rows), shift_x + x / len(rows), shift_y + y / len(rows), Sxx, Sxy, Syy, rows)
+        means = shift_x + x / len(rows), shift_y + y / len(rows)
+        of[cell] = Moments(len(rows), *means, Sxx, Sxy, Syy, rows, low[cell], high[cell])
     return CellSums(of)
 
 

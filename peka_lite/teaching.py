@@ -10,9 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from peka_lite.backbone_files import save_backbone
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
@@ -21,9 +19,9 @@ from peka_lite.expression import targets, top_hvg
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
-from peka_lite.results import claim, made_with
+from peka_lite.results import begin, claim, made_with
 from peka_lite.sources import FeatureSource, taught_by
-from peka_lite.splits import folds
+from peka_lite.splits import protocol_folds
 from peka_lite.sums import gather
 
 
@@ -80,7 +78,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     inner = protocol.alpha == "inner"
     splits, left, fold_of = [], () if fold is None else (fold,), np.zeros(len(cohort), dtype=np.int64)
     if inner or left:
-        splits = folds(cohort, protocol.split, config.n_splits, config.seed)
+        splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
         judge = Judge(cohort, splits, protocol)
         for i, (_, test) in enumerate(splits):
             fold_of[test] = i
@@ -89,9 +87,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = source.coverage()
     if processes.first:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-        save_backbone(config.backbone, work)
+        begin(config, work, "train" if fold is None else f"train --fold {fold}")
     others = [j for j in range(len(splits)) if j not in left] if inner else []
     source.prepare([left, *(tuple(sorted((*left, j))) for j in others)])
     if not processes.first:

@@ -24,6 +24,7 @@ from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import TENSORS, Probes, load_probes
+from peka_lite.unfinished import PARTIAL, command, refusal
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class TrainedModel:
         scores = pd.read_csv(table)
         return scores[scores["fold"] == self.fold].set_index("gene")["pcc"].reindex(self.genes).to_numpy(dtype=float)
 
+    @property
+    def target_range(self) -> np.ndarray:
+        """(2, genes) least and greatest training target of each gene; NaN where an older version made the folder."""
+        return getattr(self.probe, "range_", np.full((2, len(self.genes)), np.nan))
+
     def describe(self) -> dict:
         """Say what this model is, in values that JSON can hold."""
         config, summary = self.config, self.summary
@@ -172,7 +178,8 @@ def load_trained(
     config, summary = read_run(folder)
     if config.features not in ("student", "frozen+student"):
         raise ValueError(
-            f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' alone"
+            f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' "
+            "alone; give a run with one of these"
         )
     probes = load_probes(folder / "probe.safetensors")
     fold = _fold(folder, probes, fold)
@@ -215,20 +222,32 @@ def load_trained(
 
 def read_run(folder: Path) -> tuple[RunConfig, dict]:
     """Return settings and summary of a finished run or training, wherever its cohort and teacher are now."""
-    for name in ("summary.json", "config.yml"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no finished run or training here ({name} is missing)")
+    needs = ("config.yml", "summary.json")
+    if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
+        raise FileNotFoundError(refusal(folder, needs=needs, what="run or training"))
     restore_backbone(folder)
-    fields = yaml.safe_load((folder / "config.yml").read_text())
+    fields, summary = (_read(folder / name) for name in needs)
     known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
     if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):
         what = f"unknown settings {', '.join(sorted(odd))}" if isinstance(fields, dict) else "no settings"
         raise ValueError(f"{folder / 'config.yml'} holds {what}; it is not of this peka_lite")
+    if not isinstance(summary, dict):
+        raise ValueError(f"{folder / 'summary.json'} holds no summary; remove the folder and make it again")
     # The run checked them when it began. Its cohort, teacher files and GPU need not be here now, so not once more.
     config = object.__new__(RunConfig)
     for name, value in (known | fields).items():
         object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
-    return config, json.loads((folder / "summary.json").read_text())
+    return config, summary
+
+
+def _read(path: Path):
+    try:
+        text = path.read_text("utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        raise ValueError(
+            f"{path} is cut short or damaged; remove its folder and give `{command(path.parent)}`"
+        ) from None
 
 
 def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:

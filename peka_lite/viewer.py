@@ -20,7 +20,7 @@ from matplotlib import colormaps
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
-from peka_lite.maps import IMAGE_KEY, local_pcc, tissue_window
+from peka_lite.maps import IMAGE_KEY, colour_limits, flat_in_words, local_pcc, residual_reach, tissue_window
 from peka_lite.scores import pearson
 
 IMAGE_PX, JPEG_QUALITY = 1000, 80
@@ -103,7 +103,8 @@ def slide_viewer(
     Notes
     -----
     The page holds expression in 256 steps from a gene's least to its greatest value, measured and predicted on the
-    same steps, and correlations in steps of 1/127. Colours span the 1st to the 99th percentile, as in `expression_map`.
+    same steps, and correlations in steps of 1/127. Colours span the 1st to the 99th percentile, as in `expression_map`,
+    and a gene whose prediction does not vary is said to.
 
     Examples
     --------
@@ -155,7 +156,6 @@ def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> d
     """Return what the spots are coloured by, and what turns its bytes back into numbers."""
     both = np.concatenate([Y, P])  # (2N, G)
     low, step = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-9) / 255
-    first, last = np.percentile(both, [1, 99], axis=0)
     # `local_pcc` gene by gene, all in one call: (k + 1, N * G) columns.
     near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(xy).kneighbors(xy, return_distance=False).T  # (k + 1, N)
     local = pearson(Y[near].reshape(n_neighbors + 1, -1), P[near].reshape(n_neighbors + 1, -1)).reshape(Y.shape)
@@ -167,8 +167,9 @@ def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> d
         "over": _base64(_pcc_codes(over)),
         "low": low.tolist(),
         "step": step.tolist(),
-        "scale": np.stack([first, np.maximum(last, first + 1e-9)], axis=1).tolist(),
-        "reach": np.maximum(np.percentile(np.abs(Y - P), 99, axis=0), 1e-9).tolist(),
+        "scale": [colour_limits(values) for values in both.T],
+        "reach": [residual_reach(residual) for residual in (Y - P).T],
+        "flat": [flat_in_words(values, "spots") for values in P.T],
     }
 
 

@@ -8,7 +8,17 @@ import pytest
 from scipy.stats import pearsonr
 
 from peka_lite.hest import read_slide
-from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map, predicted_map
+from peka_lite.maps import (
+    colour_limits,
+    default_gene,
+    expression_map,
+    gene_bars,
+    local_pcc,
+    pcc_map,
+    predicted_map,
+    remarks,
+    save_predicted_map,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +170,8 @@ def test_expression_map_has_one_scale_for_both_and_one_around_zero_for_the_resid
 def test_expression_map_of_a_constant_gene_still_draws(slide):
     fig = expression_map(slide.adata, np.zeros(slide.n_spots), np.zeros(slide.n_spots), gene="G")
     assert panels(fig)[1].get_title() == "G: predicted (PCC nan)"
+    assert [(n.vmin, n.vmax) for n in (spots(ax).norm for ax in panels(fig))] == [(-0.5, 0.5)] * 3
+    assert fig.get_supxlabel().count("does not vary on this slide, it is 0 on all") == 2
 
 
 def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
@@ -284,19 +296,171 @@ def test_a_predicted_map_draws_the_gene_that_is_asked_for_or_known_best(pcc, gen
     assert bars_of(fig)[0].get_ylabel() == "log1p of counts"
 
 
-def test_a_predicted_map_starts_at_0_counts_and_says_what_it_is():
+def test_a_predicted_map_shows_values_below_0_and_says_what_it_is():
     adata = predictions([0.1] * 3, grid=True)
     adata.X = adata.X - 3  # as a ridge predicts
     adata.uns["peka_lite"] |= {"min_tissue": 0.5, "tile_px": 224, "tile_mpp": 0.5}
     adata.uns["peka_lite"]["model"] |= {"folder": "first", "cohort": "mini", "synthetic": True}
     fig = predicted_map(adata, "A")
     bar = bars_of(fig)[0]
-    assert (bar.get_ylim()[0], bar.get_ylabel()) == (0, "log1p of counts (below 0 as 0)")
+    assert bar.get_ylim() == pytest.approx(np.percentile(adata[:, "A"].X, [1, 99]))
+    assert bar.get_ylabel() == "log1p of counts; no count is below 0"
     said = fig.get_supxlabel()
     assert "Model “first” learned on mini, which is synthetic" in said
     assert "A square is 112 µm wide; less than 50% tissue has none" in said
     assert "Not for diagnosis" in said
     assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole picture, tiles or none
+
+
+def limits_of(fig):
+    """Ends of the colours of the gene's panel."""
+    norm = spots(panels(fig)[1]).norm
+    return norm.vmin, norm.vmax
+
+
+def caption(fig):
+    return fig.get_supxlabel().replace("\n", " ")
+
+
+def on_tiles(columns, pcc, **options):
+    """Predictions as above, of these genes: name -> value of every tile, or one for all."""
+    adata = predictions([0.1] * 3, grid=True)[: options.get("n", 20)].copy()
+    X = np.column_stack([np.broadcast_to(v, 20)[: adata.n_obs] for v in columns.values()]).astype(np.float32)
+    var = pd.DataFrame({"pcc": pcc}, index=list(columns))
+    made = ad.AnnData(X, obs=adata.obs, var=var, obsm=dict(adata.obsm), uns=adata.uns)
+    low, high = options.get("trained_on", (0.0, 2.0))
+    made.var["train_min"], made.var["train_max"] = low, high
+    return made
+
+
+RAMP = np.linspace(0, 1, 20)
+
+
+@pytest.mark.parametrize(
+    ("columns", "pcc", "gene"),
+    [
+        ({"BELOW": RAMP - 3, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),  # all below 0: no tile would show it
+        ({"FLAT": 1.5, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),
+        ({"FLAT": 1.5, "LITTLE": RAMP / 9, "MUCH": RAMP}, [np.nan] * 3, "MUCH"),
+        ({"BELOW": 9 * RAMP - 30, "ABOVE": RAMP}, [np.nan] * 2, "ABOVE"),
+        ({"FLAT": 1.5, "UNKNOWN": RAMP, "KNOWN": RAMP / 2}, [0.9, np.nan, -0.1], "KNOWN"),
+        ({"FLAT": 1.5, "UNKNOWN": RAMP}, [0.9, np.nan], "UNKNOWN"),
+        ({"FLAT": -1.5, "BELOW": RAMP - 3}, [0.9, 0.1], "BELOW"),  # nothing better than below 0
+        ({"FLAT": 0.0, "HOT": [0.0] * 19 + [5.0]}, [0.9, 0.1], "HOT"),
+        ({"HOT": [0.0] * 19 + [99.0], "EVEN": RAMP}, [np.nan] * 2, "EVEN"),
+        ({"NAN": np.nan, "HOLES": [np.nan] * 5 + [*RAMP[5:]]}, [0.9, 0.1], "HOLES"),
+        ({"FLAT": 0.5, "ALSO": -0.5}, [0.1, 0.9], "FLAT"),
+    ],
+)
+def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
+    assert default_gene(on_tiles(columns, pcc)) == gene
+
+
+def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
+    adata = on_tiles({"BELOW": RAMP - 3, "FLAT": 1.0, "ABOVE": RAMP}, [0.9, 0.8, 0.1])
+    fig = predicted_map(adata)
+    assert panels(fig)[1].get_title().startswith("ABOVE: predicted")
+    assert limits_of(fig) == pytest.approx((0.01, 0.99))
+    adata.write_h5ad(tmp_path / "genes.h5ad")
+    drawn, said = save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
+    assert (drawn, said) == (
+        "ABOVE",
+        ["ABOVE lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."],
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "said"),
+    [
+        (1.5, (1.0, 2.0), "The prediction of G does not vary on this slide, it is 1.5 on all 20 tiles."),
+        (-1.5, (-2.0, -1.0), "does not vary on this slide, it is -1.5 on all 20 tiles. G is predicted below 0"),
+        (0.0, (-0.5, 0.5), "does not vary on this slide, it is 0 on all 20 tiles."),
+        (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "does not vary on this slide, it is 1e+05 on all 20 tiles."),
+        (RAMP - 3, (-2.99, -2.01), "G is predicted below 0 on all tiles, and no count is: take it as none."),
+        (np.nan, (0.0, 1.0), "The prediction of G is not finite at any of the 20 tiles."),
+        ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles: uncoloured."),
+        ([1.0] * 19 + [4.0], (1.0, 3.43), ""),
+        (1e-4 * RAMP, (1e-6, 9.9e-5), ""),
+    ],
+)
+def test_a_gene_asked_for_has_its_own_scale_and_a_flat_one_is_said_to_be(values, ends, said):
+    adata = on_tiles({"G": values, "OTHER": RAMP}, [0.1, 0.2])
+    words = " ".join(remarks(adata, "G"))
+    assert said in words
+    assert ("does not vary" in words) == ("does not vary" in said)
+    low, high = colour_limits(np.asarray(adata[:, "G"].X))
+    assert low < high
+    if ends is not None:
+        assert (low, high) == pytest.approx(ends, abs=1e-2 if ends[1] > 1e-3 else 1e-8)
+
+
+@pytest.mark.parametrize("values", [-1.5, np.nan, [np.inf, np.nan, *RAMP[2:]]])
+def test_a_map_of_what_does_not_vary_draws_with_its_sentence(values):
+    adata = on_tiles({"G": values}, [0.1])
+    fig = predicted_map(adata, "G")
+    fig.canvas.draw()
+    assert limits_of(fig) == colour_limits(np.asarray(adata.X))
+    for sentence in remarks(adata, "G"):
+        assert sentence in caption(fig)
+
+
+def test_one_tile_is_flat_and_its_value_is_told():
+    fig = predicted_map(on_tiles({"G": 0.25}, [0.1], n=1), "G")
+    fig.canvas.draw()
+    assert "does not vary on this slide, it is 0.25 on its one tile." in caption(fig)
+    with pytest.raises(ValueError, match="nothing to draw: 0 tiles, 1 genes"):
+        predicted_map(on_tiles({"G": 0.25}, [0.1], n=1)[:0])
+
+
+def test_a_single_hot_tile_of_many_is_seen():
+    values = np.zeros(1000)
+    values[7] = 4.0
+    assert colour_limits(values) == (0.0, 4.0)
+    assert colour_limits(np.concatenate([RAMP.repeat(50), [50.0]])) == pytest.approx((0, 1), abs=0.02)
+
+
+def test_a_scale_says_where_values_go_beyond_it():
+    values = np.concatenate([[-9.0], RAMP[1:-1], [9.0]])
+    fig = predicted_map(on_tiles({"G": values}, [0.1]), "G")
+    colorbar = spots(panels(fig)[1]).norm, bars_of(fig)[0]._colorbar
+    assert colorbar[1].extend == "both"
+    assert predicted_map(on_tiles({"G": 1.0}, [0.1]), "G").axes[-1]._colorbar.extend == "neither"
+
+
+@pytest.mark.parametrize(
+    ("values", "trained_on", "said"),
+    [
+        (RAMP, (0.0, 2.0), "G lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."),
+        ([-1.0] * 4 + [1.0] * 15 + [3.0], (0.0, 2.0),
+         "G lies below the range of its training targets (0.00 to 2.00) on 20.0% of the tiles and above it on 5.0%."),
+        (RAMP, (np.nan, np.nan), "is unknown, for an older version made the model: train it again, then predict."),
+    ],
+)  # fmt: skip
+def test_a_map_says_the_share_of_tiles_outside_the_training_range(values, trained_on, said):
+    (sentence,) = remarks(on_tiles({"G": values}, [0.1], trained_on=trained_on), "G")
+    assert said in sentence
+
+
+def test_a_gene_of_any_name_keeps_its_caption(tmp_path):
+    fig = predicted_map(on_tiles({r"$\frac{": 1.0}, [0.1], trained_on=(0.0, 2.0)), r"$\frac{")
+    assert r"The prediction of $\frac{ does not vary" in caption(fig)
+    fig.axes[1].set_title("")  # titles are another matter
+    fig.canvas.draw()
+
+
+def test_a_flat_prediction_beside_a_measured_gene_is_said_to_be_flat(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, np.full(slide.n_spots, -0.5), gene="G")
+    a, b, _ = (spots(ax).norm for ax in panels(fig))
+    assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
+    assert a.vmin == -0.5
+    assert a.vmax > 0.9
+    assert fig.get_supxlabel() == (
+        f"What is predicted does not vary on this slide, it is -0.5 on all {slide.n_spots} spots."
+    )
+    same = expression_map(slide.adata, measured, measured, gene="G")
+    assert same.get_supxlabel() == ""
+    assert spots(panels(same)[2]).norm.vmax == 0.5  # a residual of 0 everywhere still has a scale
 
 
 def test_tiles_of_a_grid_are_squares_that_touch():

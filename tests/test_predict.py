@@ -48,6 +48,10 @@ class MeanColour:
     def gene_pcc(self):
         return np.linspace(0.5, 0.9, len(self.genes))
 
+    @property
+    def target_range(self):
+        return np.array([[0.0] * 3, [250.0, 140.0, 100.0]])  # red, green and blue of the tiles it learned from
+
     def describe(self):
         return {
             "backbone": "mean colour", "n": 3, "pcc": {"mean": 0.5, "low": None}, "genes": list(self.genes),
