@@ -22,6 +22,7 @@ from peka_lite.adapters import METHODS, adapt, adapter_state, merge
 from peka_lite.backbones import load_backbone
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import load_probes, save_probes
+from peka_lite.sums import gather
 from peka_lite.transfer import TransferModel, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
@@ -273,6 +274,23 @@ def test_probes_come_back_bit_for_bit(tmp_path):
             assert getattr(back, option) == getattr(model, option)
 
 
+def test_a_probe_file_keeps_the_range_of_the_training_targets(tmp_path):
+    X = np.random.default_rng(0).normal(size=(40, 6))
+    Y = np.abs(X[:, :3])
+    Y[25:] = 99.0  # rows that the probe does not learn from
+    sums = gather(X, Y, np.repeat([0, 1, 2], [10, 15, 15]), chunk=7)
+    save_probes(tmp_path / "p", {"all": (PCARidge(4).fit_sums(sums.over([0, 1])), "ABC")}, normalization="log1p")
+    again, _ = load_probes(tmp_path / "p").probes["all"]
+    assert np.array_equal(again.range_, [Y[:25].min(0), Y[:25].max(0)])
+    with safe_open(tmp_path / "p", "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    older = {name: values for name, values in tensors.items() if name != "all.range"}
+    save_file(older, tmp_path / "p", metadata=metadata)
+    older, _ = load_probes(tmp_path / "p").probes["all"]
+    assert np.array_equal(older.predict(X), again.predict(X))
+    assert not hasattr(older, "range_")
+
+
 def test_probes_that_cannot_be_saved_or_read_are_refused(tmp_path):
     X = np.random.default_rng(0).normal(size=(40, 5))
     for model, genes, message in (
@@ -292,7 +310,7 @@ def test_probes_that_cannot_be_saved_or_read_are_refused(tmp_path):
     save_probes(tmp_path / "p", {"all": (probe(), "ABC")}, normalization="log1p")
     with safe_open(tmp_path / "p", "pt") as file:
         tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-    for changed in ({"all.coef": torch.zeros(6, 2)}, {"all.more": torch.zeros(1)}):
+    for changed in ({"all.coef": torch.zeros(6, 2)}, {"all.more": torch.zeros(1)}, {"all.range": torch.zeros(2, 2)}):
         save_file(tensors | changed, tmp_path / "p", metadata=metadata)
         with pytest.raises(ValueError, match="do not fit its 3 genes"):
             load_probes(tmp_path / "p")

@@ -20,6 +20,7 @@ from peka_lite.hest import read_slide
 from peka_lite.locks import partial_of
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.predict import predict_slide, predict_spots
+from peka_lite.ranges import say_outside, shares_outside
 from peka_lite.results import storable
 from peka_lite.tissue import tissue_tiles
 from peka_lite.wsi import SlideError, open_slide
@@ -142,6 +143,36 @@ def test_provenance_is_kept(whole, slide_path):
     assert (model["pcc"]["mean"], model["pcc"]["low"]) == (0.5, "null")
     assert list(model["genes"]) == ["RED", "GREEN", "BLUE"]
     assert (model["shape"], model["none"]) == ("[1.5, 2]", "[]")
+
+
+def test_the_share_outside_the_training_range_is_kept_and_said(whole):
+    low, high = [0.0] * 3, [250.0, 140.0, 100.0]
+    outside = (low > whole.X) | (high < whole.X)
+    assert 0.3 < outside.mean() < 0.9
+    assert whole.uns["peka_lite"]["outside_training_range"] == pytest.approx(outside.mean())
+    assert (whole.var["train_min"].tolist(), whole.var["train_max"].tolist()) == (low, high)
+    least, most = whole.X[:, 2].min(), whole.X[:, 2].max()
+    assert say_outside(whole) == (
+        f"Of the predicted values (20 tiles x 3 genes) 0.0% lie below and {outside.mean():.1%} above the range of "
+        f"their gene's training targets; furthest out is BLUE, {least:.2f} to {most:.2f} where training had 0.00 to "
+        "100.00."
+    )
+
+
+def test_a_model_without_its_training_range_predicts_and_says_so(slide_path, tmp_path):
+    class Older(MeanColour):
+        target_range = np.full((2, 3), np.nan)
+
+    adata = predict_slide(slide_path, Older(), tmp_path / "a.h5ad")
+    assert np.isnan(adata.uns["peka_lite"]["outside_training_range"])
+    assert "is unknown, for an older version made the model: train it again, then predict." in say_outside(adata)
+
+
+def test_shares_outside_a_range_are_those_counted_by_hand():
+    X = np.array([[-1, 0, 5], [0, 0, 7], [2 + 1e-7, 0, 6], [9, 0, np.float32(0.3)]], dtype=np.float32)
+    below, above = shares_outside(X, np.array([0.0, 0.0, np.nan]), np.array([2.0, 0.0, 3.0]))
+    np.testing.assert_array_equal(below, [0.25, 0, np.nan])
+    np.testing.assert_array_equal(above, [0.25, 0, np.nan])
 
 
 def test_a_key_with_a_slash_is_kept_as_text():

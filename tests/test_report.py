@@ -1,6 +1,7 @@
 """Reports: what stands in a column is of one protocol, and what is published is kept apart from what was measured."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from run_folders import held_out
 
 from peka_lite import report
+from peka_lite.cli import main
 from peka_lite.paper_tables import comparability, published, table1, table2
 from peka_lite.report import write_report
 from peka_lite.report_runs import label, read_runs
@@ -57,9 +59,78 @@ def test_an_unfinished_run_is_refused_by_what_it_lacks(write_run, gone):
     write_run("a", method="bone")
     folder = write_run("b")
     (folder / gone).unlink()
-    for given in (folder, folder.parent):
-        with pytest.raises(FileNotFoundError, match=rf"b: no finished run here \({gone} missing\)"):
-            read_runs([given])
+    with pytest.raises(FileNotFoundError, match=rf"b: no finished run here \({gone} missing\)"):
+        read_runs([folder])
+    for given in ([folder.parent], [folder.parent / "a", folder]):
+        with pytest.warns(UserWarning, match=rf"left out: \S+b: no finished run here \({gone} missing\)"):
+            assert [run.name for run in read_runs(given)] == ["a"]
+
+
+def damage(folder, how):
+    """Make of a finished run what a killed one, a full disk or another tool leaves."""
+    if how in ("partial", "hidden"):
+        return folder.rename(folder.with_name({"partial": "b.partial", "hidden": ".b.77.partial"}[how]))
+    for name in {"empty": ("config.yml", "summary.json", "slides.parquet"), "stats": ("summary.json",)}.get(how, ()):
+        (folder / name).unlink()
+    if how == "link":
+        return folder.rename(folder.parent.parent / "c.partial").symlink_to(folder) or folder
+    if how in ("summary.json", "slides.parquet", "config.yml"):
+        (folder / how).write_bytes((folder / how).read_bytes()[: 30 if how != "config.yml" else 9] + b"\xff")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("partial", r"b\.partial: no finished run here, it was stopped .*finish it with `peka-lite run .*--out \S+/b`"),
+        ("hidden", r"\.b\.77\.partial: no finished run here, it was stopped"),
+        ("stats", r"b: no finished run here \(summary\.json missing\): remove the folder and give `peka-lite run"),
+        ("summary.json", r"b: a file of this run cannot be read .*remove the folder and give `peka-lite run"),
+        ("slides.parquet", r"b: a file of this run cannot be read"),
+        ("config.yml", r"b: a file of this run cannot be read"),
+        ("empty", None),
+    ],
+)
+def test_a_report_leaves_out_what_is_unfinished_and_names_it(write_run, tmp_path, capsys, how, said):
+    runs = write_run("a").parent
+    damage(write_run("b", method="bone"), how)
+    (runs / ".DS_Store").write_text("")
+    (runs / "dead").symlink_to(tmp_path / "gone")
+    assert main(["report", str(runs), "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == (said is not None)
+    if said:
+        assert re.search(rf"^peka-lite: left out: \S*{said}", err[0])
+    assert pd.read_csv(tmp_path / "out" / "points.csv")["run"].tolist() == ["a"]
+
+
+def test_a_report_of_unfinished_runs_alone_is_refused_with_the_fix(write_run, tmp_path, capsys):
+    runs = damage(write_run("b", method="bone"), "partial").parent
+    for given in ([runs], [runs / "b.partial"], [runs / "b"], [runs, runs.parent / "runs" / "b.partial"]):
+        assert main(["report", *map(str, given), "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "stopped before its end" in line
+        assert "--method bone" not in line  # the default
+        assert f"--out {runs / 'b'}`" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_a_pattern_of_the_shell_names_too_are_left_out(write_run, tmp_path):
+    runs = write_run("a").parent
+    (runs / "notes.txt").write_text("")
+    with pytest.warns(UserWarning, match=r"notes\.txt: no finished run here, it is a file"):
+        assert len(read_runs(sorted(runs.iterdir()))) == 1
+
+
+def test_a_training_is_said_to_be_unscored(write_run):
+    write_run("a")
+    folder = write_run("b", method="lora")
+    (folder / "slides.parquet").unlink()
+    (folder / "probe.safetensors").write_text("")
+    with pytest.warns(
+        UserWarning, match=r"a training is not scored: score its settings with `peka-lite run .*--method lora"
+    ):
+        assert len(read_runs([folder.parent])) == 1
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Who is held out: no patient or slide stands on both sides, and every row is tested once."""
 
+import re
 import warnings
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peka_lite.evaluation import Judge
 from peka_lite.hest import Cohort, Slide, read_cohort
-from peka_lite.splits import folds
+from peka_lite.protocols import PROTOCOLS, Protocol
+from peka_lite.provenance import LeakError
+from peka_lite.splits import folds, protocol_folds
 from peka_lite.tiles import TileStore
 
 
@@ -121,6 +126,70 @@ def test_an_unknown_patient_is_never_guessed():
 @pytest.mark.parametrize("by", ["slide", "spot"])
 def test_an_unknown_patient_does_not_matter_to_other_splits(by):
     assert len(folds(make_cohort(("A", 3), (None, 3)), by, 2)) == 2
+
+
+STRICT, HEST, PAPER = (PROTOCOLS[name] for name in ("strict", "hest", "paper"))
+INNER = Protocol(name="custom", split="patient", alpha="inner")
+OWN = Protocol(name="custom", split="patient")
+
+
+@pytest.mark.parametrize(
+    ("layout", "protocol", "n_splits", "said"),
+    [
+        ([("A", 9), ("B", 9)], STRICT, 5,
+         "needs at least 3 folds, and 2 patients make 2: give slides of more patients, or --protocol hest, or "
+         "--alpha NUMBER without --protocol"),
+        ([("A", 9), ("A", 9)], STRICT, 5,
+         "holds one patient .A., there is none to hold out: give slides of more patients, or --protocol hest with "
+         "--split slide"),
+        ([("A", 9)], STRICT, 5, "give slides of more patients, or --protocol paper, which scores neighbours"),
+        ([("A", 9), ("B", 9), ("C", 9)], STRICT, 2, "--n-splits asks for 2: give --n-splits 3, or --protocol hest"),
+        ([(None, 9), ("B", 9)], STRICT, 5, "no patient is known for S0, .*give --patients FILE.csv .*or --protocol pa"),
+        ([("A", 9)], HEST, 5, "give slides of more patients, or --protocol paper"),
+        ([("A", 9), ("A", 9)], HEST, 5, "or --protocol hest with --split slide"),
+        ([("A", 9), ("B", 9)], replace(HEST, split="slide"), 5, "sections may stand for them .*or --protocol hest"),
+        ([("A", 9), ("A", 9)], replace(STRICT, split="slide"), 5, "2 slides make 2: .*hest with --split slide"),
+        ([("A", 9)], PAPER, 10, "9 spots cannot make 10 folds: give --n-splits 9"),
+        ([("A", 9), ("B", 9)], INNER, 5, "2 patients make 2: .*--alpha hest or a number"),
+        ([("A", 9), ("A", 9)], OWN, 5, "holds one patient .*or --split slide, which tells nothing about a new patient"),
+        ([("A", 9)], OWN, 5, "holds one patient .*or --split spot, which scores neighbours of training spots"),
+        ([(None, 9), (None, 9)], OWN, 5, "no patient is known for S0, S1.*--patients FILE.csv .*or --split slide"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*is one fold")
+def test_what_cannot_be_split_names_settings_that_can(layout, protocol, n_splits, said):
+    cohort = make_cohort(*layout)
+    with pytest.raises(ValueError, match=said) as caught:
+        protocol_folds(cohort, protocol, n_splits, 0)
+    assert isinstance(caught.value, LeakError) == ("sections may stand" in said)
+    tried = 0
+    for way in str(caught.value).rpartition(": give ")[2].split(", or "):
+        chosen = protocol
+        if name := re.match(r"--protocol (\w+)", way):
+            chosen = PROTOCOLS[name[1]]
+        if way.startswith("--alpha"):
+            chosen = replace(OWN, split=protocol.split, alpha=10.0)
+        if by := re.search(r"--split (\w+)", way):
+            chosen = replace(chosen, split=by[1])
+        wanted = re.match(r"--n-splits (\d+)", way)
+        if chosen is protocol and not wanted:
+            assert re.match("slides of more patients|--patients", way)
+            continue
+        made = protocol_folds(cohort, chosen, int(wanted[1]) if wanted else n_splits, 0)
+        Judge(cohort_with_counts(cohort), made, chosen)  # the protocol itself has nothing against it
+        tried += 1
+    assert tried
+
+
+def cohort_with_counts(cohort):
+    """The same slides with counts that no two spots share."""
+    rng = np.random.default_rng(0)
+    slides = []
+    for slide in cohort.slides:
+        counts = ad.AnnData(rng.poisson(50, (slide.n_spots, 40)).astype(np.float32), obs=slide.adata.obs)
+        counts.var_names = [f"G{g}" for g in range(40)]
+        slides.append(replace(slide, adata=counts))
+    return Cohort(tuple(slides))
 
 
 @pytest.mark.parametrize("by", ["patient", "slide", "spot"])

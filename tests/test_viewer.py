@@ -84,6 +84,20 @@ def test_genes_are_offered_by_their_pcc():
     np.testing.assert_allclose(data["pcc"], sorted(pcc.values(), reverse=True))
 
 
+def test_a_flat_prediction_is_said_to_be_and_no_scale_is_one_value():
+    adata, Y, P, names, _ = made_up(n=300)
+    P[:, 0] = -0.5
+    P[:, 1] = Y[:, 1] = 2.0
+    Y[:, 2] = P[:, 2] = 0
+    P[7, 2] = 3.0
+    data = data_of(slide_viewer(adata, Y, P, genes=names, n_neighbors=6))
+    scale, flat, reach = ({g: data[key][i] for i, g in enumerate(data["genes"])} for key in ("scale", "flat", "reach"))
+    assert flat["G0"] == "does not vary on this slide, it is -0.5 on all 300 spots"
+    assert (scale["G1"], reach["G1"]) == ([1.5, 2.5], 0.5)
+    assert (scale["G2"], reach["G2"], flat["G2"]) == ([0, 3], 3, None)  # one hot spot
+    assert flat["G3"] is None
+
+
 def test_two_genes_have_no_correlation_over_genes():
     assert data_of(made_up(genes=2)[-1])["over"] == ""
 
