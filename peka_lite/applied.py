@@ -68,10 +68,10 @@ def predict_from(
     >>> predicted.uns["peka_lite"]["held_out"], predicted.uns["peka_lite"]["model"]["fold"]
     ('yes', 'fold1')
     >>> predicted.var.head(3).round(1)
-           pcc
-    BANK1  0.1
-    KDM3A -0.1
-    NAT1   0.1
+           pcc  train_min  train_max
+    BANK1  0.1        0.0        2.9
+    KDM3A -0.1        0.0        3.0
+    NAT1   0.1        0.0        3.5
     """
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():

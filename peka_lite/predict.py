@@ -153,8 +153,8 @@ def predict_spots(
     ((57, 10), 'yes')
     >>> predicted.var.head(2).round(1)
             pcc  train_min  train_max
-    PGR     0.4        0.0        0.0
-    UBE2Q1  0.0        0.0        0.0
+    PGR     0.4        0.0        4.2
+    UBE2Q1  0.0        0.0        3.2
     """
     out = _checked(out, batch_size, 1)
     measured = slide.adata

@@ -11,7 +11,8 @@ import tifffile
 from peka_lite.applied import fold_without, predict_from
 from peka_lite.cli import main
 from peka_lite.config import RunConfig
-from peka_lite.hest import read_slide
+from peka_lite.expression import targets
+from peka_lite.hest import read_cohort, read_slide
 from peka_lite.run import run
 from peka_lite.teaching import train
 from peka_lite.trained import load_trained
@@ -56,6 +57,25 @@ def test_a_slide_of_the_run_is_predicted_by_the_fold_that_held_it_out(judged, mi
         assert got.uns["peka_lite"]["model"]["fold"] == f"fold{wanted.obs['fold'].iloc[0]}"
         # The run's protocol fits an intercept, so both are in the genes' units.
         np.testing.assert_allclose(got.X, wanted[:, got.var_names].X, atol=1e-3)
+
+
+def test_the_range_is_that_of_the_folds_own_training_rows(judged, mini_root, tmp_path, capsys):
+    cohort, written = read_cohort(mini_root), ad.read_h5ad(judged / "predictions.h5ad")
+    fold_of = written.obs["fold"].to_numpy()
+    seen = []
+    for fold in range(3):
+        model = load_trained(judged, fold=fold, device="cpu")
+        Y = targets(cohort.adata[written.obs_names], model.genes)[fold_of != fold]
+        np.testing.assert_allclose(model.target_range, [Y.min(0), Y.max(0)], rtol=1e-6)
+        seen.append(model.target_range[1].max())
+    assert len(set(seen)) > 1  # what a fold held out is not in its range
+    out = tmp_path / "p.h5ad"
+    assert main(["predict", "MINI1", "--model", str(judged), "--out", str(out), "--device", "cpu"]) == 0
+    got = ad.read_h5ad(out)
+    low, high = got.var["train_min"].to_numpy(), got.var["train_max"].to_numpy()
+    outside = (low - 1e-5 > got.X) | (high + 1e-5 < got.X)
+    assert got.uns["peka_lite"]["outside_training_range"] == pytest.approx(outside.mean())
+    assert f"Of the predicted values ({len(got)} spots x 8 genes)" in capsys.readouterr().out
 
 
 def test_another_fold_is_taken_when_asked_for_and_said_to_have_seen_the_slide(judged, tmp_path):

@@ -19,6 +19,7 @@ from peka_lite.maps import (
     remarks,
     save_predicted_map,
 )
+from peka_lite.results import draw_maps
 
 
 @pytest.fixture(autouse=True)
@@ -461,6 +462,20 @@ def test_a_flat_prediction_beside_a_measured_gene_is_said_to_be_flat(slide):
     same = expression_map(slide.adata, measured, measured, gene="G")
     assert same.get_supxlabel() == ""
     assert spots(panels(same)[2]).norm.vmax == 0.5  # a residual of 0 everywhere still has a scale
+
+
+def test_the_maps_of_a_run_show_a_gene_that_varies_on_the_slide(mini_cohort, tmp_path):
+    n = len(mini_cohort)
+    rng = np.random.default_rng(0)
+    measured, varies = rng.random((n, 2)).astype(np.float32), rng.random(n)
+    X = np.column_stack([np.full(n, 0.3), varies]).astype(np.float32)
+    X[mini_cohort.rows_of("MINI2"), 1] = 0.1  # no gene varies there: the best one is drawn with its sentence
+    X[mini_cohort.rows_of("MINI3")[:5], 0] = 0.5
+    held_out = ad.AnnData(X, var=pd.DataFrame(index=["BEST", "NEXT"]), layers={"measured": measured})
+    table = pd.DataFrame({"fold": 0, "gene": ["BEST", "NEXT"], "pcc": [0.9, 0.1]})
+    draw_maps(mini_cohort, held_out, table, tmp_path / "maps")
+    shown = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert shown == {"MINI1_NEXT.png", "MINI2_BEST.png", "MINI3_BEST.png", "MINI4_NEXT.png"}
 
 
 def test_tiles_of_a_grid_are_squares_that_touch():
