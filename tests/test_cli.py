@@ -167,7 +167,7 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
         if "B" in ids:
             call(f"add @B.h5ad --id B --patient P {add}")
         assert main(run.split()) == 2
-        assert f"split by {other}" in capsys.readouterr().err
+        assert f"--split {other}" in capsys.readouterr().err
     assert "mean PCC" in call(f"{run} --split slide")
     for bad, words in (
         ("map @genes.h5ad --gene NOPE --out @m.png", "gene 'NOPE' is not predicted; there are"),
