@@ -55,6 +55,16 @@ class BoneLinear(nn.Module):
         """Return W' (out, in), float32 for float32 blocks."""
         return _affine(self.base.weight.to(self.block.dtype), self.block)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """W' (out, in), for attention that reads ``qkv.weight`` in place of calling the layer; blocks learn by it."""
+        return self.merged_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias (out,)."""
+        return self.base.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out), in autocast's type where autocast is on."""
         kind = x.device.type
@@ -177,6 +187,10 @@ def adapt(
     n_base = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     tuner = None
+    for name in layers if method != "none" else ():
+        attention = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(attention, "qkv_bias_separate"):  # EVA, BEiT, Swin V2 of timm: else they read qkv.weight themselves
+            attention.qkv_bias_separate = True  # the bias is added to what the layer gives: the same up to rounding
     if method == "bone":
         for name in layers:
             _replace(model, name, BoneLinear(model.get_submodule(name), r=r))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from peka_lite.adapter_gradients import GradientCheck
 from peka_lite.adapters import orthogonal_term
 from peka_lite.backbones import preprocess
 from peka_lite.batches import Batches, turned
@@ -33,6 +34,8 @@ class Epochs:
         Most tiles at once on a device.
     learned_from
         (N,) uint64 ids of the tiles, filled in by the first epoch where the tiles have none.
+    gradients
+        Stops a training whose adapters have no gradient.
     """
 
     model: nn.Module
@@ -51,10 +54,12 @@ class Epochs:
     seed: int
     network: nn.Module = field(init=False)
     learned_from: np.ndarray = field(init=False)
+    gradients: GradientCheck = field(init=False)
     _unnamed: bool = field(init=False)
 
     def __post_init__(self):
         self.network, n = self.model, len(self.tiles)
+        self.gradients = GradientCheck(self.model, scaled=self.scaler.is_enabled())
         self._unnamed = not hasattr(self.tiles, "ids")
         # Zeros are nobody's rows: of a student that was finished before nothing is read.
         self.learned_from = np.zeros(n, dtype=np.uint64) if self._unnamed else np.array(self.tiles.ids)
@@ -91,6 +96,7 @@ class Epochs:
                     pending = epoch, step, rows, loss.detach(), seen
                 if last:
                     self.processes.add_gradients(learn)
+                    self.gradients.look()
                     self._update(epoch * steps + step + 1)
                     step += 1
                     bar.update()
@@ -148,6 +154,9 @@ class Epochs:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scaler.get_scale() >= scale:  # else gradients overflowed, and the step was left out
+                for p in self.model.backbone.parameters():
+                    if p.requires_grad and p.grad is None:
+                        p.grad = torch.zeros_like(p)  # of a layer that is not used: peft reads every one
                 adapter.tuner.update_and_allocate(step)
         self.optimizer.zero_grad(set_to_none=True)
 

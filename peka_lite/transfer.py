@@ -155,7 +155,8 @@ def fit(
     MemoryError
         When the GPU's memory does not suffice, with what would.
     ValueError
-        When rows disagree, or the checkpoint comes from other settings.
+        When rows disagree, the checkpoint comes from other settings, or adapted layers have had no gradient in the
+        first three steps; the message names the layers.
 
     Examples
     --------
@@ -216,6 +217,8 @@ def fit(
                 loop.network = compiled_or_plain(model, loop.trial)
             for epoch in range(len(history), epochs):
                 history.append(loop.run(epoch, bar))
+                if epoch == epochs - 1:  # fewer steps than the check waits for are judged before they are kept
+                    loop.gradients.judge()
                 bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
                 if checkpoint is not None and processes.first:
                     save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
