@@ -10,7 +10,7 @@ import yaml
 
 from peka_lite.registry import _BACKBONES, ACCESS, BACKBONES, PRECISION, Backbone, Late, check_block_size, did_you_mean
 
-POOLING = ("token", "avg", "token+avg")
+POOLING = ("token", "avg", "token+avg", "network")
 MODULES = ("timm.layers:", "torch.nn:")  # where a layer that an option names may come from
 FILE = "backbone.yml"  # in the folder of a run whose backbone is not the package's
 PACKAGE = frozenset(BACKBONES)
@@ -164,6 +164,14 @@ def row_fields(row: Backbone) -> dict:
     return {name: value for name, value in fields.items() if name != "options" or value}
 
 
+def check_statistic(name: str, value: tuple[float, float, float]) -> None:
+    """Refuse a mean or standard deviation of pixels (``"mean"``, ``"std"``) that cannot be one."""
+    if not isinstance(value, tuple) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
+        raise ValueError(f"{name} is three numbers (red, green, blue), not {value!r}")
+    if not (max(value) <= 1 and min(value) >= 0) or (name == "std" and min(value) == 0):
+        raise ValueError(f"{name} is on a scale of 0 to 1, not {value!r}; divide by 255")
+
+
 def _options(row: Backbone) -> dict:
     return dict(row.options._values if isinstance(row.options, Late) else row.options)
 
@@ -180,11 +188,7 @@ def _checked(row: Backbone) -> Backbone:
         if getattr(row, name) < 1:
             raise ValueError(f"{name} is a whole number above 0, not {getattr(row, name)}")
     for name in ("mean", "std"):
-        value = getattr(row, name)
-        if not isinstance(value, tuple) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
-            raise ValueError(f"{name} is three numbers (red, green, blue), not {value!r}")
-        if max(value) > 1 or min(value) < 0 or (name == "std" and min(value) == 0):
-            raise ValueError(f"{name} is on a scale of 0 to 1, not {value!r}; divide by 255")
+        check_statistic(name, getattr(row, name))
     if row.pooling not in POOLING:
         raise ValueError(f"unknown pooling {row.pooling!r}; known: {', '.join(POOLING)}")
     if row.access not in (None, *ACCESS):

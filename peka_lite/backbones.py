@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tqdm.auto import tqdm
 from peka_lite._file_kinds import file_kind
 from peka_lite._packaged import origin, packaged
 from peka_lite._torch_files import OPTIONS, read_torch_file
-from peka_lite.backbone_files import backbone_row
+from peka_lite.backbone_files import backbone_row, check_statistic
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located, read_manifest
@@ -124,42 +126,84 @@ def precision_for(spec: Backbone, device: str | torch.device) -> torch.dtype:
 
 def preprocess(tiles: torch.Tensor, spec: Backbone) -> torch.Tensor:
     """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, input_size, input_size) on their device."""
+    return normalised(tiles, mean=spec.mean, std=spec.std, input_size=spec.input_size)
+
+
+def normalised(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int | None) -> torch.Tensor:
+    """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, H', W'), resized unless `input_size` is None."""
     x = tiles.permute(0, 3, 1, 2).float().div_(255)
-    if x.shape[-1] != spec.input_size or x.shape[-2] != spec.input_size:
-        x = F.interpolate(x, (spec.input_size, spec.input_size), mode="bilinear", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    if input_size is not None and x.shape[-2:] != (input_size, input_size):
+        x = F.interpolate(x, (input_size, input_size), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
     return (x - mean) / std
 
 
 def pooled(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return a student's pooled output (B, D_s) for normalised images (B, 3, H, W)."""
-    if model.spec.pooling != "token+avg":
+    """Return the output (B, D_s) for normalised images (B, 3, H, W), pooled as the student's registry row says.
+
+    A network without such a row gives what it gives.
+    """
+    spec = _row(model)
+    pooling = "network" if spec is None else spec.pooling
+    if pooling in ("network", own_pooling(model)) or not hasattr(model, "num_prefix_tokens"):
         return model(x)
     tokens = model.forward_features(x)  # (B, prefix + patches, width)
-    return torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], dim=-1)
+    if tokens.ndim != 3:
+        raise ValueError(f"{type(model).__name__} has no row of tokens to pool by {pooling!r}; take 'network'")
+    norm = getattr(model, "fc_norm", nn.Identity())  # where timm has it, tokens come without theirs
+    parts = {"token": lambda: tokens[:, 0], "avg": lambda: tokens[:, model.num_prefix_tokens :].mean(1)}
+    return torch.cat([norm(parts[part]()) for part in pooling.split("+")], dim=-1)
 
 
-@torch.inference_mode()
+def own_pooling(model: nn.Module) -> str:
+    """Return how a network of timm pools by itself: ``"token"``, ``"avg"`` or another name, empty where it has none."""
+    if hasattr(model, "dist_token"):  # DeiT
+        return "mean of class and distillation token"
+    pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", "")
+    return pool if isinstance(pool, str) else getattr(pool, "pool_type", "")
+
+
+@torch.no_grad()
 def embed_tiles(
-    model: nn.Module, tiles, *, batch_size: int = 64, device: str | None = None, progress: bool = False
+    model: nn.Module,
+    tiles,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
-    """Embed tiles with a student, in the tiles' order.
+    """Embed tiles with a student or any other network, in the tiles' order.
 
     Parameters
     ----------
     model
-        From `load_backbone`, adapted or merged.
+        From `load_backbone`, adapted or merged; or any module from (B, 3, H, W) to (B, D), in whatever type its weights
+        have.
     tiles
         Anything that slices to uint8 (n, H, W, 3): a `TileStore`, an array, a memory map.
+    mean, std
+        Of the pixels (red, green, blue; 0 to 1) that the network was trained with. None: the student's own, and
+        ImageNet's for another network.
+    input_size
+        Side in pixels that tiles are resized to. None: the student's own, and no resizing for another network.
     batch_size
         Tiles at once.
     device
-        None: the GPU where there is one. The model is moved there.
+        None: the GPU where there is one. The model is moved there and stays there.
 
     Returns
     -------
     numpy.ndarray
-        (N, D_s) float32.
+        (N, D) float32, computed in eval mode; afterwards the model is in the mode it was in.
+
+    Raises
+    ------
+    ValueError
+        For tiles that are not RGB of whole numbers from 0 to 255, statistics that cannot be right, and a network whose
+        output is not one row of numbers a tile.
 
     Examples
     --------
@@ -167,29 +211,106 @@ def embed_tiles(
     >>> tiles = pk.open_cohort("mini", slides=["MINI1"]).tiles
     >>> pk.embed_tiles(pk.load_backbone("mini"), tiles[:8]).shape
     (8, 192)
+
+    A network of one's own:
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> pk.embed_tiles(net, tiles[:8], mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), input_size=64).shape
+    (8, 16)
     """
-    device = torch.device(device or default_device())
-    model.eval().to(device)
-    dtype, n = precision_for(model.spec, device), len(tiles)
-    out = np.empty((n, model.spec.dim), dtype=np.float32)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a network is an nn.Module from (B, 3, H, W) to (B, D), not {model!r}")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) and _row(model.module) is not None:
+        model = model.module
+    device, spec, n, out = torch.device(device or default_device()), _row(model), len(tiles), None
+    name = type(model).__name__ if spec is None else spec.name
+    looks = _looks(spec, mean, std, input_size)
+    if not n and spec is None:
+        raise ValueError(f"there are no tiles, so how many features {name} gives is not known")
+    model.to(device)
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = kind if spec is None else precision_for(spec, device)
     rows = [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
     batches = tqdm(Batches(tiles, rows, device=device), desc="embed tiles", disable=not progress, leave=False)
     done = None  # fetched one batch late, so that the GPU has the next to work on meanwhile
-    for at, batch in zip(rows, batches, strict=True):
-        try:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                features = pooled(model, preprocess(batch, model.spec)).float()
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"{device} ran out of memory embedding {len(batch)} tiles of {model.spec.name} at once; "
-                f"--batch-size {max(1, batch_size // 2)} of `embed` and `predict` (batch_size=) takes about half"
-            ) from error
-        if done is not None:
-            out[done[0]] = done[1].cpu().numpy()
-        done = at, features
+    with _in_eval_mode(model):
+        for at, batch in zip(rows, batches, strict=True):
+            try:
+                with torch.autocast(device.type, dtype, enabled=spec is not None and dtype != torch.float32):
+                    features = pooled(model, normalised(_pixels(batch), **looks).to(kind))
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(
+                    f"{device} ran out of memory embedding {len(batch)} tiles of {name} at once; "
+                    f"--batch-size {max(1, batch_size // 2)} of `embed` and `predict` (batch_size=) takes about half"
+                ) from error
+            _check_features(features, len(batch), spec, name)
+            if out is None:
+                out = np.empty((n, features.shape[1]), dtype=np.float32)
+            if done is not None:
+                out[done[0]] = done[1].cpu().numpy()
+            done = at, features.float()
     if done is not None:
         out[done[0]] = done[1].cpu().numpy()
-    return out
+    return np.empty((0, spec.dim), dtype=np.float32) if out is None else out
+
+
+def _row(model: nn.Module) -> Backbone | None:
+    """Return the registry row of a student, None for another network."""
+    spec = getattr(model, "spec", None)
+    return spec if isinstance(spec, Backbone) else None
+
+
+def _looks(spec: Backbone | None, mean, std, input_size) -> dict:
+    """Return `normalised`'s options: what is given, else a student's own, else ImageNet's at the tiles' size."""
+    own = (*IMAGENET, None) if spec is None else (spec.mean, spec.std, spec.input_size)
+    looks = dict(zip(("mean", "std", "input_size"), own, strict=True))
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            looks[name] = tuple(np.atleast_1d(value).tolist())
+            check_statistic(name, looks[name])
+    if input_size is not None:
+        if not isinstance(input_size, int | np.integer) or input_size < 1:
+            raise ValueError(f"input_size is the side of a square in pixels, above 0, not {input_size!r}")
+        looks["input_size"] = int(input_size)
+    return looks
+
+
+def _pixels(batch: torch.Tensor) -> torch.Tensor:
+    """Return tiles as uint8, and refuse what is not RGB on a scale of 0 to 255."""
+    if batch.ndim != 4 or batch.shape[-1] != 3:
+        raise ValueError(f"tiles are RGB, (n, H, W, 3) with the colours last, not {tuple(batch.shape)}")
+    if batch.dtype == torch.uint8:
+        return batch
+    whole = not batch.is_floating_point() and not batch.is_complex() and batch.dtype != torch.bool
+    if not whole or (wide := batch.long()).min() < 0 or wide.max() > 255:
+        raise ValueError(
+            f"tiles are whole numbers from 0 to 255 (uint8), not these {str(batch.dtype)[6:]}; from 0 to 1 they become "
+            "so by (255 * tiles).round().astype('uint8')"
+        )
+    return wide.to(torch.uint8)
+
+
+def _check_features(features, n: int, spec: Backbone | None, name: str) -> None:
+    rows = isinstance(features, torch.Tensor) and features.ndim == 2 and len(features) == n
+    if not rows or (spec is not None and features.shape[1] != spec.dim):
+        got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise ValueError(
+            f"{name} gives {got} for {n} tiles; one row of {'D' if spec is None else spec.dim} features a tile is "
+            "needed: pool its output, or wrap it in a module that returns the part that is one"
+        )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and each part back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def build(spec: Backbone) -> nn.Module:
@@ -198,10 +319,26 @@ def build(spec: Backbone) -> nn.Module:
         model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
     except (RuntimeError, TypeError) as error:  # no such architecture, or an option that it does not take
         raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({error})") from None
-    width = model.num_features * (2 if spec.pooling == "token+avg" else 1)
-    if width != spec.dim:
+    _check_pooling(model, spec)
+    width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling
+    if spec.pooling == "token+avg":
+        width, head = 2 * width, None
+    if spec.dim not in (width, head):
         raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
     return model
+
+
+def _check_pooling(model: nn.Module, spec: Backbone) -> None:
+    """Refuse a pooling that the network cannot give, with one that it can."""
+    tokens, own = hasattr(model, "num_prefix_tokens"), own_pooling(model)
+    has_class = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+    if "token" in spec.pooling and not (has_class if tokens else own == spec.pooling):
+        why, fit = "has no class token", "avg" if tokens or own in ("", "avg") else "network"
+    elif spec.pooling == "avg" and not tokens and own not in ("", "avg"):
+        why, fit = f"pools by {own!r}", "network"
+    else:
+        return
+    raise ValueError(f"backbone {spec.name!r}: pooling is {spec.pooling!r}, but {spec.arch} {why}; take {fit!r}")
 
 
 def _published(spec: Backbone) -> tuple[Path, str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peka_lite import __version__
 from peka_lite._packaged import PREFIX
-from peka_lite.backbones import Backbone, ConvStem
+from peka_lite.backbones import Backbone, ConvStem, own_pooling
 from peka_lite.manifest import read_manifest
 from peka_lite.trained import TrainedModel
 
@@ -23,9 +23,10 @@ HELD_OUT = {
     "spot": "single spots, whose neighbours on the same slide were learned from: scores for a new slide will be lower",
 }
 POOLING = {
-    "token": "the class token, as timm's model gives it",
-    "avg": "the average, as timm's model gives it",
+    "token": "the class token",
+    "avg": "the mean of the patch tokens, or of the feature map",
     "token+avg": "the class token, then the mean of the patch tokens",
+    "network": "as timm's model gives it",
 }
 LICENCES = {
     "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
@@ -71,8 +72,11 @@ def usage(trained: TrainedModel) -> str:
     """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
     spec, config, out = trained.student.spec, trained.config, "model(x)"
     imports, options = _options(spec)
-    if spec.pooling == "token+avg":
-        out = "torch.cat([(t := model.forward_features(x))[:, 0], t[:, model.num_prefix_tokens :].mean(1)], -1)"
+    if spec.pooling not in ("network", own_pooling(trained.student)):
+        parts = {"token": "t[:, 0]", "avg": "t[:, model.num_prefix_tokens :].mean(1)"}
+        norm = "model.fc_norm" if hasattr(trained.student, "fc_norm") else ""
+        out = ", ".join(f"{norm}({parts[part]})" for part in spec.pooling.split("+"))
+        out = f"torch.cat([{out.replace('t[', '(t := model.forward_features(x))[', 1)}], -1)"
     frozen, both = "", "features(tiles)"
     if trained.frozen is not None:
         weights = config.weights if config.weights in ("hub", "random") else "FILE"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -11,7 +12,6 @@ import pandas as pd
 
 from peka_lite import __version__
 from peka_lite.backbones import embed_tiles
-from peka_lite.devices import default_device
 from peka_lite.hest import Cohort
 from peka_lite.results import fingerprint, storable
 
@@ -22,6 +22,9 @@ def write_features(
     student,
     *,
     source: dict | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | None = None,
     batch_size: int = 64,
     device: str | None = None,
     progress: bool = False,
@@ -35,10 +38,12 @@ def write_features(
     out
         ``.h5ad`` file, written under another name and renamed when whole; one that is there is replaced.
     student
-        From `load_backbone`, or ``load_trained(folder).student``.
+        From `load_backbone`, or ``load_trained(folder).student``; or any module that `embed_tiles` takes.
     source
         Plain values that say where the student comes from, such as ``TrainedModel.describe()``; kept in
         ``uns["peka_lite"]``.
+    mean, std, input_size
+        As in `embed_tiles`.
 
     Returns
     -------
@@ -48,7 +53,7 @@ def write_features(
     Raises
     ------
     ValueError
-        For a name that does not end in .h5ad.
+        For a name that does not end in .h5ad, and as `embed_tiles`.
 
     Examples
     --------
@@ -67,12 +72,16 @@ def write_features(
     out = Path(out)
     if out.suffix != ".h5ad":
         raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
-    X = embed_tiles(student, cohort.tiles, batch_size=batch_size, device=device or default_device(), progress=progress)
+    looks = {"mean": mean, "std": std, "input_size": input_size}
+    X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()
     obs = obs.fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names
     spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
-    said = {"backbone": student.spec.name, "weights": student.weights_origin, "data_fingerprint": fingerprint(cohort)}
+    spec = getattr(student, "spec", None)
+    said = {"backbone": getattr(spec, "name", type(student).__name__), "data_fingerprint": fingerprint(cohort)}
+    said |= {"weights": getattr(student, "weights_origin", "a network in memory")}
+    said |= {name: list(map(float, np.atleast_1d(value))) for name, value in looks.items() if value is not None}
     said |= {"versions": {"peka_lite": __version__}} | (source or {})
     names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})

@@ -101,7 +101,9 @@ class Backbone:
     input_size
         Side in pixels; tiles of another size are resized on the device.
     pooling
-        ``"token"`` (class token), ``"avg"`` (as timm pools) or ``"token+avg"`` (class token, then mean patch token).
+        What stands for a tile: ``"token"``, the class token; ``"avg"``, the mean of the patch tokens, or of a network
+        without tokens that of its feature map; ``"token+avg"``, both, one behind the other; ``"network"``, what timm's
+        network gives by itself.
     bone_r
         Default block size for Bone; None where only method ``"none"`` is accepted.
     precision
@@ -138,7 +140,7 @@ class Backbone:
     gate: str | None = None
     revision: str | None = None
     input_size: int = 224
-    pooling: str = "token"
+    pooling: str = "network"
     bone_r: int | None = 256
     precision: Mapping[str, torch.dtype] = field(default_factory=lambda: PRECISION)
     options: Mapping[str, object] = field(default_factory=dict)
@@ -162,24 +164,24 @@ _ROWS = (
     Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "AGPL-3.0",
              pooling="avg", bone_r=None, options=Late({"embed_layer": "peka_lite.backbones:ConvStem"})),
     Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, page_of("MahmoodLab/UNI"),
-             access="institution", options={"init_values": 1e-5, "dynamic_img_size": True}),
+             access="institution", pooling="token", options={"init_values": 1e-5, "dynamic_img_size": True}),
     Backbone("h-optimus-0", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", 1536, *BIOPTIMUS, "Apache-2.0",
-             page_of("bioptimus/H-optimus-0"), access="automatic", options=_VIT_G),
+             page_of("bioptimus/H-optimus-0"), access="automatic", pooling="token", options=_VIT_G),
     Backbone("uni2-h", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, *IMAGENET, _CC_NC,
-             page_of("MahmoodLab/UNI2-h"), access="institution",
+             page_of("MahmoodLab/UNI2-h"), access="institution", pooling="token",
              options=Late({**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536,
                            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8,
                            "dynamic_img_size": True})),
     Backbone("h0-mini", "vit_base_patch14_reg4_dinov2", "bioptimus/H0-mini", 768, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H0-mini"), access="manual", bone_r=128,
+             page_of("bioptimus/H0-mini"), access="manual", pooling="token", bone_r=128,
              options=Late({**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"})),
     Backbone("h-optimus-1", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", 1536, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H-optimus-1"), access="manual", options=_VIT_G),
+             page_of("bioptimus/H-optimus-1"), access="manual", pooling="token", options=_VIT_G),
     Backbone("virchow2", "vit_huge_patch14_224", "paige-ai/Virchow2", 2560, *IMAGENET, _CC_NC,
              page_of("paige-ai/Virchow2"), pooling="token+avg",
              options=Late({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
     Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
-             page_of("prov-gigapath/prov-gigapath"), access="manual",
+             page_of("prov-gigapath/prov-gigapath"), access="manual", pooling="token",
              options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
     Backbone("mini", "vit_tiny_patch16_224", "package/mini_student.safetensors", 192, *BIOPTIMUS, "BSD-3-Clause",
              input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),

@@ -235,7 +235,7 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "rows": None if rows is None else hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest(),
         "teacher": None if rows is None else [repr(teacher), getattr(teacher, "fingerprint", None)],
         "labels": None if rows is None else repr(config.labeler()),
-        "versions": [3, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
+        "versions": [4, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
     file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)

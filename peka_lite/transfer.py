@@ -71,6 +71,11 @@ class TransferModel(nn.Module):
         super().__init__()
         if kd_space not in KD_SPACES:
             raise ValueError(f"unknown kd_space {kd_space!r}; known: {', '.join(KD_SPACES)}")
+        if getattr(backbone, "spec", None) is None:
+            raise ValueError(
+                f"{type(backbone).__name__} has no registry row: a student comes from load_backbone; for a network of "
+                "your own write a row (register_backbone)"
+            )
         self.backbone, self.kd_space, self.n_classes = backbone, kd_space, n_classes
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -231,6 +236,8 @@ def fit(
 
 
 def _check(model: TransferModel, n: int, teacher, labels, **positive) -> None:
+    if getattr(model.backbone, "adapter", None) is None:
+        raise ValueError("the student carries no adapter: adapt it first; method 'none' keeps all of it frozen")
     if not len(teacher) == len(labels) == n:
         raise ValueError(
             f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: one row each is needed"

@@ -377,16 +377,85 @@ def test_a_model_left_in_training_mode_embeds_in_eval_mode():
     np.testing.assert_array_equal(embed_tiles(model.train(), tiles(), device="cpu"), first)
 
 
-def test_token_and_mean_pooling_equals_a_computation_by_hand():
-    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "reg_tokens": 4}
-    spec = replace(TINY, dim=96, pooling="token+avg", options=options)
+SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
+TOKENS = {  # architecture, options, tokens before those of the patches
+    "vit": ("vit_tiny_patch16_224", SMALL, 1),
+    "vit, registers": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4}, 5),
+    "vit, average": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "reg_tokens": 2}, 3),
+    "vit, no pooling": ("vit_tiny_patch16_224", SMALL | {"global_pool": ""}, 1),
+    "deit": ("deit_tiny_distilled_patch16_224", SMALL, 2),
+    "eva": ("eva_giant_patch14_224", SMALL | {"patch_size": 16}, 1),
+    "eva, token": ("eva_giant_patch14_224", SMALL | {"patch_size": 16, "global_pool": "token"}, 1),
+    "beit": ("beit_base_patch16_224", SMALL, 1),
+    "beit, token": ("beit_base_patch16_224", SMALL | {"global_pool": "token"}, 1),
+}
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg", "token+avg"])
+@pytest.mark.parametrize("kind", TOKENS)
+def test_pooling_equals_a_computation_by_hand(kind, pooling):
+    arch, options, before = TOKENS[kind]
+    spec = replace(TINY, arch=arch, dim=96 if "+" in pooling else 48, pooling=pooling, options=options)
     model = random_model(spec)
-    tokens = []
-    model.norm.register_forward_hook(lambda *call: tokens.append(call[-1].numpy()))  # class, 4 registers, 4 patches
-    out = embed_tiles(model, tiles(), device="cpu")
-    assert tokens[0].shape == (7, 1 + 4 + 4, 48)
-    by_hand = np.concatenate([tokens[0][:, 0], tokens[0][:, 5:].mean(1)], axis=1)
-    np.testing.assert_allclose(out, by_hand, atol=1e-6)
+    for name, p in model.named_parameters():  # norms that do something
+        if "norm" in name:
+            torch.nn.init.normal_(p, mean=1.0, generator=torch.Generator().manual_seed(len(name)))
+    with torch.no_grad():
+        tokens = model.forward_features(preprocess(torch.from_numpy(tiles()), spec))
+        assert tokens.shape == (7, before + 4, 48)
+        norm = model.fc_norm if "fc_norm" in dict(model.named_modules()) else torch.nn.Identity()
+        by_hand = {"token": norm(tokens[:, 0]), "avg": norm(tokens[:, before:].mean(1))}
+    assert (by_hand["token"] - by_hand["avg"]).abs().max() > 1e-2
+    expected = np.concatenate([by_hand[part].numpy() for part in pooling.split("+")], axis=1)
+    np.testing.assert_allclose(embed_tiles(model, tiles(), device="cpu"), expected, atol=1e-5)
+
+
+def test_a_network_pools_by_itself_unless_its_row_says_how():
+    spec = Backbone("own", "vit_base_patch16_siglip_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32,
+                    options=SMALL)  # fmt: skip
+    assert spec.pooling == "network"
+    model = random_model(spec)
+    attended = model(preprocess(torch.from_numpy(tiles()), spec)).detach()
+    np.testing.assert_allclose(embed_tiles(model, tiles(), device="cpu"), attended, atol=1e-5)
+    mean = embed_tiles(random_model(replace(spec, pooling="avg")), tiles(), device="cpu")
+    assert np.abs(mean - attended.numpy()).max() > 1e-2
+
+
+SWIN = {"img_size": 64, "depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "dim"),
+    [("resnet18", {}, 512), ("swin_tiny_patch4_window7_224", SWIN, 48), ("mobilenetv3_small_050", {}, 1024)],
+)
+def test_a_network_without_tokens_averages_its_map_and_has_no_class_token(arch, options, dim):
+    spec = replace(TINY, arch=arch, options=options, dim=dim, input_size=64)
+    model = random_model(spec)
+    out = embed_tiles(model, tiles(2, 64), device="cpu")
+    if arch != "mobilenetv3_small_050":  # which has a layer after pooling
+        with torch.no_grad():
+            cells = model.forward_features(preprocess(torch.from_numpy(tiles(2, 64)), spec))
+        mean = cells.mean((2, 3) if arch == "resnet18" else (1, 2))
+        np.testing.assert_allclose(out, mean, atol=1e-5)
+    np.testing.assert_array_equal(embed_tiles(random_model(replace(spec, pooling="network")), tiles(2, 64)), out)
+    for pooling in ("token", "token+avg"):
+        words = rf"pooling is '{re.escape(pooling)}', but {arch} has no class token; take 'avg'"
+        with pytest.raises(ValueError, match=words):
+            random_model(replace(spec, pooling=pooling))
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "pooling", "words"),
+    [
+        ("resnet18", {"global_pool": "max"}, "avg", "resnet18 pools by 'max'; take 'network'"),
+        ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4, "class_token": False, "global_pool": "avg"}, "token",
+         "has no class token; take 'avg'"),  # its first token is a register
+        ("vit_base_patch16_siglip_224", SMALL, "token+avg", "has no class token; take 'avg'"),
+    ],
+)  # fmt: skip
+def test_a_pooling_that_the_network_cannot_give_is_refused_with_one_that_it_can(arch, options, pooling, words):
+    with pytest.raises(ValueError, match=words):
+        random_model(replace(TINY, arch=arch, options=options, dim=48, pooling=pooling))
 
 
 def test_compute_type_is_a_value_of_the_row(monkeypatch):
@@ -407,3 +476,127 @@ def test_too_little_memory_names_the_option(monkeypatch):
     monkeypatch.setattr(model, "forward", full)
     with pytest.raises(MemoryError, match=r"16 tiles of mini at once; --batch-size 8"):
         embed_tiles(model, np.zeros((20, 224, 224, 3), np.uint8), batch_size=16, device="cpu")
+
+
+# any network -------------------------------------------------------------------------------------------------------
+
+
+class Colours(torch.nn.Module):
+    """A network without weights: the mean of every channel, and what it saw."""
+
+    def forward(self, x):
+        self.seen = x
+        return x.mean((2, 3))
+
+
+def test_any_module_embeds_tiles_with_imagenets_statistics_at_their_own_size():
+    net, x = Colours(), tiles(5, 20)
+    out = embed_tiles(net, x, device="cpu")
+    assert (out.shape, out.dtype) == ((5, 3), np.float32)
+    np.testing.assert_allclose(out, (x.mean((1, 2)) / 255 - IMAGENET[0]) / IMAGENET[1], atol=1e-5)
+    assert net.seen.shape == (5, 3, 20, 20)
+    wide = embed_tiles(net, x[:, :10], device="cpu")
+    np.testing.assert_allclose(wide, (x[:, :10].mean((1, 2)) / 255 - IMAGENET[0]) / IMAGENET[1], atol=1e-5)
+
+
+def test_any_module_takes_mean_standard_deviation_and_size():
+    net, x = Colours(), np.full((2, 20, 20, 3), 51, dtype=np.uint8)
+    given = {"mean": [0.1, 0.2, 0.5], "std": np.array([0.5, 0.1, 1.0]), "input_size": 8}
+    out = embed_tiles(net, x, device="cpu", **given)
+    np.testing.assert_allclose(out, [[0.2, 0.0, -0.3]] * 2, atol=1e-5)
+    assert net.seen.shape == (2, 3, 8, 8)
+
+
+def test_what_is_given_goes_before_what_a_students_row_says():
+    model = random_model()
+    own = embed_tiles(model, tiles(), device="cpu")
+    same = embed_tiles(model, tiles(), mean=TINY.mean, std=TINY.std, input_size=32, device="cpu")
+    np.testing.assert_array_equal(same, own)
+    half = (0.5, 0.5, 0.5)
+    other = random_model(replace(TINY, mean=half, std=half))
+    got = embed_tiles(model, tiles(), mean=half, std=half, device="cpu")
+    np.testing.assert_array_equal(got, embed_tiles(other, tiles(), device="cpu"))
+    assert np.abs(got - own).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_module_computes_in_the_type_of_its_weights(kind):
+    net = torch.nn.Sequential(Colours(), torch.nn.Linear(3, 4, dtype=kind))
+    out = embed_tiles(net, tiles(), device="cpu")
+    assert net[0].seen.dtype == kind
+    np.testing.assert_allclose(out, embed_tiles(net.float(), tiles(), device="cpu"), atol=0.05)
+    assert out.dtype == np.float32
+
+
+def test_a_student_inside_data_parallel_is_the_student():
+    model = random_model()
+    wrapped = torch.nn.DataParallel(model)
+    np.testing.assert_array_equal(
+        embed_tiles(wrapped, tiles(), device="cpu"), embed_tiles(model, tiles(), device="cpu")
+    )
+    net = torch.nn.DataParallel(torch.nn.Sequential(Colours()))
+    np.testing.assert_array_equal(
+        embed_tiles(net, tiles(), device="cpu"), embed_tiles(Colours(), tiles(), device="cpu")
+    )
+
+
+def test_every_part_of_a_network_is_afterwards_in_the_mode_it_was_in():
+    net = torch.nn.Sequential(Colours(), torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(3)).train()
+    net[2].eval()
+    out = embed_tiles(net, tiles(), device="cpu")
+    np.testing.assert_allclose(out, embed_tiles(net[0], tiles(), device="cpu"), rtol=1e-4)  # nothing dropped
+    assert [m.training for m in net] == [True, True, False]
+    assert net.training
+    with pytest.raises(ValueError, match="whole numbers"):
+        embed_tiles(net, tiles().astype(float), device="cpu")
+    assert net.training
+    assert net[2].num_batches_tracked == 0
+    net(torch.ones(2, 3, 4, 4)).sum().backward()  # nothing that it kept is of inference mode
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x, _: list(x),
+        lambda x, _: x.astype(np.int64),
+        lambda x, _: x[:, ::-1, ::-1],
+        lambda x, path: np.lib.format.open_memmap(path, "w+", x.dtype, x.shape),
+    ],
+)
+def test_tiles_may_be_held_in_any_way(tmp_path, source):
+    x = source(tiles(), tmp_path / "x.npy")
+    expected = np.asarray(x).mean((1, 2)) / 255
+    out = embed_tiles(Colours(), x, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3, device="cpu")
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "options", "words"),
+    [
+        (torch.nn.Identity(), tiles(), {}, r"gives \(7, 3, 32, 32\) for 7 tiles; one row of D features a tile"),
+        (torch.nn.Flatten(0), tiles(), {}, r"Flatten gives \(21504,\) for 7 tiles"),
+        (Colours(), tiles(1)[0], {}, r"tiles are RGB, \(n, H, W, 3\) with the colours last, not \(32, 32, 3\)"),
+        (Colours(), tiles().transpose(0, 3, 1, 2), {}, r"with the colours last, not \(7, 3, 32, 32\)"),
+        (Colours(), np.zeros((2, 8, 8, 4), np.uint8), {}, r"tiles are RGB.*not \(2, 8, 8, 4\)"),
+        (Colours(), tiles() / 255, {}, r"whole numbers from 0 to 255 \(uint8\), not these float64; .*\(255 \* tiles\)"),
+        (Colours(), tiles().astype(np.uint16) * 257, {}, "not these uint16"),
+        (Colours(), tiles() > 99, {}, "not these bool"),
+        (Colours(), tiles(0), {}, "there are no tiles, so how many features Colours gives is not known"),
+        (Colours(), tiles(), {"mean": 0.5}, "mean is three numbers"),
+        (Colours(), tiles(), {"mean": (123.7, 116.3, 103.5)}, "mean is on a scale of 0 to 1.*divide by 255"),
+        (Colours(), tiles(), {"std": (0.5, 0, 0.5)}, "std is on a scale"),
+        (Colours(), tiles(), {"input_size": (3, 224, 224)}, r"side of a square in pixels.*not \(3, 224, 224\)"),
+        (lambda x: x, tiles(), {}, "a network is an nn.Module from"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_embedded_is_said_in_one_sentence(net, x, options, words):
+    with pytest.raises(ValueError, match=words) as stop:
+        embed_tiles(net, x, device="cpu", **options)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_students_output_of_another_width_than_its_row_is_refused():
+    model = random_model(replace(TINY, options=TINY.options | {"global_pool": ""}, pooling="network"))
+    with pytest.raises(ValueError, match=r"tiny gives \(7, 5, 48\) for 7 tiles; one row of 48 features"):
+        embed_tiles(model, tiles(), device="cpu")
+    assert embed_tiles(random_model(), tiles(0), device="cpu").shape == (0, 48)

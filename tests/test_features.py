@@ -3,6 +3,7 @@
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.features import write_features
@@ -22,6 +23,17 @@ def test_every_spot_has_its_features_and_its_place(mini_cohort, tmp_path):
     said = adata.uns["peka_lite"]
     assert (said["backbone"], said["weights"], said["method"]) == ("mini", "random, seed 0", "none")
     assert list(tmp_path.iterdir()) == [tmp_path / "f.h5ad"]
+
+
+def test_any_networks_features_are_written_with_how_it_saw_the_tiles(mini_cohort, tmp_path):
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": 64}
+    write_features(mini_cohort, tmp_path / "f.h5ad", net, **half, device="cpu")
+    adata = ad.read_h5ad(tmp_path / "f.h5ad")
+    assert np.array_equal(adata.X, embed_tiles(net, mini_cohort.tiles, **half, device="cpu"))
+    said = adata.uns["peka_lite"]
+    assert (said["backbone"], said["weights"]) == ("Sequential", "a network in memory")
+    assert [list(said[name]) for name in half] == [[0.5] * 3, [0.5] * 3, [64]]
 
 
 def test_another_ending_is_refused_before_any_work(mini_cohort, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from test_trained import GENES, moved, write_folder
 
 from peka_lite.adapters import merge
-from peka_lite.backbones import BACKBONES
+from peka_lite.backbones import BACKBONES, build, pooled
 from peka_lite.card import LICENCES, POOLING, _options, model_card, usage
 from peka_lite.probe_files import load_probes
 from peka_lite.sharing import export
@@ -46,7 +46,8 @@ def front(card):
 def of(trained, name, *, origin="hub", **changes):
     """The same model under another row of the registry, as if its published weights had been taught."""
     spec = BACKBONES[name]
-    student = timm.create_model("resnet10t", num_classes=0)
+    with torch.device("meta"):
+        student = build(spec)
     student.spec, student.weights_origin = spec, f"hub {spec.source}" if origin == "hub" else origin
     config = object.__new__(type(trained.config))
     for key, value in (trained.config.as_dict() | {"backbone": name, "weights": origin} | changes).items():
@@ -97,6 +98,20 @@ def test_the_cards_code_names_every_option_of_a_row(name, folder):
     assert eval(f"dict({written.removeprefix(', ')})", room) == dict(trained.student.spec.options)
     assert written in usage(trained)
     assert ("forward_features" in usage(trained)) == (trained.student.spec.pooling == "token+avg")
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg", "token+avg", "network"])
+@pytest.mark.parametrize("own", ["token", "avg"])
+def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
+    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": own, "reg_tokens": 2}
+    dim, arch = 96 if "+" in pooling else 48, "vit_tiny_patch16_224"
+    student = build(replace(BACKBONES["mini"], arch=arch, dim=dim, pooling=pooling, options=options)).eval()
+    student.spec = replace(BACKBONES["mini"], pooling=pooling, options=options)
+    code, x = usage(replace(load_trained(folder), student=student)), torch.randn(2, 3, 32, 32)
+    expression = re.search(r"return (.+)\.numpy\(\)", code)[1]
+    got = eval(expression, {"model": student, "torch": torch, "x": x})
+    torch.testing.assert_close(got, pooled(student, x))
+    assert got.shape == (2, dim)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -210,7 +225,9 @@ def test_a_cohort_of_the_manifest_has_its_licence_named(folder):
 def test_exporting_what_must_not_be_shared_warns(folder, tmp_path, monkeypatch):
     import peka_lite.sharing as room
 
-    forbidden = of(load_trained(folder), "uni")
+    small = timm.create_model("resnet10t", num_classes=0)
+    small.spec, small.weights_origin = BACKBONES["uni"], "hub MahmoodLab/UNI"
+    forbidden = replace(of(load_trained(folder), "uni"), student=small)
     monkeypatch.setattr(room, "load_trained", lambda *_, **__: forbidden)
     with pytest.warns(UserWarning, match="out must not be shared: the parent weights are CC-BY-NC-ND-4.0"):
         export(folder, tmp_path / "out")

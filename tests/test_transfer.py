@@ -435,3 +435,11 @@ def test_options_that_must_be_positive_are_refused_at_zero(option):
 def test_unknown_space_lists_the_known_ones():
     with pytest.raises(ValueError, match="'pixels'; known: embedding, logits"):
         student(kd_space="pixels")
+
+
+def test_a_network_that_is_no_student_is_refused_with_what_makes_it_one():
+    with pytest.raises(ValueError, match=r"Sequential has no registry row: .*load_backbone; .*register_backbone"):
+        TransferModel(torch.nn.Sequential(), teacher_dim=6, n_classes=3)
+    plain = TransferModel(load_backbone(TINY, weights="random"), teacher_dim=6, n_classes=3)
+    with pytest.raises(ValueError, match="carries no adapter: adapt it first"):
+        teach(plain)
