@@ -23,7 +23,8 @@ from peka_lite._hest_files import HestFormatError, check_spots, patient_name, re
 from peka_lite.hest import Slide, read_slide
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.tiles import TILE_SHAPE
-from peka_lite.wsi import ResolutionError, WholeSlide, open_slide
+from peka_lite.tissue import check_stain
+from peka_lite.wsi import ResolutionError, SlideError, WholeSlide, open_slide
 
 FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
 PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
@@ -87,7 +88,8 @@ def add_slide(
     HestFormatError
         For counts that are not raw, duplicate barcodes, missing coordinates, and centres that do not fit the image.
     FileNotFoundError, SlideError
-        As `open_slide`, also where no resolution is known.
+        As `open_slide`, also where no resolution is known, for an image that is turned by an Orientation tag, and for
+        one that is grey, fluorescent or inverted where the spots are.
 
     Examples
     --------
@@ -121,6 +123,13 @@ def add_slide(
             error.path, error.what, f"{error.fix}; for Visium 'visium' takes them from the distance between spots"
         ) from None
     with opened as slide:
+        if slide.orientation != 1:
+            raise SlideError(
+                image,
+                f"its Orientation tag, {slide.orientation}, turns or mirrors it, and nothing says whether centres are "
+                "counted on the image as it is stored or as it is shown",
+                "Save it as Space Ranger read it, without the tag",
+            )
         _check_centres(centres, slide, slide_id)
         if technology == "Visium" and distance is not None:
             _check_distance(distance, slide, slide_id)
@@ -128,9 +137,12 @@ def add_slide(
         inside = ((centres - half >= 0) & (centres + half <= slide.size)).all(1)  # (N,)
         if not inside.any():
             raise HestFormatError(slide.path, f"none of {len(centres)} tiles of 112 um lies in it", "Is it cut close?")
+        picture, scale = slide.thumbnail(1000)
+        check_stain(slide, _around(picture, centres[inside] * scale, half * scale))
         fields = _fields(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
         fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
-        spots.uns["spatial"] = {"ST": _picture(slide, spot_um)}
+        factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
+        spots.uns["spatial"] = {"ST": {"images": {IMAGE_KEY: picture}, "scalefactors": factors}}
         _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, progress)
     made = read_slide(root, slide_id)
     dropped = made.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
@@ -249,10 +261,12 @@ def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
         )
 
 
-def _picture(slide: WholeSlide, spot_um: float) -> dict:
-    image, scale = slide.thumbnail(1000)
-    factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
-    return {"images": {IMAGE_KEY: image}, "scalefactors": factors}
+def _around(picture: np.ndarray, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Return the pixels (n, 3) of a picture that lie on any tile, given the tiles' centres and half their sides."""
+    covered = np.zeros(picture.shape[:2], dtype=bool)
+    for (left, top), (right, bottom) in zip((centres - half).astype(int), (centres + half).astype(int), strict=True):
+        covered[top : bottom + 1, left : right + 1] = True
+    return picture[covered]
 
 
 def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:

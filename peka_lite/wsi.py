@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from peka_lite._pictures import PictureError, read_picture
 from peka_lite.tiles import TILE_SHAPE
 
 TILE = TILE_SHAPE[0]
@@ -21,11 +22,12 @@ TILE_MPP = 0.5  # um/px, as HEST-1k's tiles
 COARSEST = 1.0  # um/px: beyond, a tile would be made of fewer than a quarter of its pixels
 NEAR = 1.02  # scanners of 0.5 um/px write anything from 0.49 to 0.51
 PLAUSIBLE = (0.05, 50.0)  # um/px; 72 dpi, which many programs write for want of better, would be 353
+ALIKE = 1.05  # most that a level may be shrunk more one way than the other
 SQUARE = 1.1  # most that one side of a pixel may exceed the other
 LANCZOS_REACH = 3  # the filter's reach to either side, in pixels of the coarser grid
 BLOCK = 2048  # pixels of a level read at once for a thumbnail
 PER_UNIT = {"centimeter": 1e4, "inch": 25400.0}  # um
-COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr")  # Pillow's modes of plain images that are taken
+TIFFS = ("generic-tiff", "aperio")  # OpenSlide's formats that programs other than scanners' write too
 
 
 class SlideError(ValueError):
@@ -71,6 +73,8 @@ class WholeSlide:
         OpenSlide turns positions into that level's.
     fingerprint
         Hash of the file's size, time and content as OpenSlide samples it; 16 hex digits.
+    orientation
+        The file's Orientation tag, by which the image was turned; 1: as stored.
 
     Examples
     --------
@@ -87,6 +91,7 @@ class WholeSlide:
     size: tuple[int, int]
     levels: tuple[tuple[float, float, float], ...]
     fingerprint: str
+    orientation: int
     _open: Callable[[], object] = field(compare=False)
     _idle: list = field(default_factory=list, compare=False)
 
@@ -151,7 +156,11 @@ class WholeSlide:
 
     def _level(self, x: float, y: float) -> int:
         """Return the coarsest level whose pixels span at most (x, y) pixels of level 0, or the finest."""
-        fine = [i for i, (rx, ry, _) in enumerate(self.levels) if rx <= x * NEAR and ry <= y * NEAR]
+        fine = [
+            i
+            for i, (rx, ry, _) in enumerate(self.levels)
+            if rx <= x * NEAR and ry <= y * NEAR and max(rx, ry) <= min(rx, ry) * ALIKE  # else a label, not a level
+        ]
         return max(fine, default=0)
 
     def _read(self, x: float, y: float, width: float, height: float, shape: tuple[int, int]) -> np.ndarray:
@@ -206,8 +215,11 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     Parameters
     ----------
     path
-        SVS, NDPI, MRXS, SCN, tiled TIFF, ...; with a pyramid of any kind, or one level. What OpenSlide cannot read but
-        Pillow can, as a TIFF without tiles, a PNG or a JPEG, is held whole in memory (3 bytes a pixel).
+        SVS, NDPI, MRXS, SCN, tiled TIFF, ...; with a pyramid of any kind, or one level. What OpenSlide cannot read, or
+        not rightly, is held whole in memory (4 bytes a pixel): a TIFF without tiles, a PNG or a JPEG; of a TIFF also
+        16 bits a channel, planes of red, green and blue, a full-scale image that is not the first page, and an
+        Orientation tag, by which it is turned. Alpha shows white through, unless it is 0 throughout: then it is
+        ignored.
     mpp
         Microns per pixel of level 0, both ways; None reads them from the file. Where given, what the file says
         does not count.
@@ -217,9 +229,9 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     FileNotFoundError
         For a file that is not there.
     SlideError
-        For a file that neither can read or that has no 8-bit colours, without a plausible resolution, with pixels more
-        than 10 % longer one way than the other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns: tiles are
-        blown up.
+        For a file that cannot be read, or whose largest image is not one in RGB; without a plausible resolution, with
+        pixels more than 10 % longer one way than the other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns:
+        tiles are blown up.
 
     Examples
     --------
@@ -240,17 +252,26 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a whole-slide image")
+    again, handle, properties, why, orientation = functools.partial(openslide.OpenSlide, path), None, {}, "", 1
     try:
-        again = functools.partial(openslide.OpenSlide, path)
         handle = again()
         properties = dict(handle.properties)
     except openslide.OpenSlideError as error:
-        image = _plain(path, error)
-        again = functools.partial(openslide.ImageSlide, image)
-        handle = again()
-        dots = dict(zip("XY", image.info.get("dpi", ()), strict=False))
-        properties = {f"tiff.{axis}Resolution": str(value) for axis, value in dots.items()}
-        properties["tiff.ResolutionUnit"] = "inch"
+        why = f"OpenSlide cannot read it ({error}), nor can Pillow or tifffile"
+    if handle is None or properties.get("openslide.vendor") in TIFFS:
+        try:
+            picture = read_picture(path, handle)
+        except PictureError as error:
+            raise SlideError(path, error.what, error.fix) from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SlideError(
+                path,
+                why or f"its full scale cannot be read ({error})",
+                "Convert it to a tiled pyramidal TIFF, with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
+            ) from None
+        if picture is not None:
+            again = functools.partial(openslide.ImageSlide, picture.image)
+            handle, properties, orientation = again(), picture.properties, picture.orientation
     size, levels = handle.dimensions, tuple(zip(handle.level_dimensions, handle.level_downsamples, strict=True))
     resolution = _resolution(path, properties, mpp)
     if max(resolution) > TILE_MPP * NEAR:
@@ -266,34 +287,10 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
         size=size,
         levels=tuple((*_ratio(size, dimensions), factor) for dimensions, factor in levels),
         fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
+        orientation=orientation,
         _open=again,
         _idle=[handle],
     )
-
-
-def _plain(path: Path, why: Exception) -> Image.Image:
-    """Read an image that OpenSlide does not know, whole."""
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # microscopes' images are larger than photographs
-    try:
-        with Image.open(path) as image:
-            if image.mode not in COLOUR:
-                raise SlideError(
-                    path, f"its pixels are of mode {image.mode}, not 8-bit colours", "Give the H&E image in RGB"
-                )
-            whole = image if image.mode == "RGBA" else image.convert("RGB")
-            whole.load()
-            whole.info = dict(image.info)
-            return whole.copy() if whole is image else whole
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, SlideError):
-            raise
-        raise SlideError(
-            path,
-            f"OpenSlide cannot read it ({why}), nor can Pillow",
-            "Convert it to a tiled pyramidal TIFF, with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
-        ) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
 
 
 def _resolution(path: Path, properties: dict, mpp: float | None) -> tuple[float, float]:

@@ -1,0 +1,272 @@
+"""The one picture in RGB at full scale that an image file holds: read rightly, or refused with what was seen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import openslide
+    from tifffile import TiffFile, TiffPage, TiffPageSeries
+
+MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes with colours of 8 bits
+RGB, YCBCR = 2, 6  # TIFF's PhotometricInterpretation
+GREYS = (0, 1)
+JPEG = (6, 7)  # TIFF's Compression; its decoder turns YCbCr into RGB
+IGNORED, PREMULTIPLIED = 0, 1  # TIFF's ExtraSamples: of no stated meaning; alpha that colours are multiplied by
+UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras write into 16
+ROWS = 512  # converted at once, to spare memory
+BLOCK = 2048  # pixels of a side read at once
+NUMBERED = r"(c|ch|channel|band|plane|sample|image)?[\s:_/#-]*(\d+[\s:_/#-]*)*"  # names that say nothing of colours
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+class PictureError(ValueError):
+    """A file that does not hold one picture in RGB; `what` was seen, `fix` would do."""
+
+    def __init__(self, what: str, fix: str = "Give the H&E image at full scale in RGB, with 8 bits a channel"):
+        super().__init__(f"{what}. {fix}")
+        self.what, self.fix = what, fix
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in memory.
+
+    Attributes
+    ----------
+    image
+        Of mode RGB, upright.
+    orientation
+        The file's Orientation tag (1 to 8), by which the picture was turned; 1: as stored.
+    properties
+        Resolution by the names of OpenSlide's properties.
+    """
+
+    image: Image.Image
+    orientation: int
+    properties: dict
+
+
+def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | None:
+    """Read the largest picture of a file whole; None where `slide`, OpenSlide's view of the file, shows the same.
+
+    Raises
+    ------
+    PictureError
+        For several pictures of that size, channels that are not red, green and blue, and values of unknown range.
+    OSError, SyntaxError, ValueError
+        For a file that cannot be decoded.
+    """
+    import tifffile
+
+    try:
+        tiff = tifffile.TiffFile(path)
+    except Exception:  # of many kinds, where bytes are not a TIFF's
+        return _read_plain(path) if slide is None else None
+    with tiff:
+        try:
+            series = list(tiff.series)
+        except Exception:
+            series = []
+        if not series:
+            return _read_plain(path) if slide is None else None
+        try:
+            chosen, order = _choose(series, tiff)
+        except PictureError:
+            if slide is None and len(tiff.pages) == 1:
+                return _read_plain(path)  # Pillow reads more depths, and says what it sees
+            raise
+        page = chosen.keyframe
+        orientation = _tag(page, 274, 1)
+        extra = [int(kind) for kind in page.extrasamples]
+        first, usual = page.index == 0, order is None and page.dtype == np.uint8 and _depth(page) == 8
+        if slide is not None and first and usual and orientation not in TURNS and slide.dimensions == _size(chosen):
+            alpha = extra and extra[0] != IGNORED
+            if not extra or (alpha and not _is_transparent(slide)):
+                return None
+        if first and usual and not extra:
+            try:
+                return _read_plain(path)
+            except (OSError, SyntaxError):  # of a compression that Pillow does not know
+                pass
+        in_rgb = int(page.photometric) == RGB or (int(page.photometric) == YCBCR and int(page.compression) in JPEG)
+        if order is None and not in_rgb:
+            raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
+        array = _channels_last(chosen)  # (h, w, channels)
+        alpha = array[..., 3] if order is None and extra and extra[0] != IGNORED else None
+        if alpha is not None and not alpha.any():  # nothing of the picture would be seen: it was never filled in
+            alpha = None
+        colours = array[..., list(order or (0, 1, 2))]
+        image = Image.fromarray(_to_8_bits(colours, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
+        properties = {f"tiff.{axis}Resolution": _tag(page, tag, None) for axis, tag in (("X", 282), ("Y", 283))}
+        properties = {name: str(value[0] / value[1]) for name, value in properties.items() if value and value[1]}
+        properties["tiff.ResolutionUnit"] = UNITS.get(_tag(page, 296, 2), "")
+        if first and slide is not None:
+            properties |= slide.properties
+        return _upright(image, orientation, properties)
+
+
+def _read_plain(path: Path) -> Picture:
+    """Read an image with Pillow."""
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # microscopes' images are larger than photographs
+    try:
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise PictureError(f"its pixels are of mode {image.mode}, not 8-bit colours")
+            orientation = image.getexif().get(274, 1)
+            dots = dict(zip("XY", image.info.get("dpi", ()), strict=False))
+            image.load()
+            left = image.getexif().get(274, 1)  # Pillow turns a TIFF itself
+            whole = image
+            if image.mode in ("RGBA", "PA") or "transparency" in image.info:
+                whole = image.convert("RGBA")
+                alpha = whole.getchannel("A")
+                if alpha.getextrema()[1]:  # as in `read_picture`
+                    white = Image.new("RGB", whole.size, "white")
+                    white.paste(whole, mask=alpha)
+                    whole = white
+            whole = whole.convert("RGB") if whole.mode != "RGB" else whole.copy()
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+    properties = {f"tiff.{axis}Resolution": str(value) for axis, value in dots.items()}
+    return _upright(whole, orientation, properties | {"tiff.ResolutionUnit": "inch"}, left=left)
+
+
+def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSeries, tuple[int, ...] | None]:
+    """Return the largest picture and, where its channels stand for themselves, which are red, green and blue."""
+    most = max(np.prod(_size(s)) for s in series)
+    largest = [s for s in series if np.prod(_size(s)) == most]
+    width, height = _size(largest[0])
+    flat = [s for s in largest if all(n == 1 or axis in "YXCS" for axis, n in zip(s.axes, s.shape, strict=True))]
+    coloured = [s for s in flat if int(s.keyframe.photometric) not in GREYS and _count(s, "C") == 1]
+    several = len(coloured) > 1 or any(int(s.keyframe.photometric) not in GREYS for s in largest if s not in coloured)
+    if several or (not coloured and len(largest) > 1):
+        seen = "; ".join(_describe(s) for s in largest)
+        raise PictureError(
+            f"it holds more than one picture of {width} x {height} px, its largest size ({seen})",
+            "Give a file with the one H&E image that is meant, in RGB",
+        )
+    if coloured:
+        return coloured[0], None
+    only = largest[0]
+    names = _channel_names(tiff, series.index(only))
+    order = _order(names, _count(only, "C") * _count(only, "S")) if flat else None
+    if order is None:
+        named = f", channels {', '.join(names)}" if any(names) else ""
+        raise PictureError(f"its largest picture, {width} x {height} px, is not in colours ({_describe(only)}{named})")
+    return only, order
+
+
+def _order(names: list[str], n: int) -> tuple[int, ...] | None:
+    """Return the places of red, green and blue among `n` channels: by their names, or as they stand where none says."""
+    known = [name.strip().lower() for name in names]
+    for colours in (("red", "green", "blue"), ("r", "g", "b")):
+        if all(known.count(colour) == 1 for colour in colours) and len(known) == n:
+            return tuple(known.index(colour) for colour in colours)
+    return (0, 1, 2) if n == 3 and all(re.fullmatch(NUMBERED, name) for name in known) else None
+
+
+def _channel_names(tiff: TiffFile, index: int) -> list[str]:
+    """Return what OME-XML or ImageJ call the channels of a picture; empty where they do not."""
+    if tiff.ome_metadata:
+        try:
+            images = ElementTree.fromstring(tiff.ome_metadata).findall("{*}Image")
+        except ElementTree.ParseError:
+            return []
+        channels = images[index].findall("{*}Pixels/{*}Channel") if index < len(images) else []
+        return [channel.get("Name", "") for channel in channels]
+    return list((tiff.imagej_metadata or {}).get("Labels", ()))
+
+
+def _describe(series: TiffPageSeries) -> str:
+    page = series.keyframe
+    shape = " x ".join(map(str, series.shape))
+    return f"axes {series.axes}, {shape}, {series.dtype}, {getattr(page.photometric, 'name', page.photometric)}"
+
+
+def _size(series: TiffPageSeries) -> tuple[int, int]:
+    return _count(series, "X"), _count(series, "Y")
+
+
+def _count(series: TiffPageSeries, axis: str) -> int:
+    return dict(zip(series.axes, series.shape, strict=True)).get(axis, 1)
+
+
+def _tag(page: TiffPage, code: int, default):
+    return page.tags.valueof(code, default)
+
+
+def _depth(page: TiffPage) -> int:
+    bits = page.bitspersample
+    return max(bits) if isinstance(bits, tuple) else bits
+
+
+def _channels_last(series: TiffPageSeries) -> np.ndarray:
+    """Read the finest level as (h, w, channels)."""
+    array, axes = series.levels[0].asarray(), series.axes
+    y, x = axes.index("Y"), axes.index("X")
+    array = np.moveaxis(array, (y, x), (0, 1))
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _to_8_bits(colours: np.ndarray, alpha: np.ndarray | None, depth: int, *, premultiplied: bool) -> np.ndarray:
+    """Scale (h, w, 3) colours to uint8, over white where `alpha` (h, w) lets it through."""
+    full = _full_scale(colours, depth)
+    if alpha is None and full == 255 and colours.dtype == np.uint8:
+        return np.ascontiguousarray(colours)
+    opaque = None if alpha is None else _full_scale(alpha, depth)
+    image = np.empty(colours.shape, dtype=np.uint8)
+    for start in range(0, len(image), ROWS):
+        rows = slice(start, start + ROWS)
+        part = colours[rows] / np.float32(full)
+        if opaque is not None:
+            cover = (alpha[rows] / np.float32(opaque))[..., None]
+            part = (part if premultiplied else part * cover) + 1 - cover
+        image[rows] = np.rint(np.clip(part, 0, 1) * 255)
+    return image
+
+
+def _full_scale(values: np.ndarray, depth: int) -> float:
+    """Return the value that stands for the brightest: of 16 bits often fewer are used, and of floats no type says."""
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind == "u" and depth <= 16:
+        return 2 ** (depth if depth < 16 else next(bits for bits in DEPTHS if high < 2**bits)) - 1
+    if values.dtype.kind == "f" and low >= 0 and high <= 255:  # false for NaN
+        return 1 if high <= 1 else 255
+    raise PictureError(f"its values are {values.dtype} from {low:g} to {high:g}, of which nothing says what is white")
+
+
+def _is_transparent(slide: openslide.OpenSlide) -> bool:
+    """Tell whether alpha is 0 throughout the coarsest level."""
+    level = slide.level_count - 1
+    width, height = slide.level_dimensions[level]
+    factor = slide.level_downsamples[level]
+    for y in range(0, height, BLOCK):
+        for x in range(0, width, BLOCK):
+            size = min(BLOCK, width - x), min(BLOCK, height - y)
+            if slide.read_region((round(x * factor), round(y * factor)), level, size).getextrema()[3][1]:
+                return False
+    return True
+
+
+def _upright(image: Image.Image, orientation: int, properties: dict, *, left: int | None = None) -> Picture:
+    """Turn an image as `left` says, by default its orientation; where rows become columns, so do their resolutions."""
+    left = orientation if left is None else left
+    if orientation in TURNS and orientation > 4:
+        swap = {"x": "y", "y": "x", "X": "Y", "Y": "X"}
+        axis = re.compile(r"(?<=tiff\.)[XY](?=Resolution)|(?<=openslide\.mpp-)[xy]")
+        properties = {axis.sub(lambda found: swap[found[0]], name): value for name, value in properties.items()}
+    image = image.transpose(TURNS[left]) if left in TURNS else image
+    return Picture(image, orientation if orientation in TURNS else 1, properties)
