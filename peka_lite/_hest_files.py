@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import difflib
+import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -121,21 +124,72 @@ def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str]
 
 def patient_name(value) -> str | None:
     """Return a patient's name, or None where the field is blank: null, NaN (Python's JSON knows it) or spaces."""
-    return None if pd.isna(value) else str(value).strip() or None
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value).strip() or None
 
 
-def read_patients(patients) -> dict[str, str]:
-    """Return slide id -> patient from a mapping or a CSV file with columns id and patient."""
+def read_patients(patients, known: Collection[str]) -> dict[str, str]:
+    """Return slide id -> patient from a mapping, or from a CSV file with columns id and patient on slides in `known`.
+
+    Every row of a file counts: a blank patient leaves what the metadata say, and what cannot be used is refused by its
+    line. Commas, semicolons or tabs part the columns, as spreadsheets write them.
+    """
     if patients is None or isinstance(patients, Mapping):
-        return {i: name for i, value in (patients or {}).items() if (name := patient_name(value))}
+        return {str(i): name for i, value in (patients or {}).items() if (name := patient_name(value))}
     path = Path(patients)
     if not path.is_file():
         raise HestFormatError(path, "file is missing", "Give a CSV file with columns id and patient")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"id", "patient"} <= rows[0].keys():
-        raise HestFormatError(path, "columns id and patient are missing", "Give one line a slide: id,patient")
-    return {r["id"].strip(): name for r in rows if (name := patient_name(r["patient"]))}
+    found: dict[str, tuple[str | None, int]] = {}
+    for line, row in _read_rows(path, ("id", "patient")):
+        slide, who = row["id"], row["patient"] or None
+        if not slide:
+            raise HestFormatError(path, f"line {line} names patient {who!r} and no slide", "Fill in its id")
+        if slide not in known:
+            near = difflib.get_close_matches(slide, known, 1, 0.5)
+            fix = f"Is it {near[0]}?" if near else f"The cohort has {', '.join(sorted(known)[:8])}"
+            raise HestFormatError(path, f"line {line} names slide {slide!r}, which the cohort does not have", fix)
+        before, first = found.setdefault(slide, (who, line))
+        if who != before:
+            raise HestFormatError(
+                path,
+                f"lines {first} and {line} name two patients of {slide}: {before or 'blank'} and {who or 'blank'}",
+                "Keep the one that is right",
+            )
+    return {slide: who for slide, (who, _) in found.items() if who}
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Give the number of each line of a table, from 1, and its stripped cells in `columns`; blank lines are skipped."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HestFormatError(path, f"is no text in UTF-8 ({error})", "Save the table as CSV in UTF-8") from None
+    head = text.lstrip().partition("\n")[0]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    names: list[str] = []
+    n_rows = 0
+    for cells in lines:
+        cells = [cell.strip() for cell in cells]
+        if not any(cells):
+            continue
+        if not names:
+            names = [cell.lower() for cell in cells]
+            if any(names.count(column) != 1 for column in columns):
+                break
+            continue
+        n_rows += 1
+        if any(cells[len(names) :]):
+            raise HestFormatError(
+                path,
+                f"line {lines.line_num} has {len(cells)} fields, the first line {len(names)}",
+                'Put a field that holds the separator in "quotes"',
+            )
+        cells += [""] * (len(names) - len(cells))  # spreadsheets leave blanks at the end out
+        yield lines.line_num, {column: cells[names.index(column)] for column in columns}
+    if not n_rows:
+        raise HestFormatError(
+            path, f"columns {' and '.join(columns)} are missing", f"Give one line a slide: {','.join(columns)}"
+        )
 
 
 def read_metadata(path: Path) -> dict:

@@ -267,7 +267,8 @@ def read_cohort(
         Slides to read, in this order; by default every slide of ``st``, sorted by name.
     patients
         Slide id -> patient, or a CSV file with columns ``id`` and ``patient``. It fills in and overrides the
-        metadata, which HEST leaves blank for whole cohorts. Blocks cut from one person get one name.
+        metadata, which HEST leaves blank for whole cohorts. Blocks cut from one person get one name. Of a file every
+        row counts: one that names no slide of the folder, or another patient than a row before, is refused.
     keep_targeted
         Keep slides measured with a targeted panel. By default a slide with fewer than half of the cohort's median
         number of genes is left out, named in a warning and in `Cohort.left_out`: sharing genes with it would
@@ -296,7 +297,7 @@ def read_cohort(
         raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(found)}")
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
-    who = read_patients(patients)
+    who = read_patients(patients, found)
     if who and not who.keys() & set(found):
         raise ValueError(
             f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
