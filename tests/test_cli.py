@@ -160,7 +160,9 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
     assert call("map @genes.h5ad --out @map.png").startswith(f"{tmp_path / 'map.png'}: ")
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     add = f"--image {tmp_path}/scan.tif --cohort {tmp_path}/own --mpp visium"
-    assert f"Slide A: {half} spots" in call(f"add @A.h5ad --id A --patient P {add}")
+    said = call(f"add @A.h5ad --id A --patient P {add}")
+    assert f"Slide A: {half} spots" in said
+    assert f"next: add a slide of another patient, then peka-lite run --cohort {tmp_path}/own" in said
     # One patient: nothing to hold out but sections or spots, and it is said which.
     run = f"run --cohort {tmp_path}/own --method none --n-splits 2 --n-genes 5 --no-maps --out {tmp_path}/run"
     for ids, other in ((("A",), "spot"), (("A", "B"), "slide")):

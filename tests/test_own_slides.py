@@ -287,6 +287,122 @@ def test_space_rangers_folder_and_a_file_of_counts_give_the_same(tmp_path, image
         read_counts(tmp_path / "c")
 
 
+def edit(outs, how):
+    """Take from Space Ranger's folder what not every version writes, or what counting genes does not need."""
+    h5 = outs / "filtered_feature_bc_matrix.h5"
+    with h5py.File(h5, "a") as file:
+        features = file["matrix/features"]
+        if how == "no attributes":
+            for name in list(file.attrs):
+                del file.attrs[name]
+        elif how == "no optional fields":
+            for name in ("feature_type", "genome", "_all_tag_keys"):
+                del features[name]
+        elif how == "other fields":
+            features.create_group("target_sets")["probes"] = np.arange(3)
+            features["pattern"] = np.array([b""] * 8)
+        elif how == "antibodies":
+            matrix = file["matrix"]
+            kinds = np.array([b"Gene Expression"] * 4 + [b"Antibody Capture"] * 4)
+            del features["feature_type"]
+            features["feature_type"] = kinds
+            assert matrix["shape"][0] == len(kinds)
+    if how == "no pictures":
+        for path in (outs / "spatial").iterdir():
+            if path.suffix != ".csv":
+                path.unlink()
+    elif how == "no header":
+        table = outs / "spatial" / "tissue_positions.csv"
+        (outs / "spatial" / "tissue_positions_list.csv").write_text(table.read_text().partition("\n")[2])
+        table.unlink()
+    elif how == "matrix market":
+        import gzip
+
+        from scipy.io import mmwrite
+
+        counts = read_counts(outs)
+        folder = outs / "filtered_feature_bc_matrix"
+        folder.mkdir()
+        h5.unlink()
+        with gzip.open(folder / "matrix.mtx.gz", "wb") as file:
+            mmwrite(file, counts.X.T)
+        tables = {"barcodes": counts.obs_names, "features": [f"{g}\t{g}\tGene Expression" for g in counts.var_names]}
+        for name, lines in tables.items():
+            with gzip.open(folder / f"{name}.tsv.gz", "wt") as file:
+                file.write("\n".join(lines) + "\n")
+
+
+WAYS = [
+    "no attributes",
+    "no optional fields",
+    "other fields",
+    "antibodies",
+    "no pictures",
+    "no header",
+    "matrix market",
+]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_space_rangers_folder_is_read_without_what_is_optional(tmp_path, how):
+    counts = sample(0.5)
+    outs = write_outs(tmp_path / "outs", counts)
+    edit(outs, how)
+    read = read_counts(outs)
+    kept = counts[:, :4] if how == "antibodies" else counts
+    assert (list(read.obs_names), list(read.var_names)) == (list(kept.obs_names), list(kept.var_names))
+    assert (read.X.toarray() == kept.X.toarray()).all()
+    np.testing.assert_allclose(read.obsm["spatial"], counts.obsm["spatial"])
+    pd.testing.assert_frame_equal(read.obs, counts.obs, check_dtype=False, check_names=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ("no matrix", FileNotFoundError, r"filtered_feature_bc_matrix\.h5: no such file"),
+        ("no positions", FileNotFoundError, r"tissue_positions\.csv: no such file, nor tissue_positions_list\.csv"),
+        ("not hdf5", HestFormatError, r"filtered_feature_bc_matrix\.h5: cannot be read as Space Ranger's matrix"),
+        ("no genes", HestFormatError, r"filtered_feature_bc_matrix\.h5: holds no feature of type Gene Expression"),
+        ("other slide", HestFormatError, r"no position for 25 of 25 barcodes, such as SPOT0-1\. .*one run"),
+        ("other table", HestFormatError, r"tissue_positions\.csv: is no table of positions"),
+    ],
+)
+def test_what_is_wrong_with_space_rangers_folder_is_named(tmp_path, how, error, words):
+    outs = write_outs(tmp_path / "outs", sample(0.5))
+    h5, table = outs / "filtered_feature_bc_matrix.h5", outs / "spatial" / "tissue_positions.csv"
+    if how == "no matrix":
+        h5.unlink()
+    elif how == "no positions":
+        table.unlink()
+    elif how == "not hdf5":
+        h5.write_text("<html>")
+    elif how == "no genes":
+        with h5py.File(h5, "a") as file:
+            file["matrix/features/feature_type"][:] = b"Custom"
+    elif how == "other slide":
+        table.write_text(table.read_text().replace("SPOT", "OTHER"))
+    else:
+        table.write_text("id,patient\nS1,Ann\n")
+    with pytest.raises(error, match=words):
+        read_counts(outs)
+
+
+def test_the_next_step_counts_slides_and_patients(tmp_path):
+    root = tmp_path / "my slides"
+    (root / "metadata").mkdir(parents=True)
+    said = []
+    for i, patient in enumerate(["P1", "P1", "P2", None]):
+        (root / "metadata" / f"S{i}.json").write_text(json.dumps({"patient": patient}))
+        said.append(own_slides.next_step(root))
+    run = f"peka-lite run --cohort '{root}' --method none --n-splits 2 --out 'runs/my slides'"
+    assert said[1] == (
+        f"{root} has 2 slide(s) of 1 patient(s); next: add a slide of another patient, then {run}; "
+        "`peka-lite train` takes one patient"
+    )
+    assert said[2].endswith(f"has 3 slide(s) of 2 patient(s); next: add more, or {run}")
+    assert said[3].endswith(f"and slides of unknown patients; next: name them in a file, {run} --patients FILE.csv")
+
+
 def test_an_image_without_colours_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((300, 300), np.uint16), photometric="minisblack")
     with pytest.raises(SlideError, match=r"deep\.tif: its pixels are of mode I;16, not 8-bit colours"):
