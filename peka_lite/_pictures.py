@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes with colours of 8 bits
 RGB, YCBCR = 2, 6  # TIFF's PhotometricInterpretation
-GREYS = (0, 1)
+GREYS = (0, 1, 4)  # the last is a mask
 JPEG = (6, 7)  # TIFF's Compression; its decoder turns YCbCr into RGB
 IGNORED, PREMULTIPLIED = 0, 1  # TIFF's ExtraSamples: of no stated meaning; alpha that colours are multiplied by
 UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
@@ -215,7 +215,12 @@ def _depth(page: TiffPage) -> int:
 
 def _channels_last(series: TiffPageSeries) -> np.ndarray:
     """Read the finest level as (h, w, channels)."""
-    array, axes = series.levels[0].asarray(), series.axes
+    try:
+        array, axes = series.levels[0].asarray(), series.axes
+    except MemoryError:
+        raise
+    except Exception as error:  # each codec has errors of its own
+        raise OSError(str(error)) from None
     y, x = axes.index("Y"), axes.index("X")
     array = np.moveaxis(array, (y, x), (0, 1))
     return array.reshape(*array.shape[:2], -1)
