@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes with colours of 8 bits
 RGB, YCBCR = 2, 6  # TIFF's PhotometricInterpretation
-GREYS = (0, 1, 4)  # the last is a mask
+BRIGHT = 1  # grey whose highest value is the brightest
+GREYS = (0, BRIGHT, 4)  # the first has it the other way about, the last is a mask
 JPEG = (6, 7)  # TIFF's Compression; its decoder turns YCbCr into RGB
 IGNORED, PREMULTIPLIED = 0, 1  # TIFF's ExtraSamples: of no stated meaning; alpha that colours are multiplied by
 UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
@@ -162,7 +163,8 @@ def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSerie
         return coloured[0], None
     only = largest[0]
     names = _channel_names(tiff, series.index(only))
-    order = _order(names, _count(only, "C") * _count(only, "S")) if flat else None
+    bright = flat and int(only.keyframe.photometric) == BRIGHT
+    order = _order(names, _count(only, "C") * _count(only, "S")) if bright else None
     if order is None:
         named = f", channels {', '.join(names)}" if any(names) else ""
         raise PictureError(f"its largest picture, {width} x {height} px, is not in colours ({_describe(only)}{named})")

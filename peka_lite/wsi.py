@@ -267,7 +267,7 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
             raise SlideError(
                 path,
                 why or f"its full scale cannot be read ({error})",
-                "Convert it to a tiled pyramidal TIFF, with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
+                "Copy it again, or convert it with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
             ) from None
         if picture is not None:
             again = functools.partial(openslide.ImageSlide, picture.image)
