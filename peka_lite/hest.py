@@ -28,6 +28,7 @@ from peka_lite._hest_files import (
     read_spots,
     read_tile_barcodes,
 )
+from peka_lite.gene_names import ONE_KIND, of_one_kind
 from peka_lite.tiles import TileStore
 
 
@@ -277,7 +278,14 @@ def read_cohort(
     Raises
     ------
     HestFormatError
-        As `read_slide`, and where the folder holds no slide or `patients` is not such a table.
+        As `read_slide`, and where the folder holds no slide, `patients` is not such a table, or fewer than two of
+        several slides name their genes alike.
+
+    Warns
+    -----
+    UserWarning
+        For each slide left out, for each whose genes another column of ``var`` names as the other slides do, and where
+        the slides share fewer than half of the genes of the smallest (`of_one_kind`).
 
     Examples
     --------
@@ -302,14 +310,18 @@ def read_cohort(
         raise ValueError(
             f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
         )
-    slides = [read_slide(root, i, patient=who.get(i)) for i in ids]
+    slides, left_out = of_one_kind([read_slide(root, i, patient=who.get(i)) for i in ids], root / "st")
 
     median = np.median([s.adata.n_vars for s in slides])
     targeted = {} if keep_targeted else {s.id: s.adata.n_vars for s in slides if s.adata.n_vars < median / 2}
-    left_out = {i: f"targeted panel of {n} genes (cohort median {median:.0f})" for i, n in targeted.items()}
-    for slide_id, why in left_out.items():
+    targeted = {i: f"targeted panel of {n} genes (cohort median {median:.0f})" for i, n in targeted.items()}
+    for slide_id, why in targeted.items():
         warnings.warn(f"left out {slide_id}: {why}; keep_targeted=True keeps it", stacklevel=2)
     slides = [s for s in slides if s.id not in targeted]
+    if left_out and len(slides) == 1:
+        raise HestFormatError(
+            root / "st", f"{slides[0].id} alone is left, without {', '.join(left_out | targeted)}", ONE_KIND
+        )
 
     # "Patient 1" of two studies is two people, so names from metadata carry their study. A name that the reader gave
     # stays as it is, also where metadata use it: joining two people costs data, parting one person leaks him.
@@ -321,7 +333,14 @@ def read_cohort(
             else dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
             for s in slides
         ]
-    cohort = Cohort(tuple(slides), left_out)
+    cohort = Cohort(tuple(slides), left_out | targeted)
+    fewest = min(slides, key=lambda s: s.adata.n_vars)
     if not len(cohort.genes):
-        raise HestFormatError(root / "st", "the slides share no gene", "Do they spell genes alike (symbols, Ensembl)?")
+        raise HestFormatError(root / "st", "the slides share no gene", ONE_KIND)
+    if 2 * len(cohort.genes) < fewest.adata.n_vars:
+        warnings.warn(
+            f"the slides share {len(cohort.genes)} genes, {fewest.id} alone has {fewest.adata.n_vars}: with fewer "
+            "slides (ids, --slides) more genes are shared",
+            stacklevel=2,
+        )
     return cohort

@@ -349,7 +349,7 @@ def test_dropping_every_spot_is_refused(two):
 def test_slides_without_a_shared_gene_are_refused(tmp_path):
     write_slide(tmp_path, "S1", genes=("ENSG1", "ENSG2"))
     write_slide(tmp_path, "S2", genes=("ACTB", "TP53"))
-    with pytest.raises(HestFormatError, match="share no gene"):
+    with pytest.raises(HestFormatError, match=r"no kind of gene names \(S1: ENSG1, ENSG2; S2: ACTB, TP53\)\. Give"):
         read_cohort(tmp_path)
 
 
@@ -396,6 +396,106 @@ def test_a_cohort_shows_its_slides_and_what_was_left_out(with_panel):
     for text in (repr(cohort), cohort._repr_html_()):
         assert "2 slides, 8 spots, 38 shared genes" in text
         assert "left out XENIUM: targeted panel of 5 genes" in text
+
+
+# --- genes of another kind -----------------------------------------------------------------------------------------
+
+HUMAN = tuple(f"GENE{i}" for i in range(40))
+MOUSE = tuple(f"Gene{i}" for i in range(40))
+ENSEMBL = tuple(f"ENSG{i:011}" for i in range(40))
+
+
+def write_named(root, *, columns=None, **slides):
+    """Write slides of these genes, each count the number of its gene, with `columns` of var by slide."""
+    for name, genes in slides.items():
+        X = np.tile(np.arange(len(genes)), (2, 1))
+        write_slide(root, name, spots=("AA", "BB"), genes=genes, X=X, meta={"patient": name})
+        if columns and name in columns:
+            path = root / "st" / f"{name}.h5ad"
+            adata = ad.read_h5ad(path)
+            adata.var = adata.var.assign(**columns[name])
+            adata.write_h5ad(path)
+    return root
+
+
+@pytest.mark.parametrize("order", [("A", "B", "C"), ("C", "B", "A"), ("B", "C", "A")])
+@pytest.mark.parametrize(
+    "other", [MOUSE, ENSEMBL, tuple(n.lower() for n in HUMAN), HUMAN[:15] + MOUSE[15:], MOUSE[:12]]
+)
+def test_a_slide_with_genes_of_another_kind_is_left_out_by_name_whatever_the_order(tmp_path, order, other):
+    root = write_named(tmp_path, A=HUMAN[:38], B=HUMAN[1:], C=other)
+    unknown = [n for n in other if n not in HUMAN][:3]
+    missing = [n for n in HUMAN[:38] if n not in other][:3]
+    says = f"left out C: genes of another kind \\({', '.join(unknown)}\\).*other slides \\({', '.join(missing)}\\)"
+    with pytest.warns(UserWarning, match=says):
+        cohort = read_cohort(root, order)
+    assert [s.id for s in cohort.slides] == [i for i in order if i != "C"]
+    assert list(cohort.left_out) == ["C"]
+    assert set(cohort.genes) == set(HUMAN[1:38])
+
+
+@pytest.mark.parametrize(
+    "slides",
+    [
+        {"A": HUMAN, "B": MOUSE},
+        {"A": HUMAN, "B": MOUSE, "C": ENSEMBL},
+        {"A": HUMAN, "B": HUMAN, "C": MOUSE, "D": MOUSE},
+        {"A": HUMAN, "B": MOUSE, "C": HUMAN[:5]},  # the panel is left out, and then A is alone
+    ],
+)
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_cohort_that_other_names_leave_with_one_slide_is_refused(tmp_path, slides):
+    root = write_named(tmp_path, **slides)
+    for order in (sorted(slides), sorted(slides, reverse=True)):
+        with pytest.raises(HestFormatError, match=r"Give all slides the same names in var_names.*--slides"):
+            read_cohort(root, order)
+
+
+@pytest.mark.filterwarnings("error")
+def test_panels_that_the_whole_transcriptome_knows_are_of_its_kind(tmp_path):
+    controls = tuple(f"{kind}_{i}" for kind in ("BLANK", "NegControlProbe", "antisense") for i in range(5))
+    root = write_named(tmp_path, A=HUMAN, B=HUMAN[:10] + controls, C=HUMAN[5:12])
+    assert read_cohort(root, keep_targeted=True).genes.tolist() == list(HUMAN[5:10])
+
+
+@pytest.mark.parametrize(
+    ("spelled", "columns", "source"),
+    [
+        ([f"GRCh38_{n}" for n in HUMAN] + [f"mm10___{n}" for n in MOUSE], {}, "their names"),
+        ([f"{n} " for n in HUMAN], {}, "their names"),
+        (ENSEMBL, {"gene_ids": ENSEMBL, "gene_name": HUMAN}, "'gene_name'"),
+        (ENSEMBL, {"feature_name": pd.Categorical([None, *HUMAN[1:]])}, "'feature_name'"),
+    ],
+)
+def test_genes_of_another_spelling_are_read_where_the_file_says_the_others_names(tmp_path, spelled, columns, source):
+    root = write_named(tmp_path, A=HUMAN[:39], B=HUMAN[::-1], C=spelled, columns={"C": columns})
+    with pytest.warns(UserWarning, match=f"C: genes are read by .*{source}"):
+        cohort = read_cohort(root, ["C", "A", "B"])
+    assert [s.id for s in cohort.slides] == ["C", "A", "B"]
+    counts = pd.DataFrame(cohort.adata.X.toarray(), cohort.obs["slide"], cohort.adata.var_names)
+    assert set(counts) >= set(HUMAN[1:39])
+    assert counts.loc["C", "GENE7"].tolist() == counts.loc["A", "GENE7"].tolist() == [7, 7]
+    assert counts.loc["B", "GENE7"].tolist() == [32, 32]
+
+
+@pytest.mark.parametrize("order", [("A", "B"), ("B", "A")])
+def test_two_slides_are_read_by_what_both_name(tmp_path, order):
+    versioned = [f"{n}.{i % 7 + 1}" for i, n in enumerate(ENSEMBL)]
+    for k, (b, columns, genes) in enumerate(
+        [
+            (ENSEMBL, {"A": {"gene_ids": ENSEMBL}, "B": {"symbol": HUMAN}}, HUMAN),  # symbols where either would do
+            (versioned, {"A": {"gene_ids": ENSEMBL}}, versioned),
+        ]
+    ):
+        root = write_named(tmp_path / str(k), A=HUMAN, B=b, columns=columns)
+        with pytest.warns(UserWarning, match="genes are read by"):
+            assert set(read_cohort(root, order).genes) == set(genes)
+
+
+def test_slides_that_are_alike_through_a_third_do_not_collapse_a_cohort_without_a_word(tmp_path):
+    root = write_named(tmp_path, A=(*HUMAN, "ERCC"), B=(*MOUSE, "ERCC"), C=(*HUMAN, *MOUSE, "ERCC"))
+    with pytest.warns(UserWarning, match=r"slides share 1 genes, A alone has 41: with fewer slides \(ids, --slides\)"):
+        assert read_cohort(root).genes.tolist() == ["ERCC"]
 
 
 # --- patients ------------------------------------------------------------------------------------------------------
