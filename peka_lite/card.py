@@ -14,6 +14,7 @@ from peka_lite import __version__
 from peka_lite._packaged import PREFIX
 from peka_lite.backbones import Backbone, ConvStem, own_pooling
 from peka_lite.manifest import read_manifest
+from peka_lite.names import in_markdown
 from peka_lite.trained import TrainedModel
 
 TAGS = ["timm", "pathology", "histology", "spatial-transcriptomics", "gene-expression", "peka"]
@@ -56,7 +57,7 @@ def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> st
         f"## Use\n\nTiles are RGB, uint8, and show as many micrometres as those of the cohort (HEST-1k: 112). They "
         f"are resized to {spec.input_size} x {spec.input_size} pixels, scaled to 0 to 1 and normalised with mean "
         f"{spec.mean} and standard deviation {spec.std}. Pooling: {POOLING[spec.pooling]}.",
-        f"```python\n{usage(trained)}```\n\nGenes: {', '.join(trained.genes)}.",
+        f"```python\n{usage(trained)}```\n\nGenes: {', '.join(map(in_markdown, trained.genes))}.",
         f"## Data\n\n{_data(trained)}",
         f"## Protocol\n\n{_protocol(trained)}",
         f"## Scores\n\n{_scores(trained, metrics)}",
@@ -144,7 +145,7 @@ def _data(trained: TrainedModel) -> str:
     if about.get("synthetic"):
         lines.append("- **Synthetic: drawn by a program. This model knows nothing of real tissue.**")
     lines += [
-        f"- Slides ({len(slides)}): {', '.join(slides)}",
+        f"- Slides ({len(slides)}): {', '.join(map(in_markdown, slides))}",
         f"- Spots: {about.get('n_spots', 'not recorded')}",
         f"- Fingerprint of the data: {about.get('data_fingerprint', 'not recorded')}",
     ]

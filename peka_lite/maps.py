@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite.names import as_written, shown
 from peka_lite.ranges import say_outside, unit_of
 from peka_lite.registry import did_you_mean
 from peka_lite.scores import pearson
@@ -110,15 +111,15 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     reach = residual_reach(residual)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     same = {"cmap": "viridis", "norm": Normalize(*colour_limits(measured, predicted)), "label": "log1p expression"}
-    _spots(axes[0], adata, measured, title=f"{gene}: measured", **same)
-    _spots(axes[1], adata, predicted, title=f"{gene}: predicted (PCC {pcc:.2f})", **same)
+    _spots(axes[0], adata, measured, title=f"{shown(gene)}: measured", **same)
+    _spots(axes[1], adata, predicted, title=f"{shown(gene)}: predicted (PCC {pcc:.2f})", **same)
     _spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-reach, reach),
            label="log1p difference")  # fmt: skip
     flat = [f"What is {kind} {words}." for kind, values in (("measured", measured), ("predicted", predicted))
             if (words := flat_in_words(values, "spots"))]  # fmt: skip
     if flat:
-        fig.supxlabel(" ".join(flat), fontsize=8, parse_math=False)
-    return fig
+        fig.supxlabel(" ".join(flat), fontsize=8)
+    return as_written(fig)
 
 
 def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:
@@ -187,9 +188,9 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     )  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="", ylabel="PCC on held-out spots", title=f"PCC per gene (the {len(genes)} best of {order_by})")
-    ax.tick_params(axis="x", rotation=90)
+    ax.set_xticks(range(len(genes)), [shown(gene) for gene in genes], rotation=90)
     ax.legend(title="", frameon=False)
-    return fig
+    return as_written(fig)
 
 
 def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
@@ -241,7 +242,7 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
         raise ValueError(f"the slide has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}] to draw on")
     values, pcc = _values(adata, gene), _pcc(adata)
     model = adata.uns.get("peka_lite", {}).get("model", {})
-    title = f"{gene}: predicted"
+    title = f"{shown(gene)}: predicted"
     if np.isfinite(pcc[gene]):
         title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
     low, high = colour_limits(values)
@@ -255,8 +256,8 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     _spots(axes[0], adata, None, title="H&E")
     shape = "square" if "tissue_share" in adata.obs else "circle"  # tiles of a grid touch
     _spots(axes[1], adata, values, title=title, norm=Normalize(low, high), label=label, shape=shape)
-    fig.supxlabel(words, fontsize=8, parse_math=False)
-    return fig
+    fig.supxlabel(words, fontsize=8)
+    return as_written(fig)
 
 
 def default_gene(adata: ad.AnnData) -> str:
@@ -320,11 +321,11 @@ def remarks(adata: ad.AnnData, gene: str) -> list[str]:
     values, unit, said = _values(adata, gene), unit_of(adata), []
     finite = _finite(values)
     if flat := flat_in_words(values, unit):
-        said.append(f"The prediction of {gene} {flat}.")
+        said.append(f"The prediction of {shown(gene)} {flat}.")
     elif len(finite) < len(values):
-        said.append(f"The prediction of {gene} is not finite on {len(values) - len(finite)} {unit}: uncoloured.")
+        said.append(f"The prediction of {shown(gene)} is not finite on {len(values) - len(finite)} {unit}: uncoloured.")
     if finite.size and finite.max() < 0 and _of_counts(adata):
-        said.append(f"{gene} is predicted below 0 on all {unit}, and no count is: take it as none.")
+        said.append(f"{shown(gene)} is predicted below 0 on all {unit}, and no count is: take it as none.")
     if "peka_lite" in adata.uns:
         said.append(say_outside(adata, gene))
     return said

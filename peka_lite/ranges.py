@@ -5,6 +5,8 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 
+from peka_lite.names import shown
+
 LOW, HIGH = "train_min", "train_max"  # columns of a file of predictions: each gene's range among the training targets
 ROUNDING = 1e-5  # of a prediction in float32, in units of the targets
 CHUNK = 4096  # rows at a time
@@ -46,8 +48,8 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
     if gene is not None:
         ends = f"the range of its training targets ({low[0]:.2f} to {high[0]:.2f})"
         if not below + above:
-            return f"{gene} lies within {ends} on all {len(X)} {unit}."
-        return f"{gene} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
+            return f"{shown(gene)} lies within {ends} on all {len(X)} {unit}."
+        return f"{shown(gene)} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
     if not below + above:
         return "All predicted values lie within the range of their gene's training targets."
     least, most = X.min().to_numpy(), X.max().to_numpy()
@@ -55,7 +57,7 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
     return (
         f"Of the predicted values ({len(X)} {unit} x {len(low)} genes) {_percent(below)} lie below and "
         f"{_percent(above)} above the range of their gene's training targets; furthest out is "
-        f"{part.var_names[worst]}, {least[worst]:.2f} to {most[worst]:.2f} where training had {low[worst]:.2f} to "
+        f"{shown(part.var_names[worst])}, {least[worst]:.2f} to {most[worst]:.2f} where training had {low[worst]:.2f} to "
         f"{high[worst]:.2f}."
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from peka_lite.names import file_name, in_markdown
 from peka_lite.paper_tables import table1, table2
 from peka_lite.report_effects import effects_table
 from peka_lite.report_points import for_page, metrics_table, points_table, write_tidy
@@ -89,7 +89,7 @@ class _Page:
     """A report in the making: its folder, and the parts of ``report.md``."""
 
     def __init__(self, folder: Path, sweeps: Sequence[SweepFolder]):
-        self.folder = folder
+        self.folder, self.given = folder, {}
         self.parts = [f"# {sweeps[0].title}" if len(sweeps) == 1 else "# Report"]
         self.parts += [(f"{sweep.title}: " if len(sweeps) > 1 else "") + sweep.told() for sweep in sweeps]
         folder.mkdir()
@@ -98,16 +98,17 @@ class _Page:
         self.parts.append(text)
 
     def put(self, name: str, tables: dict[str, pd.DataFrame]) -> None:
-        path = self.folder / _file_name(name)
+        path = self.folder / file_name(name, self.given)
         _write_tables(path, tables)
         self.add(path.with_name(f"{path.name}.md").read_text("utf-8"))
 
     def draw(self, name: str, figure) -> None:
         import matplotlib.pyplot as plt
 
-        figure.savefig(self.folder / f"{_file_name(name)}.png", dpi=120)
+        file = f"{file_name(name, self.given)}.png"
+        figure.savefig(self.folder / file, dpi=120)
         plt.close(figure)
-        self.add(f"![{name}]({_file_name(name)}.png)")
+        self.add(f"![{in_markdown(name)}]({file})")
 
     def end(self) -> list[str]:
         (self.folder / "report.md").write_text("\n\n".join(part.strip() for part in self.parts) + "\n", "utf-8")
@@ -143,7 +144,8 @@ def _add_effects(page: _Page, reference: Sequence[Run], others: Sequence[Run], t
                 page.put(f"effects_{cohort}_{protocol}", {"": table})
                 page.draw(f"effects_{cohort}_{protocol}", effects_figure(table))
             elif changed:
-                page.add(f"{cohort}, {protocol} protocol: no run of the reference settings, so there are no effects.")
+                name = in_markdown(cohort)
+                page.add(f"{name}, {protocol} protocol: no run of the reference settings, so there are no effects.")
 
 
 def _add_protocols(page: _Page, runs: Sequence[Run]) -> None:
@@ -163,7 +165,7 @@ def _add_protocols(page: _Page, runs: Sequence[Run]) -> None:
             if "frozen" in (rows := [label(run) for run in together]) and len(rows) > 1:
                 page.put(f"differences_{name}", {m: difference_table(together, normalization=m) for m in targets})
             else:
-                page.add(f"No differences for {cohort}: they need a frozen student and another row.")
+                page.add(f"No differences for {in_markdown(cohort)}: they need a frozen student and another row.")
 
 
 def _add_leaks(page: _Page, runs: Sequence[Run]) -> None:
@@ -172,7 +174,7 @@ def _add_leaks(page: _Page, runs: Sequence[Run]) -> None:
     page.add("## What leaks are worth")
     for cohort, together in panels([run for run in runs if run.summary["protocol"] != "custom"]).items():
         if len({run.summary["protocol"] for run in together}) < 2:
-            page.add(f"{cohort}: one protocol only, so there is nothing to set side by side.")
+            page.add(f"{in_markdown(cohort)}: one protocol only, so there is nothing to set side by side.")
             continue
         page.put(f"leak_{cohort}", {"": leak_table(together)})
         page.draw(f"leak_{cohort}", leak_figure(together))
@@ -184,6 +186,7 @@ def _reference_in_words(told: dict[str, dict]) -> str:
         said = next(iter(words.values()))
     else:
         said = "; ".join(f"{cohort}: {text}" for cohort, text in words.items())
+    said = in_markdown(said)
     return f"Reference settings: {said}. All tables and figures after this section are of runs with these settings."
 
 
@@ -203,7 +206,7 @@ def markdown(table: pd.DataFrame) -> str:
     flat = table.reset_index() if any(table.index.names) else table
     lines = [[str(column).strip() for column in flat], ["---"] * flat.shape[1]]
     lines += [[_cell(value) for value in row] for row in flat.itertuples(index=False)]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(in_markdown, line))} |\n" for line in lines)
 
 
 def _targets(runs: Sequence[Run]) -> list[str]:
@@ -215,12 +218,9 @@ def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Write one CSV (with a column of targets where there are several tables) and one Markdown file."""
     whole = pd.concat(tables, names=["targets"]) if len(tables) > 1 else next(iter(tables.values()))
     whole.to_csv(path.with_name(path.name + ".csv"))
-    texts = [f"### {t.attrs['title']}\n\n{markdown(t)}\n{t.attrs['note']}\n" for t in tables.values()]
+    told = [(in_markdown(t.attrs["title"]), markdown(t), in_markdown(t.attrs["note"])) for t in tables.values()]
+    texts = [f"### {title}\n\n{table}\n{note}\n" for title, table, note in told]
     path.with_name(path.name + ".md").write_text("\n".join(texts), "utf-8")
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def _cell(value: object) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from peka_lite.names import as_written
 from peka_lite.report_runs import HELD_OUT, PROTOCOLS, TARGETS, Run, label, panels, require_shared, title
 from peka_lite.report_tables import leak_table
 from peka_lite.scores import pooled
@@ -77,7 +78,7 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
     whiskers = "" if table.filter(like=" low").isna().all(axis=None) else "; whiskers: 95% intervals"
     where = table.attrs["title"].split(" · ", 1)[1]
     fig.suptitle(f"What leaks are worth: the same data under each protocol{whiskers}\n{where}")
-    return fig
+    return as_written(fig)
 
 
 def figure2(runs: Sequence[Run]) -> Figure:
@@ -127,4 +128,4 @@ def figure2(runs: Sequence[Run]) -> Figure:
         ax.set(ylabel="", xlabel="")
     axes[-1, 0].set_xlabel("PCC of a gene on held-out spots (mean over the folds that predicted it)")
     fig.suptitle(f"PCC over genes · {protocols.pop()} protocol")
-    return fig
+    return as_written(fig)

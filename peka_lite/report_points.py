@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite.names import read_metrics
 from peka_lite.report_runs import BACKBONES, ELSEWHERE, Run, label
 from peka_lite.report_settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words, word
 from peka_lite.report_sweeps import SweepFolder
@@ -95,7 +96,7 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     for run in runs:
         path = run.folder and run.folder / "metrics.csv"
         if path and path.is_file():
-            table = pd.read_csv(path)
+            table = read_metrics(path)
         else:
             table = pooled(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]
@@ -198,7 +199,7 @@ def _of_one_type(table: pd.DataFrame) -> pd.DataFrame:
     """Give each column one type: numbers, truth values, or text (None where there is nothing)."""
     columns = {}
     for name, column in table.items():
-        if column.dtype != object:
+        if column.dtype != object or name == "gene":  # whose names may hold a slash
             columns[name] = column
             continue
         if not (known := [value for value in column if not (value is None or value != value)]):

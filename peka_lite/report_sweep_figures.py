@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from peka_lite.names import as_written
 from peka_lite.report_figures import MARKERS
 from peka_lite.report_points import setting_columns, told_apart
 from peka_lite.report_runs import BACKBONES, CONTROLS, METHODS, PROTOCOLS
@@ -80,7 +81,7 @@ def sweep_figure(points: pd.DataFrame) -> Figure:
         axes[-1, 0].set_xlabel("mean PCC, pooled over a fold's test spots")
         ends = np.array([ax.get_xlim() for ax in axes.flat])
         plt.setp(axes.flat, xlim=(ends[:, 0].min(), ends[:, 1].max()))
-    return fig
+    return as_written(fig)
 
 
 def effects_figure(table: pd.DataFrame) -> Figure:
@@ -119,7 +120,7 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     told = table.attrs["title"].split(" · ", 1)[1], f"reference: {table.attrs['reference']}"
     where = "\n".join(textwrap.fill(part, 110) for part in told)
     fig.suptitle(f"{what}; bars: {'paired ' if paired else ''}95% intervals\n{where}", fontsize=10)
-    return fig
+    return as_written(fig)
 
 
 class _Style:

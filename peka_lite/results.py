@@ -115,8 +115,11 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
     import matplotlib.pyplot as plt
 
     from peka_lite.maps import IMAGE_KEY, expression_map, flat_in_words, pcc_map
+    from peka_lite.names import file_name
 
     folder.mkdir(exist_ok=True)
+    given = {}
+    local = {slide.id: file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
     for slide in cohort.slides:
         library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
         if IMAGE_KEY not in library.get("images", {}):
@@ -133,9 +136,10 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
         varies = [gene for gene in scores.index if flat_in_words(here[:, gene].X, "spots") is None]
         best = (scores[varies] if varies else scores).idxmax()
         j = here.var_names.get_loc(best)
-        figures = {best: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
+        name = file_name(f"{slide.id}_{best}", given, of=(slide.id, best))
+        figures = {name: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
         if shown.sum() >= 3 and slide.n_spots > 18:
-            figures["pcc"] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
+            figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
         for name, figure in figures.items():
-            figure.savefig(folder / f"{slide.id}_{name}.png", dpi=90)
+            figure.savefig(folder / f"{name}.png", dpi=90)
             plt.close(figure)

@@ -23,6 +23,7 @@ from peka_lite.devices import default_device
 from peka_lite.evaluation import Judge, evaluate, left_out_sets
 from peka_lite.expression import NORMALIZATIONS
 from peka_lite.hest import Cohort
+from peka_lite.names import read_metrics, write_metrics
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.registry import BACKBONES
@@ -109,7 +110,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
     done.moments.to_parquet(work / "slides.parquet", index=False)
     table = _metrics(config, protocol, splits, use, done.moments)
-    table.to_csv(work / "metrics.csv", index=False)
+    write_metrics(table, work / "metrics.csv")
     source.save(work, source.outer())
     record = source.record(source.outer())
     if config.features in ("student", "frozen+student"):
@@ -189,7 +190,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     restore_backbone(out)
     config = RunConfig(**yaml.safe_load((out / "config.yml").read_text()))
     summary = json.loads((out / "summary.json").read_text())
-    return config, pd.read_csv(out / "metrics.csv"), summary, ad.read_h5ad(out / "predictions.h5ad")
+    return config, read_metrics(out / "metrics.csv"), summary, ad.read_h5ad(out / "predictions.h5ad")
 
 
 def run_name(config: RunConfig) -> str:

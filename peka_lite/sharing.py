@@ -7,10 +7,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-import pandas as pd
-
 from peka_lite._tensor_files import write_tensors
 from peka_lite.card import model_card, random_start
+from peka_lite.names import read_metrics
 from peka_lite.probe_files import save_probes
 from peka_lite.trained import load_trained
 
@@ -62,7 +61,7 @@ def export(
         raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     table = trained.folder / "metrics.csv"
-    card = model_card(trained, pd.read_csv(table) if table.is_file() else None)
+    card = model_card(trained, read_metrics(table) if table.is_file() else None)
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     work.mkdir(parents=True)
     try:

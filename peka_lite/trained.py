@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 from torch import nn
@@ -22,6 +21,7 @@ from peka_lite.backbone_files import restore_backbone
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
+from peka_lite.names import read_metrics
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import TENSORS, Probes, load_probes
 from peka_lite.unfinished import PARTIAL, command, refusal
@@ -98,7 +98,7 @@ class TrainedModel:
         table = self.folder / "metrics.csv"
         if self.fold is None or not table.is_file():
             return np.full(len(self.genes), np.nan)
-        scores = pd.read_csv(table)
+        scores = read_metrics(table)
         return scores[scores["fold"] == self.fold].set_index("gene")["pcc"].reindex(self.genes).to_numpy(dtype=float)
 
     @property
