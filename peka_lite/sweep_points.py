@@ -14,6 +14,7 @@ import pandas as pd
 
 from peka_lite.sweep import Point, Sweep
 
+_LENGTH = ("epochs", "n_splits", "train_share", "batch_size")  # numbers that decide how long a point takes
 STATES = ("done", "failed", "unfinished", "missing")
 
 
@@ -41,7 +42,8 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     pandas.DataFrame
         A row a point, by name: state (``"done"``: its folder and a complete ``summary.json`` are there; ``"failed"``;
         ``"unfinished"``: begun and stopped; ``"missing"``), seconds its last attempt took (NaN where there was none),
-        last_line (of its log, where it failed), older (done, by an earlier version of the notebook's code).
+        last_line (of its log, where it failed), older (done, by an earlier version of the notebook's code), cached
+        (done, with students that the cache had).
 
     Raises
     ------
@@ -77,8 +79,8 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
         elif state == "missing" and f"{point.name}.partial" in there:
             state = "unfinished"
         line = line if state == "failed" else ""
-        rows[point.name] = (state, record.get("seconds", float("nan")), line, older)
-    columns = ["state", "seconds", "last_line", "older"]
+        rows[point.name] = (state, record.get("seconds", float("nan")), line, older, record.get("cached", False))
+    columns = ["state", "seconds", "last_line", "older", "cached"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("point")
 
 
@@ -108,6 +110,44 @@ def finished(out: Path, order: dict) -> dict | None:
     return made
 
 
+def kinds_of(sweep: Sweep) -> dict[str, str]:
+    """Return point -> what decides how long it takes, the same text for points that are alike."""
+
+    def decides(name: str, value) -> bool:
+        return name in _LENGTH or isinstance(value, str | list | tuple)
+
+    return {p.name: json.dumps({k: v for k, v in p.settings.items() if decides(k, v)}) for p in sweep.points}
+
+
+def expected(kinds: dict[str, str], took: dict[str, float]) -> dict[str, float]:
+    """Return seconds by point, as far as they are known: its own, or the mean of those that are alike.
+
+    Parameters
+    ----------
+    kinds
+        From `kinds_of`.
+    took
+        Seconds of points that were made from start to end, none of them from the cache.
+
+    Examples
+    --------
+    >>> from peka_lite.sweep_points import expected
+    >>> expected({"a": "bone", "b": "bone", "c": "none"}, {"a": 60.0})
+    {'a': 60.0, 'b': 60.0}
+    """
+    alike: dict[str, list[float]] = {}
+    for name, seconds in took.items():
+        alike.setdefault(kinds[name], []).append(seconds)
+    means = {kind: sum(times) / len(times) for kind, times in alike.items()}
+    return {name: took.get(name, means[kind]) for name, kind in kinds.items() if kind in means}
+
+
+def timed(states: pd.DataFrame) -> dict[str, float]:
+    """Return seconds of the points whose last attempt made them from start to end, none of them from the cache."""
+    whole = states["seconds"].notna() & (states["state"] != "failed") & ~states["cached"]
+    return states.loc[whole, "seconds"].to_dict()
+
+
 def plan(sweep: Sweep, out: str | os.PathLike) -> str:
     """Say what `run_sweep` would do: a line a point with its state and the time its last attempt took, then totals.
 
@@ -125,14 +165,18 @@ def plan(sweep: Sweep, out: str | os.PathLike) -> str:
     """
     states = sweep_states(sweep, out)
     wide = max(map(len, states.index))
-    took = states["seconds"].map(clock, na_action="ignore").fillna("")
+    times = states["seconds"].map(clock, na_action="ignore").fillna("")
     lines = [
-        f"{name:<{wide}}  {row.state:<10}  {took[name]:<14}{row.last_line}".rstrip() for name, row in states.iterrows()
+        f"{name:<{wide}}  {row.state:<10}  {times[name]:<14}{row.last_line}".rstrip() for name, row in states.iterrows()
     ]
-    todo, timed = states[states["state"] != "done"], states["seconds"].dropna()
+    todo, took = states[states["state"] != "done"], timed(states)
+    known = expected(kinds_of(sweep), took)
+    known = [known[name] for name in todo.index if name in known]
     work = "how long a point takes is not known yet"
-    if len(timed):
-        work = f"about {clock(todo['seconds'].fillna(timed.mean()).sum())} of work, by {len(timed)} that were timed"
+    if known:
+        work = f"about {clock(sum(known))} of work, by {len(took)} that were timed"
+        if unknown := len(todo) - len(known):
+            work += f", and {unknown} of which nothing alike was timed"
     lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
     return "\n".join(lines + ([of_older(states)] if states["older"].any() else []))
 

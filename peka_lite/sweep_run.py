@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from peka_lite import __version__
 from peka_lite.sweep import Sweep, code_of
 from peka_lite.sweep_points import (
     finished,
     missing_summary,
     notebook_copy,
     order_of,
+    read_json,
     sweep_states,
     write_record,
     write_whole,
@@ -26,6 +29,14 @@ from peka_lite.sweep_points import (
 from peka_lite.sweep_view import Board
 
 ANSWER_WITHIN = 20  # seconds
+DEATHS = 3  # of a point's worker, after which the point is given up
+# What workers are sent is text, which any of them can read. A function that a worker cannot import ends the worker
+# before its task is known, and Dask would wait for another one for ever.
+_ASK_VERSION = "__import__('peka_lite.sweep_run').__version__"
+_INSTALL = (
+    f"Install peka_lite {__version__} in the environment that the workers are started from, and give the command again"
+)
+_DO = "__import__('peka_lite.sweep_run', fromlist=['_do'])._do(order, **at)"
 
 
 class PointError(RuntimeError):
@@ -42,7 +53,8 @@ def run_sweep(
 ) -> pd.DataFrame:
     """Make every point that is missing or failed, several at once, each in a process of its own.
 
-    A point that fails stops no other. What is done stays done whatever is killed: the same call goes on from there.
+    A point that fails stops no other; one whose worker died three times is failed (on a cluster, as its scheduler's
+    ``allowed-failures`` says). What is done stays done whatever is killed: the same call goes on from there.
     Progress is printed, live in a terminal. In a script, call it under ``if __name__ == "__main__":``, because the
     workers are processes.
 
@@ -70,7 +82,8 @@ def run_sweep(
     FileExistsError
         If `out` holds points of the same names with other settings.
     ValueError
-        For workers together with a scheduler, or more workers than GPUs.
+        For workers together with a scheduler, more workers than GPUs, and a cluster's worker that lacks this version
+        of the package.
     OSError
         If no scheduler answers at that address, or it goes away.
 
@@ -103,14 +116,18 @@ def run_sweep(
         return states
     board.start()
     with _client(sweep, scheduler, workers, len(todo)) as client:
+        if scheduler is not None and (lacking := _lacking(client)):
+            raise ValueError(f"{scheduler}: {'; '.join(lacking[:3])}. {_INSTALL}")
         _write_told(sweep, out)
-        at = {"out": str(out), "local": scheduler is None, "sharing": _threads_by_host(client)}
+        at = {"out": str(out), "local": scheduler is None, "sharing": _threads_by_host(client), "version": __version__}
         orders = [order_of(sweep, point) for point in todo]
         # One graph under one name: Dask hands a point out when a worker is free, in this order.
         graph = f"{sweep.name}-{time.time_ns()}"
+        at["topic"] = graph
         client.subscribe_topic(graph, lambda event: board.event(event[1]))
         keys = [(graph, k) for k in range(len(orders))]
-        futures = client.map(_do, orders, key=keys, topic=graph, **at, retries=retry, pure=False)
+        given = [{"order": order, "at": at} for order in orders]
+        futures = client.map(eval, [_DO] * len(keys), [{}] * len(keys), given, key=keys, retries=retry, pure=False)
         named = dict(zip(keys, todo, strict=True))
         with board.live(dashboard=client.dashboard_link, slots=sum(client.nthreads().values())):
             for future in as_completed(futures):
@@ -119,19 +136,23 @@ def run_sweep(
                 point, error = named[future.key], future.exception()
                 if error is None and (lack := missing_summary(out / point.name, sweep.notebook is not None)):
                     error = PointError(f"{lack} (on {out}, seen from here)")
-                if error is not None and not isinstance(error, PointError):  # its workers died, again and again
-                    write_record(out, order_of(sweep, point), state="failed", last_line=_one_line(error))
-                board.ended(point.name, None if error is None else _one_line(error))
+                if error is not None and not isinstance(error, PointError):  # its workers died, or lack the package
+                    error = PointError(_why(client, error))
+                    write_record(out, order_of(sweep, point), state="failed", last_line=str(error))
+                cached = read_json(out / "log" / f"{point.name}.json").get("cached", False)
+                board.ended(point.name, None if error is None else _one_line(error), cached=cached)
     states = sweep_states(sweep, out)
     board.end(states)
     return states
 
 
-def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, int]) -> None:
+def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, int], version: str) -> None:
     """Make one point, on a worker: a process of its own that ends when the worker does."""
     from distributed import get_worker
 
     out, worker = Path(out), get_worker()
+    if version != __version__:  # of one that joined later
+        raise PointError(f"worker {worker.address} has peka_lite {__version__}, not {version}. {_INSTALL}")
     if not (out / "sweep.yml").is_file():
         raise PointError(f"{out} is not to be seen from {worker.address}: give a folder that all workers share")
     try:
@@ -139,7 +160,7 @@ def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, in
             return
     except FileExistsError as error:
         raise PointError(str(error)) from None
-    begun = time.perf_counter()
+    begun, at = time.perf_counter(), time.time()
     worker.log_event(topic, {"point": order["name"], "worker": worker.address})
     environment = dict(os.environ) | _environment(order, worker, local, sharing)
     environment.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's own; a run would spend a third of its time on it
@@ -166,7 +187,45 @@ def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, in
     if line is not None:
         write_record(out, order, state="failed", seconds=seconds, last_line=line, host=worker.address)
         raise PointError(line)
-    write_record(out, order, state="done", seconds=seconds, host=worker.address)
+    write_record(out, order, state="done", seconds=seconds, host=worker.address, cached=_from_cache(order, since=at))
+
+
+def _from_cache(order: dict, *, since: float) -> bool:
+    """Say whether the cache had every student that a run asked for, so that its time says nothing of another's."""
+    from peka_lite.locks import RECORD
+    from peka_lite.manifest import cache_dir
+    from peka_lite.registry import WITH_STUDENT
+
+    settings = order["settings"]
+    if order["notebook"] is not None or settings["features"] not in WITH_STUDENT:
+        return False
+    name = settings["backbone"] if settings["method"] == "none" else f"{settings['backbone']}_{settings['method']}"
+    made = (path.stat().st_mtime for path in (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/{RECORD}"))
+    return not any(time >= since - 1 for time in made)
+
+
+def _lacking(client) -> list[str]:
+    """Say which workers cannot import this version of the package."""
+    lacking = []
+    for address, answer in client.run(eval, _ASK_VERSION, on_error="return").items():
+        if isinstance(answer, OSError):  # it went away
+            continue
+        if isinstance(answer, BaseException):
+            lacking.append(f"worker {address} cannot import peka_lite ({_one_line(answer)})")
+        elif answer != __version__:
+            lacking.append(f"worker {address} has peka_lite {answer}")
+    return lacking
+
+
+def _why(client, error: BaseException) -> str:
+    """Say in one sentence why a point ended outside its own process."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        last, times = error.last_worker.address, error.allowed_failures + 1
+        return f"its worker died {times} times, the last at {last}, as when memory runs out: see the worker's log"
+    lacking = _lacking(client) if isinstance(error, ImportError | AttributeError) else []
+    return f"{lacking[0]}. {_INSTALL}" if lacking else f"{type(error).__name__}: {_one_line(error)}"
 
 
 def _environment(order: dict, worker, local: bool, sharing: dict[str, int]) -> dict[str, str]:
@@ -203,9 +262,13 @@ def _client(sweep: Sweep, scheduler: str | None, workers: int | None, points: in
     options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1", "silence_logs": 50}
     spec = {i: {"cls": Nanny, "options": options | {"env": env}} for i, env in enumerate(environments)}
     head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": _dashboard()}}
-    # A worker takes no second point ahead, so what is shown as running runs.
+    settings = {
+        "distributed.scheduler.worker-saturation": 1.0,  # no second point ahead: what is shown as running runs
+        "distributed.scheduler.allowed-failures": DEATHS - 1,
+        "distributed.deploy.lost-worker-timeout": "1 day",  # a busy machine restarts one later than after 15 s
+    }
     with (
-        dask.config.set({"distributed.scheduler.worker-saturation": 1.0}),
+        dask.config.set(settings),
         SpecCluster(workers=spec, scheduler=head, silence_logs=50) as cluster,
         Client(cluster) as client,
     ):

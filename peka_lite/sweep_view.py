@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peka_lite.sweep import Sweep
-from peka_lite.sweep_points import STATES, clock, of_older
+from peka_lite.sweep_points import STATES, clock, expected, kinds_of, of_older, timed
 
 
 class Board:
@@ -33,11 +33,12 @@ class Board:
         terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()
         self.console = Console(highlight=False, force_jupyter=False, force_terminal=terminal)
         self.sweep = sweep
-        self.took = {name: s for name, s in states["seconds"].items() if s == s}  # NaN: never tried
+        self.kinds, self.took = kinds_of(sweep), timed(states)
         self.waiting = [name for name, state in states["state"].items() if state != "done"]
         self.done = len(states) - len(self.waiting)
         self.running: dict[str, tuple[float, str]] = {}  # since when, on which worker
         self.failed: dict[str, str] = {}
+        self.failed_after: dict[str, float] = {}
         self.slots = 1
         self._lock = threading.RLock()  # Dask's events, the sweep and the live table come from three threads
 
@@ -57,34 +58,38 @@ class Board:
             self.running[name] = time.monotonic(), told["worker"]
             self.slots = max(self.slots, len(self.running))  # workers that came later
 
-    def ended(self, name: str, error: str | None) -> None:
-        """Take note that a point is done, or failed with `error`."""
+    def ended(self, name: str, error: str | None, *, cached: bool = False) -> None:
+        """Take note that a point is done, its students perhaps `cached`, or failed with `error`."""
         with self._lock:
+            begun = name in self.running  # not where another sweep has made it
             since, _ = self.running.pop(name, (time.monotonic(), ""))
             if name in self.waiting:
                 self.waiting.remove(name)
-            seconds = self.took[name] = time.monotonic() - since
+            seconds = time.monotonic() - since
             if error is None:
                 self.done += 1
+                if begun and not cached:
+                    self.took[name] = seconds
             else:
-                self.failed[name] = error
+                self.failed[name], self.failed_after[name] = error, seconds
         if not self.console.is_terminal:
             count = f"[{self.done + len(self.failed)}/{len(self.sweep.points)}]"
             word = f"done in {clock(seconds)}" if error is None else f"failed: {error}"
             self.console.print(f"{count} {name} {word}; {self.left()} left", markup=False, soft_wrap=True)
 
     def left(self) -> str:
-        """Return the time left, from what points took before and have taken now; a question mark where none has."""
+        """Return the time left, as far as points took as long before that are alike; what is not known is said."""
         with self._lock:
-            if not self.took:
-                return "?"
-            mean = sum(self.took.values()) / len(self.took)
-            now = time.monotonic()
-            rest = sum(self.took.get(name, mean) for name in self.waiting)
-            rest += sum(
-                max(0.0, self.took.get(name, mean) - (now - begun)) for name, (begun, _) in self.running.items()
-            )
-            return clock(rest / max(1, min(self.slots, len(self.waiting) + len(self.running))))
+            now, seconds = time.monotonic(), expected(self.kinds, self.took)
+            rest = {name: seconds.get(name) for name in self.waiting}
+            for name, (begun, _) in self.running.items():  # longer than expected: nobody knows how long
+                rest[name] = seconds[name] - (now - begun) if seconds.get(name, 0) > now - begun else None
+            known = [s for s in rest.values() if s is not None]
+            slots = max(1, min(self.slots, len(rest)))
+            least = max(sum(known) / slots, max(known, default=0))
+            if len(known) == len(rest):
+                return clock(least)
+            return f"more than {clock(least)}" if least >= 1 else "an unknown time"
 
     @contextmanager
     def live(self, *, dashboard: str, slots: int):
@@ -121,5 +126,5 @@ class Board:
         for name, (since, worker) in running[: max(1, self.console.height - 9)]:
             table.add_row("running", Text(name), clock(now - since), worker)
         for name, error in failed[-5:]:
-            table.add_row("failed", Text(name), clock(self.took[name]), Text(error))
+            table.add_row("failed", Text(name), clock(self.failed_after[name]), Text(error))
         return Group(Text(head), table)

@@ -270,7 +270,9 @@ json.dump({"got": a * beside.FACTOR}, open("summary.json", "w"))
 
 def test_the_live_table_shows_any_text_as_it_is(tmp_path):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
-    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1", "a=2"])
+    states = pd.DataFrame(
+        {"state": "missing", "seconds": float("nan"), "older": False, "cached": False}, index=["a=1", "a=2"]
+    )
     board = Board(sweep, states)
     board.console = Console(file=io.StringIO(), force_terminal=True, width=120, height=5)
     with board.live(dashboard="http://x", slots=2):
@@ -290,7 +292,7 @@ def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeyp
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr("sys.stdout", stream)
-    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1"])
+    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False, "cached": False}, index=["a=1"])
     board = Board(sweep, states)
     with board.live(dashboard="http://x", slots=2):
         board.event({"point": "a=1", "worker": "tcp://x:1"})
@@ -306,17 +308,158 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert sweep_run._gpus() == ["3", "GPU-7f"]
 
 
-def test_time_left_follows_from_what_was_timed(tmp_path):
-    sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2, 3, 4]}))
-    states = pd.DataFrame({"state": ["done", "missing", "failed", "missing"], "seconds": [30, float("nan"), 90, 60]})
-    states.index = [p.name for p in sweep.points]
-    board = Board(sweep, states)
-    assert board.left() == "3 min 30 s"  # 60, the mean, and 90 and 60
+def timed_board(tmp_path, took, grid, **keys):
+    """Return the board of a sweep of runs, given state, seconds and cached of each point."""
+    path = tmp_path / "runs.yml"
+    fixed = {"cohort": "mini", "weights": "random", "epochs": 1}
+    path.write_text(yaml.safe_dump({"fixed": fixed, "grid": grid} | keys))
+    sweep = read_sweep(path)
+    states = pd.DataFrame(took, columns=["state", "seconds", "cached"], index=[p.name for p in sweep.points])
+    return Board(sweep, states.assign(older=False, last_line=""))
+
+
+NEVER = ("missing", float("nan"), False)
+
+
+def test_time_left_is_that_of_points_that_are_alike(tmp_path):
+    took = [("done", 30, False), NEVER, ("done", 90, False), NEVER]
+    board = timed_board(tmp_path, took, {"method": ["none", "bone"], "seed": [0, 1]})
+    assert board.left() == "2 min 0 s"  # 30 s as frozen, 90 s as Bone
     board.slots = 2
-    assert board.left() == "1 min 45 s"
-    board.event({"point": "a=2", "worker": "tcp://x:1"})
-    board.ended("a=2", None)
-    board.ended("a=3", "it broke")
-    assert (board.done, board.failed, board.waiting) == (2, {"a=3": "it broke"}, ["a=4"])
-    unknown = Board(sweep, states.assign(seconds=float("nan")))
-    assert unknown.left() == "?"
+    assert board.left() == "1 min 30 s"  # no less than the longest
+    board.event({"point": "method=none,seed=1", "worker": "tcp://x:1"})
+    board.ended("method=none,seed=1", None)
+    assert board.left() == "1 min 30 s"
+
+
+def test_time_left_of_a_kind_that_was_not_timed_is_unknown(tmp_path):
+    took = [("done", 200, False), NEVER, NEVER, NEVER]
+    board = timed_board(tmp_path, took, {"method": ["none", "bone"], "seed": [0, 1]})
+    assert board.left() == "more than 3 min 20 s"
+    board = timed_board(tmp_path, [NEVER] * 4, {"method": ["none", "bone"], "seed": [0, 1]})
+    assert board.left() == "an unknown time"
+    board.event({"point": "method=none,seed=0", "worker": "tcp://x:1"})
+    board.running["method=none,seed=0"] = time.monotonic() - 500, "tcp://x:1"
+    board.ended("method=none,seed=0", "it broke")  # which says nothing of the others
+    assert board.left() == "an unknown time"
+
+
+def test_a_point_that_takes_longer_than_expected_leaves_an_unknown_time(tmp_path):
+    took = [("done", 30, False), NEVER]
+    board = timed_board(tmp_path, took, {"seed": [0, 1]})
+    board.event({"point": "seed=1", "worker": "tcp://x:1"})
+    assert board.left() == "30 s"
+    board.running["seed=1"] = time.monotonic() - 100, "tcp://x:1"
+    assert board.left() == "an unknown time"
+    board.ended("seed=1", None)
+    assert board.left() == "0 s"
+
+
+def test_what_the_cache_gave_says_nothing_of_the_time_of_others(tmp_path):
+    took = [("done", 2, True), ("failed", 1, False), NEVER, NEVER]
+    board = timed_board(tmp_path, took, {"seed": [0, 1, 2, 3]})
+    assert board.left() == "an unknown time"
+    board.event({"point": "seed=1", "worker": "tcp://x:1"})
+    board.ended("seed=1", None, cached=True)
+    board.ended("seed=2", None)  # made by another sweep meanwhile
+    assert (board.left(), board.done) == ("an unknown time", 3)
+    board = timed_board(tmp_path, [("done", 2, True), ("done", 60, False), NEVER, NEVER], {"seed": [0, 1, 2, 3]})
+    assert board.left() == "2 min 0 s"
+
+
+def test_a_plan_says_what_is_not_known(tmp_path):
+    path = tmp_path / "runs.yml"
+    fixed = {"cohort": "mini", "weights": "random", "epochs": 1}
+    path.write_text(yaml.safe_dump({"fixed": fixed, "grid": {"method": ["none", "bone"], "seed": [0, 1]}}))
+    sweep, out = read_sweep(path), tmp_path / "out"
+    (out / "log").mkdir(parents=True)
+    record = {"state": "done", "seconds": 50.0, "cached": False}  # its folder was removed
+    (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record))
+    said = plan(sweep, out).splitlines()[-1]
+    assert said.endswith("about 1 min 40 s of work, by 1 that were timed, and 2 of which nothing alike was timed")
+    (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record | {"cached": True}))
+    assert plan(sweep, out).splitlines()[-1].endswith("how long a point takes is not known yet")
+
+
+def test_a_runs_students_are_known_to_come_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
+    order = {"notebook": None, "settings": {"features": "student", "backbone": "mini", "method": "bone"}}
+    other = tmp_path / "students" / "mini_0123456789abcdef" / "record.json"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    begun = time.time()
+    assert sweep_run._from_cache(order, since=begun)
+    own = tmp_path / "students" / "mini_bone_0123456789abcdef" / "record.json"
+    own.parent.mkdir()
+    own.touch()
+    assert not sweep_run._from_cache(order, since=begun)
+    os.utime(own, (begun - 60, begun - 60))
+    assert sweep_run._from_cache(order, since=begun)
+    assert not sweep_run._from_cache(order | {"notebook": {}}, since=begun)
+    control = {"notebook": None, "settings": order["settings"] | {"features": "depth"}}
+    assert not sweep_run._from_cache(control, since=begun)
+
+
+def fake_package(folder, text):
+    """Write a package that goes before the real one on a worker's path, and return that path."""
+    (folder / "peka_lite").mkdir(parents=True)
+    (folder / "peka_lite" / "__init__.py").write_text(text)
+    (folder / "peka_lite" / "sweep_run.py").touch()
+    return folder
+
+
+def test_workers_without_the_package_or_with_another_version_are_named_and_never_waited_for(tmp_path, monkeypatch):
+    from distributed import Client, LocalCluster
+
+    sweep = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]}))
+    out, lacks = tmp_path / "out", "raise ModuleNotFoundError(\"No module named 'peka_lite'\")"
+    paths = [fake_package(tmp_path / "none", lacks), fake_package(tmp_path / "old", "__version__ = '0.0.9'")]
+    start = [sys.executable, "-m", "distributed.cli.dask_worker", "--no-nanny", "--no-dashboard", "--nthreads", "1"]
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=":0", silence_logs=50) as cluster:
+        address, quiet = cluster.scheduler_address, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        workers = [
+            subprocess.Popen([*start, address], env=os.environ | {"PYTHONPATH": str(path)}, cwd=path, **quiet)
+            for path in paths
+        ]
+        try:
+            with Client(address) as client:
+                client.wait_for_workers(2, timeout=120)
+            with pytest.raises(
+                ValueError, match=r"worker tcp://\S+ cannot import peka_lite \(No module named"
+            ) as found:
+                run_sweep(sweep, out, scheduler=address)
+            assert "has peka_lite 0.0.9" in str(found.value)
+            assert "Install peka_lite" in str(found.value)
+            assert not out.exists()
+            real, asked = sweep_run._lacking, []
+            monkeypatch.setattr(sweep_run, "_lacking", lambda c: real(c) if asked else asked.append(c))  # joined later
+            states = run_sweep(sweep, out, scheduler=address)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    assert list(states["state"]) == ["failed", "failed"]
+    assert states["last_line"].str.contains("worker tcp://.*peka_lite.*Install peka_lite").all()
+
+
+def test_a_point_is_given_up_after_its_worker_died_three_times_and_the_others_go_on(tmp_path, monkeypatch):
+    kills = """
+import os, signal, sys
+if "peka_lite.sweep_points" in sys.orig_argv:
+    if '"a=1"' in sys.stdin.readline():
+        open(os.environ["DEATHS"], "a").write("x")
+        os.kill(os.getppid(), signal.SIGKILL)
+    print("ValueError: planted", flush=True)
+    os._exit(1)
+"""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(kills)
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
+    sweep = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]}))
+    states = run_sweep(sweep, tmp_path / "out", workers=1)
+    assert (tmp_path / "deaths").read_text() == "xxx"
+    assert list(states["state"]) == ["failed", "failed"]
+    assert states.loc["a=1", "last_line"].startswith("its worker died 3 times, the last at tcp://127.0.0.1:")
+    assert states.loc["a=2", "last_line"] == "ValueError: planted"
