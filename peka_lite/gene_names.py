@@ -124,7 +124,7 @@ def _readings(slides: Iterable[Slide], group: Sequence[Slide]) -> dict[str, tupl
         columns |= {f"var[{name!r}]": column for name, column in var.items()}
         best = 0.0
         for source, column in columns.items():
-            if not any(isinstance(value, str) for value in column[:100]):
+            if not any(isinstance(value, str) for value in column):
                 continue
             pairs = zip(column, var.index, strict=True)
             texts = [text if isinstance(text, str) and text.strip() else own for text, own in pairs]
