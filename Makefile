@@ -73,7 +73,7 @@ build/.fresh: $(LIBRARY)
 $(patsubst %,book/notebooks/%.ipynb,06_spatial_pcc_maps 07_sweeps 09_paper_explained 10_leakage_and_protocols): \
   | book/notebooks/05_evaluation.ipynb
 
-book/notebooks/%.ipynb: notebooks/%.ipynb build/.fresh | $(READY)
+book/notebooks/%.ipynb: notebooks/%.ipynb notebooks/wrong_answers.yml build/.fresh | $(READY)
 	@$(BIN)/python book/execute.py $< $@ build
 
 $(HTML): $(EXECUTED) $(PAGES) $(LIBRARY)

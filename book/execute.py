@@ -1,4 +1,4 @@
-"""Run one notebook for the book: what it took is kept in it, and no exercise's check may pass unsolved."""
+"""Run one notebook for the book: what it took is kept in it, and exercises' checks have to refuse wrong answers."""
 
 import os
 import platform
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import nbformat
 import psutil
+import yaml
 
 EVERY = 0.3  # seconds between two looks at the memory
-UNSOLVED = "-unsolved"  # ends the ids of cells that are run and not kept
+DROPPED = "-dropped"  # ends the ids of cells that are run and not kept
 
 
 def memory_of(process: psutil.Process) -> int:
@@ -27,22 +28,26 @@ def memory_of(process: psutil.Process) -> int:
     return total
 
 
-def with_unsolved_checks(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Add, before each solution, its check: there it has to fail, by an `AssertionError` and no other error."""
+def with_refused_answers(notebook: nbformat.NotebookNode, wrong: dict[str, list[str]]) -> nbformat.NotebookNode:
+    """Add, before each solution, its check unsolved and after each wrong answer; it has to fail by `AssertionError`."""
     cells = []
     for i, cell in enumerate(notebook.cells):
         if "solution" in cell.metadata.get("tags", []):
             check = notebook.cells[i + 1]
             body = textwrap.indent(check.source, "    ")
-            passes = f'raise RuntimeError("{check.id} passes before the exercise is solved")'
-            code = f"try:\n{body}\nexcept AssertionError:\n    pass\nelse:\n    {passes}"
-            cells.append(nbformat.v4.new_code_cell(code, id=f"{check.id}{UNSOLVED}"))
+            for n, answer in enumerate(["", *wrong.get(check.id.removesuffix("-check"), [])]):
+                passes = f"accepts wrong answer {n}: {answer}" if n else "passes before the exercise is solved"
+                passes = f"raise RuntimeError({f'{check.id} {passes}'!r})"
+                code = f"{answer}\ntry:\n{body}\nexcept AssertionError:\n    pass\nelse:\n    {passes}"
+                cells.append(nbformat.v4.new_code_cell(code, id=f"{check.id}-{n}{DROPPED}"))
         cells.append(cell)
     return nbformat.from_dict(notebook | {"cells": cells})
 
 
 def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
     """Run `source` with papermill, each exercise's check before its solution and after; `target` appears at the end.
+
+    ``wrong_answers.yml`` beside `source` holds, for an exercise's id, answers that its check has to refuse.
 
     Returns
     -------
@@ -56,7 +61,9 @@ def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
     """
     work = cwd / "executed" / source.name
     work.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(with_unsolved_checks(nbformat.read(source, as_version=4)), work)
+    answers = source.with_name("wrong_answers.yml")
+    wrong = yaml.safe_load(answers.read_text("utf-8")) if answers.is_file() else {}
+    nbformat.write(with_refused_answers(nbformat.read(source, as_version=4), wrong), work)
     cores = os.cpu_count() or 1
     parallel = re.search(r"-j ?(\d+)", os.environ.get("MAKEFLAGS", ""))  # `make -j2 book`
     at_once = int(parallel[1]) if parallel else 1
@@ -77,7 +84,7 @@ def execute(source: Path, target: Path, *, cwd: Path) -> tuple[float, float]:
         raise subprocess.CalledProcessError(job.returncode, command)
     seconds, gib = time.monotonic() - begun, most / 2**30
     notebook = nbformat.read(work, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not cell.id.endswith(UNSOLVED)]
+    notebook.cells = [cell for cell in notebook.cells if not cell.id.endswith(DROPPED)]
     notebook.metadata["cost"] = {
         "seconds": round(seconds),
         "gib": round(gib, 1),

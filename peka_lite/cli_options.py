@@ -11,7 +11,7 @@ _HELP = {
     "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
     "slides": "comma-separated slide ids; all by default",
     "patients": "CSV file with columns id,patient, where nothing else names them",
-    "protocol": "paper, hest or strict: sets split, normalization, alpha and what sees which rows",
+    "protocol": "paper (its released code's folds), hest or strict: split, normalization, alpha, what sees which rows",
     "features": "student, frozen+student, projector, or a control: teacher, colour, coordinates, depth",
     "teacher": "pca, scfoundation or scfoundation-mini (small, in the package)",
     "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",

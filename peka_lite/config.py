@@ -67,8 +67,9 @@ class RunConfig:
     patients
         CSV file with columns id and patient, where neither the metadata nor the manifest has them.
     protocol
-        ``"paper"``, ``"hest"`` or ``"strict"`` (`PROTOCOLS`): sets split, normalization and alpha, and which rows each
-        step may see. None: those three as given here, everything that learns on training rows.
+        ``"paper"`` (the folds of its released code), ``"hest"`` or ``"strict"`` (`PROTOCOLS`): sets split,
+        normalization and alpha, and which rows each step may see. None: those three as given here, everything that
+        learns on training rows.
     features
         What the probe reads: ``"student"`` (``"backbone"`` is another word for it), the backbone's pooled output;
         ``"frozen+student"``, the frozen student's features beside the taught one's; ``"projector"``, an ablation: what

@@ -19,7 +19,8 @@ class Protocol:
     name, split
         The protocol, and who is held out: ``"patient"``, ``"slide"`` or ``"spot"``.
     student
-        Rows that teach student, teacher and clusters: ``"train"`` or ``"all"`` (the whole cohort, test spots included).
+        Rows that train student, clusters and a teacher that is fitted: ``"train"`` or ``"all"`` (the whole cohort, test
+        spots included). A pretrained teacher, such as scFoundation, embeds these rows and is not fitted on them.
     genes
         Rows that choose the highly variable genes: ``"train"`` or ``"all"``.
     normalization
@@ -52,12 +53,15 @@ class Protocol:
     fit_intercept: bool = True
 
 
-#: The three protocols by name.
+#: The three protocols by name. Of ``paper`` the paper itself says five folds, the 50 most variable genes, PCA to 256
+#: components and ridge. What is held out, which rows each step sees and the penalty are those of the authors' released
+#: code: ``KFold`` with shuffle over spots. The published tables may have come from other code.
 PROTOCOLS = {
     p.name: p
     for p in (
-        # The authors' code: PCA of the raw features and Ridge() with its defaults; log2 of 1 + counts per 10,000, of
-        # which the natural logarithm is a multiple, so every PCC is the same.
+        # The released code: PCA of the raw features and Ridge() with its defaults; log2 of 1 + counts per 10,000, of
+        # which the natural logarithm is a multiple, so every PCC is the same. It trains the student on a random 80% of
+        # all spots, here on all.
         Protocol(name="paper", split="spot", student="all", genes="all", alpha=1.0, standardize=False),
         # HEST-bench's code (Jaume et al. 2024): log1p of raw counts, no intercept.
         Protocol(name="hest", split="patient", genes="all", normalization="log1p", fit_intercept=False),

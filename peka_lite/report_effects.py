@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from peka_lite.report_runs import Run, group, in_order, label, title
+from peka_lite.report_runs import INTERVALS, Run, group, in_order, label, title
 from peka_lite.report_settings import in_words, sd_over_seeds, settings
 from peka_lite.scores import difference
 
@@ -67,8 +67,8 @@ def effects_table(others: Sequence[Run], reference: Sequence[Run]) -> pd.DataFra
     table.attrs = {
         "title": f"Effects of settings · {title(reference, normalization=own)}",
         "note": f"Reference: {in_words(told)}. Difference of the mean PCC to the run of the reference settings with "
-        "the same features, paired by patient (or slide) and gene; 95% intervals, each for itself and not for all rows "
-        "together: of many, some lie off zero by chance.",
+        f"the same features, paired; {INTERVALS}, each for itself and not for all rows together: of many, some lie off "
+        "zero by chance.",
         "reference": in_words(told),
     }
     return table

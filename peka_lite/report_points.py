@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite.names import read_metrics
-from peka_lite.report_runs import BACKBONES, ELSEWHERE, Run, label
+from peka_lite.report_runs import BACKBONES, ELSEWHERE, INTERVALS, Run, label
 from peka_lite.report_settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words, word
 from peka_lite.report_sweeps import SweepFolder
 from peka_lite.scores import pooled
@@ -65,8 +65,8 @@ def points_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) -> 
     table = _of_one_type(pd.DataFrame(rows, dtype=object))
     table.attrs = {
         "title": f"{len(rows)} finished {'runs' if runs else 'points'}" if len(rows) != 1 else "One finished run",
-        "note": "Mean PCC on held-out spots, on the protocol's own targets, with 95% intervals over patients (or "
-        "slides) and genes. Protocols answer different questions: compare rows of one protocol and cohort.",
+        "note": f"Mean PCC on held-out spots, on the protocol's own targets; {INTERVALS}. Protocols answer different "
+        "questions: compare rows of one protocol and cohort.",
     }
     return table
 

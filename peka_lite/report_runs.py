@@ -22,6 +22,7 @@ COHORTS = ("breast", "kidney", "liver", "lung")
 BACKBONES = {"resnet50": "ResNet-50", "ctranspath": "CTransPath", "uni": "UNI", "h-optimus-0": "H-optimus-0"}
 METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA", "miss": "MiSS"}
 CONTROLS = {"colour": "colour and texture", "coordinates": "coordinates", "depth": "total count"}
+INTERVALS = "95% confidence intervals: Student's t times a bootstrap standard error over patients (or slides) and genes"
 HELD_OUT = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
 _FIELDS = (
     "protocol", "method", "features", "shuffled", "backbone", "cohort", "split", "normalization", "scores", "ceiling",

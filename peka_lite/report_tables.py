@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from peka_lite.report_runs import PROTOCOLS, TARGETS, Run, label, require_shared, title, where, widest
+from peka_lite.report_runs import INTERVALS, PROTOCOLS, TARGETS, Run, label, require_shared, title, where, widest
 from peka_lite.report_settings import sd_over_seeds, seed_scores
 from peka_lite.scores import difference
 
 CAUTION = {
-    "paper": "Random spots are held out, and a taught student saw the whole cohort, test spots included: these "
-    "values say nothing of a new patient.",
+    "paper": "Random spots are held out, as in PEKA's released code (the paper does not say of what its folds are), "
+    "and a taught student saw the whole cohort, test spots included: these values say nothing of a new patient.",
     "hest": "A taught student saw training rows only; genes are chosen on all rows, as HEST-bench does.",
     "strict": "Student, clusters, genes, PCA and penalty were made from training rows only.",
     "custom": "No named protocol: config.yml of each run says what was held out and how.",
@@ -73,7 +73,7 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     table = pd.DataFrame(rows, index=pd.Index([label(run) for run in runs], name="features"))
     basis = runs[0].summary["ceiling"][normalization]["basis"]
     note = f"{CAUTION[runs[0].summary['protocol']]} Mean PCC over genes, then over folds (pooled) or slides; "
-    note += f"95% intervals. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
+    note += f"{INTERVALS}. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
     if few := [label(run) for run in runs if len(run.seeds) < len(widest(runs))]:
         note += f" Of fewer seeds: {', '.join(few)}."
     if normalization != own:
@@ -119,7 +119,7 @@ def difference_table(
             unpaired.append(name)
         rows.append(_scores("difference", *scores))
     table = pd.DataFrame(rows, index=pd.Index(list(moments), name=f"minus {reference}"))
-    note = "Differences of the mean PCC, paired; 95% intervals, each for itself and not for all rows together."
+    note = f"Differences of the mean PCC, paired; {INTERVALS}, each for itself and not for all rows together."
     if unpaired:
         note += f" None for {', '.join(unpaired)}: not the seeds of {reference}."
     table.attrs = {"title": f"minus {reference} · {title(runs, normalization=normalization)}", "note": note}

@@ -1,4 +1,4 @@
-"""Scores: Pearson correlation per gene, fold and slide, with intervals that resample people and genes."""
+"""Scores: Pearson correlation per gene, fold and slide, with confidence intervals that resample people and genes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from scipy.stats import t
 
 def pearson(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
     """Pearson correlation column by column, (genes,) float64; NaN where either side is constant.
+
+    It measures linear association: a shift or a positive scale of either side changes nothing.
 
     Examples
     --------
@@ -97,11 +99,11 @@ def by_slide(moments: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
-    """Mean PCC of one set of targets with a 95% interval that resamples patients and genes, never spots.
+    """Mean PCC of one set of targets with a 95% confidence interval: bootstrap over patients and genes, Student's t.
 
-    With one patient slides are resampled instead, and ``unit`` says so. The standard error comes from a bootstrap; it
-    is scaled for the number of units and multiplied by Student's t with units - 1 degrees of freedom, since the
-    percentiles of a bootstrap over five patients would be too narrow.
+    Spots are never resampled; with one patient slides are, and ``unit`` says so. The standard error comes from a
+    bootstrap over units and genes; it is scaled for the number of units and multiplied by Student's t with units - 1
+    degrees of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
 
     Parameters
     ----------
@@ -271,10 +273,10 @@ def fold_table(fold: int, genes: Sequence[str], Y: np.ndarray, P: np.ndarray, *,
 
 
 def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Reduce a result table to its mean PCC with a 95% interval, leaving NaN out by name.
+    """Reduce a result table to its mean PCC with a 95% confidence interval, leaving NaN out by name.
 
     The mean is the mean over folds of each fold's mean over genes, as HEST-bench reports. The interval's standard error
-    comes from resampling folds (patients or slides) and genes together: spots of one slide are not independent, so
+    comes from a bootstrap of folds (patients or slides) and genes together: spots of one slide are not independent, so
     they are not resampled. It is scaled for the number of folds and multiplied by Student's t with folds - 1 degrees
     of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
 

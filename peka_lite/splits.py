@@ -22,8 +22,8 @@ def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list
         `peka_lite.Cohort`.
     by
         ``"patient"``: people are held out, what a new patient would see. ``"slide"``: sections are held out; two
-        sections of one person may stand on both sides. ``"spot"``: random spots, the paper's protocol; neighbours
-        of a test spot are in training.
+        sections of one person may stand on both sides. ``"spot"``: random spots, as in the authors' released code
+        (protocol ``"paper"``); neighbours of a test spot are in training.
     n_splits
         Number of folds. With fewer groups than folds, each group is one fold, and a warning says so.
     seed

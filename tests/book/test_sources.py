@@ -6,9 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+
+import peka_lite as pk
+from peka_lite.paper_tables import FOLDS
+from peka_lite.report_tables import CAUTION
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -93,6 +100,83 @@ def word(term):
     return rf"(?i)(?<![\w\[-]){re.escape(term.rstrip('s') if term.endswith('genes') else term)}s?(?![\w-])"
 
 
+def sources():
+    """Where -> what is said there: pages, cells, the library's texts and sweeps; white space is one blank."""
+    for path in [ROOT / "README.md", *BOOK.glob("*.md"), *(ROOT / "peka_lite").rglob("*.yml")]:
+        yield path.name, " ".join(path.read_text("utf-8").replace("\n# ", "\n").split())
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            lines = cell.source.splitlines()
+            yield cell.id, " ".join((" " if cell.cell_type == "markdown" else " ; ").join(lines).split())
+    for text in said():
+        yield text[:60], " ".join(text.split())
+
+
+CORRECTED = {
+    "Pearson's correlation does not rank": r"\b(rank|order)(s|ed|ing)? (the )?(spots|tiles)|\border within"
+    r"|orders nothing|(spots|tiles) are (ranked|ordered)",
+    "purity may fall between clusterings": r"label can only raise it|[Pp]urity cannot fall when labels are split",
+    "T is the depth that is asked for": r"T and S say how deeply",
+    "descent moves against the gradient": r"(pull|move)s \$S\$ along \$\(q - p\)",
+    "chapters 4 to 7, 9 and 10 take no teacher": r"chapters run unchanged|The paper's setting is",
+    "a pretrained teacher is not fitted on test spots": r"teacher, clusters and student saw|four steps do so under",
+    "the paper's text has no word of attention": r"\| attention \(of which layers\)",
+}
+
+
+@pytest.mark.parametrize("wrong", CORRECTED.values(), ids=CORRECTED)
+def test_what_was_corrected_is_said_nowhere(wrong):
+    assert [(where, found.group()) for where, text in sources() if (found := re.search(wrong, text))] == []
+
+
+def test_random_spots_are_said_of_the_released_code():
+    """The paper names five folds and not of what; `paper` in quotes is the protocol, not the paper."""
+    theirs = re.compile(r"(?<![`\"'])\b([Tt]he paper|PEKA|arXiv:2504\.07061|[Tt]he published)\b(?!`)")
+    for where, text in sources():
+        for sentence in re.split(r"(?<=[.!?;])\s", text):
+            if theirs.search(sentence) and re.search(r"random\s+(\[spots|spots?)", sentence):
+                assert re.search(r"released\s+code", sentence), (where, sentence)
+    cells = nbformat.read(ROOT / "notebooks/09_paper_explained.ipynb", as_version=4).cells
+    (row,) = re.findall(r"^\| Held out \|.*$", "\n".join(c.source for c in cells), re.M)
+    paper, code = row.split("|")[2:4]
+    assert not re.search(r"random|patient|spot", paper)
+    assert re.search(r"random spots: `KFold` with shuffle", code)
+
+
+def test_published_values_are_shown_with_what_is_known_of_their_folds():
+    for what in (pk.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
+        assert "spot" in what
+    for said_of_it in (FOLDS, CAUTION["paper"], pk.published.__doc__):
+        assert re.search(r"released code", " ".join(said_of_it.split()))
+    assert "may have come from other code" in " ".join(pk.published.__doc__.split())
+    assert "may have come from other code" in FOLDS
+
+
+def test_steps_that_see_held_out_rows_are_counted_with_either_teacher():
+    """scFoundation is pretrained: under `paper` genes, clusters and student see test spots, and a PCA does too."""
+    cells = {c.id: c.source for c in nbformat.read(ROOT / "notebooks/10_leakage_and_protocols.ipynb", 4).cells}
+    here = {"pk": pk, "plt": plt, "np": np, "pd": pd, "HONEST": "C0", "LEAKY": "C1"}
+    exec(cells["10-06"], here)
+    title = here["fig"].get_suptitle()
+    plt.close(here["fig"])
+    counts = [row.to_dict() for row in here["leaks"].values()]
+    assert counts == [{"paper": 3, "hest": 1, "strict": 0}, {"paper": 4, "hest": 1, "strict": 0}]
+    assert here["steps"] == 7
+    assert re.search(r"scFoundation.*: 3 under paper.*\n.*PCA.*: 4 under paper", title)
+    assert "three of seven steps" in " ".join(cells["10-41"].split())
+
+
+@pytest.mark.parametrize("page", ["../README", *LINKED])
+def test_a_page_with_intervals_names_the_method(page):
+    """What `interval` gives is a confidence interval by bootstrap, of patients and genes."""
+    text = " ".join(prose(page).split())
+    if re.search(
+        r"(95%|paired).{0,20} intervals?|intervals? (resample|over patients|are over)|an interval (over|that)", text
+    ):
+        assert "confidence interval" in text
+        assert "bootstrap" in text
+
+
 def test_workflow_runs_the_checks_and_publishes_the_book():
     flow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     steps = flow["jobs"]["check"]["steps"]
@@ -139,18 +223,29 @@ def test_a_notebook_that_is_run_is_kept_whole_with_its_cost_or_not_at_all(tmp_pa
         assert re.search(r"\d+ s, \d+\.\d GiB", done.stdout)
 
 
-@pytest.mark.parametrize(("starter", "problem"), [("x = None", ""), ("x = 2", "passes before"), ("", "NameError")])
-def test_a_check_has_to_fail_before_its_solution(tmp_path, starter, problem):
-    code = {"a": starter, "b": "x = 2", "c": "assert x is not None\nassert x == 2\nprint('right')"}
+@pytest.mark.parametrize(
+    ("starter", "wrong", "problem"),
+    [
+        ("x = None", ["x = 3", "x = 1\nx += 3"], ""),
+        ("x = 2", [], "07-ex1-check passes before"),
+        ("", [], "NameError"),
+        ("x = None", ["x = 3", "x = 1\nx += 1"], "07-ex1-check accepts wrong answer 2: x = 1"),
+        ("x = None", ["x = [3"], "SyntaxError"),
+    ],
+)
+def test_a_check_has_to_fail_before_its_solution_and_on_wrong_answers(tmp_path, starter, wrong, problem):
+    code = {"07-ex1": starter, "07-ex1-solution": "x = 2"}
+    code["07-ex1-check"] = "assert x is not None\nassert x == 2\nprint('right')"
     cells = [nbformat.v4.new_code_cell(lines, id=name) for name, lines in code.items()]
     cells[1].metadata["tags"] = ["solution", "hide-cell"]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "one.ipynb")
+    (tmp_path / "wrong_answers.yml").write_text(yaml.safe_dump({"07-ex1": wrong}))
     command = [sys.executable, str(BOOK / "execute.py"), str(tmp_path / "one.ipynb"), str(tmp_path / "out.ipynb")]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode == 0) == (not problem), done.stderr
     assert problem in done.stdout + done.stderr
     if not problem:
         kept = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
-        assert [c.id for c in kept] == ["a", "b", "c"]
+        assert [c.id for c in kept] == list(code)
         assert kept[2].outputs[0].text == "right\n"

@@ -1,17 +1,23 @@
 """Notebooks: kept clean, and right on real slides. `make book` runs them all, exercises unsolved and solved."""
 
+import ast
 import os
 import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
+import yaml
+
+import peka_lite as pk
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
          "06_spatial_pcc_maps", "07_sweeps", "08_default_models", "09_paper_explained", "10_leakage_and_protocols",
          "11_your_own_slides"]  # fmt: skip
+WRONG = yaml.safe_load(NOTEBOOKS[0].with_name("wrong_answers.yml").read_text("utf-8"))
 SMALL = {"epochs": 1, "n_splits": 3}
 ANATOMY = ("**You will learn**", "**You need**", "## Key takeaways", "## Exercises", "## What's next", "## References")
 
@@ -73,6 +79,53 @@ def test_exercises_are_complete(path):
         assert solution.source.startswith(f"# @title Solution {n}\n")
         assert check.metadata["tags"] == ["check"]
         assert check.source.count("assert ") >= 1
+
+
+def test_every_check_has_wrong_answers_to_refuse():
+    """`make book` runs them; here each exercise has two or more, all different, that fill in what it leaves open."""
+    cells = {c.id: c.source for path in NOTEBOOKS for c in nbformat.read(path, as_version=4).cells}
+    exercises = [name.removesuffix("-check") for name in cells if name.endswith("-check")]
+    assert list(WRONG) == exercises
+    for exercise, answers in WRONG.items():
+        assert len(set(answers)) == len(answers) >= 2, exercise
+        for answer in answers:
+            assert open_names(cells[exercise]) <= bound(ast.parse(answer)), (exercise, answer)
+
+
+def open_names(starter):
+    """Names that a starter leaves to the learner: None, nothing in a container, or a function without a body."""
+    found = set()
+    for node in ast.parse(starter).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
+            if any(isinstance(n, ast.Constant) and n.value is None for n in ast.walk(node.value)):
+                found |= {t.id for t in targets}
+    return found
+
+
+def bound(tree):
+    """Names that a module's code defines or assigns."""
+    names = (n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.FunctionDef))
+    return {n.name if isinstance(n, ast.FunctionDef) else n.id for n in names}
+
+
+def test_the_leak_of_chapter_5_is_found_where_it_is():
+    """Each suspect is a labeler of its own; C alone saw held-out rows, seven of them."""
+    cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS[4], as_version=4).cells}
+    rng = np.random.default_rng(0)
+    here = {"pk": pk, "np": np, "E": rng.normal(size=(90, 4)).astype(np.float32)}
+    here["folds"] = [(np.arange(60), np.arange(60, 90))]
+    exec(cells["05-ex3"], here)
+    assert len({id(suspect) for suspect in here["suspects"].values()}) == 3
+    for answer in WRONG["05-ex3"]:
+        exec(answer, here)
+        with pytest.raises(AssertionError):
+            exec(cells["05-ex3-check"], here)
+    exec(cells["05-ex3-solution"], here)
+    assert (here["guilty"], here["strangers"]) == ("C", 7)
+    exec(cells["05-ex3-check"], here)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
