@@ -182,8 +182,8 @@ def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
     lines.append(f"| all | | | {about['mean_pcc']:.3f} ({reach}) |")
     return "\n".join(lines) + (
         f"\n\nPCC: Pearson correlation of predicted and measured {trained.config.normalization} expression over a "
-        f"fold's test spots. The interval is a confidence interval: Student's t times a "
-        f"bootstrap standard error over {about['unit']}s and genes."
+        f"fold's test spots. The confidence interval is Student's t times a bootstrap standard error, which resamples "
+        f"{about['unit']}s and genes."
     )
 
 

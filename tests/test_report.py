@@ -368,7 +368,7 @@ def test_a_part_or_a_copy_of_a_papers_cohort_is_not_the_papers(write_run, tmp_pa
 def test_the_sentence_names_what_differs_and_only_that(write_run):
     said = comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
     assert said == (
-        "Published and our values may not be compared: the protocol is strict and not the paper's; cohort mini "
+        "Published and our values may not be compared: the protocol is strict and not paper; cohort mini "
         "(synthetic) is not in the paper; backbone mini is not in the paper; weights are random (mini); the teacher "
         "is pca and not scFoundation."
     )

@@ -179,7 +179,7 @@ def test_the_card_tables_every_folds_score(exported):
     card = (exported / "README.md").read_text()
     assert "| 0 | 120 | 63 | 0.200 |\n| 1 (this model) | 63 | 120 | 0.300 |\n" in card
     assert "| all | | | 0.250 (95% interval 0.100 to 0.400) |" in card
-    assert "resamples patients and genes" in card
+    assert "Student's t times a bootstrap standard error, which resamples patients and genes" in card
 
 
 def test_one_unit_has_no_interval(folder):
