@@ -57,8 +57,8 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
     return (
         f"Of the predicted values ({len(X)} {unit} x {len(low)} genes) {_percent(below)} lie below and "
         f"{_percent(above)} above the range of their gene's training targets; furthest out is "
-        f"{shown(part.var_names[worst])}, {least[worst]:.2f} to {most[worst]:.2f} where training had {low[worst]:.2f} to "
-        f"{high[worst]:.2f}."
+        f"{shown(part.var_names[worst])}, {least[worst]:.2f} to {most[worst]:.2f} where training had "
+        f"{low[worst]:.2f} to {high[worst]:.2f}."
     )
 
 
