@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._file_kinds import file_kind
+from peka_lite.progress import Stage, draws_bars
 from peka_lite.registry import closed_gate
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, progress: bool) 
     _check_disk(root, artifact, parts, missing, licence, progress)
     new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        for file in missing:
+        for file in _coming(artifact, missing, root, parts, progress):
             part, place = parts / file.path, root / file.path
             part.parent.mkdir(parents=True, exist_ok=True)
-            (_from_url if artifact.url else _from_hub)(artifact, commit, file, part, progress)
+            (_from_url if artifact.url else _from_hub)(artifact, commit, file, part, progress and draws_bars())
             hashes[file.path] = check_file(part, file, what=_what(artifact, file))
             place.parent.mkdir(parents=True, exist_ok=True)
             if not recorded:  # a record of another commit must not vouch for this file
@@ -191,6 +192,21 @@ def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File]
             f"{artifact.name} needs {_bytes(needed)} and {_bytes(HEADROOM)} to spare, but {there} has {_bytes(free)} "
             "free; free some space, or give another root"
         )
+
+
+def _coming(artifact: Artifact, missing: list[File], root: Path, parts: Path, progress: bool) -> Stage:
+    """Return the missing files to loop over; lines say how much of them has come, in MB."""
+
+    def come() -> int:
+        size = 0
+        for file in missing:
+            for path in (parts / file.path, root / file.path):
+                with contextlib.suppress(OSError):
+                    size += path.stat().st_size
+        return size // 10**6
+
+    total = sum(file.size for file in missing) // 10**6 if all(file.size for file in missing) else None
+    return Stage(f"fetching {artifact.name}:", missing, total=total, measure=come, unit=" MB", reports=progress)
 
 
 def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress: bool) -> None:

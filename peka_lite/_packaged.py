@@ -7,6 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite.progress import Stage
+
 if TYPE_CHECKING:
     from peka_lite.registry import Backbone
 
@@ -45,5 +47,5 @@ def origin(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hex digits."""
-    with path.open("rb") as file:
+    with Stage(f"hashing {path.name}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from peka_lite._file_kinds import file_kind
 from peka_lite._packaged import origin, packaged
@@ -24,6 +23,7 @@ from peka_lite.backbone_files import backbone_row, check_statistic
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located, read_manifest
+from peka_lite.progress import bar
 from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, closed_gate, page_of
 
 __all__ = [
@@ -232,7 +232,8 @@ def embed_tiles(
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     dtype = kind if spec is None else precision_for(spec, device)
     rows = [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    batches = tqdm(Batches(tiles, rows, device=device), desc="embed tiles", disable=not progress, leave=False)
+    batches = Batches(tiles, rows, device=device)
+    batches = bar(batches, desc="embed tiles", unit=" batches", enabled=progress, leave=False)
     done = None  # fetched one batch late, so that the GPU has the next to work on meanwhile
     with _in_eval_mode(model):
         for at, batch in zip(rows, batches, strict=True):

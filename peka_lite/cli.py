@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from peka_lite.cli_options import parser
+from peka_lite.progress import Stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
+    name = options.pop("command")
     command = {
         "run": _run, "train": _train, "embed": _embed, "predict": _predict, "map": _map, "add": _add,
         "export": _export, "sweep": _sweep,
         "report": _report, "fetch": _fetch, "doctor": _doctor,
-    }[options.pop("command")]  # fmt: skip
+    }[name]  # fmt: skip
     try:
-        return command(**options)
+        with Stage(name, reports=True):
+            return command(**options)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"peka-lite: {error}", file=sys.stderr)
         return 2
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(*, out: str, maps: bool, **options) -> int:
     from peka_lite.run import RunConfig, run
 
-    summary = run(RunConfig(**options), out, maps=maps, progress=sys.stderr.isatty())
+    summary = run(RunConfig(**options), out, maps=maps, progress=True)
     if not summary:  # another process than the first
         return 0
     print(
@@ -50,9 +52,7 @@ def _train(*, out: str, fold: int | None, **options) -> int:
     from peka_lite.teaching import train
 
     config = RunConfig(**options)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first
-        print(f"training on {config.cohort}, minutes without a GPU; {out} appears at the end", file=sys.stderr)
-    summary = train(config, out, fold=fold, progress=sys.stderr.isatty())
+    summary = train(config, out, fold=fold, progress=True)
     if summary:
         how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
         drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
@@ -80,7 +80,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
     else:
         student, source = load_backbone(backbone, weights=weights or "hub"), {}
     spots = open_cohort(cohort, slides=slides, min_genes=min_genes)
-    options = {"batch_size": batch_size, "device": device, "progress": sys.stderr.isatty()}
+    options = {"batch_size": batch_size, "device": device, "progress": True}
     features = write_features(spots, out, student, source=source, **options)
     print(f"{features.n_obs} spots, {features.n_vars} features; {out}")
     return 0
@@ -90,7 +90,7 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.applied import predict_from
     from peka_lite.ranges import say_outside
 
-    predicted = predict_from(model, slide, out, progress=sys.stderr.isatty(), **options)
+    predicted = predict_from(model, slide, out, progress=True, **options)
     told = predicted.uns["peka_lite"]
     where, fold = "spots", told["model"]["fold"]
     if "min_tissue" in told:  # an image, not a slide with spots
@@ -113,7 +113,7 @@ def _map(*, predictions: str, gene: str | None, out: str) -> int:
 def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> int:
     from peka_lite.own_slides import add_slide, next_step, read_counts
 
-    print(add_slide(cohort, slide_id, read_counts(counts), image, progress=sys.stderr.isatty(), **options))
+    print(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
     print(next_step(cohort))
     return 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from skimage.color import hed_from_rgb
 from skimage.feature import local_binary_pattern
-from tqdm.auto import tqdm
+
+from peka_lite.progress import bar
 
 PERCENTILES = (10, 50, 90)
 WORKING_SIZE = 112  # px: a 224 px tile is averaged over 2 x 2 pixels before anything is measured
@@ -53,7 +54,9 @@ def colour_texture(tiles, *, progress: bool = False) -> np.ndarray:
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or min(shape[1:3]) < 16:
         raise ValueError(f"tiles must be uint8 (N, H, W, 3) of at least 16 px a side, not {dtype} {shape}")
     out = np.empty((len(tiles), 52), dtype=np.float32)
-    for start in tqdm(range(0, len(tiles), 16), desc="colour and texture", disable=not progress, leave=False):
+    for start in bar(
+        range(0, len(tiles), 16), desc="colour and texture", unit=" batches", enabled=progress, leave=False
+    ):
         out[start : start + 16] = _describe(np.asarray(tiles[start : start + 16]))
     return out
 

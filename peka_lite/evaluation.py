@@ -13,6 +13,7 @@ import pandas as pd
 
 from peka_lite.expression import NORMALIZATIONS, targets, top_hvg
 from peka_lite.probe import PCARidge
+from peka_lite.progress import Stage
 from peka_lite.protocols import ALPHAS, Protocol
 from peka_lite.provenance import LeakError, require_apart, require_known, row_ids
 from peka_lite.scores import slide_moments
@@ -95,7 +96,7 @@ def evaluate(
     use = np.ones(len(cohort), dtype=bool) if taught_by is None else np.asarray(taught_by)
     judge = Judge(cohort, folds, protocol)
     genes = []
-    for i, (train, _) in enumerate(folds):
+    for i, (train, _) in enumerate(Stage("choosing genes: fold", folds)):
         rows = None if protocol.genes == "all" else train[use[train]]
         genes.append(top_hvg(cohort.adata, n=n_genes, rows=rows, method=protocol.normalization))
         judge.genes(genes[i], i)
@@ -124,7 +125,7 @@ def evaluate(
         chosen = _inner_alphas(folds, sums, columns, protocol, n_components, judge)
     tables, predicted, probes, width = [], {}, {}, 0
     slides, patients = cohort.obs["slide"].to_numpy(), cohort.obs["patient"].fillna("unknown").to_numpy()
-    for i, (_, test) in enumerate(folds):
+    for i, (_, test) in enumerate(Stage("probe: fold", folds)):
         student, gathered = sums((i,))
         moments = gathered.over([c for c in range(len(folds)) if c != i])
         judge.probe(moments.rows, (i,))
@@ -170,19 +171,18 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[s
     """
     n = len(folds)
     scores = {key: [] for key in columns}  # (fold, normalization) -> [(n_alphas,) mean over genes]
-    for i in range(n):
-        for j in range(i + 1, n):
-            _, gathered = sums((i, j))
-            train = gathered.over([c for c in range(n) if c not in (i, j)])
-            judge.probe(train.rows, (i, j))
-            reduced = components(train, n_components, standardize=protocol.standardize)
-            for outer, inner in ((i, j), (j, i)):
-                test = gathered.over([c for c in (inner, inner + n) if c in gathered.cells])
-                path = alpha_path(reduced, test, ALPHAS)  # (n_alphas, targets)
-                for m in NORMALIZATIONS:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
-                        scores[outer, m].append(np.nanmean(path[:, columns[outer, m]], axis=1))
+    for i, j in Stage("penalty: pair of folds", list(combinations(range(n), 2))):
+        _, gathered = sums((i, j))
+        train = gathered.over([c for c in range(n) if c not in (i, j)])
+        judge.probe(train.rows, (i, j))
+        reduced = components(train, n_components, standardize=protocol.standardize)
+        for outer, inner in ((i, j), (j, i)):
+            test = gathered.over([c for c in (inner, inner + n) if c in gathered.cells])
+            path = alpha_path(reduced, test, ALPHAS)  # (n_alphas, targets)
+            for m in NORMALIZATIONS:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
+                    scores[outer, m].append(np.nanmean(path[:, columns[outer, m]], axis=1))
     return {m: [ALPHAS[int(np.nanargmax(np.mean(scores[i, m], axis=0)))] for i in range(n)] for m in NORMALIZATIONS}
 
 
@@ -198,7 +198,7 @@ def penalty_inside(
     """
     scores = []
     others = [j for j in range(n_folds) if j not in left]
-    for j in others:
+    for j in Stage("penalty: fold", others):
         out = tuple(sorted((*left, j)))
         student = features(out)
         judge.student(student, out)

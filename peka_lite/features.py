@@ -13,6 +13,7 @@ import pandas as pd
 from peka_lite import __version__
 from peka_lite.backbones import embed_tiles
 from peka_lite.hest import Cohort
+from peka_lite.progress import say
 from peka_lite.results import fingerprint, storable
 
 
@@ -72,6 +73,8 @@ def write_features(
     out = Path(out)
     if out.suffix != ".h5ad":
         raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
+    name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
+    say(f"plan: {len(cohort):,} tiles to embed by {name}")
     looks = {"mean": mean, "std": std, "input_size": input_size}
     X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from peka_lite import __version__
 from peka_lite.locks import RECORD, alone, partial_of, put
 from peka_lite.manifest import cache_dir
+from peka_lite.progress import Stage
 from peka_lite.provenance import row_ids
 from peka_lite.teachers import embed_cohort
 
@@ -103,12 +105,19 @@ def lesson(config, cohort, rows: np.ndarray, *, teacher, data: str, device: str,
     if not (folder / RECORD).is_file():
         with alone(folder):
             if not (folder / RECORD).is_file():
-                labeler.fit(mine)
+                with Stage(f"clustering {len(mine):,} spots"):
+                    labeler.fit(mine)
                 arrays = {"labels": labeler.labels_, "learned_from": labeler.fitted_on_}
                 _keep(folder, arrays, {"labeler": repr(labeler), "n_labels": labeler.n_labels_})
     ids = {"teacher": taught, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
     n_labels = json.loads((folder / RECORD).read_text())["n_labels"]
     return Lesson(mine, np.load(folder / "labels.npy"), n_labels, ids)
+
+
+def missing_embeddings(teacher, cohort, rows: Iterable[np.ndarray], *, data: str, device: str) -> int:
+    """Return how many embeddings the cache lacks of those that `embedding` would return for these sets of rows."""
+    folders = {_folder(teacher, cohort, chosen, data, device) for chosen in rows}
+    return sum(not (folder / RECORD).is_file() for folder in folders)
 
 
 def _kept(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.ndarray, np.ndarray | None]:
@@ -123,10 +132,12 @@ def _kept(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.nda
 def _embed(teacher, cohort, rows, folder, device, progress) -> None:
     came_trained = _came_trained(teacher)
     # A teacher that does not say what it learned from cannot be judged, so it must say None itself.
-    learned = teacher.fit(cohort.by_slide(rows)).fitted_on_
+    with Stage("fitting the teacher"):
+        learned = teacher.fit(cohort.by_slide(rows)).fitted_on_
     if came_trained and learned is not None:
         raise ValueError(f"{teacher!r} says by fitted_on_ = None that it came trained, yet its fit learned from rows")
-    E = embed_cohort(teacher, cohort, device=device, progress=progress)
+    with Stage(f"teacher's embedding of {len(cohort):,} spots"):
+        E = embed_cohort(teacher, cohort, device=device, progress=progress)
     arrays = {"E": E} if learned is None else {"E": E, "learned_from": learned}
     _keep(folder, arrays, {"teacher": repr(teacher), "pretrained": learned is None})
 

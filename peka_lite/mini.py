@@ -18,7 +18,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from tqdm import tqdm
 
 from peka_lite import _mini_genes as genes
 from peka_lite._hest_files import write_tiles
@@ -35,6 +34,7 @@ from peka_lite._mini_tissue import (
     draw_outline,
     mix_domains,
 )
+from peka_lite.progress import bar
 from peka_lite.registry import MINI_FORMAT
 
 __all__ = ["noise_ceiling", "write_mini_cohort"]
@@ -112,8 +112,8 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         of_genes, of_patients, of_slides = np.random.SeedSequence(seed).spawn(3)
         var, profiles = genes.draw_genes(np.random.default_rng(of_genes))
         patients = [_draw_patient(profiles, stream) for stream in of_patients.spawn(n_patients)]
-        streams = tqdm(of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", disable=None)
-        for index, stream in enumerate(streams):  # the bar is a terminal's alone
+        streams = bar(of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", enabled=None)
+        for index, stream in enumerate(streams):
             number = index % n_patients
             of_slide, of_files = stream.spawn(2)
             slide, section, corners = _draw_slide(var, patients[number], (low, high), of_slide)

@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
-from tqdm.auto import tqdm
 
 from peka_lite._hest_files import HestFormatError, check_spots, patient_name, read_h5ad, read_metadata, write_tiles
 from peka_lite.hest import Slide, read_slide
 from peka_lite.maps import IMAGE_KEY
+from peka_lite.progress import Stage, bar, say
 from peka_lite.tiles import TILE_SHAPE
 from peka_lite.tissue import check_stain
 from peka_lite.wsi import ResolutionError, SlideError, WholeSlide, open_slide
@@ -75,7 +75,7 @@ def add_slide(
     metadata
         More fields for the slide's JSON file, such as organ or disease_state.
     progress
-        Show a bar.
+        Print the plan and show a bar, or where stderr is no terminal a line every half minute.
 
     Returns
     -------
@@ -378,7 +378,6 @@ def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows
     """Write three files beside their places, then move them there; on an error nothing stays."""
     centres, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
     corners = np.rint(centres - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
-    bar = tqdm(centres, desc="cut tiles", unit=" tiles", disable=not progress)
     factor = slide.tile[0] / side
     attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
     attributes["pixel_size"] = slide.mpp[0]
@@ -386,10 +385,13 @@ def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows
     root.mkdir(parents=True, exist_ok=True)
     draft, moved = Path(tempfile.mkdtemp(prefix=f".{slide_id}-", dir=root)), []
     try:
-        tiles = (slide.read_around(x, y) for x, y in bar)
-        write_tiles(draft / "patches", tiles, spots.obs_names[rows], corners, attributes=attributes)
+        with bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
+            say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
+            tiles = (slide.read_around(x, y) for x, y in shown)
+            write_tiles(draft / "patches", tiles, spots.obs_names[rows], corners, attributes=attributes)
         (draft / "metadata").write_text(text, encoding="utf-8")
-        spots.write_h5ad(draft / "st", compression="gzip")
+        with Stage("writing the counts"):
+            spots.write_h5ad(draft / "st", compression="gzip")
         for folder, end in FILES.items():
             (root / folder).mkdir(exist_ok=True)
             place = root / folder / f"{slide_id}{end}"

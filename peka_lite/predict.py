@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import anndata as ad
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from peka_lite import __version__
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.locks import workplace
 from peka_lite.maps import IMAGE_KEY
+from peka_lite.progress import Stage, bar, say
 from peka_lite.ranges import HIGH, LOW, shares_outside
 from peka_lite.results import storable
 from peka_lite.teachers.stream import open_partial
@@ -66,7 +66,8 @@ def predict_slide(
     workers
         Threads that read tiles, each a batch at a time and one batch ahead.
     progress
-        Show a bar with tiles per second and the time left.
+        Print the plan and show a bar with tiles per second and the time left, or where stderr is no terminal a line
+        every half minute.
 
     Returns
     -------
@@ -103,7 +104,8 @@ def predict_slide(
     """
     out = _checked(out, batch_size, workers)
     with open_slide(slide, mpp=mpp) as opened:
-        found = tissue_tiles(opened, min_tissue=min_tissue)
+        with Stage("finding the tissue"):
+            found = tissue_tiles(opened, min_tissue=min_tissue)
         places = found.obs[["array_row", "array_col"]].to_numpy()  # (N, 2)
 
         def read(rows: slice) -> np.ndarray:
@@ -210,9 +212,12 @@ def _predict(
         rows, done = open_partial(work, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
-        with tqdm(
-            total=adata.n_obs, initial=int(done.sum()), desc="predict tiles", unit=" tiles", disable=not progress
-        ) as bar:
+        n, before = adata.n_obs, int(done.sum())
+        with bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress) as shown:
+            say(
+                f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
+                + (f"; {before:,} tiles were done before" if before else "")
+            )
             for batch, tiles in _read_ahead(read, left, workers):
                 guess = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
                 if guess.shape != (len(tiles), len(genes)) or not np.isfinite(guess).all():
@@ -221,7 +226,7 @@ def _predict(
                         "that are not finite; are its weights whole?"
                     )
                 rows[batch], done[batch] = guess, True
-                bar.update(len(tiles))
+                shown.update(len(tiles))
         low, high = model.target_range
         outside = float(np.mean(np.add(*shares_outside(rows, low, high))))
         whole = ad.AnnData(
@@ -242,7 +247,8 @@ def _predict(
                 },
             },
         )
-        whole.write_h5ad(work / "whole.h5ad", compression="gzip")
+        with Stage(f"writing {out.name}"):
+            whole.write_h5ad(work / "whole.h5ad", compression="gzip")
         os.replace(work / "whole.h5ad", out)
         del rows, done, whole
         shutil.rmtree(work)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from peka_lite.names import file_name, in_markdown
 from peka_lite.paper_tables import table1, table2
+from peka_lite.progress import Stage, say
 from peka_lite.report_effects import effects_table
 from peka_lite.report_points import for_page, metrics_table, points_table, write_tidy
 from peka_lite.report_runs import PROTOCOLS, TARGETS, Run, group, label, panels, read_runs
@@ -61,18 +62,24 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     """
     out, folders = Path(out), [Path(folder) for folder in folders]
     _check_free(out, replace)
-    runs = read_runs(folders)
-    sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
+    with Stage("reading the runs"):
+        runs = read_runs(folders)
+        sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
+    say(f"plan: tables and figures of {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         page = _Page(Path(scratch) / out.name, sweeps)
-        _add_points(page, runs, sweeps)
+        with Stage("points"):
+            _add_points(page, runs, sweeps)
         if runs:
             reference, others, told = by_settings(over_seeds(runs))
             if others:
-                _add_effects(page, reference, others, told)
-            _add_protocols(page, reference)
-            _add_leaks(page, reference)
+                with Stage("effects of settings"):
+                    _add_effects(page, reference, others, told)
+            with Stage("tables and figures of each protocol"):
+                _add_protocols(page, reference)
+            with Stage("leaks"):
+                _add_leaks(page, reference)
         written, old = page.end(), Path(scratch) / "old"
         if out.exists():
             os.replace(out, old)

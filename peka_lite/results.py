@@ -18,6 +18,7 @@ from peka_lite import __version__
 from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
+from peka_lite.progress import Stage
 from peka_lite.unfinished import COMMAND, command
 
 
@@ -35,7 +36,7 @@ def fingerprint(cohort: Cohort) -> str:
     (True, False)
     """
     digest = hashlib.sha256()
-    for slide in cohort.slides:
+    for slide in Stage("hashing the data: slide", cohort.slides):
         digest.update(f"{slide.id} {counts_digest(slide.adata)}".encode())
         sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
         digest.update(slide.tiles[sample].tobytes())
@@ -120,7 +121,7 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
     folder.mkdir(exist_ok=True)
     given = {}
     local = {slide.id: file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
-    for slide in cohort.slides:
+    for slide in Stage("maps: slide", cohort.slides):
         library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
         if IMAGE_KEY not in library.get("images", {}):
             warnings.warn(

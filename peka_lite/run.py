@@ -26,6 +26,7 @@ from peka_lite.hest import Cohort
 from peka_lite.names import read_metrics, write_metrics
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
+from peka_lite.progress import Stage
 from peka_lite.registry import BACKBONES
 from peka_lite.results import begin, claim, draw_maps, held_out_predictions, made_with
 from peka_lite.scores import interval, pooled
@@ -56,6 +57,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         ``probe.safetensors`` holds each fold's probe, and `load_trained` makes of the folder a model to predict with.
     maps
         Draw the maps, the slowest part of a run whose students are taught already.
+    progress
+        Print the plan, then bars, or where stderr is no terminal a line every half minute.
 
     Returns
     -------
@@ -81,7 +84,13 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     >>> sorted(path.name for path in Path("first_run").iterdir())
     ['config.yml', 'metrics.csv', 'predictions.h5ad', 'slides.parquet', 'summary.json']
     """
-    begun, out = time.perf_counter(), Path(out)
+    with Stage("reading the cohort", reports=progress) as stage:
+        return _run(config, Path(out), stage, maps=maps, progress=progress)
+
+
+def _run(config: RunConfig, out: Path, stage: Stage, *, maps: bool, progress: bool) -> dict:
+    """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
+    begun = time.perf_counter()
     work = out.with_name(out.name + ".partial")
     device = config.device or default_device()
     processes = Processes(device)
@@ -95,6 +104,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         max_mito=config.max_mito,
     )
     protocol = config.settled_protocol()
+    stage.text = "checking the folds"
     splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
     use = taught_by(cohort, config.train_share, config.seed)
     # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
@@ -103,11 +113,13 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     coverage = source.coverage()
     if processes.first:
         begin(config, work, "run")
+    stage.text = ""
     source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
     if not processes.first:
         return {}
 
     done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
+    stage.text = "scores and files"
     done.moments.to_parquet(work / "slides.parquet", index=False)
     table = _metrics(config, protocol, splits, use, done.moments)
     write_metrics(table, work / "metrics.csv")

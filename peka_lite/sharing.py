@@ -11,6 +11,7 @@ from peka_lite._tensor_files import write_tensors
 from peka_lite.card import model_card, random_start
 from peka_lite.names import read_metrics
 from peka_lite.probe_files import save_probes
+from peka_lite.progress import say
 from peka_lite.trained import load_trained
 
 
@@ -60,6 +61,8 @@ def export(
     if out.exists():
         raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
+    n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
+    say(f"plan: {n:,} merged weights to write, with their probe and a model card")
     table = trained.folder / "metrics.csv"
     card = model_card(trained, read_metrics(table) if table.is_file() else None)
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")

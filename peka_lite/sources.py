@@ -12,11 +12,13 @@ import pandas as pd
 
 from peka_lite.adapter_files import join_adapters
 from peka_lite.controls import colour_texture, coordinates, depth
-from peka_lite.lessons import embedding
+from peka_lite.lessons import embedding, missing_embeddings
+from peka_lite.locks import RECORD
 from peka_lite.processes import Processes
+from peka_lite.progress import Stage, say
 from peka_lite.provenance import row_ids
 from peka_lite.results import fingerprint
-from peka_lite.students import Student, projection, taught_student
+from peka_lite.students import Student, optimiser_steps, projection, student_folder, taught_student
 from peka_lite.tiles import TileStore
 
 
@@ -51,6 +53,7 @@ class FeatureSource:
         self.teacher = config.load_teacher() if self.taught or config.features == "teacher" else None
         self.data = fingerprint(cohort)
         self.processes = Processes(device)
+        self._sees_all = config.settled_protocol().student == "all"
         self._made: dict[str, Student] = {}  # students by name, kept as long as no other is asked for
 
     def __call__(self, left_out: tuple[int, ...]) -> Student:
@@ -58,7 +61,7 @@ class FeatureSource:
         kind = self.config.features
         if kind in ("colour", "coordinates", "depth"):
             return self._once(kind, self._control)
-        who = "all" if self.config.settled_protocol().student == "all" else "-".join(map(str, left_out))
+        who = "all" if self._sees_all else "-".join(map(str, left_out))
         if not self.taught and kind == "student":
             return self._once("frozen", lambda: self._student(None))
         if kind == "teacher":
@@ -75,18 +78,49 @@ class FeatureSource:
         return min(self.teacher.coverage(slide.adata) for slide in self.cohort.slides)
 
     def prepare(self, left_out: Sequence[tuple[int, ...]]) -> None:
-        """Make the students these folds ask for, with every process of the run; the others are needed for no more."""
+        """Print the plan and make the students these folds ask for, with every process; the others do no more."""
+        asked = {}  # folder -> folds left out, None for the frozen student
         for folds in left_out if self.taught else ():
-            self._student(self._rows(folds))
+            asked.setdefault(self._folder(self._rows(folds)), () if self._sees_all else folds)
         if self.config.features == "frozen+student" or (self.config.features == "student" and not self.taught):
+            asked[self._folder(None)] = None
+        missing = [folds for folder, folds in asked.items() if not (folder / RECORD).is_file()]
+        missing = self.processes.same(missing)  # a job beside this one may be through with one of them meanwhile
+        say(f"plan: {self._plan(missing, cached=len(asked) - len(missing), sets=left_out)}")
+        for folds in Stage("training", [folds for folds in missing if folds is not None]):
+            self._student(self._rows(folds))
+        if None in missing:
             self._student(None)
         if self.config.features == "colour":
             self._tiles  # noqa: B018 - the processes write it together
         self.processes = Processes(self.device, alone=True)
 
+    def _plan(self, missing: list[tuple[int, ...] | None], *, cached: int, sets: Sequence[tuple[int, ...]]) -> str:
+        """Say in numbers what is to be done for the students that are missing, or without any for these folds."""
+        n, trainings = len(self.cohort), [folds for folds in missing if folds is not None]
+        parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) < 2 else 'trainings'}"]
+        if trainings:
+            kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
+            counts = [(sum(len(folds) == k for folds in trainings), words) for k, words in kinds.items()]
+            parts[0] += f" ({', '.join(f'{count} {words}' for count, words in counts if count)})"
+            steps = sum(optimiser_steps(self.config, len(self._rows(folds))) for folds in trainings)
+            parts.append(f"{steps:,} optimiser steps")
+        if cached:
+            parts.append(f"{cached} more from the cache" if missing else f"{cached} from the cache")
+        asked = sets if self.config.features == "teacher" else trainings
+        at = {"data": self.data, "device": self.device}
+        if asked and (fits := missing_embeddings(self.teacher, self.cohort, map(self._rows, asked), **at)):
+            parts.append(f"{fits * n:,} spots for the teacher to embed")
+        if missing:
+            each = f" ({n:,} after each training)" if trainings else ""
+            parts.append(f"{len(missing) * n:,} tiles to embed{each}")
+        if self.config.features == "colour":
+            parts.append(f"{n:,} tiles to measure")
+        return ", ".join(parts)
+
     def outer(self) -> dict[str, tuple[int, ...]]:
         """Return the name of each outer fold's student and the folds left out: one ``"all"`` where it saw every row."""
-        if self.config.settled_protocol().student == "all":
+        if self._sees_all:
             return {"all": ()}
         return {f"fold{fold}": (fold,) for fold in range(len(self.folds))}
 
@@ -136,6 +170,9 @@ class FeatureSource:
         return (
             tiles if self.processes.first else TileStore([path], np.zeros(len(tiles)), np.arange(len(tiles)), tiles.ids)
         )
+
+    def _folder(self, rows: np.ndarray | None) -> Path:
+        return student_folder(self.config, rows, teacher=self.teacher, data=self.data, device=self.device)
 
     def _student(self, rows: np.ndarray | None) -> Student:
         return taught_student(

@@ -27,6 +27,7 @@ from peka_lite.locks import RECORD, put, workplace
 from peka_lite.losses import NotFinite
 from peka_lite.manifest import cache_dir
 from peka_lite.processes import Processes
+from peka_lite.progress import Stage
 from peka_lite.registry import BACKBONES
 from peka_lite.transfer import TransferModel, fit, mlp
 
@@ -107,7 +108,7 @@ def taught_student(
     on from its last epoch, on another machine too; of two jobs that want one student the second waits for the first
     (`alone`), and where a disk has no locks both make it, and the one that is through first puts it there.
     """
-    folder = cache_dir() / "students" / _key(config, data, rows, teacher, device)
+    folder = student_folder(config, rows, teacher=teacher, data=data, device=device)
 
     def missing() -> bool:
         return processes.same(not (folder / RECORD).is_file())
@@ -130,6 +131,16 @@ def taught_student(
     return Student(np.load(folder / "features.npy", mmap_mode="r"), learned, embedding_ids, record, folder)
 
 
+def student_folder(config, rows, *, teacher, data: str, device: str) -> Path:
+    """Return where the cache keeps the student of these rows: whole once its record is there (`RECORD`)."""
+    return cache_dir() / "students" / _key(config, data, rows, teacher, device)
+
+
+def optimiser_steps(config, n: int) -> int:
+    """Return how many steps a training on `n` tiles takes."""
+    return config.epochs * -(-n // config.batch_size)
+
+
 def projection(student: Student) -> np.ndarray:
     """Return what a taught student's projector makes of its features: S of the paper's equation 4, (N, D_t) float32."""
     state = load_file(student.folder / PROJECTOR)
@@ -143,7 +154,8 @@ def projection(student: Student) -> np.ndarray:
 
 def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress) -> None:
     progress = progress and processes.first
-    student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    with Stage(f"loading {config.backbone}"):
+        student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     ids, record = {}, {"weights": student.weights_origin, "fingerprint": backbone_fingerprint(student)}
     if rows is not None:
         if not processes.first:
@@ -202,13 +214,12 @@ def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, p
     if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
         order = np.random.default_rng(config.seed).permutation(len(E))
         E, labels = E[order], labels[order]
-    steps = config.epochs * -(-len(E) // config.batch_size)
     adapt(
         student,
         config.method,
         r=config.block_size,
         targets=config.layers,
-        total_steps=steps,
+        total_steps=optimiser_steps(config, len(E)),
         seed=config.seed,
     )
     model = TransferModel(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
 
 _LENGTH = ("epochs", "n_splits", "train_share", "batch_size")  # numbers that decide how long a point takes
@@ -231,7 +232,7 @@ def make_point(order: dict, out: Path) -> None:
             from peka_lite.config import RunConfig
             from peka_lite.run import run
 
-            run(RunConfig(**order["settings"]), folder, maps=False)
+            run(RunConfig(**order["settings"]), folder, maps=False, progress=True)
         else:
             import papermill
 
@@ -298,23 +299,6 @@ def read_json(path: Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as a reader says it.
-
-    Examples
-    --------
-    >>> from peka_lite.sweep_points import clock
-    >>> clock(8), clock(75), clock(7300)
-    ('8 s', '1 min 15 s', '2 h 1 min')
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 if __name__ == "__main__":

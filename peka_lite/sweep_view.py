@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pandas as pd
 from rich.console import Console, Group
@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from peka_lite.progress import Stage, clock
 from peka_lite.sweep import Sweep
-from peka_lite.sweep_points import STATES, clock, expected, kinds_of, of_older, timed
+from peka_lite.sweep_points import STATES, expected, kinds_of, of_older, timed
 
 
 class Board:
@@ -97,10 +98,11 @@ class Board:
         self.slots = max(self.slots, slots)
         told = f"{slots} at once; Dask's dashboard: {dashboard}"
         self.console.print(told, markup=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            yield
-            return
-        with Live(console=self.console, refresh_per_second=2, get_renderable=self._table, transient=True):
+        with ExitStack() as stack:
+            stack.enter_context(Stage(self._head, reports=True))
+            if self.console.is_terminal:
+                options = {"refresh_per_second": 2, "get_renderable": self._table, "transient": True}
+                stack.enter_context(Live(console=self.console, **options))
             yield
 
     def end(self, states: pd.DataFrame) -> None:
@@ -113,13 +115,16 @@ class Board:
         for name, row in states[states["state"] == "failed"].iterrows():
             self.console.print(f"  failed  {name}: {row['last_line']}", markup=False, soft_wrap=True)
 
+    def _head(self) -> str:
+        with self._lock:
+            return (
+                f"{self.done} of {len(self.sweep.points)} done, {len(self.running)} running, "
+                f"{len(self.failed)} failed, {len(self.waiting)} waiting, {self.left()} left"
+            )
+
     def _table(self) -> Group:
         with self._lock:
-            running, failed = list(self.running.items()), list(self.failed.items())
-            head = (
-                f"{self.done} of {len(self.sweep.points)} done, {len(running)} running, {len(failed)} failed, "
-                f"{len(self.waiting)} waiting, {self.left()} left"
-            )
+            running, failed, head = list(self.running.items()), list(self.failed.items()), self._head()
         table, now = Table(box=None), time.monotonic()
         for column in ("state", "point", "time", "where"):
             table.add_column(column)

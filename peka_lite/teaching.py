@@ -19,6 +19,7 @@ from peka_lite.expression import targets, top_hvg
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
+from peka_lite.progress import Stage
 from peka_lite.results import begin, claim, made_with
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
@@ -41,6 +42,8 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         student was taught ``training.csv`` and ``adapter.safetensors``. `load_trained` reads it.
     fold
         Fold whose test spots are left out. None: nothing is left out, so only another cohort can judge the result.
+    progress
+        Print the plan, then bars, or where stderr is no terminal a line every half minute.
 
     Returns
     -------
@@ -64,7 +67,13 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     >>> pk.load_trained("student").name
     'fold0'
     """
-    begun, out = time.perf_counter(), Path(out)
+    with Stage("reading the cohort", reports=progress) as stage:
+        return _train(config, Path(out), stage, fold=fold, progress=progress)
+
+
+def _train(config: RunConfig, out: Path, stage: Stage, *, fold: int | None, progress: bool) -> dict:
+    """Do `train`'s work, and say in `stage` what is being done where nothing inside says it."""
+    begun = time.perf_counter()
     if config.features not in ("student", "frozen+student"):
         raise ValueError(f"features {config.features!r} have no student to train: take 'student' or 'frozen+student'")
     work = out.with_name(out.name + ".partial")
@@ -89,6 +98,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     if processes.first:
         begin(config, work, "train" if fold is None else f"train --fold {fold}")
     others = [j for j in range(len(splits)) if j not in left] if inner else []
+    stage.text = ""
     source.prepare([left, *(tuple(sorted((*left, j))) for j in others)])
     if not processes.first:
         return {}
@@ -103,6 +113,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     alpha = protocol.alpha
     if inner:
         alpha = penalty_inside(left, len(splits), source, judge, Y=Y, cells=cells, standardize=protocol.standardize)
+    stage.text = "fitting the probe"
     student = source(left)
     moments = gather(student.features, Y, np.where(keep, 0, -1)).over([0])
     with warnings.catch_warnings():

@@ -10,6 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from peka_lite.progress import Stage
+
 TILE_SHAPE = (224, 224, 3)
 
 
@@ -108,7 +110,7 @@ class TileStore:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
-            for start in range(0, len(self), 256):
+            for start in Stage("copying tiles to a memory map: part", range(0, len(self), 256)):
                 out[start : start + 256] = self[start : start + 256]
             out.flush()
             del out

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from peka_lite._checkpoint import digest, restore_checkpoint, save_checkpoint
 from peka_lite.acceleration import compiled_or_plain, frozen_in, recomputed
@@ -20,6 +19,7 @@ from peka_lite.costs import out_of_memory
 from peka_lite.devices import default_device
 from peka_lite.losses import transfer_loss
 from peka_lite.processes import Processes
+from peka_lite.progress import Stage, bar
 from peka_lite.registry import KD_SPACES
 from peka_lite.training import Epochs
 
@@ -184,7 +184,8 @@ def fit(
     T = torch.from_numpy(np.ascontiguousarray(teacher, dtype=np.float32)).to(device)  # (N, D_t)
     y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)  # (N,)
     if model.kd_space == "logits" and any(p.requires_grad for p in model.classifier.parameters()):
-        _fit_teacher_head(model.classifier, T, y, seed=seed)
+        with Stage("fitting the teacher's classifier"):
+            _fit_teacher_head(model.classifier, T, y, seed=seed)
 
     dtype = precision_for(spec, device)
     learn = [p for p in model.parameters() if p.requires_grad]
@@ -211,25 +212,26 @@ def fit(
         loss={"tau": tau, "kd_weight": kd_weight, "ce_weight": ce_weight}, batch_size=batch_size,
         piece=min(micro_batch or batch_size, -(-batch_size // processes.count), n), augment=augment, seed=seed,
     )  # fmt: skip
-    steps, shown = -(-n // batch_size), progress and processes.first
-    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc="transfer", unit="step", disable=not shown)
+    steps = -(-n // batch_size)
+    done = {"total": epochs * steps, "initial": len(history) * steps}
     with ExitStack() as stack:
+        shown = stack.enter_context(bar(desc="transfer", unit=" steps", enabled=progress and processes.first, **done))
         stack.enter_context(frozen_in(model.backbone, dtype))
         if recompute:
             stack.enter_context(recomputed(model.backbone))
         try:
             if compile and len(history) < epochs:
-                loop.network = compiled_or_plain(model, loop.trial)
+                with Stage("compiling"):
+                    loop.network = compiled_or_plain(model, loop.trial)
             for epoch in range(len(history), epochs):
-                history.append(loop.run(epoch, bar))
+                history.append(loop.run(epoch, shown))
                 if epoch == epochs - 1:  # fewer steps than the check waits for are judged before they are kept
                     loop.gradients.judge()
-                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
+                shown.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
                 if checkpoint is not None and processes.first:
                     save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(model.backbone, device, tiles=loop.piece, recompute=recompute) from error
-    bar.close()
     adapter.fitted_on = loop.learned_from
     model.eval()
     return pd.DataFrame(history)

@@ -14,12 +14,12 @@ import anndata as ad
 import numpy as np
 import torch
 from scipy import sparse
-from tqdm.auto import tqdm
 
 from peka_lite import __version__
 from peka_lite.devices import PRECISION, compute_dtype, default_device
 from peka_lite.expression import counts_digest, in_memory
 from peka_lite.locks import workplace
+from peka_lite.progress import bar
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
 from peka_lite.teachers.stream import finish, open_partial
@@ -269,37 +269,38 @@ class ScFoundation:
         # Longest first: memory runs out at once or never, and the bar's time left errs on the long side.
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
-        bar = tqdm(
-            total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", disable=not progress,
+        with bar(
+            total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", enabled=progress,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
-        )  # fmt: skip
-        while len(left):
-            longest = int(tokens.lengths[left[0]])
-            batch = left[: max(1, min(max_tokens // longest, batch_size or len(left)))]
-            try:
-                encoder = self._on(device, dtype)
-                values, positions, lengths = (torch.from_numpy(a).to(device) for a in tokens.padded(batch))
-                found = pool_tokens(encoder(values, positions, lengths), lengths, how=how).cpu().numpy()
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    raise MemoryError(f"a spot of {longest} tokens does not fit on {device}; use another") from error
-                found = None
-            if found is None:  # only here does Python let go of what the failed pass held
-                max_tokens = longest * (len(batch) // 2)
-                torch.cuda.empty_cache()
-                continue
-            if not np.isfinite(found).all():
-                if dtype == torch.float32:
-                    raise FloatingPointError(f"embeddings on {device} are not finite: are the weights whole?")
-                warnings.warn(f"{dtype} overflows on {device}: going on in float32, slower", stacklevel=3)
-                dtype = torch.float32
-                continue
-            rows[batch], done[batch] = found, True
-            left = left[len(batch) :]
-            bar.update(len(batch))
-        bar.close()
+        ) as shown:  # fmt: skip
+            while len(left):
+                longest = int(tokens.lengths[left[0]])
+                batch = left[: max(1, min(max_tokens // longest, batch_size or len(left)))]
+                try:
+                    encoder = self._on(device, dtype)
+                    values, positions, lengths = (torch.from_numpy(a).to(device) for a in tokens.padded(batch))
+                    found = pool_tokens(encoder(values, positions, lengths), lengths, how=how).cpu().numpy()
+                except RuntimeError as error:
+                    if not _out_of_memory(error):
+                        raise
+                    if len(batch) == 1:
+                        raise MemoryError(
+                            f"a spot of {longest} tokens does not fit on {device}; use another"
+                        ) from error
+                    found = None
+                if found is None:  # only here does Python let go of what the failed pass held
+                    max_tokens = longest * (len(batch) // 2)
+                    torch.cuda.empty_cache()
+                    continue
+                if not np.isfinite(found).all():
+                    if dtype == torch.float32:
+                        raise FloatingPointError(f"embeddings on {device} are not finite: are the weights whole?")
+                    warnings.warn(f"{dtype} overflows on {device}: going on in float32, slower", stacklevel=3)
+                    dtype = torch.float32
+                    continue
+                rows[batch], done[batch] = found, True
+                left = left[len(batch) :]
+                shown.update(len(batch))
         self._running = ()  # the device's memory is for the student now
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
