@@ -13,7 +13,7 @@ import pandas as pd
 from peka_lite import __version__
 from peka_lite.backbones import embed_tiles
 from peka_lite.hest import Cohort
-from peka_lite.progress import say
+from peka_lite.progress import Stage, say
 from peka_lite.results import fingerprint, storable
 
 
@@ -74,9 +74,10 @@ def write_features(
     if out.suffix != ".h5ad":
         raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
     name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
-    say(f"plan: {len(cohort):,} tiles to embed by {name}")
     looks = {"mean": mean, "std": std, "input_size": input_size}
-    X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
+    with Stage("", reports=progress):
+        say(f"plan: {len(cohort):,} tiles to embed by {name}")
+        X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()
     obs = obs.fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names

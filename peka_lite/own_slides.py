@@ -385,7 +385,7 @@ def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows
     root.mkdir(parents=True, exist_ok=True)
     draft, moved = Path(tempfile.mkdtemp(prefix=f".{slide_id}-", dir=root)), []
     try:
-        with bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
+        with Stage("", reports=progress), bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
             say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
             tiles = (slide.read_around(x, y) for x, y in shown)
             write_tiles(draft / "patches", tiles, spots.obs_names[rows], corners, attributes=attributes)

@@ -213,7 +213,8 @@ def _predict(
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
         n, before = adata.n_obs, int(done.sum())
-        with bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress) as shown:
+        shown = bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
+        with Stage("", reports=progress), shown:
             say(
                 f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
                 + (f"; {before:,} tiles were done before" if before else "")

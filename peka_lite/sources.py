@@ -101,8 +101,9 @@ class FeatureSource:
         parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) < 2 else 'trainings'}"]
         if trainings:
             kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
-            counts = [(sum(len(folds) == k for folds in trainings), words) for k, words in kinds.items()]
-            parts[0] += f" ({', '.join(f'{count} {words}' for count, words in counts if count)})"
+            counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
+            told = [f"{count} {words}" if count < len(trainings) else words for words, count in counts.items() if count]
+            parts[0] += f" ({', '.join(told)})"
             steps = sum(optimiser_steps(self.config, len(self._rows(folds))) for folds in trainings)
             parts.append(f"{steps:,} optimiser steps")
         if cached:
@@ -112,7 +113,7 @@ class FeatureSource:
         if asked and (fits := missing_embeddings(self.teacher, self.cohort, map(self._rows, asked), **at)):
             parts.append(f"{fits * n:,} spots for the teacher to embed")
         if missing:
-            each = f" ({n:,} after each training)" if trainings else ""
+            each = f" ({n:,} after each training)" if len(trainings) > 1 else ""
             parts.append(f"{len(missing) * n:,} tiles to embed{each}")
         if self.config.features == "colour":
             parts.append(f"{n:,} tiles to measure")

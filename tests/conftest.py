@@ -1,5 +1,9 @@
 """What tests share: a small synthetic cohort, and the outside data that may be absent."""
 
+import io
+import re
+import sys
+import threading
 from pathlib import Path
 
 import matplotlib
@@ -69,3 +73,34 @@ def write_run(tmp_path):
     from run_folders import write_run_folder
 
     return lambda name, **settings: write_run_folder(tmp_path / "runs" / name, **settings)
+
+
+class Pipe(io.StringIO):
+    """Stands in for stderr where it is no terminal; work can wait until lines have come."""
+
+    def __init__(self):
+        super().__init__()
+        self.came = threading.Semaphore(0)
+
+    def write(self, text):
+        self.came.release(text.count("\n") or 1)
+        return super().write(text)
+
+    def wait(self, lines):
+        for _ in range(lines):
+            assert self.came.acquire(timeout=60), "no line came"
+
+    @property
+    def lines(self):
+        """What came, without the time that each begins with."""
+        return [re.sub(r"^\[[\d smin]+\] ", "", line) for line in self.getvalue().splitlines()]
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Stderr of a log, with a line every hundredth of a second instead of every half minute."""
+    from peka_lite import progress
+
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    monkeypatch.setattr(sys, "stderr", pipe := Pipe())
+    return pipe

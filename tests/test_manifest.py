@@ -437,9 +437,10 @@ def test_bars_are_off_while_nothing_is_to_be_said_and_back_on_afterwards(tmp_pat
     monkeypatch.setattr(
         file_download, "http_get", lambda *a, **k: (off.append(are_progress_bars_disabled()), get(*a, **k))
     )
-    for progress in (False, True):
-        fetch(mine["big"], root=tmp_path / str(progress), progress=progress)
-    assert off == [True, False]
+    for k, (progress, terminal) in enumerate([(False, True), (True, False), (True, True)]):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        fetch(mine["big"], root=tmp_path / str(k), progress=progress)
+    assert off == [True, True, False]
     assert not are_progress_bars_disabled()
 
 

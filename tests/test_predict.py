@@ -388,12 +388,14 @@ def test_predictions_that_do_not_fit_are_refused(slide_path, tmp_path):
     assert not (tmp_path / "a.h5ad").exists()
 
 
-def test_the_bar_counts_tiles(slide_path, tmp_path, capsys):
+def test_the_bar_counts_tiles(slide_path, tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError, match="out of power"):
         predict_slide(slide_path, MeanColour(fail_after=2, fail=stop), tmp_path / "a.h5ad", batch_size=4)
     assert "predict" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # elsewhere there are plain lines: tests/test_progress.py
     predict_slide(slide_path, MeanColour(), tmp_path / "a.h5ad", batch_size=4, progress=True)
     err = capsys.readouterr().err
+    assert "plan: 12 tiles to read, 3 genes to predict on each; 8 tiles were done before\n" in err
     assert "predict tiles" in err
     assert "8/20" in err
     assert "20/20" in err

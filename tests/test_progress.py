@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import task
 
-import peka_lite.controls
 import peka_lite.lessons
+import peka_lite.sources
 import peka_lite.students
 from peka_lite import progress
 from peka_lite.adapters import adapt
@@ -28,34 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
     pytest.mark.usefixtures("own_cache", "tiny_backbone"),
 ]
-
-
-class Pipe(io.StringIO):
-    """Stands in for stderr where it is no terminal; work can wait until lines have come."""
-
-    def __init__(self):
-        super().__init__()
-        self.came = threading.Semaphore(0)
-
-    def write(self, text):
-        self.came.release(text.count("\n") or 1)
-        return super().write(text)
-
-    def wait(self, lines):
-        for _ in range(lines):
-            assert self.came.acquire(timeout=60), "no line came"
-
-    @property
-    def lines(self):
-        return self.getvalue().splitlines()
-
-
-@pytest.fixture
-def pipe(monkeypatch):
-    """Stderr of a log, with a line every hundredth of a second."""
-    monkeypatch.setattr(progress, "EVERY", 0.01)
-    monkeypatch.setattr(sys, "stderr", pipe := Pipe())
-    return pipe
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +121,7 @@ def test_the_plan_counts_only_what_the_cache_lacks(mini_root, tmp_path, monkeypa
     run(config(mini_root, protocol="hest", epochs=1), tmp_path / "b", maps=False, progress=True)
     err = capsys.readouterr().err
     assert planned(err) == [count[name] - before[name] for name in count]
-    assert err.startswith("plan: 2 trainings (2 leaving out one fold), ")
+    assert err.startswith("plan: 2 trainings (leaving out one fold), ")
     assert "1 more from the cache" in err
 
 
@@ -174,19 +146,19 @@ def test_a_step_that_takes_long_is_named_again_and_again(pipe):
                     shown.update(20)
                     shown.set_postfix(loss="1.2")
                     pipe.wait(3)
-    last = pipe.lines[-1]
-    assert re.match(r"\[\d+ s\] run; training 2 of 3(, about \d+ s left)?; transfer: 120 of 1,200 steps", last), last
+    assert re.match(r"\[\d+ s\] run; ", pipe.getvalue())
+    last = re.sub(r", about [\d smin]+ left", "", pipe.lines[-1])
+    assert last == "run; training 2 of 3; transfer: 120 of 1,200 steps"
     assert len(pipe.lines) >= 3
-    assert len(set(pipe.lines)) <= 2  # one line of one state
 
 
 def test_a_part_without_steps_is_named_too(pipe):
     with Stage(lambda: "", reports=True), Stage("clustering 30,414 spots"):
         pipe.wait(1)
-    assert pipe.lines[0] == "[0 s] clustering 30,414 spots"
+    assert pipe.lines[0] == "clustering 30,414 spots"
     with Stage("", reports=True):
         pipe.wait(len(pipe.lines) + 1)
-    assert pipe.lines[-1] == "[0 s] at work"
+    assert pipe.lines[-1] == "at work"
 
 
 def test_a_training_shows_where_it_is_while_a_batch_takes_long(pipe):
@@ -205,20 +177,25 @@ def test_a_training_shows_where_it_is_while_a_batch_takes_long(pipe):
     student = adapt(load_backbone("tiny", weights="random"), "lora", r=4)
     model = TransferModel(student, teacher_dim=6, n_classes=3)
     fit(model, Slow(), teacher, labels, epochs=1, batch_size=10, progress=True)
-    assert "[0 s] transfer: 0 of 2 steps" in pipe.lines
+    assert "transfer: 0 of 2 steps" in pipe.lines
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_lines_end_with_the_work_however_it_ends(pipe, error):
-    with pytest.raises(error), Stage("run", reports=True):
-        for _ in Stage("training", range(3)):
-            pipe.wait(1)
-            raise error
-    # The fixture looks for threads and open stages.
+    def work():
+        with Stage("run", reports=True):
+            for _ in Stage("training", range(3)):
+                pipe.wait(1)
+                raise error
+
+    with pytest.raises(error):
+        work()
+    assert progress._lines is None
+    assert pipe.lines[0] == "run; training 1 of 3"
 
 
 def test_a_training_that_fails_leaves_no_thread(pipe):
-    tiles, teacher, labels = task(20)
+    _, teacher, labels = task(20)
 
     class Broken:
         ids = np.arange(20, dtype=np.uint64)
@@ -258,24 +235,21 @@ def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
         assert shown.told() == "fetching x: 300 of 900 MB, about 20 s left"
 
 
-def test_a_terminal_and_a_notebook_get_bars_and_no_lines(monkeypatch):
-    for make in (
-        lambda: setattr(sys.stderr, "isatty", lambda: True),
-        lambda: setattr(Pipe, "__module__", "ipykernel.x"),
-    ):
-        monkeypatch.setattr(progress, "EVERY", 0.01)
-        monkeypatch.setattr(sys, "stderr", pipe := Pipe())
-        monkeypatch.setattr(Pipe, "__module__", Pipe.__module__)
-        make()
-        with Stage("run", reports=True):
-            assert progress._lines is None
-            say("plan: 3 trainings")
-            for _ in Stage("training", range(3)):
-                for _ in bar(range(4), desc="embed tiles", enabled=True, mininterval=0):
-                    pass
-        assert pipe.lines[0] == "plan: 3 trainings"
-        assert "training 2 of 3, embed tiles: 100%" in pipe.getvalue()
-        assert "[0 s]" not in pipe.getvalue()
+@pytest.mark.parametrize("place", ["terminal", "notebook"])
+def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, monkeypatch, place):
+    if place == "terminal":
+        monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
+    else:
+        monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
+    with Stage("run", reports=True):
+        assert progress._lines is None
+        say("plan: 3 trainings")
+        for _ in Stage("training", range(3)):
+            for _ in bar(range(4), desc="embed tiles", enabled=True):
+                pass
+    assert pipe.lines[0] == "plan: 3 trainings"
+    assert "training 2 of 3, embed tiles: 100%" in pipe.getvalue()
+    assert "run; " not in pipe.getvalue()
 
 
 def test_who_asks_for_nothing_hears_nothing(mini_root, tmp_path, pipe):

@@ -300,6 +300,16 @@ def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeyp
     assert stream.getvalue() == "2 at once; Dask's dashboard: http://x\n[1/1] a=1 done in 0 s; 0 s left\n"
 
 
+def test_where_no_point_ends_for_long_a_line_says_what_runs(tmp_path, pipe):
+    sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
+    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1", "a=2"])
+    board = Board(sweep, states)
+    with board.live(dashboard="http://x", slots=2):
+        board.event({"point": "a=1", "worker": "tcp://x:1"})
+        pipe.wait(2)
+    assert pipe.lines[-1].startswith("0 of 2 done, 1 running, 0 failed, 1 waiting, ")
+
+
 def test_gpus_are_those_that_are_visible(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import anndata as ad
 import numpy as np
@@ -372,7 +373,8 @@ def test_a_stopped_cohort_goes_on_where_it_was(cohort, cache, monkeypatch):
     np.testing.assert_allclose(E, np.concatenate([teacher.embed(s.adata) for s in cohort.slides]), atol=1e-5)
 
 
-def test_progress_of_a_cohort_is_shown(cohort, cache, capsys):
+def test_progress_of_a_cohort_is_shown(cohort, cache, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     embed_cohort(pretrained(), cohort, progress=True)
     assert capsys.readouterr().err.count("spots") >= 2
     embed_cohort(pretrained(), cohort)

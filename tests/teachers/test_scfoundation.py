@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import sys
 
 import anndata as ad
 import numpy as np
@@ -827,7 +828,8 @@ def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, there, name):
 # --- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_shows_coverage_and_spots_per_second(capsys):
+def test_progress_shows_coverage_and_spots_per_second(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     adata = make_adata(random_counts(6)[:, :4], [*GENES[:3], "UNKNOWN"])
     make_model().embed(adata, progress=True, batch_size=2)
     shown = capsys.readouterr().err
