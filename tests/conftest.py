@@ -2,9 +2,9 @@
 
 import io
 import re
-import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -86,9 +86,10 @@ class Pipe(io.StringIO):
         self.came.release(text.count("\n") or 1)
         return super().write(text)
 
-    def wait(self, lines):
-        for _ in range(lines):
-            assert self.came.acquire(timeout=60), "no line came"
+    def wait_for(self, pattern, times=1):
+        """Wait until so many lines match a regular expression, whatever came before."""
+        while sum(bool(re.fullmatch(pattern, line)) for line in self.lines) < times:
+            assert self.came.acquire(timeout=60), f"no line came: {self.lines}"
 
     @property
     def lines(self):
@@ -102,5 +103,6 @@ def pipe(monkeypatch):
     from peka_lite import progress
 
     monkeypatch.setattr(progress, "EVERY", 0.01)
-    monkeypatch.setattr(sys, "stderr", pipe := Pipe())
+    pipe = Pipe()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=pipe))  # pytest sets sys.stderr after the fixtures
     return pipe
