@@ -106,7 +106,14 @@ class PseudoLabeler:
         graph = ad.AnnData(E)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sc.pp.neighbors(graph, n_neighbors=self.options["n_neighbors"], use_rep="X", random_state=self.seed)
+            # Exact at every size; scanpy 1.11 cannot read the approximate graph that newer pynndescents return.
+            sc.pp.neighbors(
+                graph,
+                n_neighbors=self.options["n_neighbors"],
+                use_rep="X",
+                random_state=self.seed,
+                transformer="sklearn",
+            )
             sc.tl.leiden(
                 graph,
                 resolution=self.options["resolution"],

@@ -194,3 +194,11 @@ def test_fitting_leaves_the_embedding_alone(options):
     before = E.copy()
     PseudoLabeler(**options).fit(E).predict(E)
     np.testing.assert_array_equal(E, before)
+
+
+def test_more_spots_than_scanpys_exact_search_takes_by_default_are_clustered():
+    side = np.arange(8_400) % 2  # scanpy approximates from 8,192 rows on
+    E = np.random.default_rng(0).normal(scale=0.1, size=(len(side), 3)) + 10 * side[:, None]
+    labels = PseudoLabeler("knn-leiden", n_neighbors=5, resolution=0.1).fit(E).labels_
+    assert labels.min() == 0
+    assert not set(labels[side == 0]) & set(labels[side == 1])
