@@ -302,8 +302,8 @@ def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeyp
 
 def test_where_no_point_ends_for_long_a_line_says_what_runs(tmp_path, pipe):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
-    states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False}, index=["a=1", "a=2"])
-    board = Board(sweep, states)
+    states = {"state": "missing", "seconds": float("nan"), "cached": False, "older": False}
+    board = Board(sweep, pd.DataFrame(states, index=["a=1", "a=2"]))
     with board.live(dashboard="http://x", slots=2):
         board.event({"point": "a=1", "worker": "tcp://x:1"})
         pipe.wait_for("0 of 2 done, 1 running, 0 failed, 1 waiting, .* left")
