@@ -127,7 +127,7 @@ def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total
     from tqdm.auto import tqdm
 
     around = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
-    disable = None if enabled is None else not enabled
+    disable = _in_notebook() if enabled is None else not enabled  # a widget in a page's output needs the network
     return tqdm(items, total=total, desc=", ".join([*around, desc]), disable=disable, **options)
 
 
@@ -142,9 +142,13 @@ def say(text: str) -> None:
 def draws_bars() -> bool:
     """Return whether stderr can show a bar: a terminal, or a notebook's kernel."""
     try:
-        return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+        return sys.stderr.isatty() or _in_notebook()
     except (AttributeError, ValueError):  # no stderr, or a closed file
         return False
+
+
+def _in_notebook() -> bool:
+    return type(sys.stderr).__module__.startswith("ipykernel")
 
 
 def clock(seconds: float) -> str:

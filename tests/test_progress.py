@@ -244,6 +244,13 @@ def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypat
     assert "training 2 of 3, embed tiles: 100%" in capsys.readouterr().err
 
 
+def test_a_bar_for_a_terminal_alone_is_not_shown_in_a_notebook(pipe, capsys, monkeypatch):
+    monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
+    monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)  # as ipykernel's stream answers
+    assert list(bar(range(4), desc="draw the synthetic cohort", enabled=None)) == [0, 1, 2, 3]
+    assert (pipe.getvalue(), *capsys.readouterr()) == ("", "", "")
+
+
 def test_who_asks_for_nothing_hears_nothing(mini_root, tmp_path, pipe, capsys):
     run(config(mini_root, method="none", features="colour"), tmp_path / "a", maps=False)
     assert pipe.getvalue() + capsys.readouterr().err == ""
