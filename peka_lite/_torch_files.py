@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import pickletools
 import re
@@ -30,18 +31,19 @@ def _known_as(module: str, name: str, function: Callable) -> Callable:
     def stand_in(*values):
         return function(*values)
 
-    stand_in.__module__, stand_in.__qualname__ = module, name
+    stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name  # PyTorch 2.6 asks for __name__
     return stand_in
 
 
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS = {type(np.dtype(c)) for c in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
 #: Plain values that PyTorch's list of safe names lacks. A defaultdict is read as the dict that it equals, for PyTorch
-#: from 2.10 on fills exact dicts only. NumPy 1 and 2 have two names for one function.
+#: from 2.10 on fills exact dicts only. NumPy 1 and 2 have two names for one function, whose bytes
+#: go through codecs.encode.
 ADMITTED = (
     _known_as("collections", "defaultdict", lambda *_: {}), dict, list, tuple, set, int, float, str, bool,
     *(_known_as(module, "scalar", _SCALAR) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-    np.dtype, *_NUMBERS,
+    np.dtype, *_NUMBERS, codecs.encode,
 )  # fmt: skip
 #: What timm admits too: the options of a training script, beside its weights.
 OPTIONS = (argparse.Namespace,)

@@ -413,7 +413,7 @@ def _read_weights(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
 
 def _load_file(model: nn.Module, spec: Backbone, path: Path) -> None:
     state = _read_weights(spec, path)
-    if spec.name == "ctranspath":
+    if spec.name == "ctranspath" and "layers.0.downsample.reduction.weight" in state:  # the authors' layout, not timm's
         from timm.models.swin_transformer import checkpoint_filter_fn
 
         stem = {k: v for k, v in state.items() if k.startswith("patch_embed.")}

@@ -285,8 +285,8 @@ def test_a_probe_file_keeps_the_range_of_the_training_targets(tmp_path):
     with safe_open(tmp_path / "p", "pt") as file:
         tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     older = {name: values for name, values in tensors.items() if name != "all.range"}
-    save_file(older, tmp_path / "p", metadata=metadata)
-    older, _ = load_probes(tmp_path / "p").probes["all"]
+    save_file(older, tmp_path / "older", metadata=metadata)
+    older, _ = load_probes(tmp_path / "older").probes["all"]
     assert np.array_equal(older.predict(X), again.predict(X))
     assert not hasattr(older, "range_")
 

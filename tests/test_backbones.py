@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
 )
 from safetensors.torch import save_file
 
@@ -29,6 +29,9 @@ from peka_lite.backbones import (
     precision_for,
     preprocess,
 )
+
+# Before huggingface_hub 1.0 the class that all share.
+RemoteEntryNotFoundError = getattr(huggingface_hub.errors, "RemoteEntryNotFoundError", EntryNotFoundError)
 
 NAMES = ["resnet50", "ctranspath", "uni", "h-optimus-0", "uni2-h", "h0-mini", "h-optimus-1", "virchow2", "gigapath"]
 NAMES += ["mini"]
