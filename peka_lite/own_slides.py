@@ -241,7 +241,8 @@ def _read_places(outs: Path) -> pd.DataFrame:
     elif places.shape[1] == len(names):
         places = places.set_axis(names, axis=1)
     try:
-        return places.set_index("barcode")[names[1:]].astype(float)
+        places = places.set_index("barcode")[names[1:]]
+        return places.replace({"in_tissue": {"True": "1", "False": "0"}}).astype(float)  # as pandas writes it
     except (KeyError, ValueError) as error:
         raise HestFormatError(
             path, f"is no table of positions ({error})", f"It has columns {', '.join(names)}"
@@ -251,17 +252,24 @@ def _read_places(outs: Path) -> pd.DataFrame:
 def next_step(root: str | os.PathLike) -> str:
     """Say what a folder of added slides is ready for, with the command."""
     root = Path(root)
-    fields = [read_metadata(path) for path in sorted((root / "metadata").glob("*.json"))]
-    people = {patient_name(one.get("patient")) for one in fields}
-    unknown, known = None in people, len(people - {None})
+    people = [
+        patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
+    ]  # (slides,)
+    known, unknown = len(set(people) - {None}), people.count(None)
+    has = f"{root} has {_counted(len(people), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
+    if unknown:
+        has += f", {unknown} with no patient named"
     cohort, out = shlex.quote(str(root)), shlex.quote(f"runs/{root.resolve().name}")
     run = f"peka-lite run --cohort {cohort} --method none --n-splits {min(max(known, 2), 5)} --out {out}"
-    has = f"{root} has {len(fields)} slide(s) of {known} patient(s)"
+    if known + unknown < 2:
+        return f"{has}; next: add a slide of another patient, then `{run}`; `peka-lite train` takes one patient"
     if unknown:
-        return f"{has}, and slides of unknown patients; next: name them in a file, {run} --patients FILE.csv"
-    if known < 2:
-        return f"{has}; next: add a slide of another patient, then {run}; `peka-lite train` takes one patient"
-    return f"{has}; next: add more, or {run}"
+        return f"{has}; next: name the patients in a file with the columns id,patient, then `{run} --patients FILE.csv`"
+    return f"{has}; next: add more, or `{run}`"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def spot_distance(centres: np.ndarray) -> float:

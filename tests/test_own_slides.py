@@ -287,6 +287,14 @@ def test_space_rangers_folder_and_a_file_of_counts_give_the_same(tmp_path, image
         read_counts(tmp_path / "c")
 
 
+def test_positions_that_pandas_wrote_again_are_read(tmp_path):
+    counts = sample(0.5)
+    counts.obs.loc[counts.obs_names[-3:], "in_tissue"] = 0
+    counts.obs["in_tissue"] = counts.obs["in_tissue"].astype(bool)  # True and False in the table
+    read = read_counts(write_outs(tmp_path / "outs", counts))
+    assert (read.obs["in_tissue"] == counts.obs["in_tissue"]).all()
+
+
 def edit(outs, how):
     """Take from Space Ranger's folder what not every version writes, or what counting genes does not need."""
     h5 = outs / "filtered_feature_bc_matrix.h5"
@@ -395,12 +403,26 @@ def test_the_next_step_counts_slides_and_patients(tmp_path):
         (root / "metadata" / f"S{i}.json").write_text(json.dumps({"patient": patient}))
         said.append(own_slides.next_step(root))
     run = f"peka-lite run --cohort '{root}' --method none --n-splits 2 --out 'runs/my slides'"
+    assert said[0].startswith(f"{root} has 1 slide of 1 patient; next: add a slide of another patient, then `{run}`")
     assert said[1] == (
-        f"{root} has 2 slide(s) of 1 patient(s); next: add a slide of another patient, then {run}; "
+        f"{root} has 2 slides of 1 patient; next: add a slide of another patient, then `{run}`; "
         "`peka-lite train` takes one patient"
     )
-    assert said[2].endswith(f"has 3 slide(s) of 2 patient(s); next: add more, or {run}")
-    assert said[3].endswith(f"and slides of unknown patients; next: name them in a file, {run} --patients FILE.csv")
+    assert said[2].endswith(f"has 3 slides of 2 patients; next: add more, or `{run}`")
+    assert said[3].endswith(
+        "has 4 slides of 2 patients, 1 with no patient named; next: name the patients in a file with the columns "
+        f"id,patient, then `{run} --patients FILE.csv`"
+    )
+
+
+def test_one_slide_of_an_unknown_patient_is_not_yet_enough_for_a_run(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    said = []
+    for i in range(2):
+        (tmp_path / "metadata" / f"S{i}.json").write_text(json.dumps({"patient": None}))
+        said.append(own_slides.next_step(tmp_path))
+    assert "has 1 slide, 1 with no patient named; next: add a slide of another patient, then `peka-lite run" in said[0]
+    assert "has 2 slides, 2 with no patient named; next: name the patients" in said[1]
 
 
 def test_an_image_without_colours_is_named(tmp_path):
