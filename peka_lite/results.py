@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
+import shutil
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
 from peka_lite.progress import Stage
-from peka_lite.unfinished import COMMAND, command
+from peka_lite.unfinished import COMMAND, PARTIAL, command
 
 
 def fingerprint(cohort: Cohort) -> str:
@@ -43,6 +45,11 @@ def fingerprint(cohort: Cohort) -> str:
     return digest.hexdigest()[:16]
 
 
+def work_folder(out: Path) -> Path:
+    """Return the folder that becomes ``out`` when all is complete."""
+    return out.with_name(out.name + PARTIAL)
+
+
 def claim(config, out: Path, work: Path) -> None:
     """Refuse a folder that is there, or a ``work`` folder of another config."""
     if out.exists():
@@ -61,6 +68,18 @@ def begin(config, work: Path, name: str) -> None:
     (work / COMMAND).write_text(name, "utf-8")
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
     save_backbone(config.backbone, work)
+
+
+@contextlib.contextmanager
+def removed_on_error(work: Path):
+    """Remove the folder that was made inside where that ends in an error; what was trained by then is in the cache."""
+    there = work.exists()
+    try:
+        yield
+    except Exception:
+        if not there:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def made_with(device: str) -> dict:

@@ -28,7 +28,7 @@ from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.progress import Stage
 from peka_lite.registry import BACKBONES
-from peka_lite.results import begin, claim, draw_maps, held_out_predictions, made_with
+from peka_lite.results import begin, claim, draw_maps, held_out_predictions, made_with, removed_on_error, work_folder
 from peka_lite.scores import interval, pooled
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
@@ -84,14 +84,15 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     >>> sorted(path.name for path in Path("first_run").iterdir())
     ['config.yml', 'metrics.csv', 'predictions.h5ad', 'slides.parquet', 'summary.json']
     """
-    with Stage("reading the cohort", reports=progress) as stage:
-        return _run(config, Path(out), stage, maps=maps, progress=progress)
+    out = Path(out)
+    with removed_on_error(work_folder(out)), Stage("reading the cohort", reports=progress) as stage:
+        return _run(config, out, stage, maps=maps, progress=progress)
 
 
 def _run(config: RunConfig, out: Path, stage: Stage, *, maps: bool, progress: bool) -> dict:
     """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
     begun = time.perf_counter()
-    work = out.with_name(out.name + ".partial")
+    work = work_folder(out)
     device = config.device or default_device()
     processes = Processes(device)
     if processes.first:

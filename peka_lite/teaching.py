@@ -20,7 +20,7 @@ from peka_lite.probe import PCARidge
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.progress import Stage
-from peka_lite.results import begin, claim, made_with
+from peka_lite.results import begin, claim, made_with, removed_on_error, work_folder
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
 from peka_lite.sums import gather
@@ -67,8 +67,9 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     >>> pk.load_trained("student").name
     'fold0'
     """
-    with Stage("reading the cohort", reports=progress) as stage:
-        return _train(config, Path(out), stage, fold=fold, progress=progress)
+    out = Path(out)
+    with removed_on_error(work_folder(out)), Stage("reading the cohort", reports=progress) as stage:
+        return _train(config, out, stage, fold=fold, progress=progress)
 
 
 def _train(config: RunConfig, out: Path, stage: Stage, *, fold: int | None, progress: bool) -> dict:
@@ -76,7 +77,7 @@ def _train(config: RunConfig, out: Path, stage: Stage, *, fold: int | None, prog
     begun = time.perf_counter()
     if config.features not in ("student", "frozen+student"):
         raise ValueError(f"features {config.features!r} have no student to train: take 'student' or 'frozen+student'")
-    work = out.with_name(out.name + ".partial")
+    work = work_folder(out)
     device = config.device or default_device()
     processes = Processes(device)
     if processes.first:

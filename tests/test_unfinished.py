@@ -10,7 +10,8 @@ from peka_lite.applied import predict_from
 from peka_lite.cli_options import parser
 from peka_lite.config import RunConfig
 from peka_lite.results import begin, claim
-from peka_lite.run import load_run
+from peka_lite.run import load_run, run
+from peka_lite.teaching import train
 from peka_lite.trained import read_run
 from peka_lite.unfinished import command
 
@@ -50,6 +51,20 @@ def test_other_settings_of_a_stopped_run_are_named(mini_root, tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError, match="b is there already: give another --out, or remove it"):
         claim(RunConfig(cohort=str(mini_root)), tmp_path / "b", tmp_path / "b.partial")
+
+
+@pytest.mark.parametrize("command", [run, train])
+def test_input_that_is_refused_after_the_beginning_leaves_no_folder_in_the_way(mini_root, tmp_path, command):
+    (tmp_path / "weights.bin").write_text("<html>log in</html>")
+    config = RunConfig(cohort=str(mini_root), method="none", weights=str(tmp_path / "weights.bin"))
+    with pytest.raises(ValueError, match=r"weights\.bin: cannot be read as weights"):
+        command(config, tmp_path / "m")
+    claim(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
+    assert not (tmp_path / "m.partial").exists()
+    begin(config, tmp_path / "m.partial", "run")  # what an earlier command left stays
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        command(config, tmp_path / "m")
+    assert (tmp_path / "m.partial").is_dir()
 
 
 def write(folder, **files):
