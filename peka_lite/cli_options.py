@@ -101,7 +101,9 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     picture = add("map", "a picture of one predicted gene beside the H&E")
     picture.add_argument("predictions", help=".h5ad file that `predict` wrote", metavar="FILE")
     picture.add_argument(
-        "--gene", help="which; the best-predicted or, unknown, most varied one by default", metavar="NAME"
+        "--gene",
+        metavar="NAME",
+        help="which; by default, of those that vary on this slide, the best predicted or else the most varied",
     )
     picture.add_argument("--out", required=True, help="picture to write: .png, .svg or .pdf", metavar="FILE")
 

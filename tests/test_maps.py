@@ -377,7 +377,7 @@ def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
         (-1.5, (-2.0, -1.0), "does not vary on this slide, it is -1.5 on all 20 tiles. G is predicted below 0"),
         (0.0, (-0.5, 0.5), "does not vary on this slide, it is 0 on all 20 tiles."),
         (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "does not vary on this slide, it is 1e+05 on all 20 tiles."),
-        (RAMP - 3, (-2.99, -2.01), "G is predicted below 0 on all tiles, and no count is: take it as none."),
+        (RAMP - 3, (-2.99, -2.01), "G is predicted below 0, as no count is, on all tiles: read it as not expressed."),
         (np.nan, (0.0, 1.0), "The prediction of G is not finite at any of the 20 tiles."),
         ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles: uncoloured."),
         ([1.0] * 19 + [4.0], (1.0, 3.43), ""),
