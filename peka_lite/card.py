@@ -29,11 +29,12 @@ POOLING = {
     "token+avg": "the class token, then the mean of the patch tokens",
     "network": "as timm's model gives it",
 }
+OTHER_LICENCE = "Read it before you share weights made from them."
 LICENCES = {
     "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
     "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
-    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same licence. The "
-    "authors' README adds that they are for non-commercial academic purposes.",
+    "GPL-3.0": "Who shares weights made from them does so under the same licence.",
+    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same licence.",
     "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
     "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
 }
@@ -194,7 +195,10 @@ def _licence(trained: TrainedModel) -> str:
             f"There are no parent weights: the image model started from {trained.student.weights_origin}. No licence "
             "is inherited, and no knowledge of tissue either: this is a model to test with."
         )
-    text = f"Parent weights: {trained.student.weights_origin}, {spec.licence}. {LICENCES[spec.licence]}"
+    means = LICENCES.get(spec.licence, OTHER_LICENCE)
+    text = f"Parent weights: {trained.student.weights_origin}, {spec.licence}. {means}"
+    if spec.name == "ctranspath":
+        text += " The authors' README adds that they are for non-commercial academic purposes."
     if spec.gate:
         text += f" Access to them is granted at {spec.gate}, on terms that bind whoever was granted it."
     if "-ND" in spec.licence:

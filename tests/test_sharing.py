@@ -126,6 +126,23 @@ def test_the_card_carries_the_parents_licence(name, folder):
     assert POOLING[spec.pooling] in card
 
 
+@pytest.mark.parametrize(
+    ("licence", "words"),
+    [
+        ("GPL-3.0", "does so under the same licence"),
+        ("AGPL-3.0", "over a network"),
+        ("MIT", "Read it before you share"),
+    ],
+)
+def test_a_backbone_of_ones_own_has_a_card_whatever_its_licence(folder, licence, words):
+    trained = of(load_trained(folder), "mini")
+    trained.student.spec = replace(trained.student.spec, name="own", licence=licence)
+    card = model_card(trained)
+    assert f"{licence}. " in card
+    assert words in card
+    assert "non-commercial academic" not in card
+
+
 def test_the_card_states_what_binds_ctranspath_and_a_teacher_of_scfoundation(folder):
     card = model_card(of(load_trained(folder), "ctranspath"))
     assert "AGPL-3.0" in card
