@@ -1,4 +1,4 @@
-"""What a file really holds, told by its bytes and not by its name."""
+"""What a file really holds, recognised by its bytes and not by its name."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Stage:
     >>> from peka_lite.progress import Stage
     >>> with Stage("transfer:", total=380, unit=" steps") as stage:
     ...     stage.update(120)
-    ...     print(stage.told())
+    ...     print(stage.line())
     transfer: 120 of 380 steps
     """
 
@@ -99,7 +99,7 @@ class Stage:
     def set_postfix(self, **_) -> None:
         """Do nothing: a bar shows these."""
 
-    def told(self) -> str:
+    def line(self) -> str:
         """Return what a line says of this stage: what is done, of how many, and about how long the rest takes."""
         text = self.text() if callable(self.text) else self.text
         if self.total is None:
@@ -107,12 +107,12 @@ class Stage:
         if self.measure:
             self.done, self.moved = self.measure(), time.monotonic()
         at = min(self.done + (self.items is not None and not self.measure), self.total)
-        told = f"{text} {at:,} of {self.total:,}{self.unit}"
+        line = f"{text} {at:,} of {self.total:,}{self.unit}"
         if self.done <= self.before:
-            return told
+            return line
         each = (self.moved - self.begun) / (self.done - self.before)
         left = each * (self.total - self.done) - (time.monotonic() - self.moved)
-        return f"{told}, about {clock(left)} left" if left >= 1 else told
+        return f"{line}, about {clock(left)} left" if left >= 1 else line
 
 
 def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total: int | None = None, **options):
@@ -189,5 +189,5 @@ def _end_lines() -> threading.Thread | None:
 def _print_lines(stop: threading.Event) -> None:
     while not stop.wait(EVERY):
         if stages := list(_open):  # without the lock, which a process that forks now would hold for ever
-            line = "; ".join(told for stage in stages if (told := stage.told()))
+            line = "; ".join(part for stage in stages if (part := stage.line()))
             say(f"[{clock(time.monotonic() - stages[0].begun)}] {line or 'at work'}")

@@ -214,18 +214,18 @@ def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
     with bar(desc="transfer", total=380, initial=100, unit=" steps", enabled=None) as shown:
-        assert shown.told() == "transfer: 100 of 380 steps"
+        assert shown.line() == "transfer: 100 of 380 steps"
         now = 40.0
         shown.update(80)
-        assert shown.told() == "transfer: 180 of 380 steps, about 1 min 40 s left"
+        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 40 s left"
         now = 70.0  # a step that takes long
-        assert shown.told() == "transfer: 180 of 380 steps, about 1 min 10 s left"
+        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 10 s left"
         now = 200.0
-        assert shown.told() == "transfer: 180 of 380 steps"
+        assert shown.line() == "transfer: 180 of 380 steps"
     come = [0]
     with Stage("fetching x:", ["a", "b"], total=900, measure=lambda: come[0], unit=" MB") as shown:
         now, come[0] = 210.0, 300
-        assert shown.told() == "fetching x: 300 of 900 MB, about 20 s left"
+        assert shown.line() == "fetching x: 300 of 900 MB, about 20 s left"
 
 
 @pytest.mark.parametrize("place", ["terminal", "notebook"])
