@@ -325,7 +325,7 @@ def remarks(adata: ad.AnnData, gene: str) -> list[str]:
     elif len(finite) < len(values):
         said.append(f"The prediction of {shown(gene)} is not finite on {len(values) - len(finite)} {unit}: uncoloured.")
     if finite.size and finite.max() < 0 and _of_counts(adata):
-        said.append(f"{shown(gene)} is predicted below 0, as no count is, on all {unit}: read it as not expressed.")
+        said.append(f"{shown(gene)} is predicted below 0 on all {unit}, and no count is: do not read it as expression.")
     if "peka_lite" in adata.uns:
         said.append(say_outside(adata, gene))
     return said

@@ -49,6 +49,10 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
         ends = f"the range of its training targets ({low[0]:.2f} to {high[0]:.2f})"
         if not below + above:
             return f"{shown(gene)} lies within {ends} on all {len(X)} {unit}."
+        if not (below and above):
+            side, share = ("below", below) if below else ("above", above)
+            where = f"all {len(X)} {unit}" if share == 1 else f"{_percent(share)} of the {unit}"
+            return f"{shown(gene)} lies {side} {ends} on {where}."
         return f"{shown(gene)} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
     if not below + above:
         return "All predicted values lie within the range of their gene's training targets."

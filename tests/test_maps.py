@@ -377,7 +377,11 @@ def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
         (-1.5, (-2.0, -1.0), "does not vary on this slide, it is -1.5 on all 20 tiles. G is predicted below 0"),
         (0.0, (-0.5, 0.5), "does not vary on this slide, it is 0 on all 20 tiles."),
         (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "does not vary on this slide, it is 1e+05 on all 20 tiles."),
-        (RAMP - 3, (-2.99, -2.01), "G is predicted below 0, as no count is, on all tiles: read it as not expressed."),
+        (
+            RAMP - 3,
+            (-2.99, -2.01),
+            "G is predicted below 0 on all tiles, and no count is: do not read it as expression.",
+        ),
         (np.nan, (0.0, 1.0), "The prediction of G is not finite at any of the 20 tiles."),
         ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles: uncoloured."),
         ([1.0] * 19 + [4.0], (1.0, 3.43), ""),
@@ -434,6 +438,9 @@ def test_a_scale_says_where_values_go_beyond_it():
         (RAMP, (0.0, 2.0), "G lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."),
         ([-1.0] * 4 + [1.0] * 15 + [3.0], (0.0, 2.0),
          "G lies below the range of its training targets (0.00 to 2.00) on 20.0% of the tiles and above it on 5.0%."),
+        ([-1.0] * 5 + [1.0] * 15, (0.0, 2.0),
+         "G lies below the range of its training targets (0.00 to 2.00) on 25.0% of the tiles."),
+        (RAMP + 3, (0.0, 2.0), "G lies above the range of its training targets (0.00 to 2.00) on all 20 tiles."),
         (RAMP, (np.nan, np.nan), "is unknown, for an older version made the model: train it again, then predict."),
     ],
 )  # fmt: skip
