@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": _report, "fetch": _fetch, "doctor": _doctor,
     }[name]  # fmt: skip
     try:
-        with Stage(name, reports=True):
+        with warnings.catch_warnings(), Stage(name, reports=True):
+            _print_warnings_plainly()
             return command(**options)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"peka-lite: {error}", file=sys.stderr)
@@ -30,6 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("peka-lite: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
         return 130
+
+
+def _print_warnings_plainly() -> None:
+    """Print each `UserWarning` as a line, without its place in the source; others stay as they are."""
+    show = warnings.showwarning
+
+    def plainly(message, category, *place, **options):
+        if category is UserWarning:
+            print(f"peka-lite: {message}", file=sys.stderr)
+        else:
+            show(message, category, *place, **options)
+
+    warnings.showwarning = plainly
 
 
 def _run(*, out: str, maps: bool, **options) -> int:
@@ -178,9 +192,7 @@ def _doctor(*, offline: bool) -> int:
 def _report(*, runs: list[str], out: str) -> int:
     from peka_lite.report import write_report
 
-    with warnings.catch_warnings():  # a line each, without the place in the source
-        warnings.showwarning = lambda said, *_, **__: print(f"peka-lite: {said}", file=sys.stderr)
-        write_report(runs, out)
+    write_report(runs, out)
     print(f"{out}/report.md")
     return 0
 

@@ -14,10 +14,12 @@ def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
     out = tmp_path / "out"
     status = main(
         ["run", "--cohort", str(mini_root), "--method", "none", "--slides", "MINI1,MINI2",
-         "--n-splits", "2", "--n-genes", "10", "--out", str(out)]
+         "--n-splits", "3", "--n-genes", "10", "--out", str(out)]
     )  # fmt: skip
     assert status == 0
-    assert "mean PCC" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "mean PCC" in said.out
+    assert "peka-lite: 2 patients for 3 folds: each patient is one fold" in said.err.splitlines()  # no place in a file
     assert (out / "summary.json").is_file()
 
 
@@ -162,7 +164,7 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
     add = f"--image {tmp_path}/scan.tif --cohort {tmp_path}/own --mpp visium"
     said = call(f"add @A.h5ad --id A --patient P {add}")
     assert f"Slide A: {half} spots" in said
-    assert f"next: add a slide of another patient, then peka-lite run --cohort {tmp_path}/own" in said
+    assert f"next: add a slide of another patient, then `peka-lite run --cohort {tmp_path}/own" in said
     # One patient: nothing to hold out but sections or spots, and it is said which.
     run = f"run --cohort {tmp_path}/own --method none --n-splits 2 --n-genes 5 --no-maps --out {tmp_path}/run"
     for ids, other in ((("A",), "spot"), (("A", "B"), "slide")):
