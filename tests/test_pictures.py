@@ -162,6 +162,15 @@ def test_the_full_scale_is_read_wherever_it_stands(tmp_path, order):
         assert slide._level(8, 8) == 0
 
 
+@pytest.mark.parametrize("stored", [{}, {"metadata": None}, {"tile": None, "compression": None}], ids=str)
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_the_full_scale_in_a_subifd_of_a_thumbnail_is_read(tmp_path, stored, orientation):
+    own = {**stored, "extratags": [(274, 3, 1, orientation, True)]}
+    shown = HE[::-1, ::-1] if orientation == 3 else HE
+    path = write(tmp_path / "a.tif", (SMALL[0], {"subifds": 1, **stored}), (HE, own))
+    assert np.array_equal(read(path), shown)
+
+
 def test_the_resolution_is_that_of_the_page_that_is_read(tmp_path):
     options = {"resolutionunit": "CENTIMETER"}
     path = write(
