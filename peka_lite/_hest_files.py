@@ -166,9 +166,13 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         raise HestFormatError(path, f"is no text in UTF-8 ({error})", "Save the table as CSV in UTF-8") from None
     head = text.lstrip().partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    try:
+        table = [(lines.line_num, cells) for cells in lines]
+    except csv.Error as error:
+        raise HestFormatError(path, f"line {lines.line_num} is no line of a table ({error})", "Save it as CSV") from None
     names: list[str] = []
     n_rows = 0
-    for cells in lines:
+    for line, cells in table:
         cells = [cell.strip() for cell in cells]
         if not any(cells):
             continue
@@ -181,14 +185,17 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         if any(cells[len(names) :]):
             raise HestFormatError(
                 path,
-                f"line {lines.line_num} has {len(cells)} fields, the first line {len(names)}",
+                f"line {line} has {len(cells)} fields, the first line {len(names)}",
                 'Put a field that holds the separator in "quotes"',
             )
         cells += [""] * (len(names) - len(cells))  # spreadsheets leave blanks at the end out
-        yield lines.line_num, {column: cells[names.index(column)] for column in columns}
+        yield line, {column: cells[names.index(column)] for column in columns}
     if not n_rows:
+        seen = misfit(path, {"text", "empty"})
         raise HestFormatError(
-            path, f"columns {' and '.join(columns)} are missing", f"Give one line a slide: {','.join(columns)}"
+            path,
+            f"columns {' and '.join(columns)} are missing" + (f" ({seen})" if seen else ""),
+            f"Give one line a slide: {','.join(columns)}",
         )
 
 

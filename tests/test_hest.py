@@ -536,6 +536,19 @@ def test_a_csv_of_something_else_is_refused(two, text):
         read_cohort(two, patients=write_csv(two, text))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!DOCTYPE html>\n<title>Log in</title>\n", r"columns id and patient are missing \(it is a web page .*'Log in'"),
+        ("id,patient\nS1,Ann\nS2," + "x" * 200_000 + "\n", r"line 3 is no line of a table"),
+    ],
+    ids=["a web page", "a field without end"],
+)
+def test_a_csv_that_is_no_table_is_called_what_it_is(two, text, words):
+    with pytest.raises(HestFormatError, match=rf"patients\.csv: {words}"):
+        read_cohort(two, patients=write_csv(two, text))
+
+
 def test_a_csv_that_is_not_there_is_refused(two):
     with pytest.raises(HestFormatError, match=r"nobody\.csv: file is missing.*columns"):
         read_cohort(two, patients=two / "nobody.csv")
