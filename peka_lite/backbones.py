@@ -159,6 +159,8 @@ def own_pooling(model: nn.Module) -> str:
     """Return how a network of timm pools by itself: ``"token"``, ``"avg"`` or another name, empty where it has none."""
     if hasattr(model, "dist_token"):  # DeiT
         return "mean of class and distillation token"
+    if getattr(model, "pool_include_prefix", False):
+        return "mean of all tokens"
     pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", "")
     return pool if isinstance(pool, str) else getattr(pool, "pool_type", "")
 
@@ -318,7 +320,7 @@ def build(spec: Backbone) -> nn.Module:
     """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
     try:
         model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
-    except (RuntimeError, TypeError) as error:  # no such architecture, or an option that it does not take
+    except (AssertionError, RuntimeError, TypeError) as error:  # no such architecture, or not with these options
         raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({error})") from None
     _check_pooling(model, spec)
     width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling

@@ -385,6 +385,9 @@ TOKENS = {  # architecture, options, tokens before those of the patches
     "vit": ("vit_tiny_patch16_224", SMALL, 1),
     "vit, registers": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4}, 5),
     "vit, average": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "reg_tokens": 2}, 3),
+    "vit, average of all": (
+        "vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True}, 3
+    ),
     "vit, no pooling": ("vit_tiny_patch16_224", SMALL | {"global_pool": ""}, 1),
     "deit": ("deit_tiny_distilled_patch16_224", SMALL, 2),
     "eva": ("eva_giant_patch14_224", SMALL | {"patch_size": 16}, 1),
@@ -454,6 +457,7 @@ def test_a_network_without_tokens_averages_its_map_and_has_no_class_token(arch, 
         ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4, "class_token": False, "global_pool": "avg"}, "token",
          "has no class token; take 'avg'"),  # its first token is a register
         ("vit_base_patch16_siglip_224", SMALL, "token+avg", "has no class token; take 'avg'"),
+        ("deit_tiny_distilled_patch16_224", SMALL | {"global_pool": "avg"}, "avg", "timm cannot build 'deit_tiny_dist"),
     ],
 )  # fmt: skip
 def test_a_pooling_that_the_network_cannot_give_is_refused_with_one_that_it_can(arch, options, pooling, words):
