@@ -169,7 +169,8 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
     try:
         table = [(lines.line_num, cells) for cells in lines]
     except csv.Error as error:
-        raise HestFormatError(path, f"line {lines.line_num} is no line of a table ({error})", "Save it as CSV") from None
+        what = f"line {lines.line_num} is no line of a table ({error})"
+        raise HestFormatError(path, what, "Save the table as CSV") from None
     names: list[str] = []
     n_rows = 0
     for line, cells in table:

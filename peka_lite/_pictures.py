@@ -92,7 +92,8 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
         page = chosen.keyframe
         orientation = _tag(page, 274, 1)
         extra = [int(kind) for kind in page.extrasamples]
-        first, usual = page.offset == tiff.pages.first.offset, order is None and page.dtype == np.uint8 and _depth(page) == 8
+        first = page.offset == tiff.pages.first.offset  # a SubIFD's page has an index of its own
+        usual = order is None and page.dtype == np.uint8 and _depth(page) == 8
         if slide is not None and first and usual and orientation not in TURNS and slide.dimensions == _size(chosen):
             alpha = extra and extra[0] != IGNORED
             if not extra or (alpha and not _is_transparent(slide)):
