@@ -74,7 +74,7 @@ def of_one_kind(slides: Sequence[Slide], place: Path) -> tuple[list[Slide], dict
     stays, readable = groups[first], readings[first]
     if len(stays) + len(readable) < 2 or (not readable and rank(first) == rank(second)):
         kinds = "; ".join(f"{', '.join(s.id for s in g[:3])}: {_three(g[0].adata.var_names)}" for g in groups[:4])
-        raise HestFormatError(place, f"the slides share no kind of gene names ({kinds})", ONE_KIND)
+        raise HestFormatError(place, f"the slides share no gene names of one kind ({kinds})", ONE_KIND)
     known, left_out = _names(stays), {}
     for slide in outside[first]:
         own = slide.adata.var_names

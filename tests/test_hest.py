@@ -349,7 +349,7 @@ def test_dropping_every_spot_is_refused(two):
 def test_slides_without_a_shared_gene_are_refused(tmp_path):
     write_slide(tmp_path, "S1", genes=("ENSG1", "ENSG2"))
     write_slide(tmp_path, "S2", genes=("ACTB", "TP53"))
-    with pytest.raises(HestFormatError, match=r"no kind of gene names \(S1: ENSG1, ENSG2; S2: ACTB, TP53\)\. Give"):
+    with pytest.raises(HestFormatError, match=r"share no gene names of one kind \(S1: ENSG1, ENSG2; S2: ACTB, TP53\)\. Give"):
         read_cohort(tmp_path)
 
 
@@ -539,7 +539,7 @@ def test_a_csv_of_something_else_is_refused(two, text):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<!DOCTYPE html>\n<title>Log in</title>\n", r"columns id and patient are missing \(it is a web page .*'Log in'"),
+        ("<!DOCTYPE html>\n<title>Log in</title>\n", r"columns id and patient are missing \(it is a web .*'Log in'"),
         ("id,patient\nS1,Ann\nS2," + "x" * 200_000 + "\n", r"line 3 is no line of a table"),
     ],
     ids=["a web page", "a field without end"],
