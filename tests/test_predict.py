@@ -159,9 +159,14 @@ def test_the_share_outside_the_training_range_is_kept_and_said(whole):
     )
 
 
-def test_a_model_without_its_training_range_predicts_and_says_so(slide_path, tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_without_its_training_range_predicts_and_says_so(slide_path, tmp_path, own):
     class Older(MeanColour):
-        target_range = np.full((2, 3), np.nan)
+        @property
+        def target_range(self):
+            if own:
+                raise AttributeError("a model of one's own has no such thing")
+            return np.full((2, 3), np.nan)
 
     adata = predict_slide(slide_path, Older(), tmp_path / "a.h5ad")
     assert np.isnan(adata.uns["peka_lite"]["outside_training_range"])
