@@ -349,7 +349,9 @@ def test_dropping_every_spot_is_refused(two):
 def test_slides_without_a_shared_gene_are_refused(tmp_path):
     write_slide(tmp_path, "S1", genes=("ENSG1", "ENSG2"))
     write_slide(tmp_path, "S2", genes=("ACTB", "TP53"))
-    with pytest.raises(HestFormatError, match=r"share no gene names of one kind \(S1: ENSG1, ENSG2; S2: ACTB, TP53\)\. Give"):
+    with pytest.raises(
+        HestFormatError, match=r"share no gene names of one kind \(S1: ENSG1, ENSG2; S2: ACTB, TP53\)\. Give"
+    ):
         read_cohort(tmp_path)
 
 
