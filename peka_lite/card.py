@@ -74,7 +74,8 @@ def usage(trained: TrainedModel) -> str:
     """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
     spec, config, out = trained.student.spec, trained.config, "model(x)"
     imports, options = _options(spec)
-    if spec.pooling not in ("network", own_pooling(trained.student)):
+    by_itself = {"network", own_pooling(trained.student)}
+    if spec.pooling == "token+avg" or (hasattr(trained.student, "num_prefix_tokens") and spec.pooling not in by_itself):
         parts = {"token": "t[:, 0]", "avg": "t[:, model.num_prefix_tokens :].mean(1)"}
         norm = "model.fc_norm" if hasattr(trained.student, "fc_norm") else ""
         out = ", ".join(f"{norm}({parts[part]})" for part in spec.pooling.split("+"))

@@ -114,6 +114,16 @@ def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
     assert got.shape == (2, dim)
 
 
+def test_the_cards_code_looks_for_no_tokens_where_a_network_has_none(folder):
+    student = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # says not how it pools
+    student.spec = replace(BACKBONES["mini"], arch="resnet18", dim=3, pooling="avg", options={})
+    code = usage(replace(load_trained(folder), student=student))
+    x = torch.randn(2, 3, 8, 8)
+    expression = re.search(r"return (.+)\.numpy\(\)", code)[1]
+    got = eval(expression, {"model": student, "torch": torch, "x": x})
+    torch.testing.assert_close(got, pooled(student, x))
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_card_carries_the_parents_licence(name, folder):
     spec, card = BACKBONES[name], model_card(of(load_trained(folder), name))
