@@ -94,8 +94,7 @@ def read_torch_file(
         )
     more = ", ..." if len(names) > 8 else ""
     raise ValueError(
-        f"{path}: cannot be read as {what}: refused, for reading it would run code that it names: "
-        f"{', '.join(names[:8])}{more}; {instead}"
+        f"{path}: refused, for reading it would run code that it names: {', '.join(names[:8])}{more}; {instead}"
     )
 
 

@@ -365,7 +365,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, zipped):
 
     entry = make_entry() | {"bomb": Bomb()}
     path = write_checkpoint(tmp_path / "models.ckpt", entry, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"models\.ckpt: cannot be read as .*: refused, for reading it would run code"):
+    with pytest.raises(ValueError, match=r"models\.ckpt: refused, for reading it would run code"):
         read(path)
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)  # the bomb is live
