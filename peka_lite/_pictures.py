@@ -189,8 +189,16 @@ def _channel_names(tiff: TiffFile, index: int) -> list[str]:
         except ElementTree.ParseError:
             return []
         channels = images[index].findall("{*}Pixels/{*}Channel") if index < len(images) else []
-        return [channel.get("Name", "") for channel in channels]
+        return [_channel_name(channel) for channel in channels]
     return list((tiff.imagej_metadata or {}).get("Labels", ()))
+
+
+def _channel_name(channel: ElementTree.Element) -> str:
+    """Return what OME-XML calls a channel: by its dye or wavelength where its name says nothing."""
+    name, light = channel.get("Name", ""), channel.get("EmissionWavelength")
+    if not re.fullmatch(NUMBERED, name.strip().lower()):
+        return name
+    return channel.get("Fluor") or (f"{name} at {light} nm".strip() if light else name)
 
 
 def _describe(series: TiffPageSeries) -> str:

@@ -231,6 +231,14 @@ REFUSED = {
         (np.stack([GREY] * 3), OME | {"metadata": {"axes": "CYX", "Channel": {"Name": NAMES}}}),
         "not in colours .*channels DAPI, CD3, CK",
     ),
+    "dyes.ome.tif": (
+        (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"Fluor": ["DAPI", "FITC", "Cy5"]}}}),
+        "not in colours .*channels DAPI, FITC, Cy5",
+    ),
+    "light.ome.tif": (
+        (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"EmissionWavelength": [460, 520, 670]}}}),
+        "not in colours .*channels at 460 nm, at 520 nm",
+    ),
     "white-is-0.tif": ((planes(255 - HE), {"photometric": "miniswhite", "planarconfig": "separate"}), "MINISWHITE"),
     "signed.tif": ((HE.astype(np.int16), {}), "values are int16 from .* nothing says what is white"),
     "nan.tif": ((np.where(HE > 240, np.nan, HE).astype(np.float32), {}), "values are float32 from nan"),
