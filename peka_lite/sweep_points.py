@@ -145,7 +145,9 @@ def expected(kinds: dict[str, str], took: dict[str, float]) -> dict[str, float]:
 
 def timed(states: pd.DataFrame) -> dict[str, float]:
     """Return seconds of the points whose last attempt made them from start to end, none of them from the cache."""
-    whole = states["seconds"].notna() & (states["state"] != "failed") & ~states["cached"]
+    whole = states["seconds"].notna() & (states["state"] != "failed")
+    if "cached" in states:
+        whole &= ~states["cached"]
     return states.loc[whole, "seconds"].to_dict()
 
 

@@ -21,7 +21,7 @@ from test_sweep import write_notebook
 from peka_lite import sweep_run
 from peka_lite.report import write_report
 from peka_lite.sweep import read_sweep
-from peka_lite.sweep_points import make_point, order_of, plan, sweep_states
+from peka_lite.sweep_points import make_point, order_of, plan, sweep_states, timed
 from peka_lite.sweep_run import run_sweep
 from peka_lite.sweep_view import Board
 
@@ -266,6 +266,12 @@ json.dump({"got": a * beside.FACTOR}, open("summary.json", "w"))
     assert list(states["state"]) == ["done", "done"], states["last_line"].tolist()
     got = [json.loads((tmp_path / "out" / name / "summary.json").read_text())["got"] for name in states.index]
     assert got == [3, 6]
+
+
+def test_points_without_a_word_of_the_cache_are_timed():
+    states = pd.DataFrame({"state": ["done", "failed"], "seconds": [30.0, 9.0]}, index=["a=1", "a=2"])
+    assert timed(states) == {"a=1": 30.0}
+    assert timed(states.assign(cached=True)) == {}
 
 
 def test_the_live_table_shows_any_text_as_it_is(tmp_path):
