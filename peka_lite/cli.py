@@ -125,7 +125,8 @@ def _map(*, predictions: str, gene: str | None, out: str) -> int:
 
 
 def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> int:
-    from peka_lite.own_slides import add_slide, next_step, read_counts
+    from peka_lite.own_slides import add_slide, next_step
+    from peka_lite.space_ranger import read_counts
 
     print(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
     print(next_step(cohort))

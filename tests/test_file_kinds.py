@@ -22,7 +22,7 @@ from peka_lite._file_kinds import file_kind
 from peka_lite._hest_files import read_metadata, read_spots, read_tile_barcodes
 from peka_lite._torch_files import read_torch_file
 from peka_lite.manifest import File, is_published, read_manifest
-from peka_lite.own_slides import read_counts
+from peka_lite.space_ranger import read_counts
 from peka_lite.teachers.scfoundation import ScFoundation
 from peka_lite.teachers.vocabulary import read_gene_mapping, read_vocabulary
 from tests.tiny import TINY

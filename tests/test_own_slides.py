@@ -15,7 +15,8 @@ from scipy import sparse
 import peka_lite as pk
 from peka_lite import own_slides
 from peka_lite._hest_files import HestFormatError
-from peka_lite.own_slides import add_slide, read_counts, spot_distance
+from peka_lite.own_slides import add_slide, spot_distance
+from peka_lite.space_ranger import read_counts
 from peka_lite.wsi import SlideError
 
 SIDE = 700  # um, of the image
