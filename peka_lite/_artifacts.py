@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import get_origin, get_type_hints
 
-import yaml
-
+from peka_lite._yaml import read_yaml
 from peka_lite.registry import ACCESS
 
 KINDS = {"cohorts": "cohort", "checkpoints": "checkpoint", "genes": "genes", "students": "student"}
@@ -158,16 +157,16 @@ def parse_manifest(path: Path) -> Manifest:
     """Read and check a manifest; a `ValueError` names the file, the entry and the field."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest; without a path the one of the package is read")
-    found, where = [], f"{path}: "
+    found, where, text = [], f"{path}: ", read_yaml(path)
     try:
-        top = _fields(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader), {"sources", *KINDS})
+        top = _fields(text, {"sources", *KINDS})
         for section, kind in KINDS.items():
             for name, entry in _fields(top.get(section, {})).items():
                 where = f"{path}: {section}: {name}: "
                 found.append(_entry(name, kind, _fields(entry), _fields(top.get("sources", {}))))
         where = f"{path}: "
         _once("name", [artifact.name for artifact in found])
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}{error}") from None
     return Manifest(path, {artifact.name: artifact for artifact in found})
 
@@ -226,16 +225,3 @@ def _list(field: str, value) -> list:
 def _once(what: str, values: list) -> None:
     if twice := {str(value) for value in values if values.count(value) > 1}:
         raise ValueError(f"{what} {', '.join(sorted(twice))} is given more than once")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice; the plain loader would keep the last."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    _once(f"line {node.start_mark.line + 1}: key", keys)
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -6,8 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-import yaml
-
+from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.registry import _BACKBONES, ACCESS, BACKBONES, PRECISION, Backbone, Late, check_block_size, did_you_mean
 
 POOLING = ("token", "avg", "token+avg", "network")
@@ -80,10 +79,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a backbone is a known name or the YAML file of a row")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    fields = read_yaml(path)
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"a row maps fields to values: {', '.join(_REQUIRED)}, ...")
@@ -129,7 +125,7 @@ def is_file(name: str | os.PathLike) -> bool:
 def save_backbone(name: str, folder: Path) -> None:
     """Keep the row of a backbone that is not the package's in a run's folder."""
     if name not in PACKAGE:
-        (folder / FILE).write_text(yaml.safe_dump(row_fields(BACKBONES[name]), sort_keys=False), encoding="utf-8")
+        (folder / FILE).write_text(yaml_text(row_fields(BACKBONES[name])), encoding="utf-8")
 
 
 def restore_backbone(folder: Path) -> None:

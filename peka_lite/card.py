@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from timm.layers import SwiGLUPacked
 from torch import nn
 
 from peka_lite import __version__
 from peka_lite._packaged import PREFIX
+from peka_lite._yaml import yaml_text
 from peka_lite.backbones import Backbone, ConvStem, own_pooling
 from peka_lite.manifest import read_manifest
 from peka_lite.names import in_markdown
@@ -50,7 +50,7 @@ def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> st
     spec = trained.student.spec
     taught = "" if trained.config.method == "none" else f", taught gene expression with {trained.config.method}"
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(trained), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml_text(_front_matter(trained))}---",
         f"# {spec.name}{taught}",
         f"A pathology image model ({spec.arch}) and a linear probe that predicts {len(trained.genes)} genes "
         f"({trained.normalization}) from an H&E tile, made with peka_lite after PEKA (arXiv:2504.07061). "

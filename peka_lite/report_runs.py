@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
+from peka_lite._yaml import read_yaml
 from peka_lite.registry import WITH_STUDENT
 from peka_lite.report_sweeps import RUN_FILES, is_sweep, read_sweep_folder
 from peka_lite.unfinished import PARTIAL, SETTINGS, SUMMARY, command, refusal
@@ -289,11 +289,11 @@ def _read(folder: Path) -> Run:
         raise FileNotFoundError(refusal(folder, needs=RUN_FILES, what="run"))
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
-        config = yaml.safe_load((folder / "config.yml").read_text("utf-8"))
+        config = read_yaml(folder / "config.yml")
         moments = pd.read_parquet(folder / "slides.parquet")
         if not (isinstance(summary, dict) and isinstance(config, dict)):
             raise ValueError("no settings or no summary in it")
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
             f"{folder}: a file of this run cannot be read ({why}); remove the folder and give `{command(folder)}`"

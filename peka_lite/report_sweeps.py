@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
+from peka_lite._yaml import read_yaml
 from peka_lite.sweep_points import read_json
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
@@ -117,10 +116,10 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     folder = Path(folder)
     path = folder / "sweep.yml"
     try:
-        asked = yaml.safe_load(path.read_text("utf-8"))
+        asked = read_yaml(path)
         title, notebook, varied = asked["title"], asked["notebook"], tuple(asked["varied"])
         points = {name: dict(given) for name, given in asked["points"].items()}
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
             f"{path} does not name title, notebook, varied and points, as in a folder that `peka-lite sweep` made; "
             "give that folder, or the run folders themselves"

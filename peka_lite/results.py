@@ -14,9 +14,9 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-import yaml
 
 from peka_lite import __version__
+from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
@@ -55,7 +55,7 @@ def claim(config, out: Path, work: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     left = work / "config.yml"
-    if left.is_file() and yaml.safe_load(left.read_text()) != config.as_dict():
+    if left.is_file() and read_yaml(left) != config.as_dict():
         raise FileExistsError(
             f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
             f"with `{command(work)}`"
@@ -66,7 +66,7 @@ def begin(config, work: Path, name: str) -> None:
     """Make the folder to work in, with the settings and the name of the command that began it (`command`)."""
     (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
     (work / COMMAND).write_text(name, "utf-8")
-    (work / "config.yml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    (work / "config.yml").write_text(yaml_text(config.as_dict()))
     save_backbone(config.backbone, work)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-import yaml
 
 from peka_lite._packaged import origin, packaged
+from peka_lite._yaml import read_yaml
 from peka_lite.backbone_files import restore_backbone
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
@@ -201,7 +201,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     if not (out / "summary.json").is_file():
         raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
     restore_backbone(out)
-    config = RunConfig(**yaml.safe_load((out / "config.yml").read_text()))
+    config = RunConfig(**read_yaml(out / "config.yml"))
     summary = json.loads((out / "summary.json").read_text())
     return config, read_metrics(out / "metrics.csv"), summary, ad.read_h5ad(out / "predictions.h5ad")
 

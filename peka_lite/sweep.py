@@ -6,14 +6,12 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
+from peka_lite._yaml import parse_yaml, read_yaml
 from peka_lite.backbone_files import is_file
 from peka_lite.config import RunConfig
 from peka_lite.grids import expand, matches, unique_names
@@ -122,7 +120,7 @@ def ready_sweeps() -> dict[str, str]:
     >>> sorted(pk.ready_sweeps())
     ['ablations', 'quick', 'table1', 'table2']
     """
-    return {path.stem: _load(path.read_bytes(), path)["title"] for path in sorted(READY.glob("*.yml"))}
+    return {path.stem: _load(path)["title"] for path in sorted(READY.glob("*.yml"))}
 
 
 def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sweep:
@@ -162,7 +160,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
     ValueError: seeds.yml: given: unknown setting 'epoch'; did you mean 'epochs'?
     """
     path = _find(source)
-    asked = _load(path.read_bytes(), path)
+    asked = _load(path)
     try:
         check_shape(asked)
         base = path.resolve().parent
@@ -211,28 +209,9 @@ def read_value(text: str):
     (0.0001, ['uni', 4], 'bone', None)
     """
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
+        return parse_yaml(text)
+    except ValueError:
         raise ValueError(f"{text!r} is no value in YAML; put quotes around text") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2, a date is text, and a key twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    k: [(tag, pattern) for tag, pattern in v if not tag.endswith(":timestamp")]
-    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _find(source: str | os.PathLike) -> Path:
@@ -246,11 +225,8 @@ def _find(source: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"{path}: no such sweep; give a YAML file or one of {', '.join(ready)}{near}")
 
 
-def _load(text: bytes, path: Path) -> dict:
-    try:
-        asked = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+def _load(path: Path) -> dict:
+    asked = read_yaml(path)
     if not isinstance(asked, dict):
         raise ValueError(f"{path}: a sweep is a mapping of {', '.join(KEYS)}")
     return asked

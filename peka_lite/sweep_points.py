@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite._yaml import read_yaml
 from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
 
@@ -98,9 +99,7 @@ def finished(out: Path, order: dict) -> dict | None:
         return None
     made = read_json(folder / "point.json")
     if not made and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
-        import yaml
-
-        made = {"settings": yaml.safe_load(config.read_text("utf-8")), "code": None}
+        made = {"settings": read_yaml(config), "code": None}
     asked = _made(order)
     if not made or (made["code"] is None) != (asked["code"] is None):
         raise FileExistsError(f"{folder} was not made by this sweep; name another --out, or remove that folder")

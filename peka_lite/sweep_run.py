@@ -12,9 +12,9 @@ from glob import escape
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from peka_lite import __version__
+from peka_lite._yaml import yaml_text
 from peka_lite.sweep import Sweep, code_of
 from peka_lite.sweep_points import (
     finished,
@@ -327,7 +327,7 @@ def _dashboard() -> str:
 
 def _write_told(sweep: Sweep, out: Path) -> None:
     (out / "log").mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.yml", yaml.safe_dump(sweep.told(), sort_keys=False).encode())
+    write_whole(out / "sweep.yml", yaml_text(sweep.told()).encode())
     if sweep.notebook is not None and not (copy := notebook_copy(out, sweep.code)).is_file():
         text = sweep.notebook.read_bytes()
         if code_of(text) != sweep.code:

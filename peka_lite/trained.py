@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
+from peka_lite._yaml import parse_yaml
 from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.adapters import adapter_state, merge
 from peka_lite.backbone_files import restore_backbone
@@ -243,8 +243,8 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
 def _read(path: Path):
     try:
         text = path.read_text("utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        return json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+    except ValueError:
         raise ValueError(
             f"{path} is cut short or damaged; remove its folder and give `{command(path.parent)}`"
         ) from None

@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from peka_lite._yaml import read_yaml
 from peka_lite.backbone_files import FILE as BACKBONE
 from peka_lite.config import RunConfig
 from peka_lite.protocols import PROTOCOLS, Protocol
@@ -77,9 +76,9 @@ def command(folder: Path, name: str | None = None, *, out: str | None = None) ->
     name = name or (noted.read_text("utf-8") if noted.is_file() else "run")
     out = out or str(folder.with_name(folder.name.removesuffix(PARTIAL)))
     try:
-        given = yaml.safe_load((folder / SETTINGS).read_text("utf-8"))
+        given = read_yaml(folder / SETTINGS)
         words = _options(given, folder)
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError):
         words = ["OPTIONS"]
     return " ".join(["peka-lite", name, *words, "--out", shlex.quote(out)])
 
