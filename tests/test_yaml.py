@@ -8,7 +8,7 @@ from peka_lite._yaml import LARGEST, parse_yaml, read_yaml, yaml_text
 @pytest.mark.parametrize(
     "value",
     [
-        {"text": "1e-4", "number": 1e-4, "day": "2026-01-01", "none": None, "yes": True, "word": "yes", "list": [1, "é"]},
+        {"text": "1e-4", "number": 1e-4, "day": "2026-01-01", "none": None, "yes": True, "word": "yes", "l": [1, "é"]},
         {"shared": (slides := ["A", "B"]), "again": slides},
     ],
 )  # fmt: skip
