@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,11 @@ import pandas as pd
 from scipy import sparse
 
 from peka_lite._file_kinds import misfit
-from peka_lite.tiles import TILE_SHAPE
+from peka_lite._hdf5 import Hdf5Error, check_compressed, check_sizes, open_hdf5, read_anndata
+from peka_lite.tiles import TILE_SHAPE, tiles_of
+
+# What is read of a slide beside X, obs, var and uns["spatial"]; all but the first two is the embedded cohort's.
+PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
 
 
 class HestFormatError(ValueError):
@@ -45,12 +50,11 @@ def read_spots(path: Path) -> ad.AnnData:
 
 
 def read_h5ad(path: Path) -> ad.AnnData:
-    """Read an ``.h5ad`` file; `HestFormatError` says what another file is."""
+    """Read counts, their tables and `PARTS` of an ``.h5ad`` file; `HestFormatError` says what another file is."""
     try:
-        return ad.read_h5ad(path)
-    except Exception as error:
-        seen = misfit(path, {"hdf5"}) or error
-        raise HestFormatError(path, f"cannot be read as .h5ad ({seen})", "Download the file again") from error
+        return read_anndata(path, **PARTS, as_csr=True)
+    except Hdf5Error as error:
+        raise HestFormatError(error.path, error.what, error.fix) from error
 
 
 def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts") -> ad.AnnData:
@@ -62,8 +66,9 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} stands more than once in obs_names", "Barcodes must be unique")
-    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
-    counts = adata.X.data
+    X = sparse.csr_matrix(adata.X)
+    if (counts := X.data).dtype.kind not in "biuf":
+        raise HestFormatError(path, f"X holds {counts.dtype}, not numbers", raw)
     for bad, what in (
         (~np.isfinite(counts), "NaN or infinite"),
         (counts < 0, "negative"),
@@ -71,37 +76,54 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
     ):
         if bad.any():
             raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", raw)
-    spatial = adata.obsm.get("spatial")
-    if spatial is None or spatial.shape[1] < 2 or not np.isfinite(np.asarray(spatial, dtype=float)[:, :2]).all():
-        raise HestFormatError(path, "obsm['spatial'] is missing or not finite", "It must hold (N, 2) pixel centres")
+    adata.X = X.astype(np.float32)
+    pixel_centres(adata, path)
     # A symbol that names two genes (two Ensembl ids) keeps both columns, told apart as scanpy does.
     adata.var_names_make_unique()
     return adata
 
 
+def pixel_centres(adata: ad.AnnData, path) -> np.ndarray:
+    """Return the centres of spots, (N, 2) float64, x first."""
+    try:
+        spatial = np.asarray(adata.obsm["spatial"], dtype=float)
+        if np.isfinite(spatial[:, [0, 1]]).all():
+            return spatial[:, :2]
+    except (KeyError, IndexError, TypeError, ValueError):
+        pass
+    raise HestFormatError(path, "obsm['spatial'] is missing or not finite", "It must hold (N, 2) pixel centres")
+
+
+def check_sparse(matrix, path) -> None:
+    """Refuse a sparse matrix whose arrays do not fit each other, before anything reads rows of it."""
+    if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
+        shape = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+        try:
+            check_compressed(matrix.data, matrix.indices, matrix.indptr, shape, path, "X")
+        except Hdf5Error as error:
+            raise HestFormatError(path, error.what, "Read the counts again") from None
+
+
 def read_tile_barcodes(path: Path) -> pd.Index:
     """Return the barcode of each tile of a patches file, after checking its tiles' shape and type."""
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        seen = misfit(path, {"hdf5"}) or error
-        raise HestFormatError(path, f"cannot be read as HDF5 ({seen})", "Download the file again") from None
-    with file:
-        if not isinstance(file.get("img"), h5py.Dataset):
-            raise HestFormatError(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
-        key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
-        if key is None:
-            raise HestFormatError(path, "dataset 'barcode' is missing", "Tiles join spots on it; 'barcodes' will do")
-        img = file["img"]
-        if img.ndim != 4 or img.shape[1:] != TILE_SHAPE or img.dtype != np.uint8:
-            raise HestFormatError(
-                path, f"img is {img.dtype} {img.shape}", f"Tiles must be uint8 (N, {', '.join(map(str, TILE_SHAPE))})"
-            )
-        barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
-        if len(barcodes) != len(img):
-            raise HestFormatError(path, f"{len(barcodes)} barcodes for {len(img)} tiles", "There must be one a tile")
-        if not len(img):
-            raise HestFormatError(path, "img holds no tile", "Tiles must be uint8 (N, 224, 224, 3) with N above 0")
+        with open_hdf5(path) as file:
+            key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
+            img = tiles_of(file, path)
+            if key is None:
+                what = "dataset 'barcode' is missing"
+                raise HestFormatError(path, what, "Tiles join spots on it; 'barcodes' will do")
+            if math.prod(file[key].shape or ()) != len(img):
+                what = f"{math.prod(file[key].shape or ()):,} barcodes for {len(img):,} tiles"
+                raise HestFormatError(path, what, "There must be one a tile")
+            check_sizes(path, [file[key]])
+            barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
+    except Hdf5Error as error:
+        raise HestFormatError(error.path, error.what, error.fix) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HestFormatError(path, f"cannot be read as HDF5 ({error})", "Download the file again") from None
+    if not len(barcodes):
+        raise HestFormatError(path, "img holds no tile", "Tiles must be uint8 (N, 224, 224, 3) with N above 0")
     if not barcodes.is_unique:
         twice = barcodes[barcodes.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} names more than one tile", "Barcodes must be unique")

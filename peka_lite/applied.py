@@ -8,6 +8,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
+from peka_lite._hdf5 import read_obs
 from peka_lite.cohorts import cohort_root
 from peka_lite.hest import read_slide
 from peka_lite.predict import predict_slide, predict_spots
@@ -102,6 +103,6 @@ def fold_without(model: str | os.PathLike, slide: str) -> int | None:
         return None
     if "held_out" in summary:
         return summary["fold"] if slide in summary["held_out"] else None
-    spots = ad.read_h5ad(Path(model) / "predictions.h5ad", backed="r").obs
+    spots = read_obs(Path(model) / "predictions.h5ad")
     folds = np.unique(spots.loc[spots["slide"].astype(str) == slide, "fold"])
     return int(folds[0]) if len(folds) == 1 and folds[0] >= 0 else None

@@ -230,8 +230,9 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
         root / "metadata" / f"{slide_id}.json",
     )
     for path in (st, patches, meta):
-        if not path.is_file():
-            raise HestFormatError(path, "file is missing", f"HEST-1k distributes it as {path.parent.name}/{path.name}")
+        if not path.is_file():  # a pipe is none: nothing waits for its writer
+            what = "is no file but a folder, a pipe or a device" if path.exists() else "file is missing"
+            raise HestFormatError(path, what, f"HEST-1k distributes it as {path.parent.name}/{path.name}")
     metadata = read_metadata(meta)
     adata = read_spots(st)
     barcodes = read_tile_barcodes(patches)

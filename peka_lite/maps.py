@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite._hdf5 import read_anndata
 from peka_lite.names import as_written, shown
 from peka_lite.ranges import say_outside, unit_of
 from peka_lite.registry import did_you_mean
@@ -388,7 +389,7 @@ def save_predicted_map(
         raise ValueError(f"{out}: give a name that ends in .png, .svg or .pdf")
     if not predictions.is_file() or predictions.suffix != ".h5ad":
         raise FileNotFoundError(f"{predictions}: no file of predictions; `peka-lite predict` writes one (.h5ad)")
-    adata = ad.read_h5ad(predictions)
+    adata = read_anndata(predictions, uns=("spatial", "peka_lite"))
     gene = default_gene(adata) if gene is None and adata.n_vars else gene
     figure = predicted_map(adata, gene)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")

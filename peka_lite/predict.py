@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
+from peka_lite._hdf5 import FACTORS, PICTURES, read_anndata
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.locks import workplace
@@ -253,7 +254,7 @@ def _predict(
         os.replace(work / "whole.h5ad", out)
         del rows, done, whole
         shutil.rmtree(work)
-    return ad.read_h5ad(out)
+    return read_anndata(out, uns=("spatial", "peka_lite"))
 
 
 def _read_ahead(

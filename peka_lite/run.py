@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from peka_lite._hdf5 import read_anndata
 from peka_lite._packaged import origin, packaged
 from peka_lite._yaml import read_yaml
 from peka_lite.backbone_files import restore_backbone
@@ -203,7 +204,8 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     restore_backbone(out)
     config = RunConfig(**read_yaml(out / "config.yml"))
     summary = json.loads((out / "summary.json").read_text())
-    return config, read_metrics(out / "metrics.csv"), summary, ad.read_h5ad(out / "predictions.h5ad")
+    predictions = read_anndata(out / "predictions.h5ad", layers=("measured",))
+    return config, read_metrics(out / "metrics.csv"), summary, predictions
 
 
 def run_name(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from peka_lite._hdf5 import CHUNK, Hdf5Error, check_packing, open_hdf5
 from peka_lite.progress import Stage
 
 TILE_SHAPE = (224, 224, 3)
@@ -124,11 +126,28 @@ class TileStore:
         key = (os.getpid(), int(part))
         if key not in self._open:
             path = self.paths[part]
-            self._open[key] = np.load(path, mmap_mode="r") if path.suffix == ".npy" else h5py.File(path, "r")["img"]
+            self._open[key] = (
+                np.load(path, mmap_mode="r") if path.suffix == ".npy" else tiles_of(open_hdf5(path), path)
+            )
         return self._open[key]
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
+
+
+def tiles_of(file: h5py.File, path: Path) -> h5py.Dataset:
+    """Return the tiles (n, 224, 224, 3) uint8 of an open patches file, after a look at how they are stored."""
+    img = file.get("img")
+    if not isinstance(img, h5py.Dataset):
+        raise Hdf5Error(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
+    if img.shape is None or img.shape[1:] != TILE_SHAPE or img.dtype != np.uint8:
+        fix = f"Tiles must be uint8 (N, {', '.join(map(str, TILE_SHAPE))})"
+        raise Hdf5Error(path, f"img is {img.dtype} {img.shape}", fix)
+    if img.chunks and math.prod(img.chunks) > CHUNK:  # each is unpacked whole, for one tile too
+        what = f"the chunks of img, {img.chunks}, hold more than {CHUNK:,} bytes"
+        raise Hdf5Error(path, what, "Write the tiles in chunks of one: h5repack -l img:CHUNK=1x224x224x3 does")
+    check_packing(img, path)
+    return img
 
 
 def _name_hash(name: str) -> int:
