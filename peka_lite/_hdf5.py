@@ -306,7 +306,9 @@ def read_anndata(
         )
         obs, var = read_table(file["obs"], path), read_table(file["var"], path)
         shape = (len(obs), len(var))
-        found = {slot: {name: read_elem(node) for name, node in parts.get(slot, {}).items()} for slot in ("obsm", "uns")}
+        found = {
+            slot: {name: read_elem(node) for name, node in parts.get(slot, {}).items()} for slot in ("obsm", "uns")
+        }
         if pictures:
             found["uns"]["spatial"] = {
                 name: {"images": {key: image[()] for key, image in images.items()}, "scalefactors": factors}

@@ -24,6 +24,7 @@ from peka_lite.tiles import TILE_SHAPE, tiles_of
 
 # What is read of a slide beside X, obs, var and uns["spatial"]; all but the first two is the embedded cohort's.
 PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
+PLACES = ("in_tissue", "array_row", "array_col")  # columns of obs that outputs keep
 
 
 class HestFormatError(ValueError):

@@ -15,10 +15,21 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
 
-from peka_lite._hest_files import HestFormatError, check_spots, patient_name, read_metadata, write_tiles
+from peka_lite._hest_files import (
+    PLACES,
+    HestFormatError,
+    check_sparse,
+    check_spots,
+    patient_name,
+    pixel_centres,
+    read_metadata,
+    write_tiles,
+)
+from peka_lite.expression import in_memory
 from peka_lite.hest import Slide, read_slide
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.progress import Stage, bar, say
@@ -28,6 +39,11 @@ from peka_lite.wsi import ResolutionError, SlideError, WholeSlide, open_slide
 
 FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
 PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
+NAMES_OF_GENES = {  # columns of var in small letters, by which `of_one_kind` may read the genes of another slide
+    "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
+    "symbols", "hgnc_symbol", "feature_id", "feature_name", "ensembl", "ensembl_id", "ensembl_ids", "ensembl_gene_id",
+    "ensg", "original_name", "name", "id",
+}  # fmt: skip
 OFF = 0.1  # most by which the distance between spots may miss PITCH_UM
 
 
@@ -58,7 +74,8 @@ def add_slide(
     counts
         Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centres, x first, in
         pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` give them. Spots whose
-        ``obs["in_tissue"]`` is 0 are left out. ``obs`` and ``var`` are kept, layers and other tables are not.
+        ``obs["in_tissue"]`` is 0 are left out. Kept are: of ``obs`` in_tissue, array_row and array_col, of ``var`` what
+        names the genes in another way (`NAMES_OF_GENES`, such as gene_ids), no layers and no other tables.
     image
         The image that these pixels are counted on, as `open_slide` takes it: the one given to Space Ranger, not the
         ``hires`` or ``lowres`` picture that it wrote.
@@ -202,24 +219,27 @@ def _check_place(root: Path, slide_id: str, metadata: Mapping | None) -> None:
 
 def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
     """Return the spots on tissue, as `read_spots` would: a copy of what is kept."""
-    spatial = counts.obsm.get("spatial")
-    if spatial is None:
+    if "spatial" not in counts.obsm:
         raise HestFormatError(
             name,
             "obsm['spatial'] is missing",
             "Read them with squidpy.read.visium, or put the (N, 2) pixel centres there",
         )
+    spatial = pixel_centres(counts, name)
     rows = np.ones(counts.n_obs, dtype=bool)
     if "in_tissue" in counts.obs:
-        rows = counts.obs["in_tissue"].astype(float).to_numpy() == 1
+        rows = pd.to_numeric(counts.obs["in_tissue"].astype(object), errors="coerce").to_numpy(float) == 1
     if not rows.any():
         raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 there")
     elsewhere = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
+    if counts.X is not None:
+        counts = in_memory(counts)
+        check_sparse(counts.X, name)  # before rows of it are taken
     kept = ad.AnnData(
-        sparse.csr_matrix(counts.X[rows], dtype=np.float32) if counts.X is not None else None,
-        obs=counts.obs[rows].copy(),
-        var=pd.DataFrame(counts.var.copy()),
-        obsm={"spatial": np.asarray(spatial, dtype=float)[rows, :2]},
+        sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
+        obs=counts.obs.loc[rows, [c for c in PLACES if c in counts.obs and is_numeric_dtype(counts.obs[c])]].copy(),
+        var=counts.var[[c for c in counts.var if str(c).lower() in NAMES_OF_GENES]].copy(),
+        obsm={"spatial": spatial[rows]},
     )
     return check_spots(kept, name, raw=f"X must hold raw counts, neither normalised nor logarithms.{elsewhere}")
 

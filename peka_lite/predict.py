@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import anndata as ad
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from peka_lite import __version__
 from peka_lite._hdf5 import FACTORS, PICTURES, read_anndata
+from peka_lite._hest_files import PLACES
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.locks import workplace
@@ -140,9 +142,10 @@ def predict_spots(
 ) -> ad.AnnData:
     """Predict expression at the spots of a HEST slide, from its own tiles.
 
-    As `predict_slide`, but with the slide's spots: obs, ``obsm["spatial"]`` and ``uns["spatial"]`` are those of
-    ``slide.adata``. Its image also goes by the name ``"hires"`` where there is none, which plots look for. What
-    `held_out` says of slide and model is kept in ``uns["peka_lite"]``.
+    As `predict_slide`, but with the slide's spots. Of ``slide.adata`` are kept: of obs array_row, array_col and
+    in_tissue where they are numbers, ``obsm["spatial"]`` (N, 2), and of ``uns["spatial"]`` the images hires, lowres
+    and downscaled_fullres with their scale factors and the spots' diameter. The image also goes by the name ``"hires"``
+    where there is none, which plots look for. What `held_out` says of slide and model is kept in ``uns["peka_lite"]``.
 
     Examples
     --------
@@ -161,15 +164,19 @@ def predict_spots(
     """
     out = _checked(out, batch_size, 1)
     measured = slide.adata
-    pictures = {name: dict(library) for name, library in measured.uns.get("spatial", {}).items()}
-    for library in pictures.values():
-        images, factors = library.get("images", {}), library.get("scalefactors", {})
+    pictures = {}
+    for name, library in measured.uns.get("spatial", {}).items():
+        images, factors = (
+            {key: value for key, value in library.get(kind, {}).items() if key in known}
+            for kind, known in (("images", PICTURES), ("scalefactors", FACTORS))
+        )
+        pictures[name] = library = {"images": images, "scalefactors": factors}
         if IMAGE_KEY in images and "hires" not in images and f"tissue_{IMAGE_KEY}_scalef" in factors:
             library["images"] = images | {"hires": images[IMAGE_KEY]}
             library["scalefactors"] = factors | {"tissue_hires_scalef": factors[f"tissue_{IMAGE_KEY}_scalef"]}
     adata = ad.AnnData(
-        obs=measured.obs.copy(),
-        obsm={"spatial": np.array(measured.obsm["spatial"])},
+        obs=measured.obs[[name for name in PLACES if name in measured.obs and is_numeric_dtype(measured.obs[name])]],
+        obsm={"spatial": np.asarray(measured.obsm["spatial"], dtype=float)[:, :2]},
         uns={"spatial": pictures} if pictures else {},
     )
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in slide.tiles.paths]

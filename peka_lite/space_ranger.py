@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import warnings
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import anndata as ad
-import h5py
+import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.io import mmread
 
+from peka_lite._hdf5 import FLOOR, RATIO, Hdf5Error, check_compressed, check_sizes, open_hdf5
 from peka_lite._hest_files import HestFormatError, read_h5ad
+
+TABLE = 2**27  # bytes of the unpacked table of barcodes or features; 500,000 barcodes take 10 million
+LINE = 64  # bytes of a line of matrix.mtx, more than two numbers and a count ever take
 
 
 def read_counts(path: str | os.PathLike) -> ad.AnnData:
@@ -60,35 +69,127 @@ def _read_matrix(outs: Path) -> ad.AnnData:
     """Read Space Ranger's filtered counts of genes, whichever optional fields they come with."""
     path, folder = outs / "filtered_feature_bc_matrix.h5", outs / "filtered_feature_bc_matrix"
     if not path.is_file() and folder.is_dir():
-        import scanpy as sc
-
-        return sc.read_10x_mtx(folder)
-    if not path.is_file():
+        path = folder
+        X, barcodes, features = _read_mtx(folder)
+    elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; Space Ranger writes it, and a folder of that name")
-    try:
-        with h5py.File(path, "r") as file:
-            matrix = file["matrix"]
-            fields = {name: data for name, data in matrix["features"].items() if isinstance(data, h5py.Dataset)}
-            features = {name: data.asstr()[:] for name, data in fields.items() if data.dtype.kind in "SO"}
-            barcodes = matrix["barcodes"].asstr()[:]
-            X = sparse.csr_matrix(
-                (matrix["data"][:], matrix["indices"][:], matrix["indptr"][:]), shape=matrix["shape"][:][::-1]
-            )
-            names = features.pop("name", features["id"])
-    except (OSError, KeyError, ValueError) as error:
-        raise HestFormatError(
-            path, f"cannot be read as Space Ranger's matrix ({error})", "Take the one from its outs folder"
-        ) from None
-    var = pd.DataFrame(
-        {"gene_ids": features.pop("id", names)} | {k: v for k, v in features.items() if len(v) == len(names)},
-        index=names,
-    ).rename(columns={"feature_type": "feature_types"})
+    else:
+        try:
+            X, barcodes, features = _read_hdf5(path)
+        except Hdf5Error as error:
+            raise HestFormatError(
+                path, f"cannot be read as Space Ranger's matrix ({error.what})", "Take the one from its outs folder"
+            ) from None
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise HestFormatError(
+                path, f"cannot be read as Space Ranger's matrix ({error})", "Take the one from its outs folder"
+            ) from None
+    names = features.get("name", features["id"])
+    var = pd.DataFrame({"gene_ids": features["id"]}, index=names)
+    if "feature_type" in features:
+        var["feature_types"] = features["feature_type"]
     counts = ad.AnnData(X, obs=pd.DataFrame(index=barcodes), var=var)
     if "feature_types" in var:
         counts = counts[:, var["feature_types"] == "Gene Expression"].copy()
     if not counts.n_vars:
         raise HestFormatError(path, "holds no feature of type Gene Expression", "Give the matrix of gene counts")
     return counts
+
+
+def _read_hdf5(path: Path) -> tuple[sparse.csr_matrix, np.ndarray, dict[str, np.ndarray]]:
+    """Return counts (barcodes, features), barcodes, and the columns of features that are read."""
+    with open_hdf5(path) as file:
+        matrix = file["matrix"]
+        columns = [name for name in ("id", "name", "feature_type") if name in matrix["features"]]
+        arrays = [matrix[name] for name in ("data", "indices", "indptr", "shape")]
+        texts = [matrix["barcodes"], *(matrix["features"][name] for name in columns)]
+        check_sizes(path, [*arrays, *texts])
+        data, indices, indptr, shape = (array[()] for array in arrays)
+        barcodes, *fields = (text.asstr()[()] for text in texts)
+    features = dict(zip(columns, fields, strict=True))
+    known = (len(barcodes), len(features["id"]))
+    if shape.tolist() != [*known[::-1]] or any(len(field) != known[1] for field in fields):
+        raise ValueError(f"its shape is {shape.tolist()}, with {known[1]} features and {known[0]} barcodes")
+    check_compressed(data, indices, indptr, known, path, "matrix")
+    return sparse.csr_matrix((data, indices, indptr), shape=known), barcodes, features
+
+
+def _read_mtx(folder: Path) -> tuple[sparse.csr_matrix, list[str], dict[str, list[str]]]:
+    """Read the folder of text files, packed since version 3, as `_read_hdf5`."""
+    old = (folder / "genes.tsv").is_file()
+    paths = [folder / name for name in ("matrix.mtx", "genes.tsv" if old else "features.tsv", "barcodes.tsv")]
+    matrix, genes, codes = paths if old else [path.with_name(f"{path.name}.gz") for path in paths]
+    rows = _read_table(genes)
+    width = min(map(len, rows), default=0)
+    if width < (2 if old else 3):
+        raise HestFormatError(
+            genes, f"has {width} columns", "They are id, name and, since version 3, type of a feature"
+        )
+    features = dict(zip(("id", "name", "feature_type"), map(list, zip(*rows, strict=False)), strict=False))
+    barcodes = [row[0] for row in _read_table(codes)]
+    shape = (len(rows), len(barcodes))
+    fix = "Take the folder from Space Ranger's outs"
+    try:
+        with _open(matrix, 2**16) as file:
+            kind = file.readline(2**10).decode("ascii").lower().split()
+            while (line := file.readline(2**10)).startswith(b"%"):
+                pass
+        said = [int(number) for number in line.split()]
+        if kind[:3] != ["%%matrixmarket", "matrix", "coordinate"] or kind[3:] not in (
+            ["integer", "general"],
+            ["real", "general"],
+        ):
+            raise HestFormatError(matrix, f"is no matrix of counts: {' '.join(kind)!r}", fix)
+        if tuple(said[:2]) != shape or len(said) != 3:
+            what = f"is declared as {said}, with {shape[0]} features and {shape[1]} barcodes"
+            raise HestFormatError(matrix, what, fix)
+        if not 0 <= said[2] <= min(FLOOR + RATIO * matrix.stat().st_size, 2**40) // 24:
+            raise HestFormatError(matrix, f"declares {said[2]:,} counts, more than a file of its size can hold", fix)
+        with _open(matrix, LINE * said[2] + 2**16) as file:
+            X = sparse.csr_matrix(mmread(file).T)
+    except HestFormatError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, OverflowError) as error:
+        raise HestFormatError(matrix, f"cannot be read as MatrixMarket ({error})", fix) from None
+    return X, barcodes, features
+
+
+class _AtMost(io.RawIOBase):
+    """A file that is an error to read beyond so many bytes: what a few packed ones unpack to is not known before."""
+
+    def __init__(self, file: BinaryIO, most: int):
+        self.file, self.left = file, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        n = self.file.readinto(buffer)
+        self.left -= n
+        if self.left < 0:
+            raise OSError("it unpacks to more bytes than its lines can take")
+        return n
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _open(path: Path, most: int) -> io.BufferedReader:
+    if not path.is_file():
+        raise HestFormatError(path, "no such file", "Take the folder from Space Ranger's outs")
+    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 -- _AtMost closes it
+    return io.BufferedReader(_AtMost(file, most))
+
+
+def _read_table(path: Path) -> list[list[str]]:
+    """Read lines whose cells tabs part."""
+    try:
+        with _open(path, TABLE) as file:
+            text = file.read().decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise HestFormatError(path, f"cannot be read ({error})", "Take the folder from Space Ranger's outs") from None
+    return [line.rstrip("\r").split("\t") for line in text.split("\n") if line]
 
 
 def _read_places(outs: Path) -> pd.DataFrame:

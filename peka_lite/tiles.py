@@ -126,9 +126,7 @@ class TileStore:
         key = (os.getpid(), int(part))
         if key not in self._open:
             path = self.paths[part]
-            self._open[key] = (
-                np.load(path, mmap_mode="r") if path.suffix == ".npy" else tiles_of(open_hdf5(path), path)
-            )
+            self._open[key] = np.load(path, mmap_mode="r") if path.suffix == ".npy" else tiles_of(open_hdf5(path), path)
         return self._open[key]
 
     def __getstate__(self):
