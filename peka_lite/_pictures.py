@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +14,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
+
+from peka_lite._picture_limits import PAGES, PictureError, check_in_memory
 
 if TYPE_CHECKING:
     import openslide
@@ -25,20 +31,14 @@ UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras write into 16
 ROWS = 512  # converted at once, to spare memory
 BLOCK = 2048  # pixels of a side read at once
+PLAIN = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # no EPS, which runs a program
+OF_OTHERS = ("lsm", "mmstack", "ndtiff", "fluoview", "stk", "sis", "avs", "eer", "scanimage", "nih", "mdgel")
 NUMBERED = r"(c|ch|channel|band|plane|sample|image)?[\s:_/#-]*(\d+[\s:_/#-]*)*"  # names that say nothing of colours
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-
-
-class PictureError(ValueError):
-    """A file that does not hold one picture in RGB; `what` was seen, `fix` would do."""
-
-    def __init__(self, what: str, fix: str = "Give the H&E image at full scale in RGB, with 8 bits a channel"):
-        super().__init__(f"{what}. {fix}")
-        self.what, self.fix = what, fix
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,13 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
     import tifffile
 
     try:
-        tiff = tifffile.TiffFile(path)
+        # Formats of fluorescence take numbers of images and names of other files from text in the file.
+        others = {f"is_{kind}": False for kind in OF_OTHERS if kind in tifffile.TIFF.FILE_FLAGS}
+        tiff = tifffile.TiffFile(path, _multifile=False, **others)
     except Exception:  # of many kinds, where bytes are not a TIFF's
         return _read_plain(path) if slide is None else None
     with tiff:
+        _check_ome(tiff)
         try:
             series = list(tiff.series)
         except Exception:
@@ -106,14 +109,15 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
         in_rgb = int(page.photometric) == RGB or (int(page.photometric) == YCBCR and int(page.compression) in JPEG)
         if order is None and not in_rgb:
             raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
-        array = _channels_last(chosen)  # (h, w, channels)
+        array = _channels_last(chosen, path)  # (h, w, channels)
         alpha = array[..., 3] if order is None and extra and extra[0] != IGNORED else None
         if alpha is not None and not alpha.any():  # nothing of the picture would be seen: it was never filled in
             alpha = None
         colours = array[..., list(order or (0, 1, 2))]
         image = Image.fromarray(_to_8_bits(colours, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
         properties = {f"tiff.{axis}Resolution": _tag(page, tag, None) for axis, tag in (("X", 282), ("Y", 283))}
-        properties = {name: str(value[0] / value[1]) for name, value in properties.items() if value and value[1]}
+        pairs = {name: value for name, value in properties.items() if isinstance(value, tuple) and len(value) == 2}
+        properties = {name: str(above / below) for name, (above, below) in pairs.items() if below}
         properties["tiff.ResolutionUnit"] = UNITS.get(_tag(page, 296, 2), "")
         if first and slide is not None:
             properties |= slide.properties
@@ -122,11 +126,13 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
 
 def _read_plain(path: Path) -> Picture:
     """Read an image with Pillow."""
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # microscopes' images are larger than photographs
     try:
-        with Image.open(path) as image:
+        with _of_any_size(), Image.open(path, formats=PLAIN) as image:
             if image.mode not in MODES:
                 raise PictureError(f"its pixels are of mode {image.mode}, not 8-bit colours")
+            declared = 4 * image.width * image.height
+            copies = 1 if image.mode == "RGB" and image.format != "JPEG2000" else 4
+            check_in_memory(declared, path, needed=copies * declared)
             orientation = image.getexif().get(274, 1)
             dots = dict(zip("XY", image.info.get("dpi", ()), strict=False))
             image.load()
@@ -139,11 +145,23 @@ def _read_plain(path: Path) -> Picture:
                     white = Image.new("RGB", whole.size, "white")
                     white.paste(whole, mask=alpha)
                     whole = white
-            whole = whole.convert("RGB") if whole.mode != "RGB" else whole.copy()
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
+            whole = whole.convert("RGB") if whole.mode != "RGB" else whole
+    except (PictureError, MemoryError, OSError):
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from None
     properties = {f"tiff.{axis}Resolution": str(value) for axis, value in dots.items()}
     return _upright(whole, orientation, properties | {"tiff.ResolutionUnit": "inch"}, left=left)
+
+
+@contextlib.contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Let Pillow open images larger than photographs, as microscopes' are."""
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
 
 
 def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSeries, tuple[int, ...] | None]:
@@ -181,6 +199,27 @@ def _order(names: list[str], n: int) -> tuple[int, ...] | None:
     return (0, 1, 2) if n == 3 and all(re.fullmatch(NUMBERED, name) for name in known) else None
 
 
+def _check_ome(tiff: TiffFile) -> None:
+    """Refuse OME-XML that names other files for this one, or more planes than there are pages."""
+    if not tiff.is_ome:
+        return
+    try:
+        root = ElementTree.fromstring(tiff.ome_metadata or "")
+    except ElementTree.ParseError:
+        return
+    planes = 0.0
+    for part in root.iter():
+        has = {name: _number(value) for name, value in part.attrib.items()}
+        if part.tag.endswith("Pixels"):
+            planes += has.get("SizeZ", 1) * has.get("SizeC", 1) * has.get("SizeT", 1)
+        elif part.tag.endswith("TiffData"):
+            planes += max(has.values(), default=0)
+        elif "Start" in has:  # of a dimension that is not Z, C or T
+            planes += (has["Start"] + has.get("End", 0)) / (has.get("Step", 1) or 1e-9)
+    if not planes <= 4 * PAGES:
+        raise PictureError("its OME-XML names more planes than a TIFF holds", "Give a file with the one H&E image")
+
+
 def _channel_names(tiff: TiffFile, index: int) -> list[str]:
     """Return what OME-XML or ImageJ call the channels of a picture; empty where they do not."""
     if tiff.ome_metadata:
@@ -199,6 +238,14 @@ def _channel_name(channel: ElementTree.Element) -> str:
     if not re.fullmatch(NUMBERED, name.strip().lower()):
         return name
     return channel.get("Fluor") or (f"{name} at {light} nm".strip() if light else name)
+
+
+def _number(text: str) -> float:
+    """Return the size of a number in OME-XML; 0 for any other text."""
+    try:
+        return abs(float(text))
+    except ValueError:
+        return 0.0
 
 
 def _describe(series: TiffPageSeries) -> str:
@@ -224,10 +271,14 @@ def _depth(page: TiffPage) -> int:
     return max(bits) if isinstance(bits, tuple) else bits
 
 
-def _channels_last(series: TiffPageSeries) -> np.ndarray:
+def _channels_last(series: TiffPageSeries, path: Path) -> np.ndarray:
     """Read the finest level as (h, w, channels)."""
+    level, axes = series.levels[0], series.axes
+    n_bytes = math.prod(level.shape) * level.dtype.itemsize
+    check_in_memory(n_bytes, path, needed=n_bytes + 4 * math.prod(_size(series)))
+    _check_segments(level, path)
     try:
-        array, axes = series.levels[0].asarray(), series.axes
+        array = level.asarray()
     except MemoryError:
         raise
     except Exception as error:  # each codec has errors of its own
@@ -235,6 +286,30 @@ def _channels_last(series: TiffPageSeries) -> np.ndarray:
     y, x = axes.index("Y"), axes.index("X")
     array = np.moveaxis(array, (y, x), (0, 1))
     return array.reshape(*array.shape[:2], -1)
+
+
+def _check_segments(level: TiffPageSeries, path: Path) -> None:
+    """Refuse tiles and strips that are images of their own, of more pixels than their page gives them."""
+    import tifffile
+
+    page = level.keyframe
+    if page.compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
+        return
+    width, height = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    places = {place for one in level.pages if one for place in zip(one.dataoffsets, one.databytecounts, strict=False)}
+    with path.open("rb") as file:
+        for offset, n_bytes in places:
+            file.seek(offset)
+            try:
+                with (
+                    _of_any_size(),
+                    Image.open(io.BytesIO(file.read(n_bytes)), formats=("JPEG", "JPEG2000", "PNG", "WEBP")) as image,
+                ):
+                    own = image.size
+            except Exception:  # of another codec, or damaged: then decoding says so
+                continue
+            if math.prod(own) > 4 * width * height:
+                raise PictureError(f"it holds {own[0]} x {own[1]} px in a tile of {width} x {height}")
 
 
 def _to_8_bits(colours: np.ndarray, alpha: np.ndarray | None, depth: int, *, premultiplied: bool) -> np.ndarray:

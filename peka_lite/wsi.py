@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from peka_lite._pictures import PictureError, read_picture
+from peka_lite._picture_limits import AGAIN, PictureError, check_slide, check_tags, files_of
+from peka_lite._pictures import read_picture
 from peka_lite.tiles import TILE_SHAPE
 
 TILE = TILE_SHAPE[0]
@@ -254,24 +255,26 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
         raise FileNotFoundError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a whole-slide image")
     again, handle, properties, why, orientation = functools.partial(openslide.OpenSlide, path), None, {}, "", 1
     try:
-        handle = again()
-        properties = dict(handle.properties)
-    except openslide.OpenSlideError as error:
-        why = f"OpenSlide cannot read it ({error}), nor can Pillow or tifffile"
-    if handle is None or properties.get("openslide.vendor") in TIFFS:
+        check_tags(path)
+        files = files_of(path)
         try:
+            handle = again()
+            properties = dict(handle.properties)
+        except openslide.OpenSlideError as error:
+            why = f"OpenSlide cannot read it ({error}), nor can Pillow or tifffile"
+        if handle is not None:
+            check_slide(handle, path, files)
+        if handle is None or properties.get("openslide.vendor") in TIFFS:
             picture = read_picture(path, handle)
-        except PictureError as error:
-            raise SlideError(path, error.what, error.fix) from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SlideError(
-                path,
-                why or f"its full scale cannot be read ({error})",
-                "Copy it again, or convert it with libvips: vips tiffsave IN OUT.tif --tile --pyramid",
-            ) from None
-        if picture is not None:
-            again = functools.partial(openslide.ImageSlide, picture.image)
-            handle, properties, orientation = again(), picture.properties, picture.orientation
+            if picture is not None:
+                again = functools.partial(openslide.ImageSlide, picture.image)
+                handle, properties, orientation = again(), picture.properties, picture.orientation
+    except PictureError as error:
+        raise SlideError(path, error.what, error.fix) from None
+    except MemoryError:
+        raise SlideError(path, "it does not fit into memory", f"Is it damaged? {AGAIN}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SlideError(path, why or f"its full scale cannot be read ({error})", AGAIN) from None
     size, levels = handle.dimensions, tuple(zip(handle.level_dimensions, handle.level_downsamples, strict=True))
     resolution = _resolution(path, properties, mpp)
     if max(resolution) > TILE_MPP * NEAR:
