@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peka_lite._file_kinds import file_kind
+from peka_lite._file_kinds import file_kind, parse_json, read_text
 from peka_lite.progress import Stage, draws_bars
 from peka_lite.registry import closed_gate
 
@@ -30,10 +31,21 @@ _BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of
 def read_record(root: Path) -> dict:
     """Return what was recorded of an artifact; empty where nothing was."""
     path = root / RECORD
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = parse_json(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove it and fetch again") from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not valid JSON ({reason}); remove it and fetch again") from None
+    files = record.get("files", []) if isinstance(record, dict) else None
+    fields = {"path": str, "size": int, "sha256": str}
+    if not isinstance(files, list) or not all(
+        isinstance(file, dict) and all(isinstance(file.get(name), kind) for name, kind in fields.items())
+        for file in files
+    ):
+        raise ValueError(f"{path}: no record of fetched files; remove it and fetch again")
+    return record
 
 
 def fetch_into(root: Path, artifact: Artifact, *, record: dict, progress: bool) -> None:
@@ -220,7 +232,7 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
     asked = _sentences(_what(artifact, file), artifact.gate or _page(artifact), artifact.access)
-    with asked, _bars(progress), part.open("ab") as data:
+    with asked, _bars(progress), _Download(part, "ab", file.size, _what(artifact, file)) as data:
         if data.tell() < file.size:
             http_get(url, data, resume_size=data.tell(), headers=headers, displayed_filename=file.path)
 
@@ -228,8 +240,30 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
 def _from_url(artifact: Artifact, _commit: None, file: File, part: Path, progress: bool) -> None:
     import pooch
 
-    with _sentences(_what(artifact, file), artifact.gate, artifact.access):
-        pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=30)(artifact.url, str(part), None)
+    asked = _sentences(_what(artifact, file), artifact.gate, artifact.access)
+    with asked, _Download(part, "wb", file.size, _what(artifact, file)) as data:
+        pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=30)(artifact.url, data, None)
+
+
+class _TooLong(OSError):
+    """More came than was announced, or than the disk has room for."""
+
+
+class _Download(io.BufferedWriter):
+    """A file that ends its download where more comes than was announced; None: than leaves `HEADROOM` on the disk."""
+
+    def __init__(self, path: Path, mode: str, size: int | None, what: str):
+        super().__init__(path.open(mode, buffering=0))
+        self.size, self.what = size, what
+        self.room = shutil.disk_usage(path.parent).free - HEADROOM
+
+    def write(self, data) -> int:
+        written, there = super().write(data), self.tell()
+        if self.size is not None and there > self.size:
+            raise _TooLong(f"{self.what} is too long: {there:,} of {self.size:,} bytes came; fetch it again")
+        if there > self.room:
+            raise _TooLong(f"{self.what} does not fit on the disk; free some space, or give another root")
+        return written
 
 
 @contextlib.contextmanager
@@ -239,6 +273,8 @@ def _sentences(what: str, gate: str | None, access: str | None):
 
     try:
         yield
+    except _TooLong:
+        raise
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{what}: a web page came instead of the hub's answer; log in to your network first"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import html
 import io
+import json
 import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
 HEAD = 2**16  # bytes that are looked at
+LONGEST = 2**24  # bytes of a text file that is read whole; a gene list takes about a megabyte
 _PAGE = re.compile(
     r"\s*(<!--.*?-->\s*|<\?xml.*?\?>\s*)*<(!doctype\s+html|html|head|body|meta|title|script)\b", re.I | re.S
 )
@@ -78,6 +82,69 @@ def misfit(path: Path, wanted: Collection[str]) -> str | None:
         return None
     kind, words, fix = file_kind(path)
     return None if kind in wanted or kind == "unknown" else f"it is {words}; {fix}"
+
+
+def read_text(path: Path, *, longest: int = LONGEST) -> str:
+    """Read a text file in UTF-8, packed by gzip where its name ends in ``.gz``; line ends stay as they are.
+
+    Raises
+    ------
+    FileNotFoundError
+        For what is no file.
+    ValueError
+        Naming the file, for one that is larger than `longest` bytes, or no text in UTF-8.
+    """
+    try:
+        return read_bytes(path, longest=longest).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from None
+
+
+def read_bytes(path: Path, *, longest: int = LONGEST) -> bytes:
+    """Read a file of at most `longest` bytes; otherwise as `read_text`."""
+    if not path.is_file():  # a named pipe would never end
+        raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > longest:
+        raise ValueError(f"{path}: has {size:,} bytes, more than are read of such a file ({longest:,})")
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as file:
+            data = file.read(longest + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
+    if len(data) > longest:
+        raise ValueError(f"{path}: unpacks to more than is read of such a file ({longest:,} bytes)")
+    return data
+
+
+def parse_json(text: str):
+    r"""Return what JSON holds; halves of characters and NUL, which no file or terminal takes, become U+FFFD.
+
+    Raises
+    ------
+    ValueError
+        Also for values nested too deeply, and whole numbers of thousands of digits.
+
+    Examples
+    --------
+    >>> from peka_lite._file_kinds import parse_json
+    >>> parse_json(r'{"organ": "breast \ud83d"}') == {"organ": "breast \ufffd"}
+    True
+    """
+    try:
+        value = json.loads(text)
+        return _storable(value) if "\\u" in text else value
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _storable(value):
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", "\ufffd")
+    if isinstance(value, list):
+        return [_storable(one) for one in value]
+    return {_storable(k): _storable(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _text(head: bytes) -> str | None:

@@ -6,7 +6,6 @@ import codecs
 import csv
 import difflib
 import io
-import json
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from peka_lite._file_kinds import misfit
+from peka_lite._file_kinds import misfit, parse_json, read_bytes, read_text
 from peka_lite._hdf5 import Hdf5Error, check_compressed, check_sizes, open_hdf5, read_anndata
 from peka_lite.tiles import TILE_SHAPE, tiles_of
 
@@ -147,7 +146,9 @@ def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str]
 
 def patient_name(value) -> str | None:
     """Return a patient's name, or None where the field is blank: null, NaN (Python's JSON knows it) or spaces."""
-    return None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value).strip() or None
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    return str(value).replace("\0", "\ufffd").strip() or None  # no file of HDF5 takes NUL
 
 
 def read_patients(patients, known: Collection[str]) -> dict[str, str]:
@@ -182,7 +183,10 @@ def read_patients(patients, known: Collection[str]) -> dict[str, str]:
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Give the number of each line of a table, from 1, and its stripped cells in `columns`; blank lines are skipped."""
-    raw = path.read_bytes()
+    try:
+        raw = read_bytes(path)
+    except ValueError as error:
+        raise HestFormatError(path, _reason(path, error), "Give one line a slide: id,patient") from None
     try:
         text = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -226,10 +230,14 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
 def read_metadata(path: Path) -> dict:
     """Read a slide's JSON fields."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        seen = misfit(path, {"text", "pickle"}) or error
+        fields = parse_json(read_text(path))
+    except ValueError as error:
+        seen = misfit(path, {"text", "pickle"}) or _reason(path, error)
         raise HestFormatError(path, f"not valid JSON ({seen})", "Download the file again") from None
     if not isinstance(fields, dict):
         raise HestFormatError(path, f"holds a {type(fields).__name__}", "It must hold one object of named fields")
     return fields
+
+
+def _reason(path: Path, error: ValueError) -> str:
+    return str(error).removeprefix(f"{path}: ")

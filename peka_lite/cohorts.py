@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite._fetch import read_record
 from peka_lite.manifest import cache_dir, located, patients_of, read_manifest
 from peka_lite.registry import MINI_FORMAT
 
@@ -81,8 +81,7 @@ def open_cohort(
     from peka_lite.hest import read_cohort
 
     root = cohort_root(name)
-    record = root / "fetched.json"
-    entry = read_manifest().artifacts.get(json.loads(record.read_text())["name"]) if record.is_file() else None
+    entry = read_manifest().artifacts.get(str(read_record(root).get("name")))
     copies = {}
     if entry is not None and entry.kind == "cohort":
         patients = patients_of(entry) if patients is None else patients

@@ -306,6 +306,8 @@ def read_cohort(
         raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(found)}")
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
+    if odd := [i for i in ids if not i.isascii() and i != i.encode(errors="replace").decode()]:
+        raise HestFormatError(root / "st", f"the name of {odd[0]!r} is no text in UTF-8", "Rename the slide's files")
     who = read_patients(patients, found)
     if who and not who.keys() & set(found):
         raise ValueError(
@@ -326,7 +328,7 @@ def read_cohort(
 
     # "Patient 1" of two studies is two people, so names from metadata carry their study. A name that the reader gave
     # stays as it is, also where metadata use it: joining two people costs data, parting one person leaks him.
-    if len({s.metadata.get("dataset_title") for s in slides}) > 1:
+    if len({str(s.metadata.get("dataset_title")) for s in slides}) > 1:  # of any type, as the file has it
         given = {None, *who.values()}
         slides = [
             s

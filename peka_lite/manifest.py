@@ -69,7 +69,7 @@ def located(name: str | Artifact, *, root: str | os.PathLike | None = None) -> P
     artifact = _artifact(name)
     root = _root(artifact, root)
     record = read_record(root)
-    if record.get("name") != artifact.name or artifact.revision not in (None, record["commit"]):
+    if record.get("name") != artifact.name or artifact.revision not in (None, record.get("commit")):
         return None
     have = {file["path"]: file for file in record["files"]}
     wanted = [file for file in artifact.files if file.path in have]

@@ -16,10 +16,12 @@ import pandas as pd
 from scipy import sparse
 from scipy.io import mmread
 
+from peka_lite._file_kinds import read_text
 from peka_lite._hdf5 import FLOOR, RATIO, Hdf5Error, check_compressed, check_sizes, open_hdf5
 from peka_lite._hest_files import HestFormatError, read_h5ad
 
 TABLE = 2**27  # bytes of the unpacked table of barcodes or features; 500,000 barcodes take 10 million
+LONGEST_LINE = 10_000  # letters of a line of a table with few columns
 LINE = 64  # bytes of a line of matrix.mtx, more than two numbers and a count ever take
 
 
@@ -184,12 +186,16 @@ def _open(path: Path, most: int) -> io.BufferedReader:
 
 def _read_table(path: Path) -> list[list[str]]:
     """Read lines whose cells tabs part."""
+    fix = "Take the folder from Space Ranger's outs"
     try:
-        with _open(path, TABLE) as file:
-            text = file.read().decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise HestFormatError(path, f"cannot be read ({error})", "Take the folder from Space Ranger's outs") from None
-    return [line.rstrip("\r").split("\t") for line in text.split("\n") if line]
+        lines = read_text(path, longest=TABLE).splitlines()
+    except FileNotFoundError:
+        raise HestFormatError(path, "no such file", fix) from None
+    except ValueError as error:
+        raise HestFormatError(path, str(error).removeprefix(f"{path}: "), fix) from None
+    if max(map(len, lines), default=0) > LONGEST_LINE:
+        raise HestFormatError(path, f"is no table (a line has more than {LONGEST_LINE:,} letters)", fix)
+    return [line.split("\t") for line in lines if line]
 
 
 def _read_places(outs: Path) -> pd.DataFrame:
@@ -199,15 +205,24 @@ def _read_places(outs: Path) -> pd.DataFrame:
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{files[0]}: no such file, nor {files[1].name}; Space Ranger writes one of them")
-    places = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
-    if places.iloc[0, 0] == "barcode":
-        places = places.iloc[1:].set_axis(places.iloc[0], axis=1)
-    elif places.shape[1] == len(names):
-        places = places.set_axis(names, axis=1)
     try:
+        text = read_text(path)
+        if len(text.partition("\n")[0]) > LONGEST_LINE:
+            raise ValueError(f"its first line has more than {LONGEST_LINE:,} letters")
+        places = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
+        if places.iloc[0, 0] == "barcode":
+            places = places.iloc[1:].set_axis(places.iloc[0], axis=1)
+        elif places.shape[1] == len(names):
+            places = places.set_axis(names, axis=1)
         places = places.set_index("barcode")[names[1:]]
-        return places.replace({"in_tissue": {"True": "1", "False": "0"}}).astype(float)  # as pandas writes it
+        places = places.replace({"in_tissue": {"True": "1", "False": "0"}}).astype(float)  # as pandas writes it
+        if not places.index.is_unique:
+            raise ValueError(f"barcode {places.index[places.index.duplicated()][0]!r} stands more than once")
+        if (odd := ~np.isfinite(places).all(axis=1)).any():
+            raise ValueError(f"{places.index[odd][0]!r} has a place that is no number")
+        return places
     except (KeyError, ValueError) as error:
+        error = str(error).removeprefix(f"{path}: ")
         raise HestFormatError(
             path, f"is no table of positions ({error})", f"It has columns {', '.join(names)}"
         ) from None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from peka_lite._file_kinds import parse_json, read_text
 from peka_lite._yaml import parse_yaml
 from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.adapters import adapter_state, merge
@@ -242,8 +243,8 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
 
 def _read(path: Path):
     try:
-        text = path.read_text("utf-8")
-        return json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+        text = read_text(path)
+        return parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except ValueError:
         raise ValueError(
             f"{path} is cut short or damaged; remove its folder and give `{command(path.parent)}`"

@@ -32,6 +32,13 @@ def fetched(mini_root, tmp_path):
     return root
 
 
+@pytest.mark.parametrize("record", ["[]", '{"name": ["breast"], "files": {}}', "{" * 10_000])
+def test_a_record_of_something_else_in_a_received_folder_is_named(fetched, record):
+    (fetched / "fetched.json").write_text(record)
+    with pytest.raises(ValueError, match=r"fetched\.json: .*remove it"):
+        open_cohort(fetched)
+
+
 def test_the_embedded_cohort_is_written_once(cache, monkeypatch):
     asked = []
     monkeypatch.setattr("peka_lite.mini.write_mini_cohort", lambda root: asked.append(root) or root)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 
 import anndata as ad
 import h5py
@@ -118,6 +119,37 @@ def test_reading_a_slide_reads_no_tile(tmp_path, monkeypatch):
 @pytest.mark.parametrize("patient", [None, "", "   ", float("nan")])
 def test_a_blank_patient_is_unknown(tmp_path, patient):
     assert read_slide(write_slide(tmp_path, meta={"patient": patient}), "S1").patient is None
+
+
+@pytest.mark.parametrize(("written", "patient"), [("Ann\\ud800", "Ann\ufffd"), ("A\\u0000B", "A\ufffdB"), ("é", "é")])
+def test_a_patient_is_text_that_any_file_takes(tmp_path, written, patient):
+    write_slide(tmp_path)
+    (tmp_path / "metadata/S1.json").write_text(f'{{"patient": "{written}", "organ": ["\\ud800"]}}')
+    slide = read_slide(tmp_path, "S1")
+    assert (slide.patient, slide.metadata["organ"]) == (patient, ["\ufffd"])
+    slide._repr_html_().encode("utf-8")
+
+
+@pytest.mark.parametrize("title", [["A"], {"a": 1}, 7, None, float("nan")])
+def test_a_study_of_any_type_tells_its_patients_apart(tmp_path, title):
+    for name, study in {"S1": title, "S2": "other"}.items():
+        write_slide(tmp_path, name, meta={"patient": "P", "dataset_title": study})
+    assert [s.patient for s in read_cohort(tmp_path).slides] == [f"P ({title})", "P (other)"]
+
+
+def test_a_slides_name_that_is_no_text_is_refused(tmp_path):
+    write_slide(tmp_path)
+    for folder, end in (("st", "h5ad"), ("patches", "h5"), ("metadata", "json")):
+        os.rename(tmp_path / folder / f"S1.{end}", os.fsencode(tmp_path / folder) + b"/S\xff." + end.encode())
+    with pytest.raises(HestFormatError, match=r"st: the name of 'S\\udcff' is no text in UTF-8\. Rename"):
+        read_cohort(tmp_path)
+
+
+def test_a_patients_file_without_end_is_refused_unread(two):
+    with (two / "who.csv").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(HestFormatError, match=r"who\.csv: has 1,099,511,627,776 bytes"):
+        read_cohort(two, patients=two / "who.csv")
 
 
 def test_a_slide_without_the_patient_field_is_of_an_unknown_patient(tmp_path):
@@ -252,6 +284,21 @@ BAD = {
         lambda r: (r / "metadata/S1.json").write_text("[]"),
         "metadata/S1.json",
         "list.*one object",
+    ),
+    "metadata is deep": (
+        lambda r: (r / "metadata/S1.json").write_text('{"a":' + "[" * 100_000),
+        "metadata/S1.json",
+        "JSON.*nested too deeply.*again",
+    ),
+    "a number is long": (
+        lambda r: (r / "metadata/S1.json").write_text('{"a": ' + "1" * 5000 + "}"),
+        "metadata/S1.json",
+        "JSON.*4300 digits.*again",
+    ),
+    "metadata is huge": (
+        lambda r: os.truncate(r / "metadata/S1.json", 2**40),
+        "metadata/S1.json",
+        "1,099,511,627,776 bytes, more than are read",
     ),
     "metadata is binary": (lambda r: (r / "metadata/S1.json").write_bytes(b"\xff\xfe"), "metadata/S1.json", "JSON"),
 }

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -258,7 +259,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.bad, self.seen, self.commit = {}, {}, [], COMMIT
+        self.files, self.bad, self.seen, self.commit, self.sent = {}, {}, [], COMMIT, 0
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def downloads(self):
@@ -307,6 +308,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         if bad == "page":
             return self.reply(200, b"\n<!DOCTYPE html><title>Log in</title>")
+        if bad == "endless":
+            self.send_response(200)
+            self.end_headers()
+            self.close_connection = True
+            for _ in range(500):  # far more than a client may take
+                self.server.sent += self.wfile.write(bytes(MIB))
         data = data[start:]
         sent = {"short": data[: len(data) // 2], "other": data[::-1], "stall": data[: 12 * MIB]}.get(bad, data)
         self.send_response(206 if start else 200)
@@ -560,6 +567,36 @@ def test_a_size_that_the_manifest_announces_is_kept_to(tmp_path, hub, mine, anno
     with pytest.raises(OSError, match=rf"list \(genes.tsv\) is {wrong}: 1,584 of {announced:,} bytes came"):
         fetch(dataclasses.replace(mine["list"], files=(file,)), root=tmp_path / "genes", progress=False)
     assert not (tmp_path / "genes").exists()
+
+
+@pytest.mark.parametrize(("name", "path"), [("list", "genes.tsv"), ("big", "models.ckpt")])
+def test_a_server_that_never_ends_is_hung_up_on(tmp_path, hub, mine, name, path):
+    hub.bad[path] = "endless"
+    size = len(hub.files[path])
+    entry = dataclasses.replace(mine[name], files=(dataclasses.replace(mine[name].files[0], size=size),))
+    with pytest.raises(OSError, match=rf"{name} \({path}\) is too long: [\d,]+ of {size:,} bytes came"):
+        fetch(entry, root=tmp_path / "x", progress=False)
+    assert not (tmp_path / "x").exists()
+    assert hub.sent < 100 * MIB
+
+
+def test_a_download_of_unknown_size_leaves_room_on_the_disk(tmp_path, hub, mine, monkeypatch):
+    hub.bad["genes.tsv"] = "endless"
+    file = dataclasses.replace(mine["list"].files[0], size=None, sha256=None)
+    monkeypatch.setattr("peka_lite._fetch.HEADROOM", shutil.disk_usage(tmp_path).free - 20 * MIB)
+    with pytest.raises(OSError, match=r"list \(genes.tsv\) does not fit on the disk"):
+        fetch(dataclasses.replace(mine["list"], files=(file,)), root=tmp_path / "x", progress=False)
+    assert hub.sent < 100 * MIB
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", "5", '{"name": "big", "files": 3}', '{"files": [1]}', '{"files": [{"path": "a"}]}', "[" * 10_000],
+)
+def test_a_record_of_something_else_is_named(tmp_path, mine, record):
+    (tmp_path / "fetched.json").write_text(record)
+    with pytest.raises(ValueError, match=r"fetched\.json: .*remove it and fetch again"):
+        located(mine["big"], root=tmp_path)
 
 
 @pytest.mark.parametrize("bad", ["short", "other", "page", "gone"])

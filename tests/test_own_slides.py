@@ -1,5 +1,6 @@
 """A slide of one's own: tiles show the place of their spot, what does not fit is named, nothing half-written stays."""
 
+import gzip
 import json
 import re
 
@@ -325,8 +326,6 @@ def edit(outs, how):
         (outs / "spatial" / "tissue_positions_list.csv").write_text(table.read_text().partition("\n")[2])
         table.unlink()
     elif how == "matrix market":
-        import gzip
-
         from scipy.io import mmwrite
 
         counts = read_counts(outs)
@@ -393,6 +392,50 @@ def test_what_is_wrong_with_space_rangers_folder_is_named(tmp_path, how, error, 
     else:
         table.write_text("id,patient\nS1,Ann\n")
     with pytest.raises(error, match=words):
+        read_counts(outs)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("SPOT0-1,1,0,0,inf,4", "'SPOT0-1' has a place that is no number"),
+        ("SPOT0-1,1,0,0,nan,4", "'SPOT0-1' has a place that is no number"),
+        ("SPOT0-1,1,0,0,1,4\nSPOT0-1,1,0,0,2,4", "'SPOT0-1' stands more than once"),
+        ("SPOT0-1,1,0,0,1,four", "is no table of positions"),
+        ("", "is no table of positions"),
+        ("," * 20_000, "first line has more than 10,000 letters"),
+    ],
+)
+def test_places_that_are_none_are_named(tmp_path, line, words):
+    outs = write_outs(tmp_path / "outs", sample(0.5))
+    (outs / "spatial/tissue_positions.csv").write_text(line)
+    with pytest.raises(HestFormatError, match=rf"tissue_positions\.csv: is no table of positions \(.*{words}|{words}"):
+        read_counts(outs)
+
+
+HEAD = b"%%MatrixMarket matrix coordinate integer general\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("matrix.mtx.gz", gzip.compress(HEAD + b"9999999999 25 3\n1 1 1\n"), "declares 3 counts of 9,999,999,999 feat"),
+        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 9999999999\n1 1 1\n"), "declares 9,999,999,999 counts"),
+        ("matrix.mtx.gz", gzip.compress(HEAD.replace(b"coordinate", b"array") + b"8 25\n"), "is no sparse table"),
+        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n" + b"1 1 1\n" * 2**23), "unpacks to more than"),
+        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n" + b"1 1 1\n" * 99)[:60], "cannot be unpacked"),
+        ("matrix.mtx.gz", b"no gzip", "cannot be unpacked"),
+        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n1 x 1\n"), "cannot be read as Space Ranger's matrix"),
+        ("features.tsv.gz", gzip.compress(b"a\n" * 2**26), "unpacks to more than is read"),
+        ("barcodes.tsv.gz", gzip.compress(b"a\t" * 2**20), "is no table"),
+        ("features.tsv.gz", gzip.compress(b"a\n" * 8), "cannot be read as Space Ranger's matrix"),
+    ],
+)
+def test_a_folder_of_counts_that_declares_more_than_it_holds_is_refused(tmp_path, name, data, words):
+    outs = write_outs(tmp_path / "outs", sample(0.5))
+    edit(outs, "matrix market")
+    (outs / "filtered_feature_bc_matrix" / name).write_bytes(data)
+    with pytest.raises(HestFormatError, match=rf"filtered_feature_bc_matrix.*: .*{words}"):
         read_counts(outs)
 
 

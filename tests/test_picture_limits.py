@@ -199,7 +199,7 @@ def test_ome_xml_that_declares_endless_work_is_refused(tmp_path):
 
 def test_ome_xml_that_names_another_file_shows_this_one(tmp_path):
     (tmp_path / "mine").mkdir()
-    other = HE.copy()
+    other = HE.astype(np.uint16)
     other[:] = 10
     tifffile.imwrite(tmp_path / "mine/private.tif", other, photometric="rgb", tile=(256, 256))
     (tmp_path / "received").mkdir()

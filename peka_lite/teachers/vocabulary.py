@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from peka_lite._file_kinds import misfit
+from peka_lite._file_kinds import misfit, parse_json, read_text
 from peka_lite.expression import align_genes
 
 # Columns of HGNC's complete set (genenames.org), the more binding name first.
 _NAMES = ("symbol", "prev_symbol", "alias_symbol")
 _TEXT = ("text", "pickle")  # the oldest pickles are text
+_LONGEST = 2**26  # bytes of HGNC's set, which has 17 million
+_MOST = 2**20  # genes of it, 45,000
 
 
 def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
@@ -38,8 +40,9 @@ def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
             raise FileNotFoundError(f"{path}: no such gene list; `peka-lite fetch scfoundation-genes` fetches it")
         try:
             names = _read_list(path) if path.suffix == ".json" else _read_order(path)
-        except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
-            seen = misfit(path, _TEXT) or error
+        except (ValueError, KeyError) as error:
+            wanted = (*_TEXT, "packed") if path.suffix == ".gz" else _TEXT
+            seen = misfit(path, wanted) or str(error).removeprefix(f"{path}: ")
             raise ValueError(
                 f"{path}: no gene list ({seen}); it is a TSV file with columns gene_name and index, or a JSON list"
             ) from error
@@ -73,13 +76,9 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
         raise FileNotFoundError(f"{path}: no such gene mapping; `peka-lite fetch hgnc` fetches HGNC's complete set")
     if other := misfit(path, _TEXT):
         raise ValueError(f"{path}: no gene mapping: {other}")
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t")
-        if missing := {*_NAMES, "ensembl_gene_id"} - set(table.fieldnames or ()):
-            raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; is it HGNC's complete set?")
-        rows = list(table)
+    rows = _read_genes(path)
     known = set(vocabulary)
-    carried = [[[part for part in row[column].split("|") if part] for column in _NAMES] for row in rows]
+    carried = [[[part for part in column.split("|") if part] for column in names] for *names, _ in rows]
     owners: dict[str, list[int]] = {}  # vocabulary symbol -> the genes that carry it in its most binding kind
     for kind in range(len(_NAMES)):
         found = defaultdict(list)
@@ -94,7 +93,7 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
     }
     claims: list[dict[str, set[str | None]]] = [defaultdict(set) for _ in (*_NAMES, "ensembl_gene_id")]
     for gene, names in enumerate(carried):
-        for kind, found in enumerate([*names, [rows[gene]["ensembl_gene_id"]]]):
+        for kind, found in enumerate([*names, [rows[gene][-1]]]):
             for name in found:  # a gene the vocabulary lacks claims its names too: they are no other gene's
                 claims[kind][name].add(goal_of[gene])
     mapping: dict[str, str | None] = {}
@@ -165,15 +164,37 @@ def align_to_vocabulary(
 
 
 def _read_list(path: Path) -> list:
-    names = json.loads(path.read_text())
+    names = parse_json(read_text(path))
     if not isinstance(names, list):
         raise ValueError(f"it holds a {type(names).__name__}")
     return names
 
 
 def _read_order(path: Path) -> list[str]:
-    table = pd.read_csv(path, sep="\t", keep_default_na=False)  # "NA" would be a gene
+    # As text: "NA" would be no gene.
+    text, columns = io.StringIO(read_text(path)), ["gene_name", "index"]
+    table = pd.read_csv(text, sep="\t", dtype=str, keep_default_na=False, usecols=columns)
+    table["index"] = pd.to_numeric(table["index"])
     table = table.sort_values("index")
     if table["index"].tolist() != list(range(len(table))):
         raise ValueError("column index must count from 0")
     return table["gene_name"].tolist()
+
+
+def _read_genes(path: Path) -> list[list[str]]:
+    """Read HGNC's set: of each gene its names by kind, and its Ensembl id."""
+    lines = csv.reader(io.StringIO(read_text(path, longest=_LONGEST), newline=""), delimiter="\t")
+    wanted = (*_NAMES, "ensembl_gene_id")
+    try:
+        head = next(lines, [])
+        if missing := set(wanted) - set(head):
+            raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; is it HGNC's complete set?")
+        places, rows = [head.index(name) for name in wanted], []
+        for cells in lines:
+            row = [cells[place] if place < len(cells) else "" for place in places]  # blanks at the end may be left out
+            rows += [row] if any(row) else []
+            if len(rows) > _MOST:
+                raise ValueError(f"{path}: holds more than {_MOST:,} genes; is it HGNC's complete set?")
+    except csv.Error as error:
+        raise ValueError(f"{path}: no gene mapping: line {lines.line_num} is no line of a table ({error})") from None
+    return rows

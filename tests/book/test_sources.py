@@ -74,7 +74,11 @@ def test_the_glossary_is_in_order():
 
 # Everyday words too; a link at their first use would as often be wrong as right.
 EVERYDAY = {"Ceiling", "Control", "Count", "Depth", "Features", "Fold", "Merge", "Run folder", "Targets", "Token"}
-LINKED = [page for page in PAGES if page not in ("glossary", "api", "references", "cite", "security", "changelog", "contributing")]
+LINKED = [
+    page
+    for page in PAGES
+    if page not in ("glossary", "api", "references", "cite", "security", "changelog", "contributing")
+]
 
 
 @pytest.mark.parametrize("page", LINKED)

@@ -1,5 +1,6 @@
 """Gene names: the order a model knows, other names that lead to it, and data whose names lead nowhere."""
 
+import gzip
 import json
 
 import anndata as ad
@@ -72,6 +73,11 @@ def test_na_is_a_name(tmp_path):
         ("genes.json", '["A", ""]', "holds names"),
         ("genes.json", '["A", "B", "A"]', "'A' stands more than once"),
         ("genes.json", "5", "gene list"),
+        ("genes.json", "[" * 100_000, "no gene list.*nested too deeply"),
+        ("genes.json", "1" * 5000, "no gene list.*4300 digits"),
+        ("genes.tsv", "gene_name\tindex\nA\t0\nB\tone\n", "no gene list"),
+        ("genes.tsv", "gene_name\tindex\nA\tinf\nB\t\n", "no gene list.*index must count"),
+        ("genes.tsv.gz", "gene_name\tindex\nA\t0\n", "no gene list"),  # it is not packed
         ("genes.json", '"TP53"', "gene list"),
         ("genes.json", '{"TP53": 1, "TBCE": 0}', "gene list"),
     ],
@@ -81,6 +87,42 @@ def test_what_is_no_gene_list_is_refused_by_name(tmp_path, name, text, match):
     with pytest.raises(ValueError, match=match) as error:
         read_vocabulary(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_packed_gene_list_is_read_as_far_as_one_goes(tmp_path):
+    path = tmp_path / "genes.tsv.gz"
+    path.write_bytes(gzip.compress(b"gene_name\tindex\nTP53\t1\nNA\t0\n"))
+    assert read_vocabulary(path).tolist() == ["NA", "TP53"]
+    path.write_bytes(gzip.compress(b"gene_name\tindex\n" + b"A\t0\n" * 2**23))
+    with pytest.raises(ValueError, match=r"genes\.tsv\.gz: no gene list \(unpacks to more than is read"):
+        read_vocabulary(path)
+
+
+def test_a_gene_list_without_end_is_refused_unread(tmp_path):
+    for name, read in {"a.json": read_vocabulary, "a.tsv": read_vocabulary, "hgnc.txt": read_mapping}.items():
+        with (tmp_path / name).open("wb") as file:
+            file.write(b"symbol\n")
+            file.truncate(2**40)
+        with pytest.raises(ValueError, match=rf"{name}: .*1,099,511,627,776 bytes, more than are read"):
+            read(tmp_path / name)
+
+
+def read_mapping(path):
+    return read_gene_mapping(path, GENES)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [("A" * 200_000, "line 10 is no line of a table"), ("\n".join("ABC"), None), ("\xff", "no text in UTF-8")],
+)
+def test_a_mapping_with_odd_lines_is_read_or_names_them(hgnc, row, why):
+    with hgnc.open("a", encoding="latin-1") as file:
+        file.write(row)
+    if why:
+        with pytest.raises(ValueError, match=rf"hgnc\.txt: .*{why}"):
+            read_gene_mapping(hgnc, GENES)
+    else:
+        assert read_gene_mapping(hgnc, GENES)["NGL"] == "ERBB2"
 
 
 def test_a_missing_gene_list_says_how_to_get_it(tmp_path):
