@@ -4,13 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from peka_lite._yaml import read_yaml, yaml_text
-from peka_lite.registry import _BACKBONES, ACCESS, BACKBONES, PRECISION, Backbone, Late, check_block_size, did_you_mean
+from peka_lite.registry import (
+    _BACKBONES,
+    ACCESS,
+    BACKBONES,
+    DTYPES,
+    LAYER_TYPES,
+    PRECISION,
+    Backbone,
+    Late,
+    check_block_size,
+    did_you_mean,
+)
 
 POOLING = ("token", "avg", "token+avg", "network")
-MODULES = ("timm.layers:", "torch.nn:")  # where a layer that an option names may come from
+_PART = r"\w[\w.-]*"  # of a repository, file or revision: no folder above, no absolute path
+_SOURCE = re.compile(rf"package/{_PART}|datasets/{_PART}/{_PART}(/{_PART})+|(?!datasets/)({_PART}/)?{_PART}", re.ASCII)
+_REVISION = re.compile(rf"{_PART}(/{_PART})*", re.ASCII)
+_ARCH = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # of timm, with the tag of its weights or without
+_WORD = re.compile(r"[a-z0-9_]{0,32}")  # what timm calls a pooling, an activation, ...
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LARGEST = {"dim": 65_536, "input_size": 1024}
+_FLAGS = (
+    "always_partition", "attn_only_layer_scale", "class_token", "conv_bias", "conv_mlp", "dynamic_img_pad",
+    "dynamic_img_size", "fc_norm", "final_norm", "fix_init", "head_norm_first", "no_embed_class",
+    "pool_include_prefix", "pre_norm", "proj_bias", "qk_norm", "qkv_bias", "qkv_fused", "rope_rotate_half",
+    "scale_attn_inner", "scale_attn_norm", "scale_mlp", "scale_mlp_norm", "strict_img_size", "swiglu_mlp",
+    "use_abs_pos_emb", "use_fc_norm", "use_grn", "use_post_norm", "use_post_transformer_norm",
+    "use_pre_transformer_norm", "use_rel_pos_bias", "use_rot_pos_emb", "use_shared_rel_pos_bias",
+)  # fmt: skip
+_WORDS = ("attn_type", "global_pool", "pos_embed", "rope_grid_indexing", "rope_type", "stem_type", "weight_init")
+_LAYERS = ("aa_layer", "act_layer", "attn_layer", "embed_layer", "embed_norm_layer", "mlp_layer", "norm_layer")
+_WHOLE = {  # a whole number, or a list of them; least and greatest
+    "img_size": (1, 1024), "patch_size": (1, 256), "embed_dim": (1, 16_384), "depth": (1, 200), "num_heads": (1, 256),
+    "reg_tokens": (0, 1024), "num_reg_tokens": (0, 1024), "depths": (0, 200), "dims": (1, 16_384),
+    "window_size": (1, 1024), "pretrained_window_sizes": (0, 1024), "kernel_sizes": (1, 64), "head_dim": (1, 1024),
+    "num_kv_heads": (1, 256), "attn_pool_num_heads": (1, 256), "swiglu_align_to": (0, 1024), "layers": (1, 200),
+    "channels": (1, 16_384), "cardinality": (1, 256), "base_width": (1, 1024), "stem_width": (1, 1024),
+    "head_hidden_size": (1, 65_536), "ref_feat_shape": (1, 1024),
+}  # fmt: skip
+_NUMBERS = {  # least and greatest
+    "mlp_ratio": (1 / 64, 64), "attn_pool_mlp_ratio": (1 / 64, 64), "init_values": (0, 1e3), "ls_init_value": (0, 1e3),
+    "norm_eps": (0, 1), "head_init_scale": (0, 1e3), "rope_temperature": (1, 1e9), "rope_grid_offset": (-1e3, 1e3),
+    **dict.fromkeys(("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"), (0, 1e3)),
+    **{f"{part}drop_rate": (0, 1) for part in ("", "pos_", "patch_", "proj_", "attn_")}, "drop_path_rate": (0, 1),
+}  # fmt: skip
+_OPTIONS = (*_FLAGS, *_WORDS, *_LAYERS, *_WHOLE, *_NUMBERS)  # of `timm.create_model`; none reads a file or the net
 FILE = "backbone.yml"  # in the folder of a run whose backbone is not the package's
 PACKAGE = frozenset(BACKBONES)
 _FIELDS = {field.name: field for field in dataclasses.fields(Backbone)}
@@ -27,7 +71,8 @@ def register_backbone(row: Backbone) -> Backbone:
     ----------
     row
         Any architecture of timm. Bone and the others need a vision transformer; ``bone_r=None`` says that it is none.
-        A layer among `options` is named, as ``"timm.layers:SwiGLUPacked"`` or ``"torch.nn:SiLU"``.
+        A layer among `options` is named, as ``"timm.layers:SwiGLUPacked"`` or ``"torch.nn:SiLU"``. Options and layers
+        are those of a fixed list, within bounds.
 
     Returns
     -------
@@ -152,7 +197,7 @@ def row_fields(row: Backbone) -> dict:
         if name == "precision":
             if value is PRECISION:
                 continue
-            value = {device: str(kind).replace(".", ":") for device, kind in value.items()}
+            value = {device: str(kind).replace(".", ":") for device, kind in _as_given(value).items()}
         if name == "options":
             value = _options(row)
         if name in _REQUIRED or value != field.default:
@@ -164,42 +209,119 @@ def check_statistic(name: str, value: tuple[float, float, float]) -> None:
     """Refuse a mean or standard deviation of pixels (``"mean"``, ``"std"``) that cannot be one."""
     if not isinstance(value, tuple) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
         raise ValueError(f"{name} is three numbers (red, green, blue), not {value!r}")
-    if not (max(value) <= 1 and min(value) >= 0) or (name == "std" and min(value) == 0):
+    if not all(0 <= v <= 1 for v in value) or (name == "std" and min(value) == 0):
         raise ValueError(f"{name} is on a scale of 0 to 1, not {value!r}; divide by 255")
 
 
 def _options(row: Backbone) -> dict:
-    return dict(row.options._values if isinstance(row.options, Late) else row.options)
+    return _as_given(row.options)
+
+
+def _as_given(values) -> dict:
+    return dict(values._values if isinstance(values, Late) else values)
+
+
+def is_line(value) -> bool:
+    """Say whether a value is text of one line, not empty and not longer than a path may be."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and not _CONTROL.search(value)
+
+
+def _brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def check_architecture(arch: str) -> None:
+    """Refuse what cannot be the name of an architecture in timm: its ``hf-hub:`` and ``local-dir:`` read elsewhere."""
+    if not _ARCH.fullmatch(arch):
+        raise ValueError(f"arch is a name of timm, as 'vit_small_patch16_224', not {_brief(arch)}")
 
 
 def _checked(row: Backbone) -> Backbone:
     """Refuse values that cannot be right; whether timm builds the architecture is seen when it does."""
     for name, kind in {"name": str, "arch": str, "dim": int, "input_size": int, "licence": str}.items():
-        if type(getattr(row, name)) is not kind or not getattr(row, name):
-            told = "text" if kind is str else "a whole number above 0"
-            raise ValueError(f"{name} is {told}, not {getattr(row, name)!r}")
-    if Path(row.name).name != row.name or is_file(row.name):
+        value = getattr(row, name)
+        if type(value) is not kind or not value or (kind is str and not is_line(value)):
+            told = "text of one line" if kind is str else "a whole number above 0"
+            raise ValueError(f"{name} is {told}, not {_brief(value)}")
+    if Path(row.name).name != row.name or row.name == ".." or "\\" in row.name or is_file(row.name):
         raise ValueError(f"name {row.name!r}: it names folders, so no slash in it and no .yml at its end")
-    for name in ("dim", "input_size"):
+    check_architecture(row.arch)
+    for name, most in _LARGEST.items():
         if getattr(row, name) < 1:
             raise ValueError(f"{name} is a whole number above 0, not {getattr(row, name)}")
+        if getattr(row, name) > most:
+            raise ValueError(f"{name} is at most {most:,}, not {getattr(row, name):,}")
     for name in ("mean", "std"):
         check_statistic(name, getattr(row, name))
+    _check_origin(row)
     if row.pooling not in POOLING:
         raise ValueError(f"unknown pooling {row.pooling!r}; known: {', '.join(POOLING)}")
     if row.access not in (None, *ACCESS):
         raise ValueError(f"access is one of {', '.join(ACCESS)}, not {row.access!r}")
     if row.bone_r is not None:
+        if type(row.bone_r) is not int:
+            raise ValueError(f"bone_r is a whole number or None, not {_brief(row.bone_r)}")
         try:
             check_block_size(row, row.bone_r)
         except ValueError as error:
             raise ValueError(f"bone_r: {error}; None is for a model without attention to adapt") from None
+    for name in ("options", "precision"):
+        if not isinstance(getattr(row, name), Mapping):
+            raise ValueError(f"{name} maps names to values, not {_brief(getattr(row, name))}")
     if row.precision.keys() != PRECISION.keys():
-        raise ValueError(f"precision names a type for {', '.join(PRECISION)}, not for {', '.join(row.precision)}")
+        named = ", ".join(map(str, row.precision))
+        raise ValueError(f"precision names a type for {', '.join(PRECISION)}, not for {named}")
+    for device, kind in _as_given(row.precision).items():
+        if str(kind).replace(".", ":") not in DTYPES:
+            raise ValueError(f"precision: {device} is {_brief(kind)}; give one of {', '.join(DTYPES)}")
     for option, value in _options(row).items():
-        named = isinstance(value, str) and ":" in value
-        if not isinstance(value, str | int | float | bool | list | None) or (named and not value.startswith(MODULES)):
-            raise ValueError(
-                f"options: {option} is {value!r}; give plain values, a layer as text: 'timm.layers:SwiGLUPacked'"
-            )
-    return row if isinstance(row.options, Late) else dataclasses.replace(row, options=Late(row.options))
+        check_option(option, value)
+    late = {name: Late(_as_given(getattr(row, name))) for name in ("options", "precision")}
+    late = {name: values for name, values in late.items() if not isinstance(getattr(row, name), Late)}
+    return dataclasses.replace(row, **late) if late else row
+
+
+def check_option(option: str, value) -> None:
+    """Refuse what a row cannot hand to timm, with the nearest that it can."""
+    if option not in _OPTIONS:
+        raise ValueError(
+            f"options: {_brief(option)} is none that a row can set{did_you_mean(str(option), _OPTIONS)}; known: "
+            f"{', '.join(sorted(_OPTIONS))}"
+        )
+    if value is None:
+        return
+    if option in _FLAGS:
+        right, wanted = type(value) is bool, "true or false"
+    elif option in _WHOLE:
+        least, most = _WHOLE[option]
+        values = value if type(value) is list and 0 < len(value) <= 16 else [value]
+        right = all(type(v) is int and least <= v <= most for v in values)
+        wanted = f"a whole number from {least} to {most:,}, or a list of them"
+    elif option in _NUMBERS:
+        least, most = _NUMBERS[option]
+        right, wanted = type(value) in (int, float) and least <= value <= most, f"a number from {least:g} to {most:g}"
+    else:
+        word = isinstance(value, str) and _WORD.fullmatch(value) is not None  # timm has names of its own for layers
+        right, wanted = word, "a plain name"
+        if option in _LAYERS:
+            right = word or (isinstance(value, str) and value in LAYER_TYPES)
+            near = did_you_mean(str(value), LAYER_TYPES)
+            wanted = f"plain values, a layer as text: 'timm.layers:SwiGLUPacked'{near}; known: {', '.join(LAYER_TYPES)}"
+    if not right:
+        raise ValueError(f"options: {option} is {_brief(value)}; give {wanted}")
+
+
+def _check_origin(row: Backbone) -> None:
+    """Refuse a source, a revision or a page that leads elsewhere than its field says."""
+    source = row.source
+    if source is not None and not (is_line(source) and _SOURCE.fullmatch(source) and ".." not in source):
+        raise ValueError(
+            f"source is a repository of the hub ('owner/name'), 'datasets/owner/name/FILE', 'package/FILE' or None, "
+            f"not {_brief(source)}"
+        )
+    revision = row.revision
+    if revision is not None and not (is_line(revision) and _REVISION.fullmatch(revision) and ".." not in revision):
+        raise ValueError(f"revision is a commit, tag or branch of the hub, not {_brief(revision)}")
+    if row.gate is not None and not (is_line(row.gate) and re.fullmatch(r"https?://\S+", row.gate)):
+        raise ValueError(f"gate is the address of a page (https://...) or None, not {_brief(row.gate)}")

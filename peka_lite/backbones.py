@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,19 @@ from torch import nn
 from peka_lite._file_kinds import file_kind
 from peka_lite._packaged import origin, packaged
 from peka_lite._torch_files import OPTIONS, read_torch_file
-from peka_lite.backbone_files import backbone_row, check_statistic
+from peka_lite.backbone_files import backbone_row, check_architecture, check_statistic
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located, read_manifest
 from peka_lite.progress import bar
-from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, closed_gate, page_of
+from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, closed_gate, did_you_mean, page_of
 
 __all__ = [
     "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "embed_tiles", "load_backbone", "pooled", "precision_for",
     "preprocess",
 ]  # fmt: skip
+MOST_WEIGHTS = 20_000_000_000  # the largest network of timm has 7e9
+MOST_PATCHES = 65_536  # of a tile; 1,024 pixels in patches of 4
 
 
 class ConvStem(nn.Module):
@@ -101,7 +104,9 @@ def load_backbone(
     """
     spec = backbone_row(name)
     weights = str(weights)
+    plan = planned(spec)  # before memory is asked for, and before the hub is
     if weights == "random":
+        _check_memory(plan, spec)
         warnings.warn(
             f"{spec.name} starts from random weights (seed {seed}): a model to test with, not to judge by", stacklevel=2
         )
@@ -113,8 +118,10 @@ def load_backbone(
         path, came = _published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file for {spec.name}; give a file, 'hub' or 'random'")
+        state = _read_weights(plan, spec, path)
+        _load(plan, state, spec, path)
         model = build(spec)
-        _load_file(model, spec, path)
+        _load(model, state, spec, path)
     model.spec, model.weights_origin = spec, came
     return model.eval().to(device or "cpu")
 
@@ -319,9 +326,13 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def build(spec: Backbone) -> nn.Module:
     """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
     try:
+        check_architecture(spec.arch)
+        if not timm.is_model(spec.arch):
+            raise ValueError(f"it knows no such architecture{did_you_mean(spec.arch, timm.list_models())}")
         model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
-    except (AssertionError, RuntimeError, TypeError) as error:  # no such architecture, or not with these options
-        raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({error})") from None
+    except Exception as error:  # not with these options: each network of timm fails in its own way
+        reason = f"{error}" if str(error) else type(error).__name__
+        raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({reason})") from None
     _check_pooling(model, spec)
     width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling
     if spec.pooling == "token+avg":
@@ -329,6 +340,46 @@ def build(spec: Backbone) -> nn.Module:
     if spec.dim not in (width, head):
         raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
     return model
+
+
+def planned(spec: Backbone) -> nn.Module:
+    """Build a student's architecture without memory for its weights, and refuse what no machine can use.
+
+    Raises
+    ------
+    ValueError
+        As `build`, for more than `MOST_WEIGHTS` weights, and for a tile of more than `MOST_PATCHES` patches.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(spec)
+    if (n := _size(model)) > MOST_WEIGHTS:
+        raise ValueError(
+            f"backbone {spec.name!r}: {n:,} weights are more than a student here can have ({MOST_WEIGHTS:,}); lower "
+            "depth, embed_dim or img_size in its row"
+        )
+    side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    rows, columns = (spec.input_size // s for s in side) if isinstance(side, tuple) else (1, 1)
+    if rows * columns > MOST_PATCHES:
+        raise ValueError(
+            f"backbone {spec.name!r}: {rows * columns:,} patches a tile are more than a student here can have "
+            f"({MOST_PATCHES:,}); lower input_size or raise patch_size in its row"
+        )
+    return model
+
+
+def _size(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_memory(plan: nn.Module, spec: Backbone) -> None:
+    """Refuse a random start that this machine cannot hold; published weights are as large as their file."""
+    needs, has = 4 * _size(plan), psutil.virtual_memory().total
+    if needs > has:
+        raise ValueError(
+            f"backbone {spec.name!r}: a random start takes {needs / 2**30:,.0f} GiB of memory, this machine has "
+            f"{has / 2**30:,.0f}; lower depth or embed_dim in its row"
+        )
 
 
 def _check_pooling(model: nn.Module, spec: Backbone) -> None:
@@ -394,7 +445,8 @@ def _unreachable(spec: Backbone, repo: str, error: Exception) -> ConnectionError
     )
 
 
-def _read_weights(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(plan: nn.Module, spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
+    """Read a file's tensors under the names of timm's network."""
     if file_kind(path)[0] == "safetensors":  # whatever its name ends in
         try:
             state = load_file(path)
@@ -410,19 +462,23 @@ def _read_weights(spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, no tensors by name; save the model's state_dict()")
-    return timm.models.clean_state_dict(state)
-
-
-def _load_file(model: nn.Module, spec: Backbone, path: Path) -> None:
-    state = _read_weights(spec, path)
+    if odd := [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, torch.Tensor))]:
+        raise ValueError(f"{path}: {str(odd[0])[:80]!r} is no tensor by name; save the model's state_dict() alone")
+    state = timm.models.clean_state_dict(state)
     if spec.name == "ctranspath" and "layers.0.downsample.reduction.weight" in state:  # the authors' layout, not timm's
         from timm.models.swin_transformer import checkpoint_filter_fn
 
         stem = {k: v for k, v in state.items() if k.startswith("patch_embed.")}
-        state = checkpoint_filter_fn({k: v for k, v in state.items() if k not in stem}, model) | stem
+        state = checkpoint_filter_fn({k: v for k, v in state.items() if k not in stem}, plan) | stem
     # Classifier heads are not used, here as in timm's num_classes=0.
-    state = {k: v for k, v in state.items() if not k.startswith(("head.", "fc."))}
+    return {k: v for k, v in state.items() if not k.startswith(("head.", "fc."))}
+
+
+def _load(model: nn.Module, state: dict[str, torch.Tensor], spec: Backbone, path: Path) -> None:
+    """Copy tensors in; into a plan nothing is copied, and names and shapes are compared."""
     try:
-        model.load_state_dict(state, strict=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: these weights do not fit {spec.name} ({spec.arch}). {str(error)[:400]}") from None

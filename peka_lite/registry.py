@@ -14,16 +14,40 @@ if TYPE_CHECKING:
     import torch
 
 
-class Late(Mapping):
-    """A mapping in which text ``"module:name"`` stands for that object; it is imported when its value is read.
+DTYPES = ("torch:float32", "torch:float16", "torch:bfloat16")
+#: Layers that a row's options may name.
+LAYER_TYPES = tuple(
+    f"{module}:{name}"
+    for module, names in {
+        "timm.layers": "SwiGLUPacked SwiGLU Mlp GluMlp GatedMlp ConvMlp GlobalResponseNormMlp GELU GELUTanh QuickGELU "
+        "Swish Mish HardSwish HardMish PReLU Sigmoid Tanh LayerNorm LayerNormFp32 LayerNorm2d RmsNorm RmsNormFp32 "
+        "RmsNorm2d SimpleNorm SimpleNormFp32 GroupNorm GroupNorm1 BatchNormAct2d PatchEmbed Attention AttentionRope "
+        "BlurPool2d AvgPool2dSame",
+        "torch.nn": "SiLU GELU ReLU ReLU6 LeakyReLU ELU Mish Hardswish Sigmoid Tanh Identity LayerNorm RMSNorm "
+        "BatchNorm2d",
+        "peka_lite.backbones": "ConvStem",
+    }.items()
+    for name in names.split()
+)
+_TEACHERS = {
+    "pca": "peka_lite.teachers.pca:PCATeacher",
+    "scfoundation": "peka_lite.teachers:make_scfoundation",
+    "scfoundation-mini": "peka_lite.teachers:make_scfoundation_mini",
+}
+_NAMED = frozenset({*DTYPES, *LAYER_TYPES, *_TEACHERS.values()})
 
-    Thus this room, and all that only asks which names there are, needs neither PyTorch nor timm.
+
+class Late(Mapping):
+    """A mapping in which a name of a fixed list stands for an object; it is imported when its value is read.
+
+    Listed are `DTYPES`, `LAYER_TYPES` and the teachers; any other text is text. Thus this room, and all that only asks
+    which names there are, needs neither PyTorch nor timm.
 
     Examples
     --------
-    >>> late = Late({"depth": 24, "layer": "fractions:Fraction"})
-    >>> "layer" in late, late["layer"], dict(late)["depth"]
-    (True, <class 'fractions.Fraction'>, 24)
+    >>> late = Late({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
+    >>> late["act_layer"], late["other"], dict(late)["depth"]
+    (<class 'torch.nn.modules.activation.SiLU'>, 'fractions:Fraction', 24)
     """
 
     def __init__(self, values: Mapping[str, object]):
@@ -31,7 +55,7 @@ class Late(Mapping):
 
     def __getitem__(self, key: str):
         value = self._values[key]
-        if not (isinstance(value, str) and ":" in value):
+        if not (isinstance(value, str) and value in _NAMED):
             return value
         module, name = value.split(":")
         return getattr(import_module(module), name)
@@ -53,13 +77,7 @@ FEATURES = ("student", "frozen+student", "projector", "teacher", "colour", "coor
 WITH_STUDENT = FEATURES[:3]
 SPLITS = ("patient", "slide", "spot")
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
-TEACHERS = Late(
-    {
-        "pca": "peka_lite.teachers.pca:PCATeacher",
-        "scfoundation": "peka_lite.teachers:make_scfoundation",
-        "scfoundation-mini": "peka_lite.teachers:make_scfoundation_mini",
-    }
-)
+TEACHERS = Late(_TEACHERS)
 LABEL_METHODS = {
     "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
     "kmeans": {"n_clusters": 100, "n_neighbors": 15},
