@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from peka_lite._file_kinds import misfit
 
 FORMAT = 1
+LONGEST = 2**25  # bytes of a file's header, which holds the record; that of 50 folds of 20,000 genes takes a third
 
 
 def require_name(name: str) -> None:
@@ -39,15 +41,47 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 def read_record(path: str | os.PathLike, *, kind: str) -> dict:
     """Return the record of a file of `write_tensors`; what is not one of this kind is a ValueError."""
     with _opened(path) as file:
-        stamp = (file.metadata() or {}).get("peka_lite")
-    record = {} if stamp is None else json.loads(stamp)
-    if record.pop("kind", None) != kind:
+        stamp = (file.metadata() or {}).get("peka_lite", "{}")
+    try:
+        record = json.loads(stamp)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: its record cannot be read as JSON; make the file again") from None
+    if not isinstance(record, dict) or record.pop("kind", None) != kind:
         raise ValueError(
             f"{path} is no {kind} file of peka_lite, or one of a version that kept no record: make it anew"
         )
     if (written := record.pop("format", None)) != FORMAT:
+        written = repr(written)[:40]
         raise ValueError(f"{path} is written in format {written}, this peka_lite reads format {FORMAT}: update it")
     return record
+
+
+def check_record(path: str | os.PathLike, record: Mapping, wanted: Mapping[str, tuple], *, whose: str) -> None:
+    """Refuse a record, or a part of one, whose entries are not those wanted.
+
+    Parameters
+    ----------
+    whose
+        What it is of, for the message: ``"an adapter's"``.
+    wanted
+        Name -> (function that says whether a value is right, what is right in words).
+    """
+    if not isinstance(record, Mapping) or record.keys() != wanted.keys():
+        has = f"it has {', '.join(map(str, record))[:120]}" if isinstance(record, Mapping) else "it is no mapping"
+        raise ValueError(f"{path}: its record is not {whose} ({has}; wanted are {', '.join(wanted)})")
+    for name, (right, words) in wanted.items():
+        if not right(record[name]):
+            raise ValueError(f"{path}: its record has {name} {repr(record[name])[:120]}; it is {words}")
+
+
+def is_whole(value, *, least: int = 1) -> bool:
+    """Say whether a value is a whole number of at least `least`, and no more than 64 bits hold."""
+    return type(value) is int and least <= value < 2**63
+
+
+def is_finite(value) -> bool:
+    """Say whether a value is a number that is neither NaN nor infinite."""
+    return type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value)
 
 
 def read_tensors(path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
@@ -62,6 +96,10 @@ def _opened(path: str | os.PathLike):
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    with Path(path).open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if LONGEST < header < Path(path).stat().st_size:
+        raise ValueError(f"{path}: its header of {header:,} bytes is longer than one here can be ({LONGEST:,})")
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:

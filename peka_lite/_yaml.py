@@ -10,6 +10,7 @@ import yaml
 
 LARGEST = 2**25  # bytes of a file; a sweep of 100,000 points takes about a third of it
 DEEPEST = 32  # nested lists and mappings; a manifest has 5
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -109,3 +110,8 @@ def parse_yaml(text: str):
 def yaml_text(value) -> str:
     """Return plain values as YAML that `parse_yaml` reads, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def is_line(value) -> bool:
+    """Say whether a value is text of one line, not empty and not longer than a path may be."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and not _CONTROL.search(value)

@@ -11,10 +11,39 @@ import torch
 from torch import nn
 
 from peka_lite import __version__
-from peka_lite._tensor_files import read_record, read_tensors, require_name, write_tensors
-from peka_lite.adapters import adapt, adapter_state, load_adapter_state
+from peka_lite._tensor_files import (
+    check_record,
+    is_finite,
+    is_whole,
+    read_record,
+    read_tensors,
+    require_name,
+    write_tensors,
+)
+from peka_lite._yaml import is_line
+from peka_lite.adapters import adapt, adapter_state, load_adapter_state, target_layers
 
 SAMPLE = 1024  # values of each tensor that a fingerprint reads
+_LINE = (is_line, "text of one line")
+_SETS = (
+    lambda value: isinstance(value, dict) and 0 < len(value) <= 10_000 and all(map(is_line, value)),
+    "a mapping of sets of tensors",
+)
+_RECORD = {
+    "method": (lambda value: value in ("bone", "lora", "adalora", "miss"), "bone, lora, adalora or miss"),
+    "layers": (lambda value: is_line(value) and value.isidentifier(), "the name of a layer"),
+    **dict.fromkeys(("backbone", "weights", "fingerprint", "version"), _LINE),
+    **dict.fromkeys(("options", "data"), _SETS),
+}
+_OPTIONS = {
+    "r": (is_whole, "a whole number above 0"),
+    "alpha": (is_finite, "a number"),
+    "dropout": (lambda value: is_finite(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "total_steps": (is_whole, "a whole number above 0"),
+}
+_OF_METHOD = {
+    "bone": ("r",), "lora": ("r", "alpha", "dropout"), "adalora": tuple(_OPTIONS), "miss": ("r", "dropout")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,10 +210,16 @@ def read_adapter_info(path: str | os.PathLike) -> AdapterInfo:
     ('mini', 'bone', 'proj', {'all': {'r': 16}})
     """
     record = read_record(path, kind="adapter")
-    try:
-        return AdapterInfo(**record)
-    except TypeError as error:
-        raise ValueError(f"{path}: its record is not an adapter's ({error})") from None
+    check_record(path, record, _RECORD, whose="an adapter's")
+    info = AdapterInfo(**record)
+    if info.data.keys() != info.options.keys():
+        raise ValueError(f"{path}: its record names other sets of tensors in options than in data")
+    for name, options in info.options.items():
+        wanted = {option: _OPTIONS[option] for option in _OF_METHOD[info.method]}
+        check_record(path, options, wanted, whose=f"an adapter's by {info.method}")
+        if info.data[name] is not None and not is_line(info.data[name]):
+            raise ValueError(f"{path}: its record has data {repr(info.data[name])[:120]}; it is a fingerprint")
+    return info
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None = None) -> nn.Module:
@@ -232,9 +267,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
             f"{path} was taught on {mine} with weights {info.weights!r} (fingerprint {info.fingerprint}); this student "
             f"has weights {model.weights_origin!r} (fingerprint {found}): load the weights it was taught on"
         )
-    state = read_tensors(path, name)
-    adapt(model, info.method, targets=info.layers, **info.options[name])
+    state, r = read_tensors(path, name), info.options[name]["r"]
+    # Every method trains at least r values for each output of each layer; what a file does not hold takes no memory
+    # beyond the student's own.
+    needed = r * sum(model.get_submodule(layer).out_features for layer in target_layers(model, info.layers))
+    held, base = (sum(tensor.numel() for tensor in tensors) for tensors in (state.values(), model.parameters()))
+    if needed > held + base:
+        raise ValueError(f"{path}: r={r} in its record takes {needed:,} values or more, {name!r} holds {held:,}")
     try:
+        adapt(model, info.method, targets=info.layers, **info.options[name])
         return load_adapter_state(model, state).eval()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

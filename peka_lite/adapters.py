@@ -177,10 +177,7 @@ def adapt(
     if getattr(model, "adapter", None) is not None:
         raise ValueError(f"this model already carries {model.adapter.method!r}; merge it or load a fresh one")
     spec = getattr(model, "spec", None)
-    pattern = rf"(.*\.)?attn\.{re.escape(targets)}"
-    layers = tuple(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
-    )
+    pattern, layers = _pattern(targets), target_layers(model, targets)
     if method != "none" and (not layers or (spec is not None and spec.bone_r is None)):
         name = spec.name if spec is not None else type(model).__name__
         raise ValueError(f"{name} takes only method 'none': adapters go on a vision transformer's attn.{targets}")
@@ -207,6 +204,14 @@ def adapt(
     }[method]
     model.adapter = Adapter(method, layers if method != "none" else (), used, n_base, tuner)
     return model
+
+
+def target_layers(model: nn.Module, targets: str) -> tuple[str, ...]:
+    """Return the names of a model's linear layers ``attn.{targets}``."""
+    pattern = _pattern(targets)
+    return tuple(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
+    )
 
 
 def adapted_share(model: nn.Module) -> float:
@@ -300,6 +305,10 @@ def orthogonal_term(model: nn.Module) -> torch.Tensor:
             gram = p @ p.T if "lora_A" in name else p.T @ p
             distances.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
     return torch.stack(distances).mean()
+
+
+def _pattern(targets: str) -> str:
+    return rf"(.*\.)?attn\.{re.escape(targets)}"
 
 
 def _is_adapter(name: str) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from peka_lite._yaml import read_yaml, yaml_text
+from peka_lite._yaml import is_line, read_yaml, yaml_text
 from peka_lite.registry import (
     _BACKBONES,
     ACCESS,
@@ -28,7 +28,6 @@ _SOURCE = re.compile(rf"package/{_PART}|datasets/{_PART}/{_PART}(/{_PART})+|(?!d
 _REVISION = re.compile(rf"{_PART}(/{_PART})*", re.ASCII)
 _ARCH = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # of timm, with the tag of its weights or without
 _WORD = re.compile(r"[a-z0-9_]{0,32}")  # what timm calls a pooling, an activation, ...
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LARGEST = {"dim": 65_536, "input_size": 1024}
 _FLAGS = (
     "always_partition", "attn_only_layer_scale", "class_token", "conv_bias", "conv_mlp", "dynamic_img_pad",
@@ -219,11 +218,6 @@ def _options(row: Backbone) -> dict:
 
 def _as_given(values) -> dict:
     return dict(values._values if isinstance(values, Late) else values)
-
-
-def is_line(value) -> bool:
-    """Say whether a value is text of one line, not empty and not longer than a path may be."""
-    return isinstance(value, str) and 0 < len(value) <= 4096 and not _CONTROL.search(value)
 
 
 def _brief(value) -> str:

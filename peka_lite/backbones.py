@@ -20,7 +20,7 @@ from torch import nn
 from peka_lite._file_kinds import file_kind
 from peka_lite._packaged import origin, packaged
 from peka_lite._torch_files import OPTIONS, read_torch_file
-from peka_lite.backbone_files import backbone_row, check_architecture, check_statistic
+from peka_lite.backbone_files import PACKAGE, backbone_row, check_architecture, check_statistic
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
 from peka_lite.manifest import located, read_manifest
@@ -402,10 +402,27 @@ def _published(spec: Backbone) -> tuple[Path, str]:
     return _from_hub(spec), f"hub {spec.source}"
 
 
+def cached_weights(spec: Backbone) -> Path | None:
+    """Return the file of a row's published weights where it is in the hub's cache on this machine, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kind, repo, files = _repository(spec)
+    found = (try_to_load_from_cache(repo, file, revision=spec.revision, repo_type=kind) for file in files)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _repository(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
+    """Return kind and name of a row's hub repository, and the files that weights may be in."""
+    if spec.source.startswith("datasets/"):
+        _, owner, repo, file = spec.source.split("/", 3)
+        return "dataset", f"{owner}/{repo}", (file,)
+    return "model", spec.source, ("model.safetensors", "pytorch_model.bin")
+
+
 def _from_hub(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
-    if BACKBONES.get(spec.name) == spec and (fetched := located(spec.name)):
+    if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := located(spec.name)):
         return fetched
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -416,11 +433,7 @@ def _from_hub(spec: Backbone) -> Path:
         RepositoryNotFoundError,
     )
 
-    if spec.source.startswith("datasets/"):
-        _, owner, repo, file = spec.source.split("/", 3)
-        kind, repo, files = "dataset", f"{owner}/{repo}", (file,)
-    else:
-        kind, repo, files = "model", spec.source, ("model.safetensors", "pytorch_model.bin")
+    kind, repo, files = _repository(spec)
     missing = None
     for file in files:
         try:

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING
 
 from peka_lite._packaged import packaged
+from peka_lite._yaml import is_line
 from peka_lite.backbone_files import backbone_row, is_file
 from peka_lite.cohorts import find_cohort
 from peka_lite.manifest import cache_dir, located
@@ -50,6 +51,7 @@ _NAMES = {
 }  # fmt: skip
 _ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
 _AT_LEAST = {"r": 1, "kd_weight": 0, "ce_weight": 0, "micro_batch": 1, "n_splits": 2, "seed": 0}
+_AT_MOST = {"seed": 2**32 - 1}  # NumPy's and scikit-learn's
 _SHARES = ("train_share", "max_mito")
 
 
@@ -287,6 +289,8 @@ def check_field(field: str, value) -> None:
         raise ValueError(f"{field} is {told}, not {value!r}")
     if value is None:
         return
+    if isinstance(value, str) and value and not is_line(value):
+        raise ValueError(f"{field} is text of one line, not {repr(value)[:120]}")
     if field == "backbone" and not is_file(value):
         backbone_row(value)
     if field in _NAMES and value not in _NAMES[field]:
@@ -298,6 +302,8 @@ def check_field(field: str, value) -> None:
         raise ValueError(f"{field} must be above 0, not {value}")
     if field in _AT_LEAST and value < _AT_LEAST[field]:
         raise ValueError(f"{field} must be at least {_AT_LEAST[field]}, not {value}")
+    if field in _AT_MOST and value > _AT_MOST[field]:
+        raise ValueError(f"{field} must be at most {_AT_MOST[field]}, not {value}")
     if field in _SHARES and not 0 < value <= 1:
         raise ValueError(f"{field} is above 0 and at most 1, not {value}")
     if field == "alpha":

@@ -10,11 +10,41 @@ import numpy as np
 import torch
 
 from peka_lite import __version__
-from peka_lite._tensor_files import read_record, read_tensors, require_name, write_tensors
+from peka_lite._tensor_files import (
+    check_record,
+    is_finite,
+    is_whole,
+    read_record,
+    read_tensors,
+    require_name,
+    write_tensors,
+)
+from peka_lite._yaml import is_line
 from peka_lite.probe import PCARidge
 
 TENSORS = ("coef", "mean", "scale", "intercept")
 OPTIONS = ("n_components", "alpha", "standardize", "fit_intercept")
+_FLAG = (lambda value: type(value) is bool, "true or false")
+_RECORD = {
+    "normalization": (is_line, "text of one line"),
+    "fingerprint": (lambda value: value is None or is_line(value), "text of one line or null"),
+    "probes": (lambda value: isinstance(value, dict) and 0 < len(value) <= 10_000, "a mapping of probes"),
+    "version": (is_line, "text of one line"),
+}
+_PROBE = {
+    "genes": (
+        lambda value: isinstance(value, list) and {*map(type, value)} == {str} and len(set(value)) == len(value),
+        "a list of names, each once",
+    ),
+    "options": (lambda value: isinstance(value, dict), "a mapping"),
+}
+_OPTIONS = {
+    "n_components": (lambda value: value is None or is_whole(value), "a whole number above 0 or null"),
+    "alpha": (lambda value: value == "hest" or (is_finite(value) and value >= 0), "'hest' or a number of at least 0"),
+    "standardize": _FLAG,
+    "fit_intercept": _FLAG,
+    "width": (is_whole, "a whole number above 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,16 +145,20 @@ def load_probes(path: str | os.PathLike) -> Probes:
     ('log1p-cp10k', ['fold0'], 3)
     """
     record, probes = read_record(path, kind="probe"), {}
+    check_record(path, record, _RECORD, whose="a probe's")
     for name, kept in record["probes"].items():
-        tensors = {part: values.numpy() for part, values in read_tensors(path, name).items()}
-        shape = len(tensors.get("mean", ())), len(kept["genes"])
-        ranged = "range" not in tensors or tensors["range"].shape == (2, len(kept["genes"]))  # older files have none
-        if tensors.keys() - {"range"} != {*TENSORS} or tensors["coef"].shape != shape or not ranged:
-            raise ValueError(f"{path}: the tensors of {name!r} do not fit its {len(kept['genes'])} genes; make it anew")
+        check_record(path, kept, _PROBE, whose="a probe's")
+        check_record(path, kept["options"], _OPTIONS, whose="a probe's")
+        found, n = read_tensors(path, name), len(kept["genes"])
+        d = len(found["mean"]) if "mean" in found and found["mean"].ndim == 1 else 0
+        shapes = {"coef": (d, n), "mean": (d,), "scale": (d,), "intercept": (n,), "range": (2, n)}
+        fits = found.keys() - {"range"} == {*TENSORS} and all(tuple(t.shape) == shapes[k] for k, t in found.items())
+        if not fits or any(values.dtype != torch.float64 for values in found.values()):
+            raise ValueError(f"{path}: the tensors of {name!r} do not fit its {n} genes; make it anew")
         width = kept["options"].pop("width")
         probe = PCARidge(**kept["options"])
         probe.n_components_ = width
-        for part, values in tensors.items():
-            setattr(probe, f"{part}_", values)
+        for part, values in found.items():  # older files have no range
+            setattr(probe, f"{part}_", values.numpy())
         probes[name] = (probe, tuple(kept["genes"]))
     return Probes(probes, record["normalization"], record["fingerprint"])

@@ -15,8 +15,6 @@ import pandas as pd
 
 from peka_lite._hdf5 import read_anndata
 from peka_lite._packaged import origin, packaged
-from peka_lite._yaml import read_yaml
-from peka_lite.backbone_files import restore_backbone
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
@@ -33,6 +31,7 @@ from peka_lite.results import begin, claim, draw_maps, held_out_predictions, mad
 from peka_lite.scores import interval, pooled
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
+from peka_lite.trained import read_run
 from peka_lite.unfinished import refusal
 
 
@@ -201,9 +200,8 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     out = Path(out)
     if not (out / "summary.json").is_file():
         raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
-    restore_backbone(out)
-    config = RunConfig(**read_yaml(out / "config.yml"))
-    summary = json.loads((out / "summary.json").read_text())
+    config, summary = read_run(out)
+    config = RunConfig(**config.as_dict())
     predictions = read_anndata(out / "predictions.h5ad", layers=("measured",))
     return config, read_metrics(out / "metrics.csv"), summary, predictions
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,40 @@ import torch
 from torch import nn
 
 from peka_lite._file_kinds import parse_json, read_text
-from peka_lite._yaml import parse_yaml
+from peka_lite._packaged import packaged
+from peka_lite._yaml import LARGEST, is_line, read_yaml
 from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.adapters import adapter_state, merge
-from peka_lite.backbone_files import restore_backbone
-from peka_lite.backbones import embed_tiles, load_backbone
-from peka_lite.config import RunConfig
+from peka_lite.backbone_files import FILE, PACKAGE, is_file, restore_backbone
+from peka_lite.backbones import cached_weights, embed_tiles, load_backbone
+from peka_lite.config import RunConfig, check_field
 from peka_lite.devices import default_device
 from peka_lite.names import read_metrics
 from peka_lite.probe import PCARidge
 from peka_lite.probe_files import TENSORS, Probes, load_probes
+from peka_lite.registry import BACKBONES
 from peka_lite.unfinished import PARTIAL, command, refusal
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float)  # NaN and infinity too: an interval of one patient has neither end
+
+
+_SUMMARY = {  # what is read of a summary, where it is not None: its check, and what passes it in words
+    "n_spots": (lambda value: type(value) is int and value >= 0, "a whole number"),
+    "n_taught": (lambda value: type(value) is int and value >= 0, "a whole number"),
+    **dict.fromkeys(("mean_pcc", "ci_low", "ci_high"), (_is_number, "a number")),
+    "mean_pcc_per_fold": (
+        lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of numbers"
+    ),
+    **dict.fromkeys(("synthetic", "one_patient"), (lambda value: type(value) is bool, "true or false")),
+    **dict.fromkeys(("unit", "data_fingerprint", "weights"), (is_line, "text of one line")),
+    "slides": (lambda value: isinstance(value, list) and all(type(v) is str for v in value), "a list of names"),
+    "versions": (
+        lambda value: isinstance(value, dict) and all(map(is_line, (*value, *value.values()))),
+        "names of packages with their versions",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,7 +176,8 @@ def load_trained(
         Whose model to take. None: the one of the whole cohort where there is one, else the first fold's.
     weights
         Where the frozen weights are now, as in `load_backbone`; None looks where the run found them. Other weights
-        than the run's are refused.
+        than the run's are refused. Of a folder that brings its backbone's row (``backbone.yml``), weights of the hub
+        are fetched for ``"hub"`` only: without it they are taken where they are in the cache already.
     device
         None: the GPU where there is one.
 
@@ -187,8 +212,13 @@ def load_trained(
     probe, genes = probes.probes[_name(fold)]
     _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
 
+    at, origin = (_where(folder, config), config.weights) if weights is None else (weights, None)
+
     def fresh() -> nn.Module:
-        return load_backbone(config.backbone, weights=weights or config.weights, seed=config.seed)
+        model = load_backbone(config.backbone, weights=at, seed=config.seed)
+        if origin == "hub" and at != "hub":
+            model.weights_origin = f"hub {model.spec.source}"
+        return model
 
     student, state = fresh(), {}
     base = backbone_fingerprint(student)
@@ -237,14 +267,37 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     # The run checked them when it began. Its cohort, teacher files and GPU need not be here now, so not once more.
     config = object.__new__(RunConfig)
     for name, value in (known | fields).items():
+        try:
+            check_field(name, value)
+            if name == "backbone" and is_file(value):
+                raise ValueError(f"backbone is a name, whose row is in {FILE} beside it, not a file: {value!r}")
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.yml'}: {error}") from None
         object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
+    for name, (right, wanted) in _SUMMARY.items():
+        if (value := summary.get(name)) is not None and not right(value):
+            raise ValueError(f"{folder / 'summary.json'}: {name} is {wanted}, not {repr(value)[:120]}")
     return config, summary
+
+
+def _where(folder: Path, config: RunConfig) -> str | Path:
+    """Return where a run's frozen weights are; a row that came with the folder fetches nothing unasked."""
+    row = BACKBONES[config.backbone]
+    if config.weights != "hub" or row.source is None or row.name in PACKAGE or packaged(row) is not None:
+        return config.weights
+    if (path := cached_weights(row)) is None:
+        raise ValueError(
+            f"{folder / FILE} names weights of another's hub repository ({row.source}), which are not on this machine: "
+            "--weights hub (weights='hub') fetches them from there, --weights FILE takes a copy"
+        )
+    return path
 
 
 def _read(path: Path):
     try:
-        text = read_text(path)
-        return parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+        if path.suffix == ".yml":
+            return read_yaml(path)
+        return parse_json(read_text(path, longest=LARGEST))
     except ValueError:
         raise ValueError(
             f"{path} is cut short or damaged; remove its folder and give `{command(path.parent)}`"
@@ -253,6 +306,8 @@ def _read(path: Path):
 
 def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
     there = list(probes.probes)
+    if odd := [name for name in there if not re.fullmatch(r"all|fold\d{1,9}", name)]:
+        raise ValueError(f"{folder / 'probe.safetensors'} holds {odd[0]!r}; probes of a run are all, or fold0, ...")
     if fold is None:
         return None if "all" in there else min(int(name.removeprefix("fold")) for name in there)
     if _name(fold) not in there:
