@@ -8,7 +8,7 @@ import io
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -20,6 +20,15 @@ from peka_lite._file_kinds import misfit
 from peka_lite.manifest import is_published
 
 _CHUNKS = 5  # pickles that a file of torch.save before PyTorch 1.6 begins with
+_LARGEST = 2**24  # bytes of a pickle, beside which the tensors' values lie; that of a billion weights has 1e5
+_DEEPEST = 100  # nested containers; an optimiser's state has 5
+_COPIES = 8  # what tensors, values and compressed entries may take, as a multiple of the file that holds them
+_GROWS = {"APPEND": 1, "BUILD": 1, "SETITEM": 2, "APPENDS": None, "SETITEMS": None, "ADDITEMS": None}  # None: to a mark
+#: PyTorch reads these too, though what they build may be larger than the file without end.
+_NOT_READ = re.compile(
+    r"(builtins|__builtin__)\.bytearray|torch\.serialization\._get_layout|torch(\.\w+)*\.(?!Tensor$)[A-Z]\w*Tensor"
+    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|meta_tensor_no_storage|nested_tensor|wrapper_subclass)"
+)
 _TENSORS = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.(\w+Storage|Size|device|[a-z]+\d+|bool)"
 )
@@ -35,14 +44,30 @@ def _known_as(module: str, name: str, function: Callable) -> Callable:
     return stand_in
 
 
+def _named_only(known: type) -> Callable:
+    """Return what stands for a class that files name, as a defaultdict does, and that none needs to call."""
+
+    def refuse(*_):
+        raise ValueError(f"it calls {known.__name__}")
+
+    return _known_as(known.__module__, known.__name__, refuse)
+
+
+def _scalar(kind: np.dtype, value: bytes):
+    if not isinstance(value, bytes) or len(value) != kind.itemsize:
+        raise ValueError("a NumPy scalar of it is no scalar")
+    return _SCALAR(kind, value)
+
+
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS = {type(np.dtype(c)) for c in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
 #: Plain values that PyTorch's list of safe names lacks. A defaultdict is read as the dict that it equals, for PyTorch
 #: from 2.10 on fills exact dicts only. NumPy 1 and 2 have two names for one function, whose bytes
 #: go through codecs.encode.
 ADMITTED = (
-    _known_as("collections", "defaultdict", lambda *_: {}), dict, list, tuple, set, int, float, str, bool,
-    *(_known_as(module, "scalar", _SCALAR) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    _known_as("collections", "defaultdict", lambda *_: {}), set,
+    *map(_named_only, (dict, list, tuple, int, float, str, bool)),
+    *(_known_as(module, "scalar", _scalar) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
     np.dtype, *_NUMBERS, codecs.encode,
 )  # fmt: skip
 #: What timm admits too: the options of a training script, beside its weights.
@@ -72,16 +97,20 @@ def read_torch_file(
     Raises
     ------
     ValueError
-        For any other file, which is called what it is, and for one that would run code, which is named.
+        For any other file, which is called what it is, for one that would run code, which is named, and for one whose
+        values or tensors take many times the memory of the file.
     """
     if other := misfit(path, {"torch", "pickle"}):
         raise ValueError(f"{path}: cannot be read as {what}: {other}")
     with torch.serialization.safe_globals([*ADMITTED, *also]):
         try:
+            _check_pickles(path)
             try:
-                return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+                value = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                return torch.load(path, map_location=device, weights_only=True)
+                value = torch.load(path, map_location=device, weights_only=True)
+            _check_tensors(value, path.stat().st_size)
+            return value
         except Exception as error:  # a cut file fails wherever the reader stood; PyTorch's own words advise to run it
             reason, names = _reason(error), _refused_names(path)
     if not names:
@@ -96,6 +125,102 @@ def read_torch_file(
     raise ValueError(
         f"{path}: refused, for reading it would run code that it names: {', '.join(names[:8])}{more}; {instead}"
     )
+
+
+def _check_pickles(path: Path) -> None:
+    """Refuse pickles, before they are read, that stand for far more than they hold; a ValueError says what."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if (held := sum(entry.file_size for entry in entries)) > _COPIES * size:
+                raise ValueError(f"its {len(entries)} entries unpack to {held:,} bytes of a file of {size:,}")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    if entry.file_size > _LARGEST:
+                        raise ValueError(f"its pickle has {entry.file_size:,} bytes, at most {_LARGEST:,} are read")
+                    _check_pickle(io.BytesIO(archive.read(entry)))
+        return
+    with path.open("rb") as file:
+        for _ in range(_CHUNKS):
+            if file.peek(1):
+                _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Follow one pickle without making its values: count what they are, written out, and how deep they nest."""
+    own, parts, made, stack, marks, memo, begin = [], [], [], [], [], {}, file.tell()
+    for op, value, place in pickletools.genops(file):
+        if place - begin > _LARGEST:
+            raise ValueError(f"its pickle has more than {_LARGEST:,} bytes")
+        if op.name == "MARK":
+            marks.append(len(stack))
+        elif op.name in _GROWS:  # the container before gets the last values
+            at = marks.pop() if _GROWS[op.name] is None else len(stack) - _GROWS[op.name]
+            parts[stack[at - 1]] += stack[at:]
+            del stack[at:]
+        elif op.name == "MEMOIZE" or op.name.endswith("PUT"):
+            memo[len(memo) if value is None else value] = stack[-1]
+        elif op.name.endswith("GET"):
+            stack.append(memo[value])
+        elif op.name in ("POP", "POP_MARK", "DUP"):
+            raise ValueError(f"its pickle has {op.name}, which torch.save does not write")
+        elif op.name == "GLOBAL" and _NOT_READ.fullmatch(name := value.replace(" ", ".")):
+            raise ValueError(f"it holds values of {name}, which may take any memory; save dense tensors")
+        elif op.name not in ("PROTO", "FRAME", "STOP"):
+            marked = pickletools.markobject in op.stack_before
+            at = marks.pop() if marked else len(stack) - len(op.stack_before)
+            parts.append(stack[at:])
+            own.append(1 + len(value) // 8 if isinstance(value, str | bytes) else 1)
+            stack[at:] = [len(own) - 1]
+            if op.name in ("REDUCE", "NEWOBJ"):
+                made.append(len(own) - 1)
+    most = _COPIES * (file.tell() - begin) + 1_000_000
+    if sum(_written_out(own, parts, [*made, *stack], most)) > most:
+        raise ValueError(f"its pickle stands for more than {most:,} values, each written out")
+
+
+def _written_out(own: list[int], parts: list[list[int]], wanted: list[int], most: int) -> list[int]:
+    """Return how many values each wanted one is, with those inside; no more than one above `most`."""
+    known, depth, open_ = {}, {}, set()
+    for root in wanted:
+        todo = [root]
+        while todo:
+            at = todo[-1]
+            if at in known:
+                todo.pop()
+            elif at in open_:
+                todo.pop()
+                open_.remove(at)
+                known[at] = min(own[at] + sum(known[part] for part in parts[at]), most + 1)
+                depth[at] = 1 + max((depth[part] for part in parts[at]), default=0)
+                if depth[at] > _DEEPEST:
+                    raise ValueError(f"its values are nested more than {_DEEPEST} levels deep")
+            else:
+                open_.add(at)
+                if any(part in open_ for part in parts[at]):
+                    raise ValueError("a value of it holds itself")
+                todo += parts[at]
+    return [known[root] for root in wanted]
+
+
+def _check_tensors(value, size: int) -> None:
+    """Refuse tensors that take far more memory than the file of `size` bytes, as one of stride 0 does when copied."""
+    todo, taken = [value], 0
+    while todo:
+        value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            taken += value.numel() * value.element_size()
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise ValueError("it holds tensors that are sparse, quantised or without values; save dense ones")
+            if taken > _COPIES * size:
+                raise ValueError(f"its tensors take more than {taken:,} bytes, the file has {size:,}")
+        elif isinstance(value, Mapping):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo += value
+        elif isinstance(value, argparse.Namespace):
+            todo += vars(value).values()
 
 
 def _refused_names(path: Path) -> list[str]:

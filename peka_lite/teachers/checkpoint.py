@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def read_encoder(path: Path, *, key: str) -> Encoder:
     entry = _read_entry(path, key)
     try:
         return _build(EncoderConfig.from_checkpoint(entry["config"]), entry["state_dict"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:400]
         raise ValueError(f"{path}: entry {key!r} holds no scFoundation model: {what}") from error
 
@@ -51,6 +52,10 @@ def _build(config: EncoderConfig, state: Mapping[str, torch.Tensor]) -> Encoder:
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     with torch.device("meta"):
         encoder = Encoder(config)
-    wanted = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items() if name.startswith(_OURS)}
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith(_OURS)}
+    with warnings.catch_warnings():  # into a network without memory nothing is copied: names and shapes are compared
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        encoder.load_state_dict(wanted, strict=True)
+    wanted = {name: tensor.to(torch.float32, copy=True) for name, tensor in wanted.items()}
     encoder.load_state_dict(wanted, strict=True, assign=True)
     return encoder

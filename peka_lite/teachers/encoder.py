@@ -5,6 +5,7 @@ Module names are those of the published checkpoint, so its tensors load by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 POOLS = ("all", "max")
+_MOST = {"hidden_dim": 65_536, "depth": 1000, "heads": 65_536, "seq_len": 1_000_000, "bin_num": 65_536}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class EncoderConfig:
     pad_token_id: float
 
     def __post_init__(self):
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is from 1 to {most:,}, not {getattr(self, name)}")
+        if not all(map(math.isfinite, (self.bin_alpha, self.mask_token_id, self.pad_token_id))):
+            raise ValueError("bin_alpha, mask_token_id and pad_token_id are finite numbers")
         if self.hidden_dim % self.heads:
             raise ValueError(f"hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
 
