@@ -5,9 +5,72 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+
+from peka_lite.names import shown
+
+MOST = 100_000  # points
+LARGEST = 2**28  # letters of all that points set, and of what is compared with each of them
+
+
+def count_points(
+    *,
+    grid: Mapping[str, Sequence] | None = None,
+    zipped: Sequence[Mapping[str, Sequence]] = (),
+    listed: Sequence[Mapping] = (),
+    exclude: Sequence[Mapping] = (),
+    fixed: Mapping | None = None,
+) -> int:
+    """Return how many points `expand` combines before any is excluded; none of them is made.
+
+    Parameters
+    ----------
+    grid, zipped, listed, exclude
+        As in `expand`.
+    fixed
+        What every point holds besides.
+
+    Raises
+    ------
+    ValueError
+        For an axis without values, lists of unequal length, more than 100,000 points, and points that are too large
+        together.
+
+    Examples
+    --------
+    >>> from peka_lite.grids import count_points
+    >>> count_points(grid={"seed": [0, 1, 2], "tau": [1, 2]}, listed=[{}, {"method": "none"}])
+    12
+    >>> count_points(grid={name: range(1000) for name in ("seed", "n_genes", "epochs")})
+    Traceback (most recent call last):
+    ValueError: 1,000,000,000 points, before any is excluded, are more than a sweep may have (100,000); split it
+    """
+    axes = [(len(_values(name, values)), _size(values)) for name, values in (grid or {}).items()]
+    for group in zipped:
+        lengths = {name: len(_values(name, values)) for name, values in group.items()}
+        if len(set(lengths.values())) != 1:
+            told = ", ".join(f"{shown(str(name))} has {n}" for name, n in lengths.items()) or "it is empty"
+            raise ValueError(f"zip: lists of one group are equally long, but {told}")
+        axes.append((len(next(iter(group.values()))), _size(group)))
+    axes += [(len(listed), _size(listed))] if listed else []
+    n = 1
+    for length, _ in axes:
+        n *= length
+        if n > 10**18:
+            break
+    if n > MOST:
+        told = f"{n:,}" if n <= 10**18 else "more than 10^18"
+        raise ValueError(f"{told} points, before any is excluded, are more than a sweep may have ({MOST:,}); split it")
+    size = n * (_size(fixed or {}) + _size(exclude)) + sum(n // length * letters for length, letters in axes)
+    if size > LARGEST:
+        raise ValueError(
+            f"{n:,} points set or are compared with {size:,} letters in all, more than a sweep may have ({LARGEST:,}); "
+            "give fewer points or shorter values"
+        )
+    return n
 
 
 def expand(
@@ -38,8 +101,8 @@ def expand(
     Raises
     ------
     ValueError
-        For an axis without values, lists of unequal length, a parameter that two axes set, an exclusion that matches
-        nothing, and where no point is left.
+        As `count_points`; for a parameter that two axes set, an exclusion that matches nothing, and where no point is
+        left.
 
     Examples
     --------
@@ -49,12 +112,9 @@ def expand(
     >>> expand(zipped=[{"backbone": ["uni", "h-optimus-0"], "r": [256, 192]}])
     [{'backbone': 'uni', 'r': 256}, {'backbone': 'h-optimus-0', 'r': 192}]
     """
-    axes = [[{name: value} for value in _values(name, values)] for name, values in (grid or {}).items()]
+    count_points(grid=grid, zipped=zipped, listed=listed, exclude=exclude)
+    axes = [[{name: value} for value in values] for name, values in (grid or {}).items()]
     for group in zipped:
-        lengths = {name: len(_values(name, values)) for name, values in group.items()}
-        if len(set(lengths.values())) != 1:
-            told = ", ".join(f"{name} has {n}" for name, n in lengths.items()) or "it is empty"
-            raise ValueError(f"zip: lists of one group are equally long, but {told}")
         axes.append([dict(zip(group, step, strict=True)) for step in zip(*group.values(), strict=True)])
     axes += [[dict(point) for point in listed]] if listed else []
     seen = set()
@@ -103,9 +163,9 @@ def point_name(parameters: Mapping) -> str:
     'method=bone,lr=0.0001,slides=A1+B1,r=null'
     """
     name = ",".join(f"{key}={_word(value)}" for key, value in parameters.items()) or "base"
-    name = re.sub(r"\.partial$", "-partial", name)  # which is how unfinished folders are named
+    name = re.sub(r"(?i)\.partial$", "-partial", name)  # which is how unfinished folders are named
     if len(name.encode()) > 120:
-        name = f"{name.encode()[:111].decode(errors='ignore')}-{_hash(parameters)}"
+        name = f"{name.encode()[:111].decode(errors='ignore')}-{_hash(parameters)[:8]}"
     return name
 
 
@@ -113,17 +173,26 @@ def unique_names(points: Iterable[Mapping]) -> list[str]:
     """Name points; those whose names would agree, upper and lower case aside, get a hash of their values."""
     points = list(points)
     names = [point_name(point) for point in points]
-    folded = [name.casefold() for name in names]
-    return [
-        f"{name}-{_hash(point)}" if folded.count(fold) > 1 else name
-        for name, fold, point in zip(names, folded, points, strict=True)
-    ] if len(set(folded)) < len(folded) else names  # fmt: skip
+    for digits in (8, 64):  # of 100,000 hashes, two begin alike
+        times = Counter(name.casefold() for name in names)
+        names = [
+            f"{name}-{_hash(point)[:digits]}" if times[name.casefold()] > 1 else name
+            for name, point in zip(names, points, strict=True)
+        ]
+    return names
 
 
 def _values(name: str, values) -> Sequence:
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ValueError(f"{name}: give a list of at least one value, not {values!r}")
+        raise ValueError(f"{shown(str(name))}: give a list of at least one value, not {shown(repr(values))}")
     return values
+
+
+def _size(values) -> int:
+    try:
+        return len(repr(values))
+    except ValueError:  # which Python does not write out
+        raise ValueError("a whole number has more than 4,300 digits") from None
 
 
 def _word(value) -> str:
@@ -136,4 +205,4 @@ def _word(value) -> str:
 
 
 def _hash(parameters: Mapping) -> str:
-    return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()

@@ -48,9 +48,10 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     try:
         notebook = json.loads(path.read_text("utf-8"))
         cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
-        tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        code = ["".join(c["source"]) for c in cells]
+        tagged = [text for c, text in zip(cells, code, strict=True) if "parameters" in c["metadata"].get("tags", [])]
         kernel = notebook["metadata"].get("kernelspec", {}).get("name")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path.name} is no notebook of format 4: open it in Jupyter and save it anew") from None
     if not tagged:
         raise ValueError(f"{path.name} has no cell tagged 'parameters'; give the cell at its top that tag")

@@ -14,13 +14,15 @@ from pathlib import Path
 from peka_lite._yaml import parse_yaml, read_yaml
 from peka_lite.backbone_files import is_file
 from peka_lite.config import RunConfig
-from peka_lite.grids import expand, matches, unique_names
+from peka_lite.grids import count_points, expand, matches, unique_names
+from peka_lite.names import shown
 from peka_lite.registry import did_you_mean
 from peka_lite.sweep_checks import KEYS, check_excluded, check_plain, check_shape, checker, every_value
 
 READY = Path(__file__).with_name("sweeps")  # table1, table2, ablations, quick
 _PATHS = ("backbone", "cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
 _NO_PATHS = ("mini", "hub", "random")
+LONGEST = 2000  # letters of a title, or of what is shown of a wrong value
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,17 @@ class Sweep:
     @cached_property
     def code(self) -> str | None:
         """Hash of the notebook's code, 16 hex digits: text may change without a run becoming another one."""
-        if self.notebook is None:
-            return None
-        return code_of(self.notebook.read_bytes())
+        return None if self.notebook is None else code_of(self.content)
+
+    @cached_property
+    def content(self) -> bytes:
+        """The notebook's file, read once: one that is edited meanwhile stays one version."""
+        return self.notebook.read_bytes()
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the notebook's file."""
+        return None if self.notebook is None else hashlib.sha256(self.content).hexdigest()
 
     def told(self) -> dict:
         """Return title, notebook, what varies and each point's share of it, as the sweep's folder keeps them."""
@@ -144,6 +154,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         For a file that is not there: the sweep, its notebook, or one that a point names.
     ValueError
         For a key, parameter or value that nothing knows; the message names file and place, and the nearest right name.
+        For more than 100,000 points, before any is excluded, as `count_points`.
 
     Examples
     --------
@@ -167,6 +178,8 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         notebook = _notebook(base, asked.get("notebook"))
         axes = {k: asked.get(k) or ({} if k in ("grid", "fixed") else []) for k in KEYS[3:]}
         _fix(axes, fixed or {})
+        combined = {"grid": axes["grid"], "zipped": axes["zip"], "listed": axes["list"], "exclude": axes["exclude"]}
+        count_points(**combined, fixed=axes["fixed"] | dict(fixed or {}))
         check_excluded(axes)
         check = checker(notebook)
         for place, name, value in every_value(axes, fixed or {}):
@@ -175,7 +188,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
                 check(name, value)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
-        points = expand(grid=axes["grid"], zipped=axes["zip"], listed=axes["list"], exclude=axes["exclude"])
+        points = expand(**combined)
         points = list({json.dumps(point): point for point in points}.values())
         rooted = functools.partial(_rooted, names=_PATHS if notebook is None else None)
         shared = rooted(axes["fixed"], base) | rooted(fixed or {}, Path.cwd())
@@ -184,14 +197,15 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
             settings = shared | rooted(point, base)
             if notebook is None:
                 settings = _as_run(name, settings)
-            made.setdefault(json.dumps(settings, sort_keys=True), Point(name, point, settings))
+            same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+            made.setdefault(same, Point(name, point, settings))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: {error}") from None
+        raise FileNotFoundError(f"{path}: {shown(str(error), longest=LONGEST)}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {shown(str(error), longest=LONGEST)}") from None
     return Sweep(
         name=path.stem,
-        title=asked.get("title", path.stem),
+        title=shown(" ".join(asked.get("title", path.stem).split()), longest=LONGEST),
         file=path,
         notebook=notebook,
         memory=float(asked.get("memory", 3)),
@@ -255,7 +269,7 @@ def _as_run(name: str, given: dict) -> dict:
 def _notebook(base: Path, given) -> Path | None:
     if given is None:
         return None
-    if not isinstance(given, str) or not (base / given).is_file():
+    if not isinstance(given, str) or not os.path.isfile(base / given):
         raise FileNotFoundError(f"notebook: no such file {given!r} beside the sweep")
     return (base / given).resolve()
 
@@ -268,8 +282,8 @@ def _rooted(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -
             continue
         if name == "backbone" and not is_file(value):  # a name, whatever lies beside the sweep
             continue
-        if (base / value).exists():
+        if os.path.exists(base / value):
             found[name] = str((base / value).resolve())
-        elif names and Path(value).exists() and not Path(value).is_absolute():
+        elif names and os.path.exists(value) and not Path(value).is_absolute():
             raise FileNotFoundError(f"{name}: {value!r} is not beside the sweep, whose paths start there")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +30,7 @@ def check_shape(asked: dict) -> None:
     if not any(asked.get(key) for key in ("grid", "zip", "list")):
         raise ValueError("nothing varies: give grid, zip or list")
     memory = asked.get("memory", 3)
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf:
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1e9:
         raise ValueError(f"memory: GiB that one point needs, above 0, not {memory!r}")
     if not isinstance(asked.get("title", ""), str):
         raise ValueError(f"title: words, not {asked['title']!r}")
@@ -51,7 +50,7 @@ def every_value(axes: dict, fixed: Mapping) -> Iterable[tuple[str, str, object]]
 
 def check_excluded(axes: dict) -> None:
     """Refuse exclusions by what does not vary; that their values match a point is for `expand` to see."""
-    varied = [name for group in (axes["grid"], *axes["zip"], *axes["list"]) for name in group]
+    varied = dict.fromkeys(name for group in (axes["grid"], *axes["zip"], *axes["list"]) for name in group)
     for entry in axes["exclude"]:
         for name in entry:
             _known(name, varied, "name in exclude, which takes what varies:")
@@ -94,5 +93,6 @@ def check_plain(name: str, value) -> None:
 
 
 def _known(name: str, names: Iterable[str], what: str) -> None:
-    if name not in (names := list(names)):
+    if name not in names:
+        names = list(map(str, names))
         raise ValueError(f"unknown {what} {name!r}{did_you_mean(str(name), names) or '; known: ' + ', '.join(names)}")

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import sys
 import threading
 import traceback
+from importlib.machinery import all_suffixes
 from pathlib import Path
 
 import pandas as pd
 
 from peka_lite._yaml import read_yaml
+from peka_lite.names import shown
 from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
 
 _LENGTH = ("epochs", "n_splits", "train_share", "batch_size")  # numbers that decide how long a point takes
 STATES = ("done", "failed", "unfinished", "missing")
+LONGEST_LINE = 1000  # letters of what is shown of a log
+LARGEST_JSON = 2**24  # bytes
 
 
 def order_of(sweep: Sweep, point: Point) -> dict:
     """Return all that a process needs to make a point, as plain values."""
-    notebook = None if sweep.notebook is None else {"folder": str(sweep.notebook.parent), "code": sweep.code}
+    notebook = None
+    if sweep.notebook is not None:
+        notebook = {"folder": str(sweep.notebook.parent), "code": sweep.code, "digest": sweep.digest}
     return {"name": point.name, "notebook": notebook, "settings": point.settings}
 
 
-def notebook_copy(out: Path, code: str) -> Path:
+def notebook_copy(out: Path, digest: str) -> Path:
     """Return where a sweep keeps the notebook it runs: one that is edited meanwhile stays one version."""
-    return out / "log" / f"{code}.ipynb"
+    return out / "log" / f"{digest[:16]}.ipynb"
 
 
 def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
@@ -51,6 +60,8 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     ------
     FileExistsError
         If a folder of that name holds a point with other settings, or of another notebook.
+    ValueError
+        If a point's folder, the log or the report is a link: what is written there would land elsewhere.
 
     Examples
     --------
@@ -67,11 +78,14 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     5  features=coordinates,method=none     missing
     """
     out, rows = Path(out), {}
-    there = {entry.name for entry in os.scandir(out)} if out.is_dir() else set()
+    there = {entry.name: entry.is_symlink() for entry in os.scandir(out)} if out.is_dir() else {}
+    own = {"log", "report"}.union(*((point.name, f"{point.name}.partial") for point in sweep.points))
+    if links := sorted(name for name, is_link in there.items() if is_link and name in own):
+        raise ValueError(f"{out / links[0]} is a link; a sweep writes into no link: remove it, or name another --out")
     logs = {entry.name for entry in os.scandir(out / "log")} if "log" in there else set()
     for point in sweep.points:
-        record = read_json(out / "log" / f"{point.name}.json") if f"{point.name}.json" in logs else {}
-        state, line, older = record.get("state", "missing"), record.get("last_line", ""), False
+        record = read_record(out, point.name, there=f"{point.name}.json" in logs)
+        state, line, older = record["state"] or "missing", record["last_line"], False
         if point.name in there:
             made = finished(out, order_of(sweep, point))
             state, older = ("done", made["code"] != sweep.code) if made else ("failed", False)
@@ -81,7 +95,7 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
         elif state == "missing" and f"{point.name}.partial" in there:
             state = "unfinished"
         line = line if state == "failed" else ""
-        rows[point.name] = (state, record.get("seconds", float("nan")), line, older, record.get("cached", False))
+        rows[point.name] = (state, record["seconds"], line, older, record["cached"])
     columns = ["state", "seconds", "last_line", "older", "cached"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("point")
 
@@ -99,15 +113,15 @@ def finished(out: Path, order: dict) -> dict | None:
         return None
     made = read_json(folder / "point.json")
     if not made and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
-        made = {"settings": read_yaml(config), "code": None}
+        made = {"settings": read_yaml(config)}
     asked = _made(order)
-    if not made or (made["code"] is None) != (asked["code"] is None):
+    if not isinstance(made.get("settings"), dict) or (made.get("code") is None) != (asked["code"] is None):
         raise FileExistsError(f"{folder} was not made by this sweep; name another --out, or remove that folder")
     if made["settings"] != asked["settings"]:
         names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
-        told = f"was made with other settings ({', '.join(names)})"
+        told = f"was made with other settings ({shown(', '.join(map(str, names)), longest=LONGEST_LINE)})"
         raise FileExistsError(f"{folder} {told}; name another --out, or remove that folder")
-    return made
+    return {"settings": made["settings"], "code": made.get("code")}
 
 
 def kinds_of(sweep: Sweep) -> dict[str, str]:
@@ -180,6 +194,8 @@ def plan(sweep: Sweep, out: str | os.PathLike) -> str:
         if unknown := len(todo) - len(known):
             work += f", and {unknown} of which nothing alike was timed"
     lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
+    if sweep.notebook is not None:
+        lines.append(f"each runs the code of {sweep.notebook}")
     return "\n".join(lines + ([of_older(states)] if states["older"].any() else []))
 
 
@@ -205,8 +221,23 @@ def missing_summary(folder: Path, notebook: bool) -> str | None:
 def write_record(out: Path, order: dict, **record) -> dict:
     """Keep what came of a point's last attempt in ``log/NAME.json``; returns it."""
     record = {"state": "", "seconds": 0.0, "last_line": ""} | record
+    record["last_line"] = shown(record["last_line"], longest=LONGEST_LINE)
     write_whole(out / "log" / f"{order['name']}.json", json.dumps(record, indent=1).encode())
     return record
+
+
+def read_record(out: Path, name: str, *, there: bool = True) -> dict:
+    """Return state, seconds, last_line and cached of a point's last attempt, each empty where none is on record."""
+    path = out / "log" / f"{name}.json"
+    found = read_json(path) if there and not path.is_symlink() else {}
+    state, seconds, line = found.get("state"), found.get("seconds"), found.get("last_line")
+    timed = isinstance(seconds, int | float) and 0 <= seconds < 1e9
+    return {
+        "state": state if state in STATES else "",
+        "seconds": float(seconds) if timed else math.nan,
+        "last_line": shown(line, longest=LONGEST_LINE) if isinstance(line, str) else "",
+        "cached": found.get("cached") is True,
+    }
 
 
 def make_point(order: dict, out: Path) -> None:
@@ -217,7 +248,7 @@ def make_point(order: dict, out: Path) -> None:
     FileExistsError
         If the folder is there and incomplete.
     RuntimeError
-        If a notebook ended without a complete ``summary.json``.
+        If a notebook ended without a complete ``summary.json``, or is not the one that the sweep was started with.
     """
     from peka_lite.locks import alone
 
@@ -237,9 +268,15 @@ def make_point(order: dict, out: Path) -> None:
         else:
             import papermill
 
-            source, target = notebook_copy(out, notebook["code"]), work / "notebook.ipynb"
+            source, target = notebook_copy(out, notebook["digest"]), work / "notebook.ipynb"
+            content = source.read_bytes()
+            if hashlib.sha256(content).hexdigest() != notebook["digest"]:
+                raise RuntimeError(f"{source} was replaced since the sweep was started; give the command again")
+            write_whole(target, content)
+            paths = [notebook["folder"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths if path)
             papermill.execute_notebook(
-                str(source), str(target), order["settings"], cwd=str(work), progress_bar=False, log_output=False
+                str(target), str(target), order["settings"], cwd=str(work), progress_bar=False, log_output=False
             )
             if lack := missing_summary(work, notebook=True):
                 raise RuntimeError(lack)
@@ -247,12 +284,22 @@ def make_point(order: dict, out: Path) -> None:
 
 
 def _begin(work: Path, order: dict) -> None:
-    """Make the folder to work in, or keep what a stopped attempt at the very same left there."""
+    """Make the folder to work in, or keep the data that a stopped attempt at the very same left there."""
     path = work / "point.json"
+    if work.is_symlink():
+        raise ValueError(f"{work} is a link; a sweep writes into no link: remove it")
     if work.is_dir() and read_json(path) != _made(order):
         shutil.rmtree(work)
+    # What is written must not land elsewhere, and a kernel can import what lies in its folder. The notebook starts from
+    # its first cell: it makes its own links and code once more.
+    code = tuple(all_suffixes()) if order["notebook"] else ()
+    for entry in [Path(here, name) for here, folders, files in os.walk(work) for name in (*folders, *files)]:
+        real = Path(os.path.realpath(entry))
+        inside = real.is_relative_to(os.path.realpath(work)) and (os.path.isfile(real) or os.path.isdir(real))
+        if not inside or (entry.name.endswith(code) and os.path.isfile(real)):
+            entry.unlink()
     work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_made(order), indent=1), "utf-8")
+    write_whole(path, json.dumps(_made(order), indent=1).encode())
 
 
 def main() -> None:
@@ -288,16 +335,19 @@ def _made(order: dict) -> dict:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears when it is complete, whoever else writes it."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
-    own.write_bytes(content)
+    own = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    with own.open("xb") as file:
+        file.write(content)
     os.replace(own, path)
 
 
 def read_json(path: Path) -> dict:
-    """Return a JSON mapping; an empty one where there is none, or its writing was cut short."""
+    """Return a JSON mapping; an empty one where there is none, its writing was cut short, or it has no end."""
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+            return {}
         found = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,27 +1,31 @@
-"""Run a sweep on a Dask cluster: processes on this machine, or any cluster by its address."""
+"""Run a sweep: a process a point, on this machine or by the workers of a Dask cluster."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
 import pandas as pd
 
+import peka_lite
 from peka_lite import __version__
-from peka_lite._yaml import yaml_text
-from peka_lite.sweep import Sweep, code_of
+from peka_lite._yaml import LARGEST, yaml_text
+from peka_lite.names import shown
+from peka_lite.sweep import Point, Sweep
 from peka_lite.sweep_points import (
+    LONGEST_LINE,
     finished,
     missing_summary,
     notebook_copy,
     order_of,
-    read_json,
+    read_record,
     sweep_states,
     write_record,
     write_whole,
@@ -29,7 +33,14 @@ from peka_lite.sweep_points import (
 from peka_lite.sweep_view import Board
 
 ANSWER_WITHIN = 20  # seconds
-DEATHS = 3  # of a point's worker, after which the point is given up
+LOOK_EVERY = 0.1  # seconds
+# A point's process has the package from where this one has it, and no module from the current folder (-P): what lies
+# there may have come with received data.
+_POINT = (
+    "import sys; from importlib import util; spec = util.spec_from_file_location('peka_lite', sys.argv[1]); "
+    "package = sys.modules['peka_lite'] = util.module_from_spec(spec); spec.loader.exec_module(package); "
+    "from peka_lite.sweep_points import main; main()"
+)
 # What workers are sent is text, which any of them can read. A function that a worker cannot import ends the worker
 # before its task is known, and Dask would wait for another one for ever.
 _ASK_VERSION = "__import__('peka_lite.sweep_run').__version__"
@@ -53,22 +64,23 @@ def run_sweep(
 ) -> pd.DataFrame:
     """Make every point that is missing or failed, several at once, each in a process of its own.
 
-    A point that fails stops no other; one whose worker died three times is failed (on a cluster, as its scheduler's
-    ``allowed-failures`` says). What is done stays done whatever is killed: the same call goes on from there.
-    Progress is printed, live in a terminal. In a script, call it under ``if __name__ == "__main__":``, because the
-    workers are processes.
+    A point that fails stops no other; one whose process is killed is failed (one whose worker on a cluster dies, when
+    that happened more often than its scheduler's ``allowed-failures``). What is done stays done whatever is killed: the
+    same call goes on from there. Progress is printed, live in a terminal. On this machine nothing listens on a port.
 
     Parameters
     ----------
     out
         Folder of the sweep: a folder a point, ``log/`` with each point's output and record, ``sweep.yml``. A failed
         point keeps its notebook, with the traceback, in ``{point}.partial``. On a cluster, a folder that every worker
-        sees under the same path, as the cache (``PEKA_LITE_CACHE``) should be.
+        sees under the same path, as the cache (``PEKA_LITE_CACHE``) should be. Points and log are no links.
     workers
         Points at once on this machine; by default one a GPU, or without GPUs as many as cores and memory allow
         (`Sweep.memory`).
     scheduler
-        Address of a running Dask scheduler, whose workers make the points; no processes are started here.
+        Address of a running Dask scheduler, whose workers make the points; no processes are started here. Whoever
+        reaches a scheduler's port can run code on its workers: give it TLS (``tls://``), with the keys in Dask's own
+        configuration (``distributed.comm.tls``).
     retry
         How often a failed point is tried again.
 
@@ -82,8 +94,8 @@ def run_sweep(
     FileExistsError
         If `out` holds points of the same names with other settings.
     ValueError
-        For workers together with a scheduler, more workers than GPUs, and a cluster's worker that lacks this version
-        of the package.
+        For workers together with a scheduler, more workers than GPUs, a cluster's worker that lacks this version of the
+        package, and a link in `out` where a point or the log is to be written.
     OSError
         If no scheduler answers at that address, or it goes away.
 
@@ -100,8 +112,6 @@ def run_sweep(
                 point state
     0  features=depth  done
     """
-    from distributed import as_completed
-
     out = Path(out).resolve()
     states = sweep_states(sweep, out)
     if scheduler is not None and workers is not None:
@@ -115,21 +125,82 @@ def run_sweep(
         board.end(states)
         return states
     board.start()
-    with _client(sweep, scheduler, workers, len(todo)) as client:
-        if scheduler is not None and (lacking := _lacking(client)):
+    if scheduler is None:
+        _make_here(sweep, todo, out, board, workers=workers, retry=retry)
+    else:
+        _make_on(scheduler, sweep, todo, out, board, retry=retry)
+    states = sweep_states(sweep, out)
+    board.end(states)
+    return states
+
+
+def _make_here(sweep: Sweep, todo: list[Point], out: Path, board: Board, *, workers: int | None, retry: int) -> None:
+    """Make points by processes of this machine, which end when this one does."""
+    from dask.system import CPU_COUNT
+
+    free = _local_environments(sweep, workers, len(todo))
+    _write_told(sweep, out)
+    threads = _threads(CPU_COUNT // len(free))
+    waiting = [(point, retry) for point in reversed(todo)]
+    running: list[tuple[Point, int, dict, _Attempt]] = []
+    try:
+        with board.live(slots=len(free)):
+            while waiting or running:
+                while waiting and free:
+                    point, tries = waiting.pop()
+                    order = order_of(sweep, point)
+                    try:
+                        made = finished(out, order)  # by another sweep
+                    except FileExistsError as error:
+                        _end_on(board, out, point, str(error))
+                        continue
+                    if made:
+                        _end_on(board, out, point, None)
+                        continue
+                    own = free.pop(0)
+                    where = ", GPU ".join([platform.node(), *own.values()])
+                    board.event({"point": point.name, "worker": where})
+                    attempt = _Attempt(order, out, dict(os.environ) | threads | own, where)
+                    running.append((point, tries, own, attempt))
+                ended = [each for each in running if each[-1].process.poll() is not None]
+                for each in ended:
+                    running.remove(each)
+                    point, tries, own, attempt = each
+                    free.append(own)
+                    line = attempt.outcome()
+                    if line is not None and tries:
+                        waiting.append((point, tries - 1))
+                    else:
+                        _end_on(board, out, point, line)
+                if running and not ended:
+                    time.sleep(LOOK_EVERY)
+    finally:
+        for *_, attempt in running:
+            attempt.kill()
+
+
+def _make_on(scheduler: str, sweep: Sweep, todo: list[Point], out: Path, board: Board, *, retry: int) -> None:
+    """Make points by the workers of a cluster."""
+    from distributed import Client, as_completed
+
+    try:
+        client = Client(scheduler, timeout=ANSWER_WITHIN)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from None
+    with client:
+        if lacking := _lacking(client):
             raise ValueError(f"{scheduler}: {'; '.join(lacking[:3])}. {_INSTALL}")
         _write_told(sweep, out)
-        at = {"out": str(out), "local": scheduler is None, "sharing": _threads_by_host(client), "version": __version__}
         orders = [order_of(sweep, point) for point in todo]
         # One graph under one name: Dask hands a point out when a worker is free, in this order.
         graph = f"{sweep.name}-{time.time_ns()}"
-        at["topic"] = graph
+        at = {"topic": graph, "out": str(out), "sharing": _threads_by_host(client), "version": __version__}
         client.subscribe_topic(graph, lambda event: board.event(event[1]))
         keys = [(graph, k) for k in range(len(orders))]
         given = [{"order": order, "at": at} for order in orders]
         futures = client.map(eval, [_DO] * len(keys), [{}] * len(keys), given, key=keys, retries=retry, pure=False)
         named = dict(zip(keys, todo, strict=True))
-        with board.live(dashboard=client.dashboard_link, slots=sum(client.nthreads().values())):
+        with board.live(slots=sum(client.nthreads().values()), dashboard=client.dashboard_link):
             for future in as_completed(futures):
                 if future.status in ("cancelled", "lost"):
                     raise OSError(f"{client.scheduler.address}: the scheduler went away; what is done is kept")
@@ -139,15 +210,16 @@ def run_sweep(
                 if error is not None and not isinstance(error, PointError):  # its workers died, or lack the package
                     error = PointError(_why(client, error))
                     write_record(out, order_of(sweep, point), state="failed", last_line=str(error))
-                cached = read_json(out / "log" / f"{point.name}.json").get("cached", False)
-                board.ended(point.name, None if error is None else _one_line(error), cached=cached)
-    states = sweep_states(sweep, out)
-    board.end(states)
-    return states
+                _end_on(board, out, point, None if error is None else _one_line(error))
 
 
-def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, int], version: str) -> None:
-    """Make one point, on a worker: a process of its own that ends when the worker does."""
+def _end_on(board: Board, out: Path, point: Point, error: str | None) -> None:
+    cached = read_record(out, point.name)["cached"]
+    board.ended(point.name, error and shown(error, longest=LONGEST_LINE), cached=cached)
+
+
+def _do(order: dict, *, topic: str, out: str, sharing: dict[str, int], version: str) -> None:
+    """Make one point, on a cluster's worker: in a process of its own that ends when the worker does."""
     from distributed import get_worker
 
     out, worker = Path(out), get_worker()
@@ -160,34 +232,63 @@ def _do(order: dict, *, topic: str, out: str, local: bool, sharing: dict[str, in
             return
     except FileExistsError as error:
         raise PointError(str(error)) from None
-    begun, at = time.perf_counter(), time.time()
     worker.log_event(topic, {"point": order["name"], "worker": worker.address})
-    environment = dict(os.environ) | _environment(order, worker, local, sharing)
+    environment = dict(os.environ) | _share(worker, sharing)
     environment.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's own; a run would spend a third of its time on it
-    log = out / "log" / f"{order['name']}.txt"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "peka_lite.sweep_points"], env=environment, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            with suppress(BrokenPipeError):  # it ended at once: its log says why
-                process.stdin.write(json.dumps({"order": order, "out": str(out)}) + "\n")
-                process.stdin.flush()
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-    seconds = round(time.perf_counter() - begun, 1)
-    line = _last_line(log)
-    if status < 0:
-        line = f"killed by signal {-status}" + (", as when memory runs out" if status == -9 else "")
-    elif status == 0:
-        line = missing_summary(out / order["name"], order["notebook"] is not None)
-    if line is not None:
-        write_record(out, order, state="failed", seconds=seconds, last_line=line, host=worker.address)
+    attempt = _Attempt(order, out, environment, worker.address)
+    try:
+        attempt.process.wait()
+    finally:
+        attempt.kill()
+    if (line := attempt.outcome()) is not None:
         raise PointError(line)
-    write_record(out, order, state="done", seconds=seconds, host=worker.address, cached=_from_cache(order, since=at))
+
+
+class _Attempt:
+    """A point that is being made, in a process of its own that ends when this one does."""
+
+    def __init__(self, order: dict, out: Path, environment: dict[str, str], where: str):
+        self.order, self.out, self.where = order, out, where
+        self.begun, self.at = time.perf_counter(), time.time()
+        self.log = out / "log" / f"{order['name']}.txt"
+        self.log.unlink(missing_ok=True)  # which may be a link
+        with self.log.open("x") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _POINT, peka_lite.__file__], env=environment, text=True,
+                start_new_session=True, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        with suppress(BrokenPipeError):  # it ended at once: its log says why
+            self.process.stdin.write(json.dumps({"order": order, "out": str(out)}) + "\n")
+            self.process.stdin.flush()
+
+    def outcome(self) -> str | None:
+        """Keep what came of it, and return why it failed; None where it is done."""
+        with suppress(OSError):
+            self.process.stdin.close()
+        seconds, status = round(time.perf_counter() - self.begun, 1), self.process.returncode
+        line = _last_line(self.log)
+        if status < 0:
+            line = f"killed by signal {-status}" + (", as when memory runs out" if status == -9 else "")
+        elif status == 0:
+            line = missing_summary(self.out / self.order["name"], self.order["notebook"] is not None)
+        told = {"seconds": seconds, "host": self.where}
+        if line is not None:
+            write_record(self.out, self.order, state="failed", last_line=line, **told)
+            return line
+        write_record(self.out, self.order, state="done", cached=_from_cache(self.order, since=self.at), **told)
+        return None
+
+    def kill(self) -> None:
+        """End the process, where it has not ended, and all that it started."""
+        import psutil
+
+        if self.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self.process.pid).children(recursive=True):  # a notebook's kernel
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+            self.process.kill()
+            self.process.wait()
 
 
 def _from_cache(order: dict, *, since: float) -> bool:
@@ -228,56 +329,22 @@ def _why(client, error: BaseException) -> str:
     return f"{lacking[0]}. {_INSTALL}" if lacking else f"{type(error).__name__}: {_one_line(error)}"
 
 
-def _environment(order: dict, worker, local: bool, sharing: dict[str, int]) -> dict[str, str]:
-    """Return a point's share of the cores, and for a notebook the modules that lie beside it."""
+def _share(worker, sharing: dict[str, int]) -> dict[str, str]:
+    """Return a point's share of the cores of a cluster's worker."""
     from dask.system import CPU_COUNT
 
-    # Workers of one machine share its cores; on a cluster one that sees fewer than all, in a job, has those alone.
+    # Workers of one machine share its cores; one that sees fewer than all, in a job, has those alone.
     own = worker.state.nthreads
-    at_once = sharing.get(_host(worker.address), own) if local or os.cpu_count() == CPU_COUNT else own
-    threads = str(max(1, CPU_COUNT // at_once))
-    found = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    if order["notebook"]:
-        paths = [order["notebook"]["folder"], os.environ.get("PYTHONPATH")]
-        found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return found
+    at_once = sharing.get(_host(worker.address), own) if os.cpu_count() == CPU_COUNT else own
+    return _threads(CPU_COUNT // at_once)
 
 
-@contextmanager
-def _client(sweep: Sweep, scheduler: str | None, workers: int | None, points: int):
-    from distributed import Client
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=ANSWER_WITHIN)
-        except (OSError, ValueError) as error:
-            raise OSError(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from None
-        with client:
-            yield client
-        return
-    import dask
-    from distributed import Nanny, Scheduler, SpecCluster
-
-    environments = _local_environments(sweep, workers, points)
-    options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "host": "127.0.0.1", "silence_logs": 50}
-    spec = {i: {"cls": Nanny, "options": options | {"env": env}} for i, env in enumerate(environments)}
-    head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": _dashboard()}}
-    settings = {
-        "distributed.scheduler.worker-saturation": 1.0,  # no second point ahead: what is shown as running runs
-        "distributed.scheduler.allowed-failures": DEATHS - 1,
-        "distributed.deploy.lost-worker-timeout": "1 day",  # a busy machine restarts one later than after 15 s
-    }
-    with (
-        dask.config.set(settings),
-        SpecCluster(workers=spec, scheduler=head, silence_logs=50) as cluster,
-        Client(cluster) as client,
-    ):
-        client.wait_for_workers(len(spec))
-        yield client
+def _threads(cores: int) -> dict[str, str]:
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, cores)))
 
 
 def _local_environments(sweep: Sweep, workers: int | None, points: int) -> list[dict[str, str]]:
-    """Return a worker's environment variables for each process that fits cores, memory and GPUs."""
+    """Return the variables of its own of each process that fits cores, memory and GPUs at once."""
     import psutil
     from dask.system import CPU_COUNT
     from distributed.system import MEMORY_LIMIT
@@ -290,7 +357,7 @@ def _local_environments(sweep: Sweep, workers: int | None, points: int) -> list[
             raise ValueError(f"workers: {workers} are more than the {len(gpus)} GPUs here, and a point takes one")
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: min(workers or points, points)]]
     memory = min(psutil.virtual_memory().available, MEMORY_LIMIT) / 2**30
-    return [{}] * min(workers or max(1, min(CPU_COUNT, int(memory / sweep.memory))), points)
+    return [{}] * min(workers or max(1, int(min(CPU_COUNT, memory / sweep.memory))), points)
 
 
 def _gpus() -> list[str]:
@@ -312,27 +379,14 @@ def _host(address: str) -> str:
     return address.rpartition(":")[0]
 
 
-def _dashboard() -> str:
-    """Return Dask's usual address, or any free port where that is taken."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", 8787))
-        except OSError:
-            return "127.0.0.1:0"
-    return "127.0.0.1:8787"
-
-
 def _write_told(sweep: Sweep, out: Path) -> None:
+    told = yaml_text(sweep.told()).encode()
+    if len(told) > LARGEST:
+        raise ValueError(f"{sweep.file}: what its points set takes {len(told):,} bytes, above {LARGEST:,}; split it")
     (out / "log").mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.yml", yaml_text(sweep.told()).encode())
-    if sweep.notebook is not None and not (copy := notebook_copy(out, sweep.code)).is_file():
-        text = sweep.notebook.read_bytes()
-        if code_of(text) != sweep.code:
-            raise ValueError(f"{sweep.notebook} was changed while the sweep was read; start it again")
-        write_whole(copy, text)
+    write_whole(out / "sweep.yml", told)
+    if sweep.notebook is not None:  # over whatever lies there under this name
+        write_whole(notebook_copy(out, sweep.digest), sweep.content)
 
 
 def _last_line(log: Path) -> str:

@@ -41,11 +41,13 @@ class Board:
         self.failed: dict[str, str] = {}
         self.failed_after: dict[str, float] = {}
         self.slots = 1
-        self._lock = threading.RLock()  # Dask's events, the sweep and the live table come from three threads
+        self._lock = threading.RLock()  # a cluster's events, the sweep and the live table come from three threads
 
     def start(self) -> None:
-        """Say what is to come, before the workers are there."""
-        told = f"{self.sweep.title}: {len(self.waiting)} to run, {self.done} done before; workers are starting"
+        """Say what is to come."""
+        told = f"{self.sweep.title}: {len(self.waiting)} to run, {self.done} done before"
+        if self.sweep.notebook is not None:
+            told += f"; each runs the code of {self.sweep.notebook}"
         self.console.print(told, markup=False, soft_wrap=True)
 
     def event(self, told: dict) -> None:
@@ -93,10 +95,10 @@ class Board:
             return f"more than {clock(least)}" if least >= 1 else "an unknown time"
 
     @contextmanager
-    def live(self, *, dashboard: str, slots: int):
-        """Show progress until the block ends."""
+    def live(self, *, slots: int, dashboard: str | None = None):
+        """Show progress until the block ends; `dashboard` is the address of a cluster's."""
         self.slots = max(self.slots, slots)
-        told = f"{slots} at once; Dask's dashboard: {dashboard}"
+        told = f"{slots} at once" + (f"; Dask's dashboard: {dashboard}" if dashboard else "")
         self.console.print(told, markup=False, soft_wrap=True)
         with ExitStack() as stack:
             stack.enter_context(Stage(self._head, reports=True))

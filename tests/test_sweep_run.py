@@ -72,20 +72,19 @@ def made(out):
     return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
 
 
-def test_twelve_points_one_planted_failure_one_killed_worker_and_one_rerun(tmp_path):
+def test_twelve_points_one_planted_failure_one_killed_and_one_rerun(tmp_path):
     path = write_sweep(
         tmp_path, FAILS_ONCE_AND_HANGS_ONCE, SAYS_WHAT_IT_GOT, grid={"a": [1, 2, 3, 4], "b": ["y", "yy", "yyy"]}
     )
     out, hung = tmp_path / "out", tmp_path / "notes" / "hung"
-    running = command(path, "--out", str(out), "--workers", "2")
+    running = command(path, "--out", str(out), "--workers", "2", "--retry", "1")
     wait_for(hung.exists, running)
     kernel = psutil.Process(int(hung.read_text()))
-    point = next(p for p in kernel.parents() if "peka_lite.sweep_points" in p.cmdline())
-    os.kill(point.ppid(), signal.SIGKILL)  # the worker, in the middle of a point
+    kernel.parent().kill()  # in the middle of a point
     said, _ = running.communicate()
     assert running.returncode == 1, said
-    psutil.wait_procs([kernel, point], timeout=60)
-    assert not kernel.is_running()  # nothing goes on without its worker
+    psutil.wait_procs([kernel], timeout=60)
+    assert not kernel.is_running()  # nothing goes on without its point
 
     sweep = read_sweep(path)
     states = sweep_states(sweep, out)
@@ -144,6 +143,155 @@ if a == 2 and not tried.exists():
     monkeypatch.setattr(sweep_run, "ANSWER_WITHIN", 1)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9: no Dask scheduler answers"):
         run_sweep(read_sweep(tmp_path / "many.yml", fixed={"a": 9}), tmp_path / "x", scheduler="tcp://127.0.0.1:9")
+
+
+HANGS = """
+import os, time
+from pathlib import Path
+Path(notes, "hung.new").write_text(str(os.getpid()))
+os.replace(Path(notes, "hung.new"), Path(notes, "hung"))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_points_and_kernels_end_with_the_sweep_and_nothing_of_it_listens(tmp_path, sign, status):
+    path = write_sweep(tmp_path, HANGS, grid={"a": [1]})
+    running = command(path, "--out", str(tmp_path / "out"))
+    hung = tmp_path / "notes" / "hung"
+    wait_for(hung.exists, running)
+    kernel = psutil.Process(int(hung.read_text()))
+    point = kernel.parent()
+    assert point.ppid() == running.pid
+    # A kernel's sockets take signed messages alone, and are its own and the point's.
+    assert [c for c in psutil.Process(running.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN] == []
+    assert set(psutil.Process(running.pid).children(recursive=True)) == {kernel, point}
+    os.kill(running.pid, sign)
+    running.communicate()
+    assert running.returncode == status
+    _, alive = psutil.wait_procs([kernel, point], timeout=60)
+    assert alive == []
+    assert sweep_states(read_sweep(path), tmp_path / "out")["state"].tolist() == ["unfinished"]
+
+
+PLANTED = "import os\nopen(os.environ['PLANTED'], 'a').write(__file__ + '\\n')\nraise SystemExit('planted code ran')\n"
+
+
+def test_modules_of_the_current_folder_are_run_by_no_command_and_no_point(tmp_path):
+    path = tmp_path / "runs.yml"
+    path.write_text(yaml.safe_dump({"fixed": {"method": "none", "features": "depth"}, "grid": {"seed": [0]}}))
+    (tmp_path / "out" / "seed=0").mkdir(parents=True)  # at which the point stops, after all that it imports
+    for name in ("yaml", "pandas", "numpy", "torch", "psutil", "rich", "sitecustomize", "fcntl", "secrets"):
+        (tmp_path / f"{name}.py").write_text(PLANTED)
+    running = command(path, "--out", "out", PLANTED=str(tmp_path / "planted"))
+    said, _ = running.communicate()
+    assert running.returncode == 1, said
+    assert not (tmp_path / "planted").exists()
+    assert "failed  seed=0: FileExistsError: " in said
+    assert "it ended but left no summary.json" in said
+
+
+def test_a_point_takes_the_package_from_where_the_sweep_has_it(tmp_path):
+    """As from a clone that is not installed, which only the current folder names."""
+    package = tmp_path / "clone" / "peka_lite"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "sweep_points.py").write_text("import sys\ndef main():\n    print(sys.path[0], __file__)")
+    order = {"name": "a=1", "notebook": None, "settings": {}}
+    (tmp_path / "log").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peka_lite.__file__", str(package / "__init__.py"))
+        patch.chdir(tmp_path)
+        attempt = sweep_run._Attempt(order, tmp_path, dict(os.environ), "here")
+        attempt.process.wait(60)
+    first, file = (tmp_path / "log" / "a=1.txt").read_text().split()
+    assert file == str(package / "sweep_points.py")
+    assert first not in ("", str(tmp_path), str(tmp_path / "clone"))
+
+
+def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp_path):
+    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
+    mine, order = sweep.notebook.read_bytes(), order_of(sweep, sweep.points[0])
+    planted = nbformat.reads(mine.decode(), as_version=4)
+    planted.cells[1].source += f"\nopen({str(tmp_path / 'planted')!r}, 'w')"
+    same_code = nbformat.reads(mine.decode(), as_version=4)
+    same_code.metadata.kernelspec.name = "another"
+    (out / "log").mkdir(parents=True)
+    for name in (sweep.code, sweep.digest[:16]):
+        nbformat.write(planted, out / "log" / f"{name}.ipynb")
+    assert list(run_sweep(sweep, out, workers=1)["state"]) == ["done"]
+    assert not (tmp_path / "planted").exists()
+    shutil.rmtree(out / "a=1")
+    for replaced in (planted, same_code):  # between the start and the point
+        nbformat.write(replaced, out / "log" / f"{sweep.digest[:16]}.ipynb")
+        with pytest.raises(RuntimeError, match="was replaced since the sweep was started"):
+            make_point(order, out)
+        assert not (tmp_path / "planted").exists()
+
+
+def test_what_lies_in_a_stopped_points_folder_is_neither_imported_nor_written_through(tmp_path):
+    code = """
+from pathlib import Path
+for name in ("results.csv", "deep/results.csv", "inside", "data.csv", "notebook.ipynb", "pipe"):
+    Path(name).parent.mkdir(exist_ok=True)
+    with open(name, "a") as file:
+        file.write("written")
+Path('helper.py').write_text('x = 1')
+import yaml, pkgutil, helper
+"""
+    sweep, out = read_sweep(write_sweep(tmp_path, code, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
+    order, work, mine = order_of(sweep, sweep.points[0]), out / "a=1.partial", tmp_path / "mine"
+    sweep_run._write_told(sweep, out)
+    (work / "package").mkdir(parents=True)
+    (work / "point.json").write_text(json.dumps({"settings": order["settings"], "code": sweep.code}))
+    for name in ("helper.py", "yaml.py", "nbformat.pyc", "package/__init__.py", "pkgutil.py"):
+        (work / name).write_text("raise SystemExit('planted code ran')")
+    mine.mkdir()
+    (mine / "kept.csv").write_text("mine")
+    (work / "results.csv").symlink_to(mine / "kept.csv")
+    (work / "notebook.ipynb").symlink_to(mine / "made.ipynb")
+    (work / "deep").symlink_to(mine)
+    (work / "data.csv").write_text("data ")
+    (work / "inside").symlink_to("data.csv")
+    os.mkfifo(work / "pipe")
+    make_point(order, out)
+    assert [path.name for path in mine.iterdir()] == ["kept.csv"]
+    assert (mine / "kept.csv").read_text() == "mine"
+    assert (out / "a=1" / "data.csv").read_text() == "data writtenwritten"  # which it may keep
+    assert not (out / "a=1" / "yaml.py").exists()
+
+
+@pytest.mark.parametrize("name", ["log", "report", "a=1", "a=1.partial"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_a_sweeps_folder_is_refused_before_anything_is_written(tmp_path, name, there):
+    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
+    mine = tmp_path / "mine"
+    out.mkdir()
+    if there:
+        mine.mkdir()
+        (mine / "point.json").write_text("{}")
+    (out / name).symlink_to(mine)
+    for what in (sweep_states, run_sweep):
+        with pytest.raises(ValueError, match=f"out/{name} is a link; a sweep writes into no link: remove it"):
+            what(sweep, out)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert not mine.exists() or [path.name for path in mine.iterdir()] == ["point.json"]
+
+
+def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path):
+    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]})), tmp_path / "out"
+    log, mine = out / "log", tmp_path / "mine.txt"
+    log.mkdir(parents=True)
+    mine.write_text(json.dumps({"state": "failed", "last_line": "not to be shown"}))
+    for name in ("log/a=1.txt", "log/a=1.json", f"log/{sweep.digest[:16]}.ipynb", "sweep.yml"):
+        (out / name).symlink_to(mine)
+    os.mkfifo(log / "a=2.txt")
+    os.mkfifo(log / "a=2.json")
+    before = mine.read_text()
+    assert sweep_states(sweep, out)[["state", "last_line"]].to_numpy().tolist() == [["missing", ""]] * 2
+    assert list(run_sweep(sweep, out)["state"]) == ["done", "done"]
+    assert mine.read_text() == before
+    assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
 def test_ending_well_is_no_success_without_a_complete_summary(tmp_path):
@@ -236,26 +384,27 @@ def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cores", "seen", "local", "threads"),
-    [(8, 8, True, "2"), (8, 8, False, "2"), (64, 8, True, "2"), (64, 8, False, "8")],
+    ("cores", "seen", "threads"),
+    [(8, 8, "2"), (64, 8, "8")],
 )
-def test_points_share_a_machine_and_have_a_job_alone(monkeypatch, cores, seen, local, threads):
+def test_points_share_a_machine_and_have_a_job_alone(monkeypatch, cores, seen, threads):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("dask.system.CPU_COUNT", seen)
     worker = SimpleNamespace(address="tcp://10.0.0.1:7", state=SimpleNamespace(nthreads=1))
-    order = {"notebook": None}
-    assert sweep_run._environment(order, worker, local, {"tcp://10.0.0.1": 4})["OMP_NUM_THREADS"] == threads
-    monkeypatch.setenv("PYTHONPATH", "mine")
-    order = {"notebook": {"folder": "beside"}}
-    assert sweep_run._environment(order, worker, local, {})["PYTHONPATH"] == os.pathsep.join(["beside", "mine"])
+    assert sweep_run._share(worker, {"tcp://10.0.0.1": 4})["OMP_NUM_THREADS"] == threads
 
 
-def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_lies_beside_it(tmp_path):
+def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("FACTOR = 3")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "on_the_path.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["ours", "", os.environ.get("PYTHONPATH", "")]))
     (tmp_path / "data.csv").write_text("7")
     code = """
-import json, beside
+import json, os, sys, beside, on_the_path
 from pathlib import Path
+assert sys.path.count(str(Path(notes).parent)) == 1  # as its folder alone, not as the current one too
 path = Path(notes).parent / "walk.ipynb"
 path.write_text(path.read_text().replace("beside.FACTOR", "100"))
 assert Path(b).read_text() == "7"
@@ -300,10 +449,10 @@ def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeyp
     monkeypatch.setattr("sys.stdout", stream)
     states = pd.DataFrame({"state": "missing", "seconds": float("nan"), "older": False, "cached": False}, index=["a=1"])
     board = Board(sweep, states)
-    with board.live(dashboard="http://x", slots=2):
+    with board.live(slots=2):
         board.event({"point": "a=1", "worker": "tcp://x:1"})
         board.ended("a=1", None)
-    assert stream.getvalue() == "2 at once; Dask's dashboard: http://x\n[1/1] a=1 done in 0 s; 0 s left\n"
+    assert stream.getvalue() == "2 at once\n[1/1] a=1 done in 0 s; 0 s left\n"
 
 
 def test_where_no_point_ends_for_long_a_line_says_what_runs(tmp_path, pipe):
@@ -458,9 +607,12 @@ def test_workers_without_the_package_or_with_another_version_are_named_and_never
 
 
 def test_a_point_is_given_up_after_its_worker_died_three_times_and_the_others_go_on(tmp_path, monkeypatch):
+    import dask
+    from distributed import LocalCluster
+
     kills = """
 import os, signal, sys
-if "peka_lite.sweep_points" in sys.orig_argv:
+if any("peka_lite.sweep_points" in word for word in sys.orig_argv):
     if '"a=1"' in sys.stdin.readline():
         open(os.environ["DEATHS"], "a").write("x")
         os.kill(os.getppid(), signal.SIGKILL)
@@ -473,7 +625,12 @@ if "peka_lite.sweep_points" in sys.orig_argv:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
     sweep = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]}))
-    states = run_sweep(sweep, tmp_path / "out", workers=1)
+    settings = {"distributed.scheduler.allowed-failures": 2, "distributed.scheduler.worker-saturation": 1.0}
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster,
+    ):
+        states = run_sweep(sweep, tmp_path / "out", scheduler=cluster.scheduler_address)
     assert (tmp_path / "deaths").read_text() == "xxx"
     assert list(states["state"]) == ["failed", "failed"]
     assert states.loc["a=1", "last_line"].startswith("its worker died 3 times, the last at tcp://127.0.0.1:")
