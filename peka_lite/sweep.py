@@ -199,10 +199,9 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
                 settings = _as_run(name, settings)
             same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
             made.setdefault(same, Point(name, point, settings))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: {shown(str(error), longest=LONGEST)}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {shown(str(error), longest=LONGEST)}") from None
+    except (ValueError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{path}: {shown(str(error), longest=LONGEST)}") from None
     return Sweep(
         name=path.stem,
         title=shown(" ".join(asked.get("title", path.stem).split()), longest=LONGEST),
@@ -260,7 +259,7 @@ def _fix(axes: dict, fixed: Mapping) -> None:
 def _as_run(name: str, given: dict) -> dict:
     try:
         settings = RunConfig(**given).as_dict()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise type(error)(f"point {name}: {error}") from None
     # Another process makes the point: it knows a backbone of one's own by its file alone.
     return settings | ({"backbone": given["backbone"]} if is_file(given.get("backbone", "")) else {})

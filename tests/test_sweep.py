@@ -1,6 +1,7 @@
 """Sweeps: what is asked for is checked, name by name and value by value, before anything starts."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 from peka_lite.config import RunConfig
 from peka_lite.notebook_parameters import read_parameters
 from peka_lite.sweep import read_sweep, read_value, ready_sweeps
-from peka_lite.sweep_points import sweep_states
+from peka_lite.sweep_points import plan, sweep_states, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = {"weights": "random", "epochs": 1}
@@ -261,6 +262,107 @@ def test_states_follow_folders_records_and_settings(write, tmp_path):
     other = read_sweep(write(fixed=FIXED | {"tau": 3.0}, grid={"seed": [0]}))
     with pytest.raises(FileExistsError, match=r"seed=0 was made with other settings \(tau\)"):
         sweep_states(other, out)
+
+
+@pytest.mark.parametrize(
+    ("record", "state"),
+    [
+        ('{"state": ["failed"], "seconds": [3]}', "missing"),
+        ('{"state": "melted", "seconds": "x"}', "missing"),
+        ('{"state": "failed", "seconds": NaN, "last_line": 5, "cached": "yes"}', "failed"),
+        ('{"state": "failed", "seconds": 1e400, "last_line": null}', "failed"),
+        ('{"state": "failed", "seconds": -1, "last_line": {"a": 1}}', "failed"),
+        ('{"state": "failed", "seconds": 1' + "0" * 400 + "}", "failed"),
+        ('{"state": "failed", "seconds": 1' + "0" * 5000 + "}", "missing"),
+        ('{"state": "failed", "a": ' + "[" * 10**6 + "]" * 10**6 + "}", "missing"),
+        ('{"state": "failed", "a": "' + "x" * 2**24 + '"}', "missing"),
+        ("[" * 10**6, "missing"),
+        ("[1]", "missing"),
+        ('"failed"', "missing"),
+        (b'{"state": "\xff"}', "missing"),
+    ],
+)
+def test_a_record_of_any_content_is_read_as_far_as_it_makes_sense(write, tmp_path, record, state):
+    sweep, log = read_sweep(write(grid={"seed": [0]})), tmp_path / "out" / "log"
+    log.mkdir(parents=True)
+    (log / "seed=0.json").write_bytes(record if isinstance(record, bytes) else record.encode())
+    row = sweep_states(sweep, tmp_path / "out").iloc[0]
+    assert row["state"] == state
+    assert row["last_line"] == ""
+    assert not row["cached"]
+    assert math.isnan(row["seconds"])
+    assert "1 to run" in plan(sweep, tmp_path / "out")
+
+
+def test_a_logs_last_line_is_shown_without_what_a_terminal_obeys(write, tmp_path):
+    sweep, log = read_sweep(write(grid={"seed": [0]})), tmp_path / "out" / "log"
+    log.mkdir(parents=True)
+    line = "\x1b]0;title\x07\x1b[2Jfell\r\nover\u202e" + "x" * 10**6
+    (log / "seed=0.json").write_text(json.dumps({"state": "failed", "last_line": line}))
+    shown = sweep_states(sweep, tmp_path / "out")["last_line"].iloc[0]
+    assert shown.startswith(" ]0;title  [2Jfell  over x")
+    assert len(shown) == 1000
+    write_record(tmp_path / "out", {"name": "seed=0"}, state="failed", last_line=line)
+    assert json.loads((log / "seed=0.json").read_text())["last_line"] == shown
+
+
+@pytest.mark.parametrize("made", ["{}", '{"x": 1}', '{"settings": [1], "code": null}', '{"code": null}', "[" * 10**6])
+def test_a_point_without_readable_settings_was_not_made_by_the_sweep(write, tmp_path, made):
+    sweep, done = read_sweep(write(grid={"seed": [0]})), tmp_path / "out" / "seed=0"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text('{"mean_pcc": 0.1}')
+    (done / "point.json").write_text(made)
+    with pytest.raises(FileExistsError, match="seed=0 was not made by this sweep; name another --out"):
+        sweep_states(sweep, tmp_path / "out")
+    (done / "point.json").write_text(json.dumps({"settings": {"\x1b[31m": 1, "seed": 0}}))
+    with pytest.raises(FileExistsError, match="was made with other settings") as found:
+        sweep_states(sweep, tmp_path / "out")
+    assert "\x1b" not in str(found.value)
+    (done / "point.json").unlink()
+    (done / "config.yml").write_text("[1]")
+    with pytest.raises(FileExistsError, match="was not made by this sweep"):
+        sweep_states(sweep, tmp_path / "out")
+
+
+def test_two_thousand_million_points_are_refused_by_the_command_at_once(write, tmp_path):
+    thousand = list(range(1000))
+    path = write(grid={"seed": thousand, "n_genes": [*thousand], "epochs": [*thousand], "r": [1, 2]})
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)); "
+        "from peka_lite.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for options in (["--dry-run"], [], ["--dry-run", "-p", "tau", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "sweep", str(path), "--out", str(tmp_path / "out"), *options],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        told = "2,000,000,000 points, before any is excluded, are more than a sweep may have (100,000); split it"
+        assert done.stderr == f"peka-lite: {path}: {told}\n"
+    assert not (tmp_path / "out").exists()
+    assert len(read_sweep(path, fixed={"n_genes": 10, "epochs": 1, "r": 2}).points) == 1000
+
+
+def test_long_and_strange_values_are_one_short_error(write):
+    for keys, words in (
+        ({"grid": {"cohort": ["x" * 10**5]}}, "point cohort=xxx.*File name too long"),
+        ({"grid": {"method": ["x" * 10**5]}}, "unknown method 'xxx"),
+        ({"grid": {"slides": [[[["x"] * 1000]]]}}, "slides is a list of names"),
+        ({"grid": {1: [2]}, "exclude": [{2: 3}]}, "unknown name in exclude, .*: 2; known: 1"),
+        ({"grid": {"seed": [0]}, "memory": 1 << 4000}, "memory: GiB that one point needs, above 0, not "),
+        ({"grid": {"seed": [0]}, "notebook": "x" * 10**5}, "notebook: no such file 'xxx"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as found:
+            read_sweep(write(**keys))
+        assert len(str(found.value)) < 2200
+
+
+def test_a_title_is_one_line(write):
+    path = write(title="Many\n\nwords\x1b[2J of\tmine \n", grid={"seed": [0]}, memory=1e9)
+    sweep = read_sweep(path)
+    assert sweep.title == "Many words [2J of mine"
+    assert sweep.told()["title"] == sweep.title
 
 
 def test_a_thousand_points_are_planned_without_pytorch(write, tmp_path):
