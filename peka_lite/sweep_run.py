@@ -66,7 +66,8 @@ def run_sweep(
 
     A point that fails stops no other; one whose process is killed is failed (one whose worker on a cluster dies, when
     that happened more often than its scheduler's ``allowed-failures``). What is done stays done whatever is killed: the
-    same call goes on from there. Progress is printed, live in a terminal. On this machine nothing listens on a port.
+    same call goes on from there. Progress is printed, live in a terminal. Without a scheduler no port is opened but
+    those of notebooks' kernels, which take signed messages alone.
 
     Parameters
     ----------
