@@ -417,26 +417,35 @@ HEAD = b"%%MatrixMarket matrix coordinate integer general\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    ("name", "text", "words"),
     [
-        ("matrix.mtx.gz", gzip.compress(HEAD + b"9999999999 25 3\n1 1 1\n"), "declares 3 counts of 9,999,999,999 feat"),
-        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 9999999999\n1 1 1\n"), "declares 9,999,999,999 counts"),
-        ("matrix.mtx.gz", gzip.compress(HEAD.replace(b"coordinate", b"array") + b"8 25\n"), "is no sparse table"),
-        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n" + b"1 1 1\n" * 2**23), "unpacks to more than"),
-        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n" + b"1 1 1\n" * 99)[:60], "cannot be unpacked"),
-        ("matrix.mtx.gz", b"no gzip", "cannot be unpacked"),
-        ("matrix.mtx.gz", gzip.compress(HEAD + b"8 25 3\n1 x 1\n"), "cannot be read as Space Ranger's matrix"),
-        ("features.tsv.gz", gzip.compress(b"a\n" * 2**26), "unpacks to more than is read"),
-        ("barcodes.tsv.gz", gzip.compress(b"a\t" * 2**20), "is no table"),
-        ("features.tsv.gz", gzip.compress(b"a\n" * 8), "cannot be read as Space Ranger's matrix"),
+        ("matrix.mtx.gz", HEAD + b"9999999999 25 3\n1 1 1\n", r"is declared as \[9999999999, 25, 3\], with 8 features"),
+        ("matrix.mtx.gz", HEAD + b"8 25 9999999999\n1 1 1\n", "declares 9,999,999,999 counts"),
+        ("matrix.mtx.gz", HEAD.replace(b"coordinate", b"array") + b"8 25\n", "is no matrix of counts"),
+        pytest.param("matrix.mtx.gz", HEAD + b"8 25 3\n" + b"1 1 1\n" * 2**23, "unpacks to more bytes", id="too many"),
+        ("matrix.mtx.gz", HEAD + b"8 25 3\n1 x 1\n", "cannot be read as MatrixMarket"),
+        pytest.param("features.tsv.gz", b"a\n" * 2**26 + b"a", "unpacks to more than is read", id="too long"),
+        pytest.param("barcodes.tsv.gz", b"a\t" * 2**20, "is no table", id="one line"),
+        ("features.tsv.gz", b"a\n" * 8, "has 1 columns"),
     ],
 )
-def test_a_folder_of_counts_that_declares_more_than_it_holds_is_refused(tmp_path, name, data, words):
+def test_a_folder_of_counts_that_declares_more_than_it_holds_is_refused(tmp_path, name, text, words):
     outs = write_outs(tmp_path / "outs", sample(0.5))
     edit(outs, "matrix market")
-    (outs / "filtered_feature_bc_matrix" / name).write_bytes(data)
-    with pytest.raises(HestFormatError, match=rf"filtered_feature_bc_matrix.*: .*{words}"):
+    (outs / "filtered_feature_bc_matrix" / name).write_bytes(gzip.compress(text))
+    with pytest.raises(HestFormatError, match=rf"{re.escape(name)}: .*{words}"):
         read_counts(outs)
+
+
+def test_packed_counts_that_are_cut_or_not_packed_are_refused(tmp_path):
+    outs = write_outs(tmp_path / "outs", sample(0.5))
+    edit(outs, "matrix market")
+    path = outs / "filtered_feature_bc_matrix" / "matrix.mtx.gz"
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], b"no gzip"):
+        path.write_bytes(data)
+        with pytest.raises(HestFormatError, match=r"matrix\.mtx\.gz: cannot be read"):
+            read_counts(outs)
 
 
 def test_the_next_step_counts_slides_and_patients(tmp_path):
