@@ -20,6 +20,7 @@ from scipy import sparse
 from peka_lite._file_kinds import misfit
 
 LINKS, DEEPEST = 100_000, 64  # most links in a file, and nested groups
+PARTS = 10_000  # most groups and datasets of what is read
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
 FLOOR, RATIO, LARGEST = 2**30, 256, 2**36  # bytes of memory: for any file, for each byte of it, and at most
 CHUNK = 2**28  # bytes of a part, where a dataset is read in parts
@@ -135,7 +136,7 @@ def check_sizes(path: Path, nodes: Iterable[h5py.Group | h5py.Dataset], pictures
     while left:
         # Each object as often as it is linked: a reader would read it as often.
         node, depth = left.pop()
-        if (n_seen := n_seen + 1) > LINKS or depth > DEEPEST:
+        if (n_seen := n_seen + 1) > PARTS or depth > DEEPEST:
             raise Hdf5Error(path, f"{node.name!r} has too many parts, or links to itself", _AGAIN)
         if isinstance(node, h5py.Group):
             if (kind := _text(node.attrs.get("encoding-type", ""))) not in _ELEMENTS:
