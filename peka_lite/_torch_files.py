@@ -34,6 +34,10 @@ _TENSORS = re.compile(
 )
 
 
+class _Oversized(ValueError):
+    """A file whose values take far more memory than the file."""
+
+
 def _known_as(module: str, name: str, function: Callable) -> Callable:
     """Return a function that stands in a pickle for ``module.name``, whatever the installed version calls it."""
 
@@ -111,6 +115,8 @@ def read_torch_file(
                 value = torch.load(path, map_location=device, weights_only=True)
             _check_tensors(value, path.stat().st_size)
             return value
+        except _Oversized as error:
+            raise ValueError(f"{path}: cannot be read as {what} ({error})") from None
         except Exception as error:  # a cut file fails wherever the reader stood; PyTorch's own words advise to run it
             reason, names = _reason(error), _refused_names(path)
     if not names:
@@ -134,11 +140,11 @@ def _check_pickles(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if (held := sum(entry.file_size for entry in entries)) > _COPIES * size:
-                raise ValueError(f"its {len(entries)} entries unpack to {held:,} bytes of a file of {size:,}")
+                raise _Oversized(f"its {len(entries)} entries unpack to {held:,} bytes of a file of {size:,}")
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     if entry.file_size > _LARGEST:
-                        raise ValueError(f"its pickle has {entry.file_size:,} bytes, at most {_LARGEST:,} are read")
+                        raise _Oversized(f"its pickle has {entry.file_size:,} bytes, at most {_LARGEST:,} are read")
                     _check_pickle(io.BytesIO(archive.read(entry)))
         return
     with path.open("rb") as file:
@@ -152,7 +158,7 @@ def _check_pickle(file: IO[bytes]) -> None:
     own, parts, made, stack, marks, memo, begin = [], [], [], [], [], {}, file.tell()
     for op, value, place in pickletools.genops(file):
         if place - begin > _LARGEST:
-            raise ValueError(f"its pickle has more than {_LARGEST:,} bytes")
+            raise _Oversized(f"its pickle has more than {_LARGEST:,} bytes")
         if op.name == "MARK":
             marks.append(len(stack))
         elif op.name in _GROWS:  # the container before gets the last values
@@ -164,9 +170,9 @@ def _check_pickle(file: IO[bytes]) -> None:
         elif op.name.endswith("GET"):
             stack.append(memo[value])
         elif op.name in ("POP", "POP_MARK", "DUP"):
-            raise ValueError(f"its pickle has {op.name}, which torch.save does not write")
+            raise _Oversized(f"its pickle has {op.name}, which torch.save does not write")
         elif op.name == "GLOBAL" and _NOT_READ.fullmatch(name := value.replace(" ", ".")):
-            raise ValueError(f"it holds values of {name}, which may take any memory; save dense tensors")
+            raise _Oversized(f"it holds values of {name}, which may take any memory; save dense tensors")
         elif op.name not in ("PROTO", "FRAME", "STOP"):
             marked = pickletools.markobject in op.stack_before
             at = marks.pop() if marked else len(stack) - len(op.stack_before)
@@ -177,7 +183,7 @@ def _check_pickle(file: IO[bytes]) -> None:
                 made.append(len(own) - 1)
     most = _COPIES * (file.tell() - begin) + 1_000_000
     if sum(_written_out(own, parts, [*made, *stack], most)) > most:
-        raise ValueError(f"its pickle stands for more than {most:,} values, each written out")
+        raise _Oversized(f"its pickle stands for more than {most:,} values, each written out")
 
 
 def _written_out(own: list[int], parts: list[list[int]], wanted: list[int], most: int) -> list[int]:
@@ -195,11 +201,11 @@ def _written_out(own: list[int], parts: list[list[int]], wanted: list[int], most
                 known[at] = min(own[at] + sum(known[part] for part in parts[at]), most + 1)
                 depth[at] = 1 + max((depth[part] for part in parts[at]), default=0)
                 if depth[at] > _DEEPEST:
-                    raise ValueError(f"its values are nested more than {_DEEPEST} levels deep")
+                    raise _Oversized(f"its values are nested more than {_DEEPEST} levels deep")
             else:
                 open_.add(at)
                 if any(part in open_ for part in parts[at]):
-                    raise ValueError("a value of it holds itself")
+                    raise _Oversized("a value of it holds itself")
                 todo += parts[at]
     return [known[root] for root in wanted]
 
@@ -212,9 +218,9 @@ def _check_tensors(value, size: int) -> None:
         if isinstance(value, torch.Tensor):
             taken += value.numel() * value.element_size()
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                raise ValueError("it holds tensors that are sparse, quantised or without values; save dense ones")
+                raise _Oversized("it holds tensors that are sparse, quantised or without values; save dense ones")
             if taken > _COPIES * size:
-                raise ValueError(f"its tensors take more than {taken:,} bytes, the file has {size:,}")
+                raise _Oversized(f"its tensors take more than {taken:,} bytes, the file has {size:,}")
         elif isinstance(value, Mapping):
             todo += [*value, *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):

@@ -300,8 +300,7 @@ def check_option(option: str, value) -> None:
         right, wanted = word, "a plain name"
         if option in _LAYERS:
             right = word or (isinstance(value, str) and value in LAYER_TYPES)
-            near = did_you_mean(str(value), LAYER_TYPES)
-            wanted = f"plain values, a layer as text: 'timm.layers:SwiGLUPacked'{near}; known: {', '.join(LAYER_TYPES)}"
+            wanted = f"plain values, a layer as text: 'timm.layers:SwiGLUPacked'; known: {', '.join(LAYER_TYPES)}"
     if not right:
         raise ValueError(f"options: {option} is {_brief(value)}; give {wanted}")
 
