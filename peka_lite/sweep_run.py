@@ -186,7 +186,7 @@ def _make_on(scheduler: str, sweep: Sweep, todo: list[Point], out: Path, board: 
 
     try:
         client = Client(scheduler, timeout=ANSWER_WITHIN)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last for tls:// without keys
         raise OSError(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from None
     with client:
         if lacking := _lacking(client):

@@ -1,5 +1,6 @@
 """A sweep survives what happens to it: failing points, killed workers, a rerun, another sweep, a cluster elsewhere."""
 
+import hashlib
 import io
 import json
 import os
@@ -217,13 +218,15 @@ def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp
     same_code = nbformat.reads(mine.decode(), as_version=4)
     same_code.metadata.kernelspec.name = "another"
     (out / "log").mkdir(parents=True)
-    for name in (sweep.code, sweep.digest[:16]):
-        nbformat.write(planted, out / "log" / f"{name}.ipynb")
+    copy = out / "log" / f"{hashlib.sha256(mine).hexdigest()[:16]}.ipynb"
+    for path in (copy, copy.with_stem(sweep.code)):
+        nbformat.write(planted, path)
     assert list(run_sweep(sweep, out, workers=1)["state"]) == ["done"]
     assert not (tmp_path / "planted").exists()
+    assert copy.read_bytes() == mine
     shutil.rmtree(out / "a=1")
     for replaced in (planted, same_code):  # between the start and the point
-        nbformat.write(replaced, out / "log" / f"{sweep.digest[:16]}.ipynb")
+        nbformat.write(replaced, copy)
         with pytest.raises(RuntimeError, match="was replaced since the sweep was started"):
             make_point(order, out)
         assert not (tmp_path / "planted").exists()
@@ -232,7 +235,8 @@ def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp
 def test_what_lies_in_a_stopped_points_folder_is_neither_imported_nor_written_through(tmp_path):
     code = """
 from pathlib import Path
-for name in ("results.csv", "deep/results.csv", "inside", "data.csv", "notebook.ipynb", "pipe"):
+assert not Path("pipe").is_fifo()
+for name in ("results.csv", "deep/results.csv", "inside", "data.csv", "notebook.ipynb"):
     Path(name).parent.mkdir(exist_ok=True)
     with open(name, "a") as file:
         file.write("written")
@@ -279,7 +283,8 @@ def test_a_link_in_a_sweeps_folder_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path):
-    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]})), tmp_path / "out"
+    path = write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]})
+    sweep, out = read_sweep(path), tmp_path / "out"
     log, mine = out / "log", tmp_path / "mine.txt"
     log.mkdir(parents=True)
     mine.write_text(json.dumps({"state": "failed", "last_line": "not to be shown"}))
@@ -288,8 +293,15 @@ def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path
     os.mkfifo(log / "a=2.txt")
     os.mkfifo(log / "a=2.json")
     before = mine.read_text()
-    assert sweep_states(sweep, out)[["state", "last_line"]].to_numpy().tolist() == [["missing", ""]] * 2
-    assert list(run_sweep(sweep, out)["state"]) == ["done", "done"]
+    for options, told in (["--dry-run"], "2 points in out: 0 done, 2 to run"), ([], "many: 2 done"):
+        running = command(path, "--out", "out", *options)
+        try:
+            said, _ = running.communicate(timeout=300)
+        finally:
+            running.kill()
+        assert running.returncode == 0, said
+        assert told in said
+        assert "not to be shown" not in said
     assert mine.read_text() == before
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
