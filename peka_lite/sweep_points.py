@@ -304,9 +304,9 @@ def main() -> None:
     """Make the point that the first line on stdin orders; ends at once when stdin closes, for then its worker died."""
     told = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if notebook := told["order"]["notebook"]:  # its kernel can import what lies beside it; an empty entry is any folder
-        paths = [notebook["folder"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths if path)
+    if notebook := told["order"]["notebook"]:  # its kernel can import what lies beside it
+        paths = [notebook["folder"], os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
         make_point(told["order"], Path(told["out"]))
     except BaseException:

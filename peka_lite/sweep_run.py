@@ -253,6 +253,9 @@ class _Attempt:
         self.begun, self.at = time.perf_counter(), time.time()
         self.log = out / "log" / f"{order['name']}.txt"
         self.log.unlink(missing_ok=True)  # which may be a link
+        # An empty entry, as `PYTHONPATH=mine:$PYTHONPATH` leaves one, would be the current folder once more.
+        paths = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment = environment | {"PYTHONPATH": os.pathsep.join(paths)}
         with self.log.open("x") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _POINT, peka_lite.__file__], env=environment, text=True,

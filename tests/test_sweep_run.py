@@ -192,22 +192,24 @@ def test_modules_of_the_current_folder_are_run_by_no_command_and_no_point(tmp_pa
     assert "it ended but left no summary.json" in said
 
 
-def test_a_point_takes_the_package_from_where_the_sweep_has_it(tmp_path):
+def test_a_point_takes_the_package_from_where_the_sweep_has_it_and_nothing_from_the_current_folder(tmp_path):
     """As from a clone that is not installed, which only the current folder names."""
     package = tmp_path / "clone" / "peka_lite"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "sweep_points.py").write_text("import sys\ndef main():\n    print(sys.path[0], __file__)")
+    (package / "sweep_points.py").write_text("import json, sys\ndef main():\n    print(json.dumps([__file__, *sys.path]))")
     order = {"name": "a=1", "notebook": None, "settings": {}}
     (tmp_path / "log").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peka_lite.__file__", str(package / "__init__.py"))
         patch.chdir(tmp_path)
-        attempt = sweep_run._Attempt(order, tmp_path, dict(os.environ), "here")
+        environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(["mine", "", "/other", ""])}
+        attempt = sweep_run._Attempt(order, tmp_path, environment, "here")
         attempt.process.wait(60)
-    first, file = (tmp_path / "log" / "a=1.txt").read_text().split()
+    file, *path = json.loads((tmp_path / "log" / "a=1.txt").read_text())
     assert file == str(package / "sweep_points.py")
-    assert first not in ("", str(tmp_path), str(tmp_path / "clone"))
+    assert path[:2] == [str(tmp_path / "mine"), "/other"]
+    assert not {"", str(tmp_path), str(tmp_path / "clone")} & set(path)
 
 
 def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp_path):
