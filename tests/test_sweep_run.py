@@ -197,7 +197,9 @@ def test_a_point_takes_the_package_from_where_the_sweep_has_it_and_nothing_from_
     package = tmp_path / "clone" / "peka_lite"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "sweep_points.py").write_text("import json, sys\ndef main():\n    print(json.dumps([__file__, *sys.path]))")
+    (package / "sweep_points.py").write_text(
+        "import json, sys\ndef main():\n    print(json.dumps([__file__, *sys.path]))"
+    )
     order = {"name": "a=1", "notebook": None, "settings": {}}
     (tmp_path / "log").mkdir()
     with pytest.MonkeyPatch.context() as patch:
