@@ -18,11 +18,13 @@ LAID_OUT = 2**28  # pixels that a slide of any size may lay out in tiles
 SPARSEST = 4096  # pixels in tiles for a byte in the file: one entry of a tile of 256 x 256 px takes 16
 PAGES = 10_000  # of a TIFF
 LARGEST_TAG = 2**24  # bytes of a description
+LARGEST_TABLE = 2**28  # bytes of the places of tiles
 KINDS = {
     1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8,
 }  # TIFF's types, and the bytes of a value  # fmt: skip
 WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 SUB_IFDS, TILE_WIDTH, TILE_LENGTH, BITS, SAMPLES = 330, 322, 323, 258, 277  # tags
+BYTE_COUNTS = (279, 325)
 NAMED_FILE = rb"^[ \t]*(?:ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage|INDEXFILE|FILE_\d+)[ \t]*=([^\r\n]*)"
 IN_XML = (270, 700)  # ImageDescription, XMP
 AGAIN = "Copy it again, or convert it with libvips: vips tiffsave IN OUT.tif --tile --pyramid"
@@ -137,6 +139,9 @@ def check_tags(path: Path) -> None:
             for code in IN_XML:
                 if re.search(rb"<!(DOCTYPE|ENTITY)", _value(file, form, page, code)):
                     raise PictureError("its description is XML with entities of its own", AGAIN)
+            for code in BYTE_COUNTS:  # OpenSlide asks for so much memory
+                if max(_numbers(file, form, page, code), default=0) > size:
+                    raise PictureError("it declares a tile or strip larger than the file", AGAIN)
             tile = [_numbers(file, form, page, code)[:1] for code in (TILE_WIDTH, TILE_LENGTH)]
             if all(tile):
                 bits = max(_numbers(file, form, page, BITS), default=1)
@@ -199,11 +204,11 @@ def _unpack(form: str, file: BinaryIO) -> int:
     return struct.unpack(form, raw)[0] if len(raw) == struct.calcsize(form) else 0
 
 
-def _value(file: BinaryIO, form: _Form, page: dict, code: int) -> bytes:
+def _value(file: BinaryIO, form: _Form, page: dict, code: int, *, most: int = LARGEST_TAG) -> bytes:
     """Return the bytes of a tag; none where it is absent or of an unknown type."""
     kind, count, value = page.get(code, (0, 0, b""))
     n_bytes = KINDS.get(kind, 0) * count
-    if n_bytes > LARGEST_TAG:
+    if n_bytes > most:
         raise PictureError(f"its tag {code} has {n_bytes:,} bytes, more than are read", AGAIN)
     if n_bytes <= len(value):
         return value[:n_bytes]
@@ -216,6 +221,6 @@ def _numbers(file: BinaryIO, form: _Form, page: dict, code: int) -> list[int]:
     kind = page.get(code, (0,))[0]
     if kind not in WHOLE_NUMBERS:
         return []
-    raw = _value(file, form, page, code)
+    raw = _value(file, form, page, code, most=LARGEST_TABLE)
     n = len(raw) // KINDS[kind]
     return list(struct.unpack_from(f"{form.tag[0]}{n}{WHOLE_NUMBERS[kind]}", raw))

@@ -93,7 +93,7 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
                 return _read_plain(path)  # Pillow reads more depths, and says what it sees
             raise
         page = chosen.keyframe
-        orientation = _tag(page, 274, 1)
+        orientation = _code(_tag(page, 274, 1))
         extra = [int(kind) for kind in page.extrasamples]
         first = page.offset == tiff.pages.first.offset  # a SubIFD's page has an index of its own
         usual = order is None and page.dtype == np.uint8 and _depth(page) == 8
@@ -106,11 +106,15 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
                 return _read_plain(path)
             except (OSError, SyntaxError):  # of a compression that Pillow does not know
                 pass
-        in_rgb = int(page.photometric) == RGB or (int(page.photometric) == YCBCR and int(page.compression) in JPEG)
+        colours_are = _code(page.photometric)
+        in_rgb = colours_are == RGB or (colours_are == YCBCR and _code(page.compression) in JPEG)
         if order is None and not in_rgb:
             raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
         array = _channels_last(chosen, path)  # (h, w, channels)
-        alpha = array[..., 3] if order is None and extra and extra[0] != IGNORED else None
+        if not array.size or array.shape[-1] < 3:
+            raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
+        has_alpha = order is None and extra and extra[0] != IGNORED and array.shape[-1] > 3
+        alpha = array[..., 3] if has_alpha else None
         if alpha is not None and not alpha.any():  # nothing of the picture would be seen: it was never filled in
             alpha = None
         colours = array[..., list(order or (0, 1, 2))]
@@ -118,7 +122,7 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
         properties = {f"tiff.{axis}Resolution": _tag(page, tag, None) for axis, tag in (("X", 282), ("Y", 283))}
         pairs = {name: value for name, value in properties.items() if isinstance(value, tuple) and len(value) == 2}
         properties = {name: str(above / below) for name, (above, below) in pairs.items() if below}
-        properties["tiff.ResolutionUnit"] = UNITS.get(_tag(page, 296, 2), "")
+        properties["tiff.ResolutionUnit"] = UNITS.get(_code(_tag(page, 296, 2)), "")
         if first and slide is not None:
             properties |= slide.properties
         return _upright(image, orientation, properties)
@@ -170,8 +174,8 @@ def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSerie
     largest = [s for s in series if np.prod(_size(s)) == most]
     width, height = _size(largest[0])
     flat = [s for s in largest if all(n == 1 or axis in "YXCS" for axis, n in zip(s.axes, s.shape, strict=True))]
-    coloured = [s for s in flat if int(s.keyframe.photometric) not in GREYS and _count(s, "C") == 1]
-    several = len(coloured) > 1 or any(int(s.keyframe.photometric) not in GREYS for s in largest if s not in coloured)
+    coloured = [s for s in flat if _code(s.keyframe.photometric) not in GREYS and _count(s, "C") == 1]
+    several = len(coloured) > 1 or any(_code(s.keyframe.photometric) not in GREYS for s in largest if s not in coloured)
     if several or (not coloured and len(largest) > 1):
         seen = "; ".join(_describe(s) for s in largest)
         raise PictureError(
@@ -182,7 +186,7 @@ def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSerie
         return coloured[0], None
     only = largest[0]
     names = _channel_names(tiff, series.index(only))
-    bright = flat and int(only.keyframe.photometric) == BRIGHT
+    bright = flat and _code(only.keyframe.photometric) == BRIGHT
     order = _order(names, _count(only, "C") * _count(only, "S")) if bright else None
     if order is None:
         named = f", channels {', '.join(names)}" if any(names) else ""
@@ -266,6 +270,11 @@ def _tag(page: TiffPage, code: int, default):
     return page.tags.valueof(code, default)
 
 
+def _code(value) -> int:
+    """Return what a tag of one whole number says; -1 where it holds something else."""
+    return int(value) if isinstance(value, (int, np.integer)) else -1
+
+
 def _depth(page: TiffPage) -> int:
     bits = page.bitspersample
     return max(bits) if isinstance(bits, tuple) else bits
@@ -295,7 +304,8 @@ def _check_segments(level: TiffPageSeries, path: Path) -> None:
     page = level.keyframe
     if page.compression not in tifffile.TIFF.IMAGE_COMPRESSIONS:
         return
-    width, height = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    sides = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    width, height = map(_code, sides)
     places = {place for one in level.pages if one for place in zip(one.dataoffsets, one.databytecounts, strict=False)}
     with path.open("rb") as file:
         for offset, n_bytes in places:

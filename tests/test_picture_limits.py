@@ -143,6 +143,12 @@ ENDLESS = (
     (pages(100_000), "more than 10,000 pages"),
     (tiff(512, 512, tile=256, n=4, tags=[(33_333, 5, 2**31, 8)]), "its tags are larger than the file"),
     (tiff(512, 512, tags=[(270, 2, 2**25, 8)]), "its tag"),
+    (
+        tiff(256, 256, tile=256).replace(
+            struct.pack("<HHII", 325, 4, 1, 100), struct.pack("<HHII", 325, 4, 1, 2**32 - 1)
+        ),
+        "it declares a tile or strip larger than the file",
+    ),
 )
 
 
@@ -265,6 +271,19 @@ def test_only_pictures_are_opened_as_such(tmp_path, monkeypatch):
     with pytest.raises(SlideError, match=r"a.png: OpenSlide cannot read it"):
         open_slide(tmp_path / "a.png", mpp=0.5)
     assert not called
+
+
+def test_a_tag_with_several_values_names_the_file(tmp_path):
+    path = tmp_path / "a.tif"
+    deep = HE.astype(np.uint16) * 257
+    tifffile.imwrite(path, deep, photometric="rgb", compression="jpeg2000", rowsperstrip=512, metadata=None)
+    with tifffile.TiffFile(path) as file:
+        place = file.pages[0].tags["PhotometricInterpretation"].offset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, place + 4, 2)
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match=r"a\.tif: "):
+        open_slide(path, mpp=0.5)
 
 
 @pytest.mark.parametrize("kind", [3, 2, 12])
