@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras write into 16
 ROWS = 512  # converted at once, to spare memory
 BLOCK = 2048  # pixels of a side read at once
+SCANS = 200  # of a progressive JPEG; programs write about 10
 PLAIN = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # no EPS, which runs a program
 OF_OTHERS = ("lsm", "mmstack", "ndtiff", "fluoview", "stk", "sis", "avs", "eer", "scanimage", "nih", "mdgel")
 NUMBERED = r"(c|ch|channel|band|plane|sample|image)?[\s:_/#-]*(\d+[\s:_/#-]*)*"  # names that say nothing of colours
@@ -137,6 +139,10 @@ def _read_plain(path: Path) -> Picture:
             declared = 4 * image.width * image.height
             copies = 1 if image.mode == "RGB" and image.format != "JPEG2000" else 4
             check_in_memory(declared, path, needed=copies * declared)
+            if "progressive" in image.info:  # each scan goes over the whole image once more
+                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    if (scans := sum(1 for _ in re.finditer(b"\xff\xda", data))) > SCANS:
+                        raise PictureError(f"it is a progressive JPEG of {scans:,} scans", "Save it as a plain JPEG")
             orientation = image.getexif().get(274, 1)
             dots = dict(zip("XY", image.info.get("dpi", ()), strict=False))
             image.load()

@@ -117,6 +117,17 @@ def test_a_large_picture_is_read_whatever_pillow_thinks_of_its_size(tmp_path, mo
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
+def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path):
+    data = bytes(saved("JPEG", progressive=True))
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    (tmp_path / "a.jpg").write_bytes(data)
+    with open_slide(tmp_path / "a.jpg", mpp=0.5) as slide:
+        assert slide.size == (64, 64)
+    (tmp_path / "a.jpg").write_bytes(data[:end] + data[start:end] * 100_000 + data[end:])
+    with pytest.raises(SlideError, match=r"a\.jpg: it is a progressive JPEG of 100,\d\d\d scans"):
+        open_slide(tmp_path / "a.jpg", mpp=0.5)
+
+
 def test_a_picture_that_does_not_fit_into_memory_names_the_fix(tmp_path, monkeypatch):
     import psutil
 
