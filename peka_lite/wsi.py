@@ -230,9 +230,9 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     FileNotFoundError
         For a file that is not there.
     SlideError
-        For a file that cannot be read, or whose largest image is not one in RGB; without a plausible resolution, with
-        pixels more than 10 % longer one way than the other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns:
-        tiles are blown up.
+        For a file that cannot be read, declares more pixels than its bytes or memory can hold, or whose largest
+        image is not one in RGB; without a plausible resolution, with pixels more than 10 % longer one way than the
+        other, or coarser than 1 um/px. Coarser than 0.5 um/px only warns: tiles are blown up.
 
     Examples
     --------
