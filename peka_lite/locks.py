@@ -12,9 +12,13 @@ import os
 import platform
 import secrets
 import shutil
+import stat
+import sys
+import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TextIO
+from types import MappingProxyType
 
 try:
     import fcntl
@@ -22,7 +26,10 @@ except ImportError:  # Windows has no such lock
     fcntl = None
 
 RECORD = "record.json"  # the last file to be written: a folder without it is not whole
+PARTIAL = ".partial"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # NFS without lockd, Lustre without flock
+PATIENCE = 1  # seconds of waiting without a word
+_HELD: ContextVar[dict[tuple[int, Path], Path]] = ContextVar("held", default=MappingProxyType({}))  # of `work_folder`
 
 
 @contextlib.contextmanager
@@ -32,28 +39,72 @@ def alone(out: Path) -> Iterator[bool]:
     Gives True where the lock is held, False where there are no locks and nobody waits. On NFS, Linux asks the server
     (flock(2): since 2.6.12), so that machines wait for each other too; some mounts (``nolock``, ``local_lock``,
     Lustre's ``localflock``) hold the lock on one machine alone, which nobody can see from here.
+
+    Raises
+    ------
+    OSError
+        If no lock's file can be made or opened beside `out`; a folder that was made for it goes again.
     """
-    path = out.with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = None if fcntl is None else _lock(path)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            path.unlink(missing_ok=True)
-            lock.close()
+    with _claim(out) as own:
+        yield own is None
 
 
 @contextlib.contextmanager
 def workplace(out: Path) -> Iterator[Path]:
     """Hold `out`, as `alone`, and give the folder to work on it in; without a lock nothing of it stays behind."""
-    with alone(out) as held:
-        work = partial_of(out, held=held)
+    with _claim(out) as own:
+        yield own or partial_of(out, held=True)
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """Hold `out`, as `workplace`, and give the folder that becomes it: ``{out}.partial``, where there are locks.
+
+    Inside itself it gives the same folder again: a sweep's point holds the folder of its run, and so does the run.
+    """
+    key, held = (os.getpid(), out.absolute()), _HELD.get()
+    if key in held:
+        yield held[key]
+        return
+    with _claim(out) as own:
+        work = own or out.with_name(out.name + PARTIAL)
+        token = _HELD.set({**held, key: work})
         try:
             yield work
         finally:
-            if not held:
-                shutil.rmtree(work, ignore_errors=True)
+            _HELD.reset(token)
+
+
+@contextlib.contextmanager
+def _claim(out: Path) -> Iterator[Path | None]:
+    """Hold `out`, and give None, or where there are no locks the place to work in that no other writer has."""
+    path = out.with_name(f".{out.name}.lock")
+    made = [folder for folder in path.parents if not os.path.lexists(folder)]
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = None if fcntl is None else _lock(path, out)
+        except OSError as error:
+            if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise type(error)(f"{out} cannot be written: {error.strerror} ({error.filename})") from None
+        own = partial_of(out, held=False) if lock is None else None
+        try:
+            yield own
+        finally:
+            if lock is None:
+                shutil.rmtree(own, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # in a folder of others, another user's file stays
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not by closing alone: a forked child has the file open too
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                os.close(lock)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def partial_of(out: Path, *, held: bool) -> Path:
@@ -89,27 +140,74 @@ def put(work: Path, out: Path) -> None:
                 shutil.rmtree(aside)
 
 
-def _lock(path: Path) -> TextIO | None:
-    """Return the file at `path`, locked; None where there are no locks."""
+def put_new(work: Path, out: Path) -> None:
+    """Move a whole folder to a place where nothing is; what has come there meanwhile stays."""
+    try:
+        if not os.path.lexists(out):
+            os.replace(work, out)  # never in the place of a file, or of a folder that holds files
+            return
+    except OSError:
+        if not os.path.lexists(out):
+            raise
+    raise FileExistsError(f"{out} is there already: give another --out, or remove it")
+
+
+def _lock(path: Path, out: Path) -> int | None:
+    """Return the file at `path`, open and locked; None where there are no locks."""
     while True:
+        made = True
         try:
-            lock, made = path.open("x"), True
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
+            made = False
             try:
-                lock, made = path.open("r+"), False
+                lock = _open_lock(path)
             except FileNotFoundError:
                 continue
+        except FileNotFoundError:  # who was first has failed, and the folder that he made went with him
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            _wait(lock, out)
+            if path.stat().st_ino == os.fstat(lock).st_ino:
                 return lock
         except OSError as error:
             if error.errno in NO_LOCKS:
-                lock.close()
+                os.close(lock)
                 if made:  # another's file may be held by one who had better luck
                     path.unlink(missing_ok=True)
                 return None
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                lock.close()
+                os.close(lock)
                 raise
-        lock.close()  # its holder removed it while this one waited
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # its holder removed it while this one waited
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock's file that is there; a link, a pipe or a folder of its name is an error."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        lock = os.open(path, os.O_RDWR | flags)
+    except PermissionError:  # another user's, left or held: to be waited for, reading it is enough
+        lock = os.open(path, os.O_RDONLY | flags)
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise FileExistsError(errno.EEXIST, "no plain file is there, remove it", str(path))
+    return lock
+
+
+def _wait(lock: int, out: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
+        sys.stderr.write(f"waiting for another process that writes {out}\n")
+        sys.stderr.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)

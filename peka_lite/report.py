@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite._outputs import check_free
+from peka_lite.locks import alone, put_new
 from peka_lite.names import file_name, in_markdown
 from peka_lite.paper_tables import table1, table2
 from peka_lite.progress import Stage, say
@@ -47,7 +49,8 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     Raises
     ------
     FileExistsError
-        If `out` is there already; with `replace`, if it is no report, or holds what no report makes.
+        If `out` is there already, or when another process that is at work on it is through; with `replace`, if it is
+        no report, or holds what no report makes.
 
     Examples
     --------
@@ -62,11 +65,16 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     """
     out, folders = Path(out), [Path(folder) for folder in folders]
     _check_free(out, replace)
+    with alone(out):
+        return _write_report(folders, out, replace)
+
+
+def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Path]:
+    _check_free(out, replace)  # another process may have been first
     with Stage("reading the runs"):
         runs = read_runs(folders)
         sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
     say(f"plan: tables and figures of {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         page = _Page(Path(scratch) / out.name, sweeps)
         with Stage("points"):
@@ -81,10 +89,10 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
             with Stage("leaks"):
                 _add_leaks(page, reference)
         written, old = page.end(), Path(scratch) / "old"
-        if out.exists():
+        if replace and out.exists():
             os.replace(out, old)
         try:
-            os.replace(page.folder, out)
+            put_new(page.folder, out)
         except OSError:
             if old.exists():
                 os.replace(old, out)
@@ -198,10 +206,9 @@ def _reference_in_words(told: dict[str, dict]) -> str:
 
 
 def _check_free(out: Path, replace: bool) -> None:
-    if not out.exists():
+    if not replace or not out.exists():
+        check_free(out)
         return
-    if not replace:
-        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
     if not (out / "report.md").is_file():
         raise FileExistsError(f"{out} is there already and is no report (no report.md in it): give another --out")
     if strange := [p.name for p in sorted(out.iterdir()) if not p.is_file() or p.suffix not in MADE]:

@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +17,15 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
+from peka_lite._outputs import check_free
 from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
 from peka_lite.hest import Cohort
+from peka_lite.locks import put_new, work_folder
+from peka_lite.processes import Processes
 from peka_lite.progress import Stage
-from peka_lite.unfinished import COMMAND, PARTIAL, command
+from peka_lite.unfinished import COMMAND, command
 
 
 def fingerprint(cohort: Cohort) -> str:
@@ -45,15 +49,35 @@ def fingerprint(cohort: Cohort) -> str:
     return digest.hexdigest()[:16]
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder that becomes ``out`` when all is complete."""
-    return out.with_name(out.name + PARTIAL)
+@contextlib.contextmanager
+def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
+    """Hold a folder to be made, and give the one to work in, which becomes it at the end; refuse as `claim`.
+
+    The first process alone holds it. The others wait until it does, and raise what it raises there.
+    """
+    if not processes.first:
+        work = processes.same(None)
+        if isinstance(work, Exception):
+            raise work
+        yield work
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            check_free(out)
+            work = held.enter_context(work_folder(out))
+            claim(config, out, work)
+        except Exception as error:
+            processes.same(error)
+            raise
+        processes.same(work)
+        with removed_on_error(work):
+            yield work
+            put_new(work, out)
 
 
 def claim(config, out: Path, work: Path) -> None:
     """Refuse a folder that is there, or a ``work`` folder of another config."""
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
+    check_free(out)
     left = work / "config.yml"
     if left.is_file() and read_yaml(left) != config.as_dict():
         raise FileExistsError(

@@ -27,7 +27,7 @@ from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.progress import Stage
 from peka_lite.registry import BACKBONES
-from peka_lite.results import begin, claim, draw_maps, held_out_predictions, made_with, removed_on_error, work_folder
+from peka_lite.results import begin, draw_maps, held_out_predictions, made_with, work_on
 from peka_lite.scores import interval, pooled
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
@@ -69,7 +69,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     Raises
     ------
     FileExistsError
-        If `out` is there already, or ``{out}.partial`` holds a run with other settings.
+        If `out` is there already, or ``{out}.partial`` holds a run with other settings. Where another process is at
+        work on `out`, that is seen when it is through.
 
     Examples
     --------
@@ -85,18 +86,18 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     ['config.yml', 'metrics.csv', 'predictions.h5ad', 'slides.parquet', 'summary.json']
     """
     out = Path(out)
-    with removed_on_error(work_folder(out)), Stage("reading the cohort", reports=progress) as stage:
-        return _run(config, out, stage, maps=maps, progress=progress)
-
-
-def _run(config: RunConfig, out: Path, stage: Stage, *, maps: bool, progress: bool) -> dict:
-    """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
-    begun = time.perf_counter()
-    work = work_folder(out)
     device = config.device or default_device()
     processes = Processes(device)
-    if processes.first:
-        claim(config, out, work)
+    with work_on(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
+        at = {"device": device, "processes": processes, "stage": stage}
+        return _run(config, work, **at, maps=maps, progress=progress)
+
+
+def _run(
+    config: RunConfig, work: Path, *, device: str, processes: Processes, stage: Stage, maps: bool, progress: bool
+) -> dict:
+    """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
+    begun = time.perf_counter()
     cohort = open_cohort(
         config.cohort,
         slides=config.slides,
@@ -176,7 +177,6 @@ def _run(config: RunConfig, out: Path, stage: Stage, *, maps: bool, progress: bo
     }
     (work / "summary.json").write_text(json.dumps(summary, indent=1))
     shutil.rmtree(work / "scratch", ignore_errors=True)
-    os.replace(work, out)
     return summary
 
 
@@ -239,7 +239,11 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     """
     out = Path(out)
     if not (out / "summary.json").is_file():
-        run(config, out, maps=maps, progress=progress)
+        try:
+            run(config, out, maps=maps, progress=progress)
+        except FileExistsError:  # unless another process has just made it
+            if not (out / "summary.json").is_file():
+                raise
     loaded = load_run(out)
     if loaded[0] != config:
         raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 
+from peka_lite._outputs import check_free, new_folder
 from peka_lite._tensor_files import write_tensors
 from peka_lite.card import model_card, random_start
 from peka_lite.names import read_metrics
@@ -39,7 +39,7 @@ def export(
     Raises
     ------
     FileExistsError
-        If `out` is there already.
+        If `out` is there already, or when another process that is at work on it is through.
 
     Warns
     -----
@@ -58,23 +58,17 @@ def export(
     ['license: bsd-3-clause', 'library_name: timm']
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: give another --out, or remove it")
+    check_free(out)
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
     say(f"plan: {n:,} merged weights to write, with their probe and a model card")
     table = trained.folder / "metrics.csv"
     card = model_card(trained, read_metrics(table) if table.is_file() else None)
-    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    work.mkdir(parents=True)
-    try:
+    with new_folder(out) as work:
         write_tensors(work / "model.safetensors", trained.student.state_dict(), trained.describe(), kind="student")
         probes = {trained.name: (trained.probe, trained.genes)}
         save_probes(work / "probe.safetensors", probes, normalization=trained.normalization)
         (work / "README.md").write_text(card, encoding="utf-8")
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     licence = trained.student.spec.licence
     if "-ND" in licence and not random_start(trained):
         warnings.warn(f"{out} must not be shared: the parent weights are {licence}; see its README.md", stacklevel=2)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite._yaml import read_yaml
+from peka_lite.locks import partial_of, work_folder
 from peka_lite.names import shown
 from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
@@ -250,15 +250,12 @@ def make_point(order: dict, out: Path) -> None:
     RuntimeError
         If a notebook ended without a complete ``summary.json``, or is not the one that the sweep was started with.
     """
-    from peka_lite.locks import alone
-
     folder, notebook = out / order["name"], order["notebook"]
-    with alone(folder):  # where two sweeps want it, the second waits and finds it done
+    with work_folder(folder) as work:  # where two sweeps want it, the second waits and finds it done
         if finished(out, order):
             return
         if folder.exists():
             raise FileExistsError(f"{folder} is there, but {missing_summary(folder, notebook is not None)}; remove it")
-        work = folder.with_name(folder.name + ".partial")
         _begin(work, order)
         if notebook is None:
             from peka_lite.config import RunConfig
@@ -336,7 +333,7 @@ def _made(order: dict) -> dict:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears when it is complete, whoever else writes it."""
-    own = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    own = partial_of(path.with_name(f".{path.name}"), held=False)  # on another machine, a process has this one's number
     with own.open("xb") as file:
         file.write(content)
     os.replace(own, path)

@@ -20,7 +20,7 @@ from peka_lite.probe import PCARidge
 from peka_lite.probe_files import save_probes
 from peka_lite.processes import Processes
 from peka_lite.progress import Stage
-from peka_lite.results import begin, claim, made_with, removed_on_error, work_folder
+from peka_lite.results import begin, made_with, work_on
 from peka_lite.sources import FeatureSource, taught_by
 from peka_lite.splits import protocol_folds
 from peka_lite.sums import gather
@@ -53,7 +53,8 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     Raises
     ------
     FileExistsError
-        If `out` is there already, or ``{out}.partial`` holds other settings.
+        If `out` is there already, or ``{out}.partial`` holds other settings. Where another process is at work on `out`,
+        that is seen when it is through.
     ValueError
         For features that have no student, and a fold that is not there.
 
@@ -68,20 +69,20 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
     'fold0'
     """
     out = Path(out)
-    with removed_on_error(work_folder(out)), Stage("reading the cohort", reports=progress) as stage:
-        return _train(config, out, stage, fold=fold, progress=progress)
-
-
-def _train(config: RunConfig, out: Path, stage: Stage, *, fold: int | None, progress: bool) -> dict:
-    """Do `train`'s work, and say in `stage` what is being done where nothing inside says it."""
-    begun = time.perf_counter()
     if config.features not in ("student", "frozen+student"):
         raise ValueError(f"features {config.features!r} have no student to train: take 'student' or 'frozen+student'")
-    work = work_folder(out)
     device = config.device or default_device()
     processes = Processes(device)
-    if processes.first:
-        claim(config, out, work)
+    with work_on(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
+        at = {"device": device, "processes": processes, "stage": stage}
+        return _train(config, work, **at, fold=fold, progress=progress)
+
+
+def _train(
+    config: RunConfig, work: Path, *, device: str, processes: Processes, stage: Stage, fold: int | None, progress: bool
+) -> dict:
+    """Do `train`'s work, and say in `stage` what is being done where nothing inside says it."""
+    begun = time.perf_counter()
     quality = {"min_genes": config.min_genes, "max_mito": config.max_mito}
     cohort = open_cohort(config.cohort, slides=config.slides, patients=config.patients, **quality)
     protocol, use = config.settled_protocol(), taught_by(cohort, config.train_share, config.seed)
@@ -143,5 +144,4 @@ def _train(config: RunConfig, out: Path, stage: Stage, *, fold: int | None, prog
     }  # fmt: skip
     (work / "summary.json").write_text(json.dumps(summary, indent=1))
     shutil.rmtree(work / "scratch", ignore_errors=True)
-    os.replace(work, out)
     return summary

@@ -10,11 +10,11 @@ from pathlib import Path
 from peka_lite._yaml import read_yaml
 from peka_lite.backbone_files import FILE as BACKBONE
 from peka_lite.config import RunConfig
+from peka_lite.locks import PARTIAL
 from peka_lite.protocols import PROTOCOLS, Protocol
 from peka_lite.registry import did_you_mean
 from peka_lite.report_sweeps import is_sweep, read_sweep_folder
 
-PARTIAL = ".partial"
 COMMAND = Path("scratch", "command")  # in a folder at work; scratch goes at the end
 SETTINGS, SUMMARY = "config.yml", "summary.json"
 
