@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +30,7 @@ from peka_lite._hest_files import (
 )
 from peka_lite.expression import in_memory
 from peka_lite.hest import Slide, read_slide
+from peka_lite.locks import workplace
 from peka_lite.maps import IMAGE_KEY
 from peka_lite.progress import Stage, bar, say
 from peka_lite.tiles import TILE_SHAPE
@@ -38,6 +38,7 @@ from peka_lite.tissue import check_stain
 from peka_lite.wsi import ResolutionError, SlideError, WholeSlide, open_slide
 
 FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
+MOVING = "moving.json"  # in the draft: what the three files are known by, wherever they are
 PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
 NAMES_OF_GENES = {  # columns of var in small letters, by which `of_one_kind` may read the genes of another slide
     "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
@@ -101,7 +102,7 @@ def add_slide(
     Raises
     ------
     FileExistsError
-        If the folder holds a file of that slide.
+        If the folder holds a file of that slide, or when another process that adds it is through.
     HestFormatError
         For counts that are not raw, duplicate barcodes, missing coordinates, and centres that do not fit the image.
     FileNotFoundError, SlideError
@@ -121,9 +122,26 @@ def add_slide(
     Slide S1: 2 spots x 4 genes, P1; dropped 1 spots without a tile
     """
     root = Path(root)
-    _check_place(root, slide_id, metadata)
+    _check_names(root, slide_id, metadata)
     if not spot_um > 0:
         raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
+    with workplace(root / slide_id) as draft:
+        _undo(draft, root, slide_id)
+        _check_place(root, slide_id)
+        try:
+            return _add(
+                root, slide_id, counts, image, draft, patient=patient, mpp=mpp, technology=technology, spot_um=spot_um,
+                metadata=metadata, progress=progress,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _add(
+    root: Path, slide_id: str, counts: ad.AnnData, image, draft: Path, *, patient, mpp, technology, spot_um, metadata,
+    progress,
+) -> Slide:  # fmt: skip
+    """Do `add_slide`'s work in a folder `draft`, which is not there yet."""
     spots = _spots_of(counts, f"counts of {slide_id}")
     off_tissue = counts.n_obs - spots.n_obs
     centres = spots.obsm["spatial"]  # (N, 2)
@@ -160,7 +178,7 @@ def add_slide(
         fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
         factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
         spots.uns["spatial"] = {"ST": {"images": {IMAGE_KEY: picture}, "scalefactors": factors}}
-        _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, progress)
+        _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, draft, progress)
     made = read_slide(root, slide_id)
     dropped = made.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
     return dataclasses.replace(made, dropped=dropped)
@@ -205,16 +223,43 @@ def spot_distance(centres: np.ndarray) -> float:
     return float(np.median(near[near <= 1.2 * np.median(near[:, 0])]))
 
 
-def _check_place(root: Path, slide_id: str, metadata: Mapping | None) -> None:
+def _check_names(root: Path, slide_id: str, metadata: Mapping | None) -> None:
     if not slide_id or slide_id.startswith(".") or Path(slide_id).name != slide_id:
         raise ValueError(f"{slide_id!r} is no id of a slide: it names files, so without a folder or a dot at its start")
     if str(root) == "mini" or (root / "mini.json").is_file():
         raise ValueError(f"{root}: this is the embedded cohort, which stays as it is; give a folder of your own")
-    there = [path for folder, end in FILES.items() if (path := root / folder / f"{slide_id}{end}").exists()]
-    if there:
-        raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")
     if odd := {"id", "patient", "st_technology", "spot_diameter"} & set(metadata or {}):
         raise ValueError(f"metadata: {', '.join(sorted(odd))} has an argument of its own")
+
+
+def _check_place(root: Path, slide_id: str) -> None:
+    there = [path for path in _places(root, slide_id).values() if os.path.lexists(path)]
+    if there:
+        raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")
+
+
+def _places(root: Path, slide_id: str) -> dict[str, Path]:
+    return {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
+
+
+def _undo(draft: Path, root: Path, slide_id: str) -> None:
+    """Remove what a job that was killed left: its draft, and the files that it had moved where the last was not."""
+    try:
+        moving = json.loads((draft / MOVING).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # it was stopped before
+        moving = {}
+    places = _places(root, slide_id)
+    if moving and not os.path.lexists(places["st"]):
+        for folder, place in places.items():
+            if place.is_file() and (place.stat().st_size == 0 or _stat(place) == moving[folder]):
+                place.unlink()
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _stat(path: Path) -> list[int]:
+    """Return what stays the same when a file is moved, and changes when it is written: number, size, time."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
@@ -302,16 +347,18 @@ def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, dis
     }
 
 
-def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, progress: bool) -> None:
-    """Write three files beside their places, then move them there; on an error nothing stays."""
+def _write(
+    root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, draft: Path, progress: bool
+) -> None:
+    """Write three files in a folder of their own, then move them to their places; on an error nothing stays."""
     centres, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
     corners = np.rint(centres - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
     factor = slide.tile[0] / side
     attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
     attributes["pixel_size"] = slide.mpp[0]
     text = json.dumps(fields, indent=1) + "\n"
-    root.mkdir(parents=True, exist_ok=True)
-    draft, moved = Path(tempfile.mkdtemp(prefix=f".{slide_id}-", dir=root)), []
+    draft.mkdir()
+    places, moved = _places(root, slide_id), []
     try:
         with Stage("", reports=progress), bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
             say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
@@ -320,9 +367,17 @@ def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows
         (draft / "metadata").write_text(text, encoding="utf-8")
         with Stage("writing the counts"):
             spots.write_h5ad(draft / "st", compression="gzip")
-        for folder, end in FILES.items():
+        for folder in FILES:
             (root / folder).mkdir(exist_ok=True)
-            place = root / folder / f"{slide_id}{end}"
+        _check_place(root, slide_id)  # a slide that came here meanwhile, by other means, stays
+        (draft / MOVING).write_text(json.dumps({folder: _stat(draft / folder) for folder in FILES}), "utf-8")
+        try:
+            places["patches"].open("x").close()  # without locks, the first to come here has the slide
+        except FileExistsError:
+            _check_place(root, slide_id)
+            raise
+        moved.append(places["patches"])
+        for folder, place in places.items():
             os.replace(draft / folder, place)
             moved.append(place)
     except BaseException:
@@ -330,7 +385,6 @@ def _write(root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows
             place.unlink(missing_ok=True)
         raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        for folder in (*(root / name for name in FILES), root):
+        for folder in FILES:
             with suppress(OSError):  # only where it is empty
-                folder.rmdir()
+                (root / folder).rmdir()
