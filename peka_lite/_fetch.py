@@ -48,15 +48,17 @@ def read_record(root: Path) -> dict:
     return record
 
 
-def fetch_into(root: Path, artifact: Artifact, *, record: dict, progress: bool) -> None:
-    """Fetch what is missing of an artifact into a folder, and record it there; see `peka_lite.manifest.fetch`."""
+def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = PARTIAL, progress: bool) -> None:
+    """Fetch what is missing of an artifact into a folder, and record it there; see `peka_lite.manifest.fetch`.
+
+    `partial` names the folder inside that downloads go through, which no other process uses at the time.
+    """
     commit, licence, files = _announced(artifact, artifact.revision or record.get("commit"))
     recorded = {f["path"]: f for f in record.get("files", ())} if record.get("commit") == commit else {}
     hashes = {file.path: _kept(root / file.path, file, recorded.get(file.path)) for file in files}
     missing = [file for file in files if hashes[file.path] is None]
-    parts = root / PARTIAL / (commit or "url")  # what was begun of another commit is not gone on with
+    parts = root / partial / (commit or "url")  # what was begun of another commit is not gone on with
     _check_disk(root, artifact, parts, missing, licence, progress)
-    new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         for file in _coming(artifact, missing, root, parts, progress):
             part, place = parts / file.path, root / file.path
@@ -67,14 +69,11 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, progress: bool) 
             if not recorded:  # a record of another commit must not vouch for this file
                 (root / RECORD).unlink(missing_ok=True)
             os.replace(part, place)
-        _write_record(root, artifact, commit, licence, hashes)
+        _write_record(root, root / partial, artifact, commit, licence, hashes)
     except Exception:  # not KeyboardInterrupt: what was begun then is gone on with
-        shutil.rmtree(root / PARTIAL, ignore_errors=True)
-        for folder in new_folders:
-            with contextlib.suppress(OSError):  # it holds finished files
-                folder.rmdir()
+        shutil.rmtree(root / partial, ignore_errors=True)
         raise
-    shutil.rmtree(root / PARTIAL, ignore_errors=True)
+    shutil.rmtree(root / partial, ignore_errors=True)
 
 
 def check_file(path: Path, file: File, *, what: str) -> str:
@@ -298,7 +297,7 @@ def _bars(progress: bool):
         enable_progress_bars()
 
 
-def _write_record(root: Path, artifact: Artifact, commit: str | None, licence: str | None, hashes: dict) -> None:
+def _write_record(root: Path, work: Path, artifact: Artifact, commit: str | None, licence, hashes: dict) -> None:
     files = [{"path": path, "size": (root / path).stat().st_size, "sha256": sha} for path, sha in hashes.items()]
     record = {
         "name": artifact.name,
@@ -308,7 +307,7 @@ def _write_record(root: Path, artifact: Artifact, commit: str | None, licence: s
         "licence": licence,
         "files": files,
     }
-    partial = root / PARTIAL / RECORD
+    partial = work / RECORD
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, root / RECORD)

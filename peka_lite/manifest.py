@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 from peka_lite._artifacts import Artifact, File, Manifest, Sample, parse_manifest
-from peka_lite._fetch import fetch_into, read_record
+from peka_lite._fetch import PARTIAL, RECORD, fetch_into, read_record
+from peka_lite.locks import alone
 
 __all__ = ["Artifact", "File", "Manifest", "Sample", "cache_dir", "fetch", "located", "patients_of", "read_manifest"]
 
@@ -149,10 +151,14 @@ def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progre
     folder = _root(artifact, root)
     if (place := located(artifact, root=folder)) is not None:
         return place
-    if (other := (record := read_record(folder)).get("name", artifact.name)) != artifact.name:
+    if (other := read_record(folder).get("name", artifact.name)) != artifact.name:
         raise ValueError(f"{folder} holds {other} already; give {artifact.name} a folder of its own")
-    fetch_into(folder, artifact, record=record, progress=progress)
-    return located(artifact, root=folder)
+    with alone(folder / RECORD) as held:
+        if (place := located(artifact, root=folder)) is None:  # another process may have been first
+            own = PARTIAL if held else f"{PARTIAL}.{secrets.token_hex(4)}"
+            fetch_into(folder, artifact, record=read_record(folder), partial=own, progress=progress)
+            place = located(artifact, root=folder)
+    return place
 
 
 @functools.cache
