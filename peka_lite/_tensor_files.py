@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from peka_lite._file_kinds import misfit
+from peka_lite._outputs import output
 
 FORMAT = 1
 LONGEST = 2**25  # bytes of a file's header, which holds the record; that of 50 folds of 20,000 genes takes a third
@@ -23,19 +24,23 @@ def require_name(name: str) -> None:
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], record: dict, *, kind: str) -> None:
-    """Write tensors and a JSON record as one safetensors file, whole or not at all."""
+    """Write tensors and a JSON record as one safetensors file, whole or not at all, only in the place of its kind."""
     from safetensors.torch import save_file
 
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     stamp = json.dumps({"kind": kind, "format": FORMAT, **record})
-    try:
+    with output(path, f"peka_lite, as a file of a {kind}", own=lambda there: _is_own(there, kind)) as partial:
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "peka_lite": stamp}
         )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _is_own(path: Path, kind: str) -> bool:
+    try:
+        read_record(path, kind=kind)
+    except (ValueError, TypeError, AttributeError):  # another's, whatever its record holds
+        return False
+    return True
 
 
 def read_record(path: str | os.PathLike, *, kind: str) -> dict:

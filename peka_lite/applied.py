@@ -11,7 +11,7 @@ import numpy as np
 from peka_lite._hdf5 import read_obs
 from peka_lite.cohorts import cohort_root
 from peka_lite.hest import read_slide
-from peka_lite.predict import predict_slide, predict_spots
+from peka_lite.predict import check_place, predict_slide, predict_spots
 from peka_lite.trained import load_trained, read_run
 
 
@@ -57,6 +57,8 @@ def predict_from(
     ------
     FileNotFoundError
         For a slide that is neither a file nor an id of the cohort.
+    FileExistsError
+        For an `out` that is read here, or is there already and was not written by this.
     ValueError
         As `load_trained` and `predict_slide`, for `mpp` given with a HEST slide, and for `cohort` with an image.
 
@@ -74,6 +76,9 @@ def predict_from(
     KDM3A -0.1        0.0        3.0
     NAT1   0.1        0.0        3.5
     """
+    folder = Path(model)
+    read = [slide, *([] if weights is None else [weights]), *(folder.iterdir() if folder.is_dir() else ())]
+    check_place(Path(out), inputs=read)
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():
         if cohort is not None:
@@ -87,6 +92,7 @@ def predict_from(
         some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         cohort = cohort or config.cohort
         raise FileNotFoundError(f"{slide}: no such image file, and no slide of the cohort {cohort}, which has {some}")
+    check_place(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
     if mpp is not None:
         raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
     own = cohort is None or root == cohort_root(config.cohort)

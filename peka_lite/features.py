@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
+from peka_lite._outputs import check_file, output
 from peka_lite.backbones import embed_tiles
 from peka_lite.hest import Cohort
 from peka_lite.progress import Stage, say
@@ -37,7 +38,8 @@ def write_features(
     cohort
         From `open_cohort`; any cohort, not only the one that taught the student.
     out
-        ``.h5ad`` file, written under another name and renamed when whole; one that is there is replaced.
+        ``.h5ad`` file, written under another name and renamed when whole. One that is there is replaced where this
+        wrote it and nobody changed it since.
     student
         From `load_backbone`, or ``load_trained(folder).student``; or any module that `embed_tiles` takes.
     source
@@ -55,6 +57,8 @@ def write_features(
     ------
     ValueError
         For a name that does not end in .h5ad, and as `embed_tiles`.
+    FileExistsError
+        For an `out` that is another file, or one that the cohort is read from.
 
     Examples
     --------
@@ -73,6 +77,8 @@ def write_features(
     out = Path(out)
     if out.suffix != ".h5ad":
         raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
+    at = {"by": "peka-lite embed", "inputs": cohort.tiles.paths}
+    check_file(out, **at)
     name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
     looks = {"mean": mean, "std": std, "input_size": input_size}
     with Stage("", reports=progress):
@@ -90,11 +96,6 @@ def write_features(
     names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
     adata.uns["peka_lite"] = storable(said)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with output(out, **at) as partial:
         adata.write_h5ad(partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return adata

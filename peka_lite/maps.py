@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
 from peka_lite._hdf5 import read_anndata
+from peka_lite._outputs import check_file, output
 from peka_lite.names import as_written, shown
 from peka_lite.ranges import say_outside, unit_of
 from peka_lite.registry import did_you_mean
@@ -382,23 +383,22 @@ def save_predicted_map(
 ) -> tuple[str, list[str]]:
     """Draw `predicted_map` of a file of predictions into a picture; its suffix names the kind (png, svg, pdf, ...).
 
-    Returns the gene drawn and what is to be said of it (`remarks`).
+    Returns the gene drawn and what is to be said of it (`remarks`). A picture that is there is replaced where this
+    drew it and nobody changed it since; anything else is a FileExistsError.
     """
     predictions, out = Path(predictions), Path(out)
     if (kind := out.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:
         raise ValueError(f"{out}: give a name that ends in .png, .svg or .pdf")
     if not predictions.is_file() or predictions.suffix != ".h5ad":
         raise FileNotFoundError(f"{predictions}: no file of predictions; `peka-lite predict` writes one (.h5ad)")
+    check_file(out, "peka-lite map", inputs=[predictions])
     adata = read_anndata(predictions, uns=("spatial", "peka_lite"))
     gene = default_gene(adata) if gene is None and adata.n_vars else gene
     figure = predicted_map(adata, gene)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(partial, format=kind, dpi=150)
-        os.replace(partial, out)
+        with output(out, "peka-lite map", inputs=[predictions]) as partial:
+            figure.savefig(partial, format=kind, dpi=150)
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(figure)
     return gene, remarks(adata, gene)
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from pandas.api.types import is_numeric_dtype
 from peka_lite import __version__
 from peka_lite._hdf5 import FACTORS, PICTURES, read_anndata
 from peka_lite._hest_files import PLACES
+from peka_lite._outputs import check_file, put_file
 from peka_lite.devices import default_device
 from peka_lite.hest import Slide
 from peka_lite.locks import workplace
@@ -32,6 +33,8 @@ from peka_lite.wsi import TILE, TILE_MPP, open_slide
 
 if TYPE_CHECKING:
     from peka_lite.trained import TrainedModel
+
+BY = "peka-lite predict"
 
 
 def predict_slide(
@@ -59,7 +62,8 @@ def predict_slide(
     model
         A trained model.
     out
-        ``.h5ad`` file to write. One that is there already is replaced when the new one is complete.
+        ``.h5ad`` file to write. One that is there is replaced when the new one is complete, where this wrote it and
+        nobody changed it since.
     min_tissue
         Least share of a tile that is tissue; see `tissue_tiles`.
     batch_size
@@ -87,6 +91,8 @@ def predict_slide(
     ------
     FileNotFoundError, SlideError
         As `open_slide`, `tissue_tiles` and `WholeSlide.read_tile`. What was predicted before stays for the next try.
+    FileExistsError
+        For an `out` that is another file, or one that is read here.
     ValueError
         For an `out` that is not ``.h5ad``, or predictions that are not finite or not of the model's genes.
 
@@ -105,7 +111,7 @@ def predict_slide(
     >>> list(predicted.obs), list(predicted.var)
     (['array_row', 'array_col', 'tissue_share'], ['pcc', 'train_min', 'train_max'])
     """
-    out = _checked(out, batch_size, workers)
+    out = _checked(out, batch_size, workers, inputs=[slide])
     with open_slide(slide, mpp=mpp) as opened:
         with Stage("finding the tissue"):
             found = tissue_tiles(opened, min_tissue=min_tissue)
@@ -162,7 +168,7 @@ def predict_spots(
     PGR     0.4        0.0        4.2
     UBE2Q1  0.0        0.0        3.2
     """
-    out = _checked(out, batch_size, 1)
+    out = _checked(out, batch_size, 1, inputs=slide.tiles.paths)
     measured = slide.adata
     pictures = {}
     for name, library in measured.uns.get("spatial", {}).items():
@@ -187,10 +193,16 @@ def predict_spots(
     )
 
 
-def _checked(out: str | os.PathLike, batch_size: int, workers: int) -> Path:
-    out = Path(out)
+def check_place(out: Path, *, inputs: Iterable[str | os.PathLike] = ()) -> None:
+    """Refuse a place where predictions cannot be written, or where another file is or one that is read."""
     if out.suffix != ".h5ad" or out.is_dir():
         raise ValueError(f"{out}: predictions are one AnnData file; give a name that ends in .h5ad")
+    check_file(out, BY, inputs=inputs)
+
+
+def _checked(out: str | os.PathLike, batch_size: int, workers: int, *, inputs: Iterable[str | os.PathLike]) -> Path:
+    out = Path(out)
+    check_place(out, inputs=inputs)
     for name, value in {"batch_size": batch_size, "workers": workers}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -217,6 +229,7 @@ def _predict(
     parts = (__version__, key, model.fingerprint, genes, str(device), batch_size)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     with workplace(out) as work:
+        check_file(out, BY)  # once more before the work: another process may have been first
         rows, done = open_partial(work, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
@@ -258,7 +271,7 @@ def _predict(
         )
         with Stage(f"writing {out.name}"):
             whole.write_h5ad(work / "whole.h5ad", compression="gzip")
-        os.replace(work / "whole.h5ad", out)
+        put_file(work / "whole.h5ad", out, BY)
         del rows, done, whole
         shutil.rmtree(work)
     return read_anndata(out, uns=("spatial", "peka_lite"))

@@ -166,6 +166,7 @@ class FeatureSource:
     def _tiles(self):
         path, tiles = self.scratch / "tiles.npy", self.cohort.tiles
         if self.processes.first:
+            path.unlink(missing_ok=True)  # of a stopped run, maybe of an older version
             tiles = tiles.to_memmap(path)
         self.processes.wait()
         return (

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from peka_lite._hdf5 import CHUNK, Hdf5Error, check_packing, open_hdf5
+from peka_lite._outputs import output
 from peka_lite.progress import Stage
 
 TILE_SHAPE = (224, 224, 3)
@@ -103,22 +104,18 @@ class TileStore:
         """Lay all rows out once as a uint8 ``.npy`` memory map, and return a store that reads from it.
 
         Reading a compressed HEST file decodes each tile every time; training reads each tile once an epoch.
-        The file is written under a temporary name and renamed when whole. It needs N x 147 KiB of disk.
+        The file is written under a temporary name and renamed when whole. It needs N x 147 KiB of disk. A file that is
+        there is replaced where this wrote it, else it is a FileExistsError, as is one that the store reads from.
         """
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"{path}: a memory map of tiles is a .npy file; give a name that ends in .npy")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with output(path, "TileStore.to_memmap", inputs=self.paths) as partial:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
             for start in Stage("copying tiles to a memory map: part", range(0, len(self), 256)):
                 out[start : start + 256] = self[start : start + 256]
             out.flush()
             del out
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return TileStore([path], np.zeros(len(self)), np.arange(len(self)), self.ids)
 
     def _source(self, part: int):

@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite._outputs import output
 from peka_lite.maps import IMAGE_KEY, colour_limits, flat_in_words, local_pcc, residual_reach, tissue_window
 from peka_lite.scores import pearson
 
@@ -56,14 +57,13 @@ class SlideViewer:
         return self.html
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the viewer as a page of its own, which opens from the disk; a file that is there is replaced."""
+        """Write the viewer as a page of its own, which opens from the disk.
+
+        A file that is there is replaced where this wrote it and nobody changed it since, else it is a FileExistsError.
+        """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with output(path, "SlideViewer.save") as partial:
             partial.write_text(PAGE.format(title=escape(self.title), viewer=self.html), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
 

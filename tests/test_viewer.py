@@ -171,11 +171,11 @@ def test_save_writes_a_page_and_leaves_nothing_else(tmp_path):
 
 def test_a_save_that_fails_leaves_the_old_page(tmp_path, monkeypatch):
     *_, viewer = made_up()
-    (tmp_path / "slide.html").write_text("old")
+    old = viewer.save(tmp_path / "slide.html").read_text(encoding="utf-8")
     monkeypatch.setattr("peka_lite.viewer.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        viewer.save(tmp_path / "slide.html")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("slide.html", "old")]
+        replace(viewer, title="another").save(tmp_path / "slide.html")
+    assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("slide.html", old)]
 
 
 def wrong(**changes):

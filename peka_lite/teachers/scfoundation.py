@@ -16,13 +16,14 @@ import torch
 from scipy import sparse
 
 from peka_lite import __version__
+from peka_lite._outputs import check_file
 from peka_lite.devices import PRECISION, compute_dtype, default_device
 from peka_lite.expression import counts_digest, in_memory
 from peka_lite.locks import workplace
 from peka_lite.progress import bar
 from peka_lite.teachers.checkpoint import find_genes, read_encoder
 from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
-from peka_lite.teachers.stream import finish, open_partial
+from peka_lite.teachers.stream import BY, finish, open_partial
 from peka_lite.teachers.tokens import Tokens, check_options, check_values, tokenize
 from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
@@ -248,6 +249,7 @@ class ScFoundation:
             self._fill(rows, np.zeros(len(rows), dtype=bool), *run, progress)
             return rows
         key = self.cache_key(adata, device=device, pool=pool, **options)
+        check_file(Path(out), BY)
         with workplace(Path(out)) as work:
             rows, done = open_partial(work, shape=shape, key=key)
             self._fill(rows, done, *run, progress)

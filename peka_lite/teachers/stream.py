@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+
+from peka_lite._outputs import put_file
+
+BY = "teacher.embed"
 
 
 def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.memmap, np.memmap]:
@@ -30,5 +33,5 @@ def finish(out: Path, rows: np.memmap) -> None:
     """Put complete rows of `open_partial` in place as `out`."""
     rows.flush()
     work = Path(rows.filename).parent
-    os.replace(work / "rows.npy", out)
+    put_file(work / "rows.npy", out, BY)
     shutil.rmtree(work)
