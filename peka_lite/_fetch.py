@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._file_kinds import file_kind, parse_json, read_text
+from peka_lite._outputs import link_in
 from peka_lite.progress import Stage, draws_bars
 from peka_lite.registry import closed_gate
 
@@ -57,6 +58,8 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = P
     recorded = {f["path"]: f for f in record.get("files", ())} if record.get("commit") == commit else {}
     hashes = {file.path: _kept(root / file.path, file, recorded.get(file.path)) for file in files}
     missing = [file for file in files if hashes[file.path] is None]
+    if link_in(root / partial):
+        shutil.rmtree(root / partial)  # it is not what a stopped fetch leaves
     parts = root / partial / (commit or "url")  # what was begun of another commit is not gone on with
     _check_disk(root, artifact, parts, missing, licence, progress)
     try:

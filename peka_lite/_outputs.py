@@ -65,6 +65,11 @@ def check_file(
         )
 
 
+def link_in(folder: Path) -> Path | None:
+    """Return a symbolic link at or in a folder to go on with, through which a file elsewhere would be written."""
+    return next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
+
+
 @contextlib.contextmanager
 def output(
     out: Path, by: str, *, inputs: Iterable[str | os.PathLike] = (), own: Callable[[Path], bool] | None = None

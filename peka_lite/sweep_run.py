@@ -16,7 +16,8 @@ import pandas as pd
 
 import peka_lite
 from peka_lite import __version__
-from peka_lite._yaml import LARGEST, yaml_text
+from peka_lite._outputs import check_file
+from peka_lite._yaml import LARGEST, read_yaml, yaml_text
 from peka_lite.names import shown
 from peka_lite.sweep import Point, Sweep
 from peka_lite.sweep_points import (
@@ -93,7 +94,7 @@ def run_sweep(
     Raises
     ------
     FileExistsError
-        If `out` holds points of the same names with other settings.
+        If `out` holds points of the same names with other settings, or a ``sweep.yml`` that no sweep wrote.
     ValueError
         For workers together with a scheduler, more workers than GPUs, a cluster's worker that lacks this version of the
         package, and a link in `out` where a point or the log is to be written.
@@ -115,6 +116,7 @@ def run_sweep(
     """
     out = Path(out).resolve()
     states = sweep_states(sweep, out)
+    check_file(out / "sweep.yml", "peka-lite sweep", inputs=[sweep.file], own=_is_told)
     if scheduler is not None and workers is not None:
         raise ValueError("workers and scheduler: a running cluster has workers of its own; give one of the two")
     if retry < 0:
@@ -381,6 +383,15 @@ def _threads_by_host(client) -> dict[str, int]:
 
 def _host(address: str) -> str:
     return address.rpartition(":")[0]
+
+
+def _is_told(path: Path) -> bool:
+    """Say whether a file is the ``sweep.yml`` of a sweep's folder, not a user's file that asks for a sweep."""
+    try:
+        told = read_yaml(path)
+    except ValueError:
+        return False
+    return isinstance(told, dict) and told.keys() == {"title", "notebook", "varied", "points"}
 
 
 def _write_told(sweep: Sweep, out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peka_lite._outputs import put_file
+from peka_lite._outputs import link_in, put_file
 
 BY = "teacher.embed"
 
@@ -19,7 +19,8 @@ def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.me
     """
     paths = work / "rows.npy", work / "done.npy"
     label = f"{key} {shape}"
-    if not (all(p.is_file() for p in paths) and (work / "key").is_file() and (work / "key").read_text() == label):
+    whole = all(p.is_file() for p in paths) and not link_in(work)
+    if not (whole and (work / "key").is_file() and (work / "key").read_text() == label):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         for path, size, dtype in zip(paths, (shape, shape[:1]), (np.float32, bool), strict=True):

@@ -1,0 +1,89 @@
+"""Commands in other processes, which stop at a step until they are let go."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class OtherProcess:
+    """Forks a process for each command, from one that has imported everything; its files are in `folder`."""
+
+    def __init__(self, folder, **environment):
+        self.folder = folder
+        self.go = folder / "go"
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(folder)], env=env | environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, argv, step):
+        """Give a command, and return when it has come to a step: ``"module.function"``."""
+        self.go.unlink(missing_ok=True)
+        self._server.stdin.write(json.dumps({"argv": [str(part) for part in argv], "step": step}) + "\n")
+        self._server.stdin.flush()
+        self.pid = int(self._server.stdout.readline())
+
+    def end(self):
+        """Let the command go on, and return its exit status."""
+        self.go.touch()
+        return int(self._server.stdout.readline())
+
+    def kill(self):
+        """Kill the command where it is."""
+        os.kill(self.pid, signal.SIGKILL)
+        assert int(self._server.stdout.readline()) == -signal.SIGKILL
+
+    def close(self):
+        self._server.kill()
+        self._server.wait()
+        self._server.stdin.close()
+        self._server.stdout.close()
+
+
+def serve(folder):
+    from tiny import TINY
+
+    from peka_lite import applied, features, own_slides, report, run, sharing, teaching  # noqa: F401 - once for all
+    from peka_lite.cli import main
+    from peka_lite.registry import _BACKBONES
+
+    _BACKBONES["tiny"] = TINY
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if (pid := os.fork()) == 0:
+            _stop_at(asked["step"], folder / "go")
+            null = os.open(os.devnull, os.O_WRONLY)
+            answers = os.fdopen(os.dup(1), "w")
+            _stop_at.tell = lambda text, answers=answers: (answers.write(f"{text}\n"), answers.flush())
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            os._exit(main(asked["argv"]))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _stop_at(step, go):
+    owner, _, name = step.rpartition(".")
+    module, _, cls = owner.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, cls) if cls else owner
+    true = getattr(owner, name)
+
+    def stopped(*args, **options):
+        _stop_at.tell(os.getpid())
+        until = time.monotonic() + 60
+        while not go.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        setattr(owner, name, true)
+        return true(*args, **options)
+
+    setattr(owner, name, stopped)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
