@@ -25,7 +25,7 @@ import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from peka_lite import _fetch
+from peka_lite import _fetch, locks
 from peka_lite.backbones import BACKBONES
 from peka_lite.manifest import cache_dir, fetch, located, patients_of, read_manifest
 
@@ -674,6 +674,59 @@ def test_a_process_that_was_killed_goes_on_where_it_stopped(tmp_path, hub, mine)
     assert fetch(mine["big"], root=root, progress=False).read_bytes() == data
     assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={begun}-"]
     assert names(root) == ["fetched.json", "models.ckpt"]
+
+
+def test_a_second_fetch_waits_and_goes_on_where_the_first_ended(tmp_path, hub, mine, monkeypatch):
+    data = os.urandom(MIB) * 22
+    hub.files["models.ckpt"], hub.bad["models.ckpt"] = data, "stall"
+    root, said = tmp_path / "big", []
+    code = "import sys; from peka_lite.manifest import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
+    child = subprocess.Popen([sys.executable, "-c", code, mine.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    part = root / ".partial" / COMMIT / "models.ckpt"
+
+    def end(text):
+        said.append(text)
+        child.kill()
+        child.wait()
+        said.append(part.stat().st_size)
+        hub.bad.clear()
+        hub.seen.clear()
+
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=end, flush=lambda: None)))
+    try:
+        give_up = time.monotonic() + 60
+        while not (part.is_file() and part.stat().st_size >= 10 * MIB):
+            assert child.poll() is None
+            assert time.monotonic() < give_up
+            threading.Event().wait(0.02)
+        assert fetch(mine["big"], root=root, progress=False).read_bytes() == data
+    finally:
+        child.kill()
+        child.wait()
+    assert said[0].startswith(f"waiting for another process that writes {root}")
+    assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={said[1]}-"]
+    assert names(root) == ["fetched.json", "models.ckpt"]
+
+
+def test_without_locks_two_fetches_do_not_share_what_has_come(tmp_path, hub, mine, monkeypatch):
+    from huggingface_hub import file_download
+
+    def refuse(_file, _how):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    def half(url, data, **options):
+        monkeypatch.setattr(file_download, "http_get", get)
+        data.write(hub.files["models.ckpt"][:1000])
+        data.flush()
+        assert fetch(mine["big"], root=tmp_path / "big", progress=False).is_file()
+        get(url, data, **options | {"resume_size": 1000})
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    get = file_download.http_get
+    monkeypatch.setattr(file_download, "http_get", half)
+    assert fetch(mine["big"], root=tmp_path / "big", progress=False).read_bytes() == hub.files["models.ckpt"]
+    assert names(tmp_path / "big") == ["fetched.json", "models.ckpt"]
 
 
 def test_an_interrupted_file_is_kept_and_gone_on_with_but_not_that_of_another_commit(tmp_path, hub, mine, monkeypatch):
