@@ -114,7 +114,7 @@ def backbone_fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all", data: str | None = None) -> None:
-    """Write a student's adapter as a safetensors file that `load_adapter` reads; an older file is replaced.
+    """Write a student's adapter as a file that `load_adapter` reads; only another file of an adapter is replaced.
 
     Parameters
     ----------

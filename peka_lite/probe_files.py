@@ -73,7 +73,7 @@ def save_probes(
     normalization: str,
     fingerprint: str | None = None,
 ) -> None:
-    """Write fitted probes as a safetensors file of float64; an older file is replaced.
+    """Write fitted probes as a safetensors file of float64; only another file of probes is replaced.
 
     Parameters
     ----------

@@ -391,7 +391,7 @@ def _is_told(path: Path) -> bool:
         told = read_yaml(path)
     except ValueError:
         return False
-    return isinstance(told, dict) and told.keys() == {"title", "notebook", "varied", "points"}
+    return isinstance(told, dict) and told.keys() >= {"varied", "points"}
 
 
 def _write_told(sweep: Sweep, out: Path) -> None:

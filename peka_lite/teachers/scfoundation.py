@@ -215,8 +215,8 @@ class ScFoundation:
             Where memory runs out the number is halved and the work goes on. A longer spot has a batch of its own.
         out
             ``.npy`` file to stream rows to. A stopped job with the same data, weights and settings goes on from its
-            ``{out}.{machine}.partial``, on the same machine; a file that is there already is replaced when the new one
-            is complete.
+            ``{out}.{machine}.partial``, on the same machine. A file that is there already is replaced when the new one
+            is complete, where this wrote it.
         progress
             Say how many of the genes are known, and show a bar with spots per second and the time left.
 
