@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 
 import numpy as np
+
+from peka_lite.names import in_html
 
 _THUMBNAIL_PX = 220
 
@@ -14,7 +15,8 @@ _THUMBNAIL_PX = 220
 def slide_html(slide) -> str:
     """Thumbnail with spots, one tile and the facts of a slide, as self-contained HTML."""
     pictures = "".join(
-        f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
+        f'<img src="data:image/png;base64,{png}" alt="{in_html(alt)}" '
+        f'style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
         for png, alt in ((_thumbnail(slide), f"Slide {slide.id} with its spots"), (_tile(slide), "One tile"))
         if png
     )
@@ -28,10 +30,10 @@ def slide_html(slide) -> str:
         **{f"dropped: {why}": n for why, n in slide.dropped.items()},
     }
     rows = "".join(
-        f"<tr><th style='text-align:left'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items()
+        f"<tr><th style='text-align:left'>{in_html(k)}</th><td>{in_html(v)}</td></tr>" for k, v in facts.items()
     )
     note = "<p><em>Synthetic data.</em></p>" if slide.metadata.get("synthetic") else ""
-    return f"<div><strong>Slide {escape(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
+    return f"<div><strong>Slide {in_html(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
 
 
 def cohort_html(cohort) -> str:
@@ -40,7 +42,7 @@ def cohort_html(cohort) -> str:
     rows = "".join(
         "<tr>"
         + "".join(
-            f"<td>{escape(str(v))}</td>"
+            f"<td>{in_html(v)}</td>"
             for v in (
                 s.id,
                 s.patient or "unknown",
@@ -53,7 +55,7 @@ def cohort_html(cohort) -> str:
         + "</tr>"
         for s in cohort.slides
     )
-    out = "".join(f"<li>left out {escape(i)}: {escape(why)}</li>" for i, why in cohort.left_out.items())
+    out = "".join(f"<li>left out {in_html(i)}: {in_html(why)}</li>" for i, why in cohort.left_out.items())
     synthetic = any(s.metadata.get("synthetic") for s in cohort.slides)
     title = f"{len(cohort.slides)} slides, {len(cohort)} spots, {len(cohort.genes)} shared genes"
     return (

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from peka_lite._inside import own_file
 from peka_lite._yaml import is_line, read_yaml, yaml_text
 from peka_lite.registry import (
     _BACKBONES,
@@ -181,7 +182,7 @@ def restore_backbone(folder: Path) -> None:
         If another row is known under its name; the message names both.
     """
     if (path := folder / FILE).is_file():
-        row = read_backbone(path)
+        row = read_backbone(own_file(folder, FILE))
         try:
             register_backbone(row)
         except ValueError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from peka_lite.cli_options import parser
+from peka_lite.names import visible
 from peka_lite.progress import Stage
 
 
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_warnings_plainly()
             return command(**options)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"peka-lite: {error}", file=sys.stderr)
+        print(f"peka-lite: {visible(str(error).strip())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("peka-lite: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
@@ -39,11 +41,18 @@ def _print_warnings_plainly() -> None:
 
     def plainly(message, category, *place, **options):
         if category is UserWarning:
-            print(f"peka-lite: {message}", file=sys.stderr)
+            print(f"peka-lite: {visible(message)}", file=sys.stderr)
         else:
-            show(message, category, *place, **options)
+            plain = visible(message, lines=True)
+            show(message if plain == str(message) else plain, category, *place, **options)
 
     warnings.showwarning = plainly
+
+
+def _say(*lines: object) -> None:
+    """Print lines of a result; what a terminal obeys is an escape in them (`visible`), for names may be received."""
+    for line in lines:
+        print(visible(line))
 
 
 def _run(*, out: str, maps: bool, **options) -> int:
@@ -52,7 +61,7 @@ def _run(*, out: str, maps: bool, **options) -> int:
     summary = run(RunConfig(**options), out, maps=maps, progress=True)
     if not summary:  # another process than the first
         return 0
-    print(
+    _say(
         f"{summary['method']}, features {summary['features']}, on {summary['backbone']} ({summary['weights']}), "
         f"protocol {summary['protocol']}, {summary['split']} split, {summary['n_folds']} folds: "
         f"mean PCC {summary['mean_pcc']:.3f} "
@@ -70,10 +79,11 @@ def _train(*, out: str, fold: int | None, **options) -> int:
     if summary:
         how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
         drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
-        print(
+        _say(
             f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "
-            f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}\n"
-            f"next: peka-lite predict SLIDE --model {out} --out genes.h5ad; `peka-lite run` says how well it predicts"
+            f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}",
+            f"next: peka-lite predict SLIDE --model {shlex.quote(out)} --out genes.h5ad; "
+            "`peka-lite run` says how well it predicts",
         )
     return 0
 
@@ -96,7 +106,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
     spots = open_cohort(cohort, slides=slides, min_genes=min_genes)
     options = {"batch_size": batch_size, "device": device, "progress": True}
     features = write_features(spots, out, student, source=source, **options)
-    print(f"{features.n_obs} spots, {features.n_vars} features; {out}")
+    _say(f"{features.n_obs} spots, {features.n_vars} features; {out}")
     return 0
 
 
@@ -111,8 +121,8 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
         um, share = told["tile_px"] * told["tile_mpp"], told["min_tissue"]
         where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
     model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
-    print(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
-    print(say_outside(predicted))
+    _say(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
+    _say(say_outside(predicted))
     return 0
 
 
@@ -120,7 +130,7 @@ def _map(*, predictions: str, gene: str | None, out: str) -> int:
     from peka_lite.maps import save_predicted_map
 
     drawn, remarks = save_predicted_map(predictions, out, gene=gene)
-    print(f"{out}: {drawn}; for another gene of {predictions} there is --gene", *remarks, sep="\n")
+    _say(f"{out}: {drawn}; for another gene of {predictions} there is --gene", *remarks)
     return 0
 
 
@@ -128,15 +138,15 @@ def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> i
     from peka_lite.own_slides import add_slide, next_step
     from peka_lite.space_ranger import read_counts
 
-    print(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
-    print(next_step(cohort))
+    _say(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
+    _say(next_step(cohort))
     return 0
 
 
 def _export(*, model: str, out: str, fold: int | None, weights: str | None) -> int:
     from peka_lite.sharing import export
 
-    print(export(model, out, fold=fold, weights=weights))
+    _say(export(model, out, fold=fold, weights=weights))
     return 0
 
 
@@ -145,7 +155,7 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
 
     if sweep is None:
         for name, title in ready_sweeps().items():
-            print(f"{name:<12}{title}")
+            _say(f"{name:<12}{title}")
         return 0
     if len({name for name, _ in fixed}) < len(fixed):
         raise ValueError("-p: a parameter is given twice")
@@ -154,7 +164,7 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
     if dry_run:
         from peka_lite.sweep_points import plan
 
-        print(plan(asked, out))
+        _say(*plan(asked, out).split("\n"))
         return 0
     from peka_lite.report import write_report
     from peka_lite.sweep_run import run_sweep
@@ -167,7 +177,7 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
         signal.signal(signal.SIGTERM, before)
     if (states["state"] == "done").any():
         write_report([out], f"{out}/report", replace=True)
-        print(f"{out}/report/report.md")
+        _say(f"{out}/report/report.md")
     return int((states["state"] != "done").any())
 
 
@@ -176,9 +186,9 @@ def _fetch(*, name: str | None, root: str | None) -> int:
 
     if name is None:
         for entry in read_manifest().values():
-            print(f"{entry.name:<20}{entry.kind:<12}{'fetched' if located(entry.name) else '':<9}{entry.title}")
+            _say(f"{entry.name:<20}{entry.kind:<12}{'fetched' if located(entry.name) else '':<9}{entry.title}")
         return 0
-    print(fetch(name, root=root))
+    _say(fetch(name, root=root))
     return 0
 
 
@@ -186,7 +196,7 @@ def _doctor(*, offline: bool) -> int:
     from peka_lite.doctor import doctor, report
 
     checks = doctor(online=not offline)
-    print(report(checks))
+    _say(*report(checks).split("\n"))
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -194,7 +204,7 @@ def _report(*, runs: list[str], out: str) -> int:
     from peka_lite.report import write_report
 
     write_report(runs, out)
-    print(f"{out}/report.md")
+    _say(f"{out}/report.md")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from peka_lite import __version__
+from peka_lite.names import visible
 
 _HELP = {
     "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
@@ -62,7 +63,7 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
 
     The others must do where an install is broken, so PyTorch is not imported for them.
     """
-    top = argparse.ArgumentParser("peka-lite", description="Teach a pathology model to predict gene expression.")
+    top = _Parser("peka-lite", description="Teach a pathology model to predict gene expression.")
     top.add_argument("--version", action="version", version=f"peka-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -155,6 +156,11 @@ def _add_settings(experiment: argparse.ArgumentParser) -> None:
             experiment.add_argument(flag, action="store_true", help=_HELP[field.name])
             continue
         experiment.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        super().error(visible(message))  # which repeats what was given, names of a shell's pattern too
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

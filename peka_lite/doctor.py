@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from peka_lite.names import visible
+
 TORCH, PEFT = (2, 6), (0, 18)  # the oldest that pyproject.toml takes
 PEFT_NAMES = ("AdaLoraConfig", "AdaLoraModel", "LoraConfig", "MissConfig", "inject_adapter_in_model")
 GATES_S = 10  # for all gated repositories together
@@ -68,7 +70,8 @@ def report(checks: Iterable[Check]) -> str:
           fix: set HF_TOKEN
     """
     return "\n".join(
-        f"{check.status:<6}{check.name:<12}{check.line}" + (f"\n      fix: {check.fix}" if check.fix else "")
+        f"{check.status:<6}{check.name:<12}{visible(check.line)}"
+        + (f"\n      fix: {visible(check.fix)}" if check.fix else "")
         for check in checks
     )
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from peka_lite.names import visible
+
 EVERY = 30.0  # seconds between two lines
 
 _lock = threading.RLock()
@@ -128,14 +130,14 @@ def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total
 
     around = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
     disable = _in_notebook() if enabled is None else not enabled  # a widget in a page's output needs the network
-    return tqdm(items, total=total, desc=", ".join([*around, desc]), disable=disable, **options)
+    return tqdm(items, total=total, desc=visible(", ".join([*around, desc])), disable=disable, **options)
 
 
 def say(text: str) -> None:
     """Print a line on stderr where a stage reports; work goes on where nobody reads it any more."""
     if any(stage.reports for stage in list(_open)):
         with suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{visible(text)}\n")
             sys.stderr.flush()
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from peka_lite._outputs import check_free
 from peka_lite.locks import alone, put_new
-from peka_lite.names import file_name, in_markdown
+from peka_lite.names import file_name, in_markdown, shown, write_cells
 from peka_lite.paper_tables import table1, table2
 from peka_lite.progress import Stage, say
 from peka_lite.report_effects import effects_table
@@ -105,8 +105,10 @@ class _Page:
 
     def __init__(self, folder: Path, sweeps: Sequence[SweepFolder]):
         self.folder, self.given = folder, {}
-        self.parts = [f"# {sweeps[0].title}" if len(sweeps) == 1 else "# Report"]
-        self.parts += [(f"{sweep.title}: " if len(sweeps) > 1 else "") + sweep.told() for sweep in sweeps]
+        titles = [in_markdown(sweep.title) for sweep in sweeps]
+        self.parts = [f"# {titles[0]}" if len(sweeps) == 1 else "# Report"]
+        for name, sweep in zip(titles, sweeps, strict=True):
+            self.add((f"{name}: " if len(sweeps) > 1 else "") + sweep.told())
         folder.mkdir()
 
     def add(self, text: str) -> None:
@@ -218,9 +220,10 @@ def _check_free(out: Path, replace: bool) -> None:
 def markdown(table: pd.DataFrame) -> str:
     """Return a table as GitHub's Markdown: three decimals, empty where there is no value."""
     flat = table.reset_index() if any(table.index.names) else table
-    lines = [[str(column).strip() for column in flat], ["---"] * flat.shape[1]]
+    lines = [[_cell(str(column).strip()) for column in flat]]
     lines += [[_cell(value) for value in row] for row in flat.itertuples(index=False)]
-    return "".join(f"| {' | '.join(map(in_markdown, line))} |\n" for line in lines)
+    lines = [[in_markdown(text) for text in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * flat.shape[1], *lines[1:]])
 
 
 def _targets(runs: Sequence[Run]) -> list[str]:
@@ -231,7 +234,7 @@ def _targets(runs: Sequence[Run]) -> list[str]:
 def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Write one CSV (with a column of targets where there are several tables) and one Markdown file."""
     whole = pd.concat(tables, names=["targets"]) if len(tables) > 1 else next(iter(tables.values()))
-    whole.to_csv(path.with_name(path.name + ".csv"))
+    write_cells(whole, path.with_name(path.name + ".csv"), index=True)
     told = [(in_markdown(t.attrs["title"]), markdown(t), in_markdown(t.attrs["note"])) for t in tables.values()]
     texts = [f"### {title}\n\n{table}\n{note}\n" for title, table, note in told]
     path.with_name(path.name + ".md").write_text("\n".join(texts), "utf-8")
@@ -240,4 +243,4 @@ def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.3f}"
-    return str(value)
+    return shown(str(value), longest=200)

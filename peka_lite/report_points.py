@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite.names import read_metrics
+from peka_lite.names import read_metrics, write_cells
 from peka_lite.report_runs import BACKBONES, ELSEWHERE, INTERVALS, Run, label
 from peka_lite.report_settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words, word
 from peka_lite.report_sweeps import SweepFolder
@@ -96,7 +96,7 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     for run in runs:
         path = run.folder and run.folder / "metrics.csv"
         if path and path.is_file():
-            table = read_metrics(path)
+            table = read_metrics(path, within=run.within)
         else:
             table = pooled(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]
@@ -113,9 +113,9 @@ def setting_columns(points: pd.DataFrame) -> list[str]:
 
 
 def write_tidy(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a table as CSV and as parquet; `path` is without suffix."""
+    """Write a table as parquet, and as CSV for spreadsheets (`write_cells`); `path` is without suffix."""
     path = Path(path)
-    table.to_csv(path.with_name(f"{path.name}.csv"), index=False)
+    write_cells(table, path.with_name(f"{path.name}.csv"), index=False)
     table.to_parquet(path.with_name(f"{path.name}.parquet"), index=False)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._yaml import read_yaml
-from peka_lite.registry import WITH_STUDENT
+from peka_lite._inside import own_file, own_folder, own_json, own_yaml
+from peka_lite.names import shown
+from peka_lite.registry import FEATURES, WITH_STUDENT
 from peka_lite.report_sweeps import RUN_FILES, is_sweep, read_sweep_folder
+from peka_lite.scores import MOMENTS
 from peka_lite.unfinished import PARTIAL, SETTINGS, SUMMARY, command, refusal
 
 PROTOCOLS = ("paper", "hest", "strict", "custom")
@@ -24,10 +26,17 @@ METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA
 CONTROLS = {"colour": "colour and texture", "coordinates": "coordinates", "depth": "total count"}
 INTERVALS = "95% confidence intervals: Student's t times a bootstrap standard error over patients (or slides) and genes"
 HELD_OUT = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
-_FIELDS = (
-    "protocol", "method", "features", "shuffled", "backbone", "cohort", "split", "normalization", "scores", "ceiling",
-    "unit", "one_patient", "synthetic", "slides", "data_fingerprint",
-)  # fmt: skip
+_UNITS = ("slide", "patient")
+# Fields of summary.json: the words that each may be, or its type.
+_FIELDS = {
+    "protocol": PROTOCOLS, "method": METHODS, "features": FEATURES, "shuffled": bool, "backbone": str, "cohort": str,
+    "split": HELD_OUT, "normalization": TARGETS, "scores": dict, "ceiling": dict, "unit": _UNITS, "one_patient": bool,
+    "synthetic": bool, "slides": list, "data_fingerprint": str,
+}  # fmt: skip
+_SETTINGS = {"cohort": str, "seed": int, "weights": str, "teacher": str, "slides": list | None}  # of config.yml
+_COLUMNS = {"normalization": str, "fold": int, **dict.fromkeys(("slide", "patient", "gene"), str)}  # of slides.parquet
+_COLUMNS |= dict.fromkeys(MOMENTS, float)
+_CODECS, _ENCODINGS = {"SNAPPY", "UNCOMPRESSED"}, {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 ELSEWHERE = ("cohort", "slides", "patients", "device")  # settings that the data's fingerprint stands for, or no number
 
 
@@ -45,6 +54,8 @@ class Run:
         What these points set, and set alike.
     parts
         Of a mean over seeds (`over_seeds`), the run of each seed.
+    within
+        Folder that links in `folder` may lead to: the one that was given.
     """
 
     name: str
@@ -55,6 +66,7 @@ class Run:
     points: tuple[str, ...] = ()
     varied: dict = dataclasses.field(default_factory=dict)
     parts: tuple[Run, ...] = ()
+    within: Path | None = None
 
     def score(self, how: str = "pooled", *, normalization: str | None = None) -> dict:
         """Return pcc, ci_low, ci_high and per_fold; of the protocol's own targets by default."""
@@ -92,7 +104,8 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     made the same run several times, it is read once.
 
     What is unfinished (also any folder named ``*.partial``), cut short or made by an older version is left out with a
-    warning that names it, as long as something is left.
+    warning that names it, as long as something is left. So is what cannot be read, or lies outside the folder that was
+    given: links are followed inside it alone.
 
     Raises
     ------
@@ -120,18 +133,18 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
             raise FileNotFoundError(f"{folder}: no such folder; give one that `peka-lite run` made, or one of those")
         if is_sweep(folder):
             sweep, sweeps = read_sweep_folder(folder), True
-            found += [(path, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
+            found += [(path, folder, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
             continue
         inside = []
         if folder.is_dir() and not _is_run(folder):
             inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
-        found += [(path, (), {}) for path in inside or [folder]]
+        found += [(path, folder, (), {}) for path in inside or [folder]]
     if not found and not sweeps:
         raise ValueError("a report needs at least one run folder")
     left_out: list[Exception] = []
-    for folder, points, varied in found:
+    for folder, within, points, varied in found:
         try:
-            run = dataclasses.replace(_read(folder), points=points, varied=varied)
+            run = dataclasses.replace(_read(folder, within), points=points, varied=varied)
         except (FileNotFoundError, ValueError) as error:
             left_out.append(error)
             continue
@@ -284,15 +297,19 @@ def _is_run(folder: Path) -> bool:
     return folder.name.endswith(PARTIAL) or any((folder / name).is_file() for name in (SETTINGS, SUMMARY))
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path, within: Path) -> Run:
+    if folder != within:
+        own_folder(folder, within=within)
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
         raise FileNotFoundError(refusal(folder, needs=RUN_FILES, what="run"))
     try:
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
-        config = read_yaml(folder / "config.yml")
-        moments = pd.read_parquet(folder / "slides.parquet")
+        summary = own_json(folder, "summary.json", within=within)
+        config = own_yaml(folder, "config.yml", within=within)
+        moments = _moments(own_file(folder, "slides.parquet", within=within, largest=2**30))
         if not (isinstance(summary, dict) and isinstance(config, dict)):
             raise ValueError("no settings or no summary in it")
+        if (folder / "metrics.csv").exists():
+            own_file(folder, "metrics.csv", within=within)
     except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
@@ -300,4 +317,105 @@ def _read(folder: Path) -> Run:
         ) from None
     if missing := [field for field in _FIELDS if field not in summary]:
         raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
-    return Run(folder.resolve().name, config, summary, moments, folder)
+    if odd := _odd(config, summary, moments):
+        raise ValueError(f"{folder}: {odd}; this is not what `peka-lite run` writes, run it anew")
+    return Run(folder.resolve().name, config, summary, moments, folder, within=within)
+
+
+def _moments(path: Path) -> pd.DataFrame:
+    """Read the known columns of ``slides.parquet``, after a look at how much it says that it holds."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(
+            path, read_dictionary=[k for k, kind in _COLUMNS.items() if kind is str]
+        ) as file:
+            kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            for name, kind in _COLUMNS.items():
+                if name not in kinds or file.schema_arrow.names.count(name) > 1 or not _is_of(kinds[name], kind):
+                    raise ValueError(f"column {name} is missing, there twice, or not of {kind.__name__}")
+            groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+            parts = [
+                part for g in groups for part in map(g.column, range(g.num_columns)) if part.path_in_schema in _COLUMNS
+            ]
+            if any(part.compression not in _CODECS or not {*part.encodings} <= _ENCODINGS for part in parts):
+                raise ValueError("it is packed in a way in which no run packs it")
+            # Rows of real moments are numbers of 8 bytes each that hardly pack.
+            rows, size = sum(group.num_rows for group in groups), path.stat().st_size
+            if rows > max(2**20, size // 16):
+                raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows that it names")
+            table = file.read(columns=list(_COLUMNS), use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    columns = {}
+    for name, kind in _COLUMNS.items():
+        column = table.column(name)
+        if kind is not float and column.null_count:
+            raise ValueError(f"{path}: column {name} has holes")
+        columns[name] = column.to_pandas()
+        if kind is str:
+            words = columns[name].cat.categories
+            if len(table) * max(map(len, words), default=0) > 2**32:
+                raise ValueError(f"{path}: names in column {name} are too long")
+            columns[name] = pd.Series(words.to_numpy(dtype=object)[columns[name].cat.codes])
+    return pd.DataFrame(columns)
+
+
+def _is_of(found, kind: type) -> bool:
+    import pyarrow.types as types
+
+    if kind is str:
+        return types.is_dictionary(found) and (
+            types.is_string(found.value_type) or types.is_large_string(found.value_type)
+        )
+    return types.is_integer(found) or (kind is float and types.is_floating(found))
+
+
+def _odd(config: dict, summary: dict, moments: pd.DataFrame) -> str | None:
+    """Say which value of a run is none that a report can take; None where all are."""
+    for fields, known, file in ((summary, _FIELDS, "summary.json"), (config, _SETTINGS, "config.yml")):
+        for name, wanted in known.items():
+            value = fields.get(name)
+            is_type = not isinstance(wanted, tuple | dict)
+            if not (_is_a(value, wanted) if is_type else isinstance(value, str) and value in wanted):
+                return f"{name} in {file} is {_cut(value)}"
+    for name, value in config.items():
+        if not isinstance(name, str) or not all(map(_is_plain, value if isinstance(value, list) else [value])):
+            return f"{name!r} in config.yml is {_cut(value)}"
+    if not all(isinstance(slide, str) for slide in [*summary["slides"], *(config["slides"] or ())]):
+        return "slides are not names"
+    for fields, name in ((config, "train_share"), (summary, "seconds")):
+        if name in fields and not _is_number(fields[name]):
+            return f"{name} is {_cut(fields[name])}"
+    for target in TARGETS:
+        ceiling, scores = summary["ceiling"].get(target), summary["scores"].get(target)
+        if not (isinstance(ceiling, dict) and isinstance(ceiling.get("basis"), str) and _is_number(ceiling.get("pcc"))):
+            return f"ceiling of {target} in summary.json is {_cut(ceiling)}"
+        for how in ("pooled", "slides"):
+            score = scores.get(how) if isinstance(scores, dict) else None
+            numbers = [score.get(k) for k in ("pcc", "ci_low", "ci_high")] if isinstance(score, dict) else [None]
+            folds = score.get("per_fold") if isinstance(score, dict) else None
+            if not (all(map(_is_number, numbers)) and isinstance(folds, list) and all(map(_is_number, folds))):
+                return f"the {how} score of {target} in summary.json is {_cut(score)}"
+        if not (moments["normalization"] == target).any():
+            return f"no row of {target} in slides.parquet"
+    return None
+
+
+def _cut(value: object) -> str:
+    return shown(repr(value), longest=80)
+
+
+def _is_a(value: object, kind) -> bool:
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_a(value, int | float)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | None)

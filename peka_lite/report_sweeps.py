@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from peka_lite._inside import check_name, check_record, own_file, own_folder, own_json
 from peka_lite._yaml import read_yaml
-from peka_lite.sweep_points import read_json
+from peka_lite.names import in_code, in_markdown
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
+_MOST_SCALARS = 10_000  # of a notebook's summary, each a column of a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,20 +71,20 @@ class SweepFolder:
         Raises
         ------
         ValueError
-            For a file that is no JSON, or no mapping.
+            For a file that is no JSON, or no mapping, and as `own_file`.
         """
         for point in self.finished if self.notebook is not None else ():
             for here, names in _below(self.folder / point):
                 if "summary.json" in names and "config.yml" not in names:
-                    yield point, _scalars(here / "summary.json")
+                    yield point, _scalars(here, within=self.folder)
 
     def told(self) -> str:
-        """Return in words how many points are finished, and what became of the others."""
+        """Return in Markdown how many points are finished, and what became of the others."""
         words = f"{len(self.finished)} of {len(self.points)} points finished"
         groups = {"missing": [], "unfinished": [], "failed": []}
         for point, state in self.missing.items():
             kind, _, line = state.partition(": ")
-            groups[kind].append(f"`{point}`" + (f" ({line})" if line else ""))
+            groups[kind].append(in_code(point) + (f" ({in_markdown(line)})" if line else ""))
         return "; ".join([words, *(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)]) + "."
 
 
@@ -98,7 +99,8 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     Raises
     ------
     ValueError
-        If ``sweep.yml`` is not what `peka-lite sweep` writes into its folder.
+        If ``sweep.yml`` is not what `peka-lite sweep` writes into its folder, and for a point that lies elsewhere: one
+        that is named by a path, or is a link out of the folder.
 
     Examples
     --------
@@ -114,22 +116,32 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     '1 of 2 points finished; missing: `features=coordinates`.'
     """
     folder = Path(folder)
-    path = folder / "sweep.yml"
+    path = own_file(folder, "sweep.yml")
     try:
         asked = read_yaml(path)
         title, notebook, varied = asked["title"], asked["notebook"], tuple(asked["varied"])
         points = {name: dict(given) for name, given in asked["points"].items()}
+        if not (isinstance(title, str) and isinstance(notebook, str | None) and isinstance(asked["varied"], list)):
+            raise TypeError
+        if not all(isinstance(name, str) for given in (varied, *points.values()) for name in given):
+            raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
             f"{path} does not name title, notebook, varied and points, as in a folder that `peka-lite sweep` made; "
             "give that folder, or the run folders themselves"
         ) from None
+    try:
+        check_record(asked)
+        for name in points:
+            check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     finished, missing, seconds = [], {}, {}
     for name in points:
-        record = read_json(folder / "log" / f"{name}.json")
+        record = _record(folder, name)
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
-        if _is_finished(folder / name, notebook):
+        if (folder / name).is_dir() and _is_finished(own_folder(folder, name), notebook):
             finished.append(name)
         elif record.get("state") == "failed":
             missing[name] = f"failed: {record.get('last_line', '')}"
@@ -154,9 +166,25 @@ def _below(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         yield Path(here), set(files)
 
 
-def _scalars(path: Path) -> dict:
+def _record(folder: Path, point: str) -> dict:
+    """Return what is on record of a point's last attempt; nothing where its writing was cut short."""
+    if not os.path.lexists(folder / "log" / f"{point}.json"):
+        return {}
+    own_file(folder, "log", f"{point}.json")
     try:
-        summary = json.loads(path.read_text("utf-8"))
-        return {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
+        found = own_json(folder, "log", f"{point}.json", largest=2**20)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scalars(folder: Path, *, within: Path) -> dict:
+    path = own_file(folder, "summary.json", within=within)
+    try:
+        summary = own_json(folder, "summary.json", within=within)
+        found = {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
     except (ValueError, AttributeError):
         raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it anew") from None
+    if len(found) > _MOST_SCALARS:
+        raise ValueError(f"{path} holds {len(found):,} values; a report has a column for each, of {_MOST_SCALARS:,}")
+    return found

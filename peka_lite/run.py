@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite._hdf5 import read_anndata
+from peka_lite._inside import own_file
 from peka_lite._packaged import origin, packaged
 from peka_lite.ceiling import ceiling_of
 from peka_lite.cohorts import open_cohort
@@ -202,7 +203,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
         raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
     config, summary = read_run(out)
     config = RunConfig(**config.as_dict())
-    predictions = read_anndata(out / "predictions.h5ad", layers=("measured",))
+    predictions = read_anndata(own_file(out, "predictions.h5ad"), layers=("measured",))
     return config, read_metrics(out / "metrics.csv"), summary, predictions
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from peka_lite._yaml import read_yaml
 from peka_lite.locks import partial_of, work_folder
-from peka_lite.names import shown
+from peka_lite.names import shown, visible
 from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
 
@@ -183,7 +183,8 @@ def plan(sweep: Sweep, out: str | os.PathLike) -> str:
     wide = max(map(len, states.index))
     times = states["seconds"].map(clock, na_action="ignore").fillna("")
     lines = [
-        f"{name:<{wide}}  {row.state:<10}  {times[name]:<14}{row.last_line}".rstrip() for name, row in states.iterrows()
+        visible(f"{name:<{wide}}  {row.state:<10}  {times[name]:<14}{row.last_line}".rstrip())
+        for name, row in states.iterrows()
     ]
     todo, took = states[states["state"] != "done"], timed(states)
     known = expected(kinds_of(sweep), took)

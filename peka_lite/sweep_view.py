@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from peka_lite.names import visible
 from peka_lite.progress import Stage, clock
 from peka_lite.sweep import Sweep
 from peka_lite.sweep_points import STATES, expected, kinds_of, of_older, timed
@@ -48,7 +49,7 @@ class Board:
         told = f"{self.sweep.title}: {len(self.waiting)} to run, {self.done} done before"
         if self.sweep.notebook is not None:
             told += f"; each runs the code of {self.sweep.notebook}"
-        self.console.print(told, markup=False, soft_wrap=True)
+        self._print(told)
 
     def event(self, told: dict) -> None:
         """Take note that a worker began a point; a second time, where the first worker died or the point is retried."""
@@ -78,7 +79,7 @@ class Board:
         if not self.console.is_terminal:
             count = f"[{self.done + len(self.failed)}/{len(self.sweep.points)}]"
             word = f"done in {clock(seconds)}" if error is None else f"failed: {error}"
-            self.console.print(f"{count} {name} {word}; {self.left()} left", markup=False, soft_wrap=True)
+            self._print(f"{count} {name} {word}; {self.left()} left")
 
     def left(self) -> str:
         """Return the time left, as far as points took as long before that are alike; what is not known is said."""
@@ -99,7 +100,7 @@ class Board:
         """Show progress until the block ends; `dashboard` is the address of a cluster's."""
         self.slots = max(self.slots, slots)
         told = f"{slots} at once" + (f"; Dask's dashboard: {dashboard}" if dashboard else "")
-        self.console.print(told, markup=False, soft_wrap=True)
+        self._print(told)
         with ExitStack() as stack:
             stack.enter_context(Stage(self._head, reports=True))
             if self.console.is_terminal:
@@ -111,11 +112,14 @@ class Board:
         """Say what came of it, with the last line of every point that failed."""
         counts = states["state"].value_counts()
         told = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
-        self.console.print(f"{self.sweep.name}: {told}", markup=False)
+        self._print(f"{self.sweep.name}: {told}")
         if states["older"].any():
-            self.console.print(of_older(states), markup=False)
+            self._print(of_older(states))
         for name, row in states[states["state"] == "failed"].iterrows():
-            self.console.print(f"  failed  {name}: {row['last_line']}", markup=False, soft_wrap=True)
+            self._print(f"  failed  {name}: {row['last_line']}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def _head(self) -> str:
         with self._lock:
@@ -131,7 +135,7 @@ class Board:
         for column in ("state", "point", "time", "where"):
             table.add_column(column)
         for name, (since, worker) in running[: max(1, self.console.height - 9)]:
-            table.add_row("running", Text(name), clock(now - since), worker)
+            table.add_row("running", Text(visible(name)), clock(now - since), Text(visible(worker)))
         for name, error in failed[-5:]:
-            table.add_row("failed", Text(name), clock(self.failed_after[name]), Text(error))
+            table.add_row("failed", Text(visible(name)), clock(self.failed_after[name]), Text(visible(error)))
         return Group(Text(head), table)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peka_lite._file_kinds import parse_json, read_text
+from peka_lite._inside import own_file
 from peka_lite._packaged import packaged
 from peka_lite._yaml import LARGEST, is_line, read_yaml
 from peka_lite.adapter_files import backbone_fingerprint, load_adapter, read_adapter_info
@@ -207,7 +208,7 @@ def load_trained(
             f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' "
             "alone; give a run with one of these"
         )
-    probes = load_probes(folder / "probe.safetensors")
+    probes = load_probes(own_file(folder, "probe.safetensors"))
     fold = _fold(folder, probes, fold)
     probe, genes = probes.probes[_name(fold)]
     _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
@@ -257,7 +258,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
         raise FileNotFoundError(refusal(folder, needs=needs, what="run or training"))
     restore_backbone(folder)
-    fields, summary = (_read(folder / name) for name in needs)
+    fields, summary = (_read(own_file(folder, name, largest=2**24)) for name in needs)
     known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
     if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):
         what = f"unknown settings {', '.join(sorted(odd))}" if isinstance(fields, dict) else "no settings"
@@ -318,7 +319,7 @@ def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
 
 def _adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module, fold: int | None) -> nn.Module:
     """Put on the adapter of a fold, or that of all where one student serves every fold."""
-    path = folder / "adapter.safetensors"
+    path = own_file(folder, "adapter.safetensors")
     info = read_adapter_info(path)
     name = "all" if config.settled_protocol().student == "all" else _name(fold)
     student = load_adapter(student, path, name=name)

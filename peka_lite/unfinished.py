@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from peka_lite._yaml import read_yaml
+from peka_lite._inside import own_file, own_yaml
 from peka_lite.backbone_files import FILE as BACKBONE
 from peka_lite.config import RunConfig
 from peka_lite.locks import PARTIAL
@@ -72,15 +73,21 @@ def command(folder: Path, name: str | None = None, *, out: str | None = None) ->
 
     `name` is ``"run"`` or ``"train"``; None is the one that the folder notes, and ``"run"`` where it notes none.
     """
-    noted = folder / COMMAND
-    name = name or (noted.read_text("utf-8") if noted.is_file() else "run")
+    name = name or _noted(folder)
     out = out or str(folder.with_name(folder.name.removesuffix(PARTIAL)))
     try:
-        given = read_yaml(folder / SETTINGS)
-        words = _options(given, folder)
-    except (OSError, ValueError, AttributeError):
+        words = _options(own_yaml(folder, SETTINGS), folder)
+    except (OSError, ValueError, AttributeError, TypeError):
         words = ["OPTIONS"]
     return " ".join(["peka-lite", name, *words, "--out", shlex.quote(out)])
+
+
+def _noted(folder: Path) -> str:
+    try:
+        name = own_file(folder, *COMMAND.parts, largest=32).read_text("utf-8")
+    except (OSError, ValueError):
+        return "run"
+    return name if re.fullmatch(r"run|train( --fold \d{1,9})?", name) else "run"
 
 
 def _options(given: dict, folder: Path) -> list[str]:
@@ -95,9 +102,12 @@ def _options(given: dict, folder: Path) -> list[str]:
             continue
         if value is None:
             continue
-        words.append(f"--{field.name.replace('_', '-')}")
-        if value is not True:
-            words.append(shlex.quote(",".join(value) if isinstance(value, list) else str(value)))
+        option = f"--{field.name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+            continue
+        word = ",".join(value) if isinstance(value, list) else str(value)
+        words += [f"{option}={shlex.quote(word)}"] if word.startswith("-") else [option, shlex.quote(word)]
     return words
 
 

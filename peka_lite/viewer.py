@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib import resources
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from peka_lite._outputs import output
 from peka_lite.maps import IMAGE_KEY, colour_limits, flat_in_words, local_pcc, residual_reach, tissue_window
+from peka_lite.names import in_html
 from peka_lite.scores import pearson
 
 IMAGE_PX, JPEG_QUALITY = 1000, 80
@@ -63,7 +63,7 @@ class SlideViewer:
         """
         path = Path(path)
         with output(path, "SlideViewer.save") as partial:
-            partial.write_text(PAGE.format(title=escape(self.title), viewer=self.html), encoding="utf-8")
+            partial.write_text(PAGE.format(title=in_html(self.title), viewer=self.html), encoding="utf-8")
         return path
 
 
@@ -141,7 +141,7 @@ def slide_viewer(
     picture.save(jpeg := io.BytesIO(), format="JPEG", quality=JPEG_QUALITY, optimize=True)
     title = title or f"{len(names)} genes at {len(xy)} spots"
     parts = {
-        "title": f'<p class="peka-title">{escape(title)}</p>',
+        "title": f'<p class="peka-title">{in_html(title)}</p>',
         "image": f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}",
         "width": str(picture.width),
         "height": str(picture.height),
