@@ -325,30 +325,26 @@ def _read(folder: Path, within: Path) -> Run:
 def _moments(path: Path) -> pd.DataFrame:
     """Read the known columns of ``slides.parquet``, after a look at how much it says that it holds."""
     import pyarrow
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile, read_metadata
 
     try:
-        with pyarrow.parquet.ParquetFile(
-            path, read_dictionary=[k for k, kind in _COLUMNS.items() if kind is str]
-        ) as file:
-            kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
-            for name, kind in _COLUMNS.items():
-                if name not in kinds or file.schema_arrow.names.count(name) > 1 or not _is_of(kinds[name], kind):
-                    raise ValueError(f"column {name} is missing, there twice, or not of {kind.__name__}")
-            groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
-            parts = [
-                part for g in groups for part in map(g.column, range(g.num_columns)) if part.path_in_schema in _COLUMNS
-            ]
-            if any(part.compression not in _CODECS or not {*part.encodings} <= _ENCODINGS for part in parts):
-                raise ValueError("it is packed in a way in which no run packs it")
-            # Rows of real moments are numbers of 8 bytes each that hardly pack.
-            rows, size = sum(group.num_rows for group in groups), path.stat().st_size
-            if rows > max(2**20, size // 16):
-                raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows that it names")
+        about = read_metadata(path)
+        schema = about.schema.to_arrow_schema()
+        for name, kind in _COLUMNS.items():
+            if schema.names.count(name) != 1 or not _is_of(schema.field(name).type, kind):
+                raise ValueError(f"column {name} is missing, there twice, or not of {kind.__name__}")
+        groups = [about.row_group(k) for k in range(about.num_row_groups)]
+        parts = [group.column(k) for group in groups for k in range(group.num_columns)]
+        known = [part for part in parts if part.path_in_schema in _COLUMNS]
+        if any(part.compression not in _CODECS or not {*part.encodings} <= _ENCODINGS for part in known):
+            raise ValueError("it is packed in a way in which no run packs it")
+        # Moments of genes are numbers of 8 bytes that hardly pack.
+        rows, size = sum(group.num_rows for group in groups), path.stat().st_size
+        if rows > max(2**20, size // 16):
+            raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows that it names")
+        with ParquetFile(path, read_dictionary=[name for name, kind in _COLUMNS.items() if kind is str]) as file:
             table = file.read(columns=list(_COLUMNS), use_threads=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    except ValueError as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     columns = {}
     for name, kind in _COLUMNS.items():
@@ -368,9 +364,8 @@ def _is_of(found, kind: type) -> bool:
     import pyarrow.types as types
 
     if kind is str:
-        return types.is_dictionary(found) and (
-            types.is_string(found.value_type) or types.is_large_string(found.value_type)
-        )
+        found = found.value_type if types.is_dictionary(found) else found
+        return types.is_string(found) or types.is_large_string(found)
     return types.is_integer(found) or (kind is float and types.is_floating(found))
 
 
