@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from peka_lite._disk import new_file
 from peka_lite._torch_files import read_torch_file
 
 
@@ -39,7 +40,8 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
         stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(state, partial)
+        with new_file(partial, sum(tensor.nbytes for tensor in state["weights"].values()), of=path) as file:
+            torch.save(state, file)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

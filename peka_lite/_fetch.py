@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import io
 import json
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite._disk import WHY, DiskFull, size_in_words, write_whole, writing
 from peka_lite._file_kinds import file_kind, parse_json, read_text
 from peka_lite._outputs import link_in
 from peka_lite.progress import Stage, draws_bars
@@ -141,7 +141,9 @@ def hub_error(error: Exception, *, what: str, gate: str | None, access: str | No
         return ConnectionError(f"{what} could not be fetched: the server answered {status}; try again later")
     if type(error).__name__ in _BROKEN_OFF:
         return OSError(f"{what} is truncated: the connection broke off before all of it came; fetch it again")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, DiskFull):  # it says more
+        return error
+    if isinstance(error, OSError) and error.errno in WHY:
         return OSError(f"{what} does not fit on the disk; free some space, or give another root")
     if isinstance(error, OSError) and error.filename is not None:  # our own disk, not the network
         return type(error)(f"{what} could not be written: {error.strerror} ({error.filename})")
@@ -195,16 +197,16 @@ def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File]
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if progress:
-        size = f"{_bytes(needed)}" if all(file.size for file in missing) else "size not known"
+        size = f"{size_in_words(needed)}" if all(file.size for file in missing) else "size not known"
         print(
-            f"fetching {artifact.name}: {len(missing)} files, {size}; {_bytes(free)} free in {there}; "
+            f"fetching {artifact.name}: {len(missing)} files, {size}; {size_in_words(free)} free in {there}; "
             f"licence {licence or 'not stated: see the source'}",
             file=sys.stderr,
         )
     if needed + HEADROOM > free:
         raise OSError(
-            f"{artifact.name} needs {_bytes(needed)} and {_bytes(HEADROOM)} to spare, but {there} has {_bytes(free)} "
-            "free; free some space, or give another root"
+            f"{artifact.name} needs {size_in_words(needed)} and {size_in_words(HEADROOM)} to spare, but {there} has "
+            f"{size_in_words(free)} free; free some space, or give another root"
         )
 
 
@@ -234,7 +236,7 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
     asked = _sentences(_what(artifact, file), artifact.gate or _page(artifact), artifact.access)
-    with asked, _bars(progress), _Download(part, "ab", file.size, _what(artifact, file)) as data:
+    with asked, _bars(progress), writing(part), _Download(part, "ab", file.size, _what(artifact, file)) as data:
         if data.tell() < file.size:
             http_get(url, data, resume_size=data.tell(), headers=headers, displayed_filename=file.path)
 
@@ -243,7 +245,7 @@ def _from_url(artifact: Artifact, _commit: None, file: File, part: Path, progres
     import pooch
 
     asked = _sentences(_what(artifact, file), artifact.gate, artifact.access)
-    with asked, _Download(part, "wb", file.size, _what(artifact, file)) as data:
+    with asked, writing(part), _Download(part, "wb", file.size, _what(artifact, file)) as data:
         pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=30)(artifact.url, data, None)
 
 
@@ -310,10 +312,8 @@ def _write_record(root: Path, work: Path, artifact: Artifact, commit: str | None
         "licence": licence,
         "files": files,
     }
-    partial = work / RECORD
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, root / RECORD)
+    (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(root / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _endpoint() -> str | None:
@@ -326,10 +326,3 @@ def _page(artifact: Artifact) -> str:
 
 def _what(artifact: Artifact, file: File) -> str:
     return f"{artifact.name} ({file.path})"
-
-
-def _bytes(n: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.{0 if unit == 'B' else 1}f} {unit}"
-        n /= 1000

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from peka_lite._disk import new_file
 from peka_lite._file_kinds import misfit, parse_json, read_bytes, read_text
 from peka_lite._hdf5 import Hdf5Error, check_compressed, check_sizes, open_hdf5, read_anndata
 from peka_lite.tiles import TILE_SHAPE, tiles_of
@@ -131,13 +132,15 @@ def read_tile_barcodes(path: Path) -> pd.Index:
 
 
 def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str], corners: np.ndarray, *,
-                attributes: Mapping[str, object], field: str = "barcode") -> None:  # fmt: skip
+                attributes: Mapping[str, object], field: str = "barcode", of: Path | None = None) -> None:  # fmt: skip
     """Write a patches file: tiles (224, 224, 3) uint8 one by one, the barcode and upper left corner (x, y) of each."""
     one = (1, *TILE_SHAPE)
-    with h5py.File(path, "w") as file:
+    least = len(barcodes) * int(np.prod(TILE_SHAPE)) // 10  # bytes; tissue is compressed to about two thirds
+    with new_file(path, least, of=of) as opened, h5py.File(opened, "w") as file:
         image = file.create_dataset("img", (len(barcodes), *TILE_SHAPE), "u1", chunks=one, compression="gzip")
         for row, tile in enumerate(tiles):
             image[row] = tile
+            opened.check()
         for dataset in (image, file.create_dataset("coords", data=corners)):
             dataset.attrs.update(attributes)
         column = np.array([[barcode.encode()] for barcode in barcodes], dtype=object)  # (n_tiles, 1)

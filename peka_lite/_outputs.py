@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from peka_lite._disk import writing
 from peka_lite.locks import alone, partial_of, put_new
 
 _UNMARKED = (".svgz", ".raw", ".rgba")  # nothing may follow their content
@@ -108,7 +109,7 @@ def put_file(
     """Mark a file that is written, and move it to its place where that is still free (`check_file`)."""
     if own is None and out.suffix.lower() not in _UNMARKED:
         size = partial.stat().st_size
-        with partial.open("ab") as file:
+        with writing(out), partial.open("ab") as file:
             file.write(_mark(out, by, size))
     check_file(out, by, inputs=inputs, own=own)
     os.replace(partial, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from peka_lite._disk import writing
 from peka_lite._file_kinds import misfit
 from peka_lite._outputs import output
 
@@ -29,7 +30,10 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 
     path = Path(path)
     stamp = json.dumps({"kind": kind, "format": FORMAT, **record})
-    with output(path, f"peka_lite, as a file of a {kind}", own=lambda there: _is_own(there, kind)) as partial:
+    with (
+        writing(path, sum(tensor.nbytes for tensor in tensors.values())),
+        output(path, f"peka_lite, as a file of a {kind}", own=lambda there: _is_own(there, kind)) as partial,
+    ):
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "peka_lite": stamp}
         )

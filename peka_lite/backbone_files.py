@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from peka_lite._disk import write_whole
 from peka_lite._inside import own_file
 from peka_lite._yaml import is_line, read_yaml, yaml_text
 from peka_lite.registry import (
@@ -170,7 +171,7 @@ def is_file(name: str | os.PathLike) -> bool:
 def save_backbone(name: str, folder: Path) -> None:
     """Keep the row of a backbone that is not the package's in a run's folder."""
     if name not in PACKAGE:
-        (folder / FILE).write_text(yaml_text(row_fields(BACKBONES[name])), encoding="utf-8")
+        write_whole(folder / FILE, yaml_text(row_fields(BACKBONES[name])).encode())
 
 
 def restore_backbone(folder: Path) -> None:

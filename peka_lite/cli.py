@@ -7,7 +7,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
+from peka_lite._disk import full_disk
+from peka_lite._stop import ended_by_signals
 from peka_lite.cli_options import parser
 from peka_lite.names import visible
 from peka_lite.progress import Stage
@@ -23,16 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export, "sweep": _sweep,
         "report": _report, "fetch": _fetch, "doctor": _doctor,
     }[name]  # fmt: skip
-    try:
-        with warnings.catch_warnings(), Stage(name, reports=True):
-            _print_warnings_plainly()
-            return command(**options)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"peka-lite: {visible(str(error).strip())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("peka-lite: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
-        return 130
+    with ended_by_signals():
+        try:
+            with warnings.catch_warnings(), Stage(name, reports=True):
+                _print_warnings_plainly()
+                status = command(**options)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a full disk is still said
+                return status
+        except KeyboardInterrupt as stop:
+            _say("stopped; what was finished is kept, and the same command goes on")
+            return 128 + getattr(stop, "number", signal.SIGINT)
+        except Exception as error:
+            full = full_disk(error)
+            if full is None and not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+                raise
+            _say(full or error)
+            return 2
+
+
+def _say(what: object) -> None:
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"peka-lite: {visible(str(what).strip())}", file=sys.stderr, flush=True)
 
 
 def _print_warnings_plainly() -> None:
@@ -169,12 +184,7 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
     from peka_lite.report import write_report
     from peka_lite.sweep_run import run_sweep
 
-    # As at the end of a cluster's job: told like Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        states = run_sweep(asked, out, **options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    states = run_sweep(asked, out, **options)
     if (states["state"] == "done").any():
         write_report([out], f"{out}/report", replace=True)
         _say(f"{out}/report/report.md")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
+from peka_lite._disk import write_h5ad
 from peka_lite._outputs import check_file, output
 from peka_lite.backbones import embed_tiles
 from peka_lite.hest import Cohort
@@ -97,5 +98,5 @@ def write_features(
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
     adata.uns["peka_lite"] = storable(said)
     with output(out, **at) as partial:
-        adata.write_h5ad(partial)
+        write_h5ad(adata, partial, of=out)
     return adata

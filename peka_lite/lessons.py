@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from peka_lite import __version__
+from peka_lite._disk import save_array, write_file
 from peka_lite.locks import RECORD, alone, partial_of, put
 from peka_lite.manifest import cache_dir
 from peka_lite.progress import Stage
@@ -148,8 +149,8 @@ def _keep(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
     work.mkdir()
     try:
         for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array)
-        (work / RECORD).write_text(json.dumps(record))
+            save_array(work / f"{name}.npy", array)
+        write_file(work / RECORD, json.dumps(record).encode())
         put(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite._disk import drawn, write_file
 from peka_lite._hdf5 import read_anndata
 from peka_lite._outputs import check_file, output
 from peka_lite.names import as_written, shown
@@ -397,7 +398,7 @@ def save_predicted_map(
     figure = predicted_map(adata, gene)
     try:
         with output(out, "peka-lite map", inputs=[predictions]) as partial:
-            figure.savefig(partial, format=kind, dpi=150)
+            write_file(partial, drawn(figure, kind=kind, dpi=150), of=out)
     finally:
         plt.close(figure)
     return gene, remarks(adata, gene)
@@ -452,8 +453,8 @@ def _spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None, s
             view, color="value", library_id=name, img_res_key=IMAGE_KEY, crop_coord=tuple(crop), ax=ax, title=title,
             cmap=cmap, norm=norm, img_alpha=0.55, size=1.0, shape=shape, colorbar=False, frameon=False,
         )  # fmt: skip
-    for drawn in (*ax.images, *ax.collections):
-        drawn.set_rasterized(True)  # hundreds of circles as paths would make a vector figure large
+    for artist in (*ax.images, *ax.collections):
+        artist.set_rasterized(True)  # hundreds of circles as paths would make a vector figure large
     beyond = (values < norm.vmin).any(), (values > norm.vmax).any()
     extend = {(True, False): "min", (False, True): "max", (True, True): "both"}.get(beyond, "neither")
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75, extend=extend)

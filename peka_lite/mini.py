@@ -20,6 +20,7 @@ import pandas as pd
 from scipy import sparse
 
 from peka_lite import _mini_genes as genes
+from peka_lite._disk import write_file, write_h5ad
 from peka_lite._hest_files import write_tiles
 from peka_lite._mini_genes import noise_ceiling
 from peka_lite._mini_tiles import draw_section, draw_stain
@@ -119,7 +120,7 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
             slide, section, corners = _draw_slide(var, patients[number], (low, high), of_slide)
             order = np.random.default_rng(of_files).permutation(slide.n_obs)
             _write_slide(draft, f"MINI{index + 1}", number + 1, slide, section, corners, order)
-        (draft / "mini.json").write_text(_record(options), encoding="utf-8")
+        write_file(draft / "mini.json", _record(options).encode())
         try:
             with contextlib.suppress(FileNotFoundError):
                 root.rmdir()  # only if it is empty
@@ -226,7 +227,7 @@ def _picture(section):
 
 def _write_slide(root, name, number, slide, section, corners, order):
     """Write the three files of one slide of patient `number`, the tiles in the order given."""
-    slide.write_h5ad(root / "st" / f"{name}.h5ad", compression="gzip")
+    write_h5ad(slide, root / "st" / f"{name}.h5ad", compression="gzip")
 
     chosen = order[N_WITHOUT_TILE:]
     tiles = (section[y : y + TILE, x : x + TILE] for x, y in corners[chosen])
@@ -242,7 +243,7 @@ def _write_slide(root, name, number, slide, section, corners, order):
     )  # fmt: skip
 
     metadata = _metadata(name, number, slide, section)
-    (root / "metadata" / f"{name}.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    write_file(root / "metadata" / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
 
 
 def _metadata(name, number, slide, section):

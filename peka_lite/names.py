@@ -11,6 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite._disk import write_whole
 from peka_lite._inside import own_file
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
     ['-x']
     """
     returns = table["gene"].str.contains("\r", regex=False).any()  # which only quotes keep from ending a line
-    table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    write_whole(path, text.encode())
 
 
 def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = None) -> pd.DataFrame:

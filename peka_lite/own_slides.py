@@ -18,6 +18,7 @@ from pandas.api.types import is_numeric_dtype
 from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite._disk import write_file, write_h5ad
 from peka_lite._hest_files import (
     PLACES,
     HestFormatError,
@@ -28,6 +29,7 @@ from peka_lite._hest_files import (
     read_metadata,
     write_tiles,
 )
+from peka_lite._stop import signals_put_off
 from peka_lite.expression import in_memory
 from peka_lite.hest import Slide, read_slide
 from peka_lite.locks import workplace
@@ -363,23 +365,26 @@ def _write(
         with Stage("", reports=progress), bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
             say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
             tiles = (slide.read_around(x, y) for x, y in shown)
-            write_tiles(draft / "patches", tiles, spots.obs_names[rows], corners, attributes=attributes)
-        (draft / "metadata").write_text(text, encoding="utf-8")
+            at = {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
+            names = spots.obs_names[rows]
+            write_tiles(draft / "patches", tiles, names, corners, attributes=attributes, of=at["patches"])
+        write_file(draft / "metadata", text.encode())
         with Stage("writing the counts"):
-            spots.write_h5ad(draft / "st", compression="gzip")
+            write_h5ad(spots, draft / "st", compression="gzip", of=places["st"])
         for folder in FILES:
             (root / folder).mkdir(exist_ok=True)
         _check_place(root, slide_id)  # a slide that came here meanwhile, by other means, stays
-        (draft / MOVING).write_text(json.dumps({folder: _stat(draft / folder) for folder in FILES}), "utf-8")
-        try:
-            places["patches"].open("x").close()  # without locks, the first to come here has the slide
-        except FileExistsError:
-            _check_place(root, slide_id)
-            raise
-        moved.append(places["patches"])
-        for folder, place in places.items():
-            os.replace(draft / folder, place)
-            moved.append(place)
+        write_file(draft / MOVING, json.dumps({folder: _stat(draft / folder) for folder in FILES}).encode())
+        with signals_put_off():
+            try:
+                places["patches"].open("x").close()  # without locks, the first to come here has the slide
+            except FileExistsError:
+                _check_place(root, slide_id)
+                raise
+            moved.append(places["patches"])
+            for folder, place in places.items():
+                os.replace(draft / folder, place)
+                moved.append(place)
     except BaseException:
         for place in moved:
             place.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from peka_lite import __version__
+from peka_lite._disk import write_h5ad
 from peka_lite._hdf5 import FACTORS, PICTURES, read_anndata
 from peka_lite._hest_files import PLACES
 from peka_lite._outputs import check_file, put_file
@@ -270,7 +271,7 @@ def _predict(
             },
         )
         with Stage(f"writing {out.name}"):
-            whole.write_h5ad(work / "whole.h5ad", compression="gzip")
+            write_h5ad(whole, work / "whole.h5ad", compression="gzip", of=out)
         put_file(work / "whole.h5ad", out, BY)
         del rows, done, whole
         shutil.rmtree(work)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite._disk import drawn, write_file, writing
 from peka_lite._outputs import check_free
+from peka_lite._stop import signals_put_off
 from peka_lite.locks import alone, put_new
 from peka_lite.names import file_name, in_markdown, shown, write_cells
 from peka_lite.paper_tables import table1, table2
@@ -89,14 +91,15 @@ def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Pat
             with Stage("leaks"):
                 _add_leaks(page, reference)
         written, old = page.end(), Path(scratch) / "old"
-        if replace and out.exists():
-            os.replace(out, old)
-        try:
-            put_new(page.folder, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
+        with signals_put_off():  # between the two there is no report
+            if replace and out.exists():
+                os.replace(out, old)
+            try:
+                put_new(page.folder, out)
+            except OSError:
+                if old.exists():
+                    os.replace(old, out)
+                raise
     return [out / name for name in written]
 
 
@@ -123,12 +126,13 @@ class _Page:
         import matplotlib.pyplot as plt
 
         file = f"{file_name(name, self.given)}.png"
-        figure.savefig(self.folder / file, dpi=120)
+        write_file(self.folder / file, drawn(figure, dpi=120))
         plt.close(figure)
         self.add(f"![{in_markdown(name)}]({file})")
 
     def end(self) -> list[str]:
-        (self.folder / "report.md").write_text("\n\n".join(part.strip() for part in self.parts) + "\n", "utf-8")
+        text = "\n\n".join(part.strip() for part in self.parts) + "\n"
+        write_file(self.folder / "report.md", text.encode())
         return sorted(path.name for path in self.folder.iterdir())
 
 
@@ -234,10 +238,11 @@ def _targets(runs: Sequence[Run]) -> list[str]:
 def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Write one CSV (with a column of targets where there are several tables) and one Markdown file."""
     whole = pd.concat(tables, names=["targets"]) if len(tables) > 1 else next(iter(tables.values()))
-    write_cells(whole, path.with_name(path.name + ".csv"), index=True)
+    with writing(path.with_name(path.name + ".csv")):
+        write_cells(whole, path.with_name(path.name + ".csv"), index=True)
     told = [(in_markdown(t.attrs["title"]), markdown(t), in_markdown(t.attrs["note"])) for t in tables.values()]
     texts = [f"### {title}\n\n{table}\n{note}\n" for title, table, note in told]
-    path.with_name(path.name + ".md").write_text("\n".join(texts), "utf-8")
+    write_file(path.with_name(path.name + ".md"), "\n".join(texts).encode())
 
 
 def _cell(value: object) -> str:

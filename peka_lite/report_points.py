@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite._disk import write_file, writing
 from peka_lite.names import read_metrics, write_cells
 from peka_lite.report_runs import BACKBONES, ELSEWHERE, INTERVALS, Run, label
 from peka_lite.report_settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words, word
@@ -115,8 +116,9 @@ def setting_columns(points: pd.DataFrame) -> list[str]:
 def write_tidy(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write a table as parquet, and as CSV for spreadsheets (`write_cells`); `path` is without suffix."""
     path = Path(path)
-    write_cells(table, path.with_name(f"{path.name}.csv"), index=False)
-    table.to_parquet(path.with_name(f"{path.name}.parquet"), index=False)
+    with writing(path.with_name(f"{path.name}.csv")):
+        write_cells(table, path.with_name(f"{path.name}.csv"), index=False)
+    write_file(path.with_name(f"{path.name}.parquet"), table.to_parquet(index=False))
 
 
 def told_apart(points: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], str]:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
+from peka_lite._disk import drawn, write_file, write_whole
 from peka_lite._outputs import check_free, link_in
 from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.backbone_files import save_backbone
@@ -91,8 +92,8 @@ def claim(config, out: Path, work: Path) -> None:
 def begin(config, work: Path, name: str) -> None:
     """Make the folder to work in, with the settings and the name of the command that began it (`command`)."""
     (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
-    (work / COMMAND).write_text(name, "utf-8")
-    (work / "config.yml").write_text(yaml_text(config.as_dict()))
+    write_whole(work / COMMAND, name.encode())
+    write_whole(work / "config.yml", yaml_text(config.as_dict()).encode())
     save_backbone(config.backbone, work)
 
 
@@ -187,5 +188,5 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
         if shown.sum() >= 3 and slide.n_spots > 18:
             figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=90)
+            write_file(folder / f"{name}.png", drawn(figure, dpi=90))
             plt.close(figure)

@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from peka_lite._disk import write_file, write_h5ad
 from peka_lite._hdf5 import read_anndata
 from peka_lite._inside import own_file
 from peka_lite._packaged import origin, packaged
@@ -123,7 +124,7 @@ def _run(
 
     done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
     stage.text = "scores and files"
-    done.moments.to_parquet(work / "slides.parquet", index=False)
+    write_file(work / "slides.parquet", done.moments.to_parquet(index=False))
     table = _metrics(config, protocol, splits, use, done.moments)
     write_metrics(table, work / "metrics.csv")
     source.save(work, source.outer())
@@ -133,7 +134,7 @@ def _run(
         at = {"normalization": protocol.normalization, "fingerprint": record["backbone_fingerprint"]}
         save_probes(work / "probe.safetensors", probes, **at)
     predictions = held_out_predictions(cohort, done.predicted)
-    predictions.write_h5ad(work / "predictions.h5ad")
+    write_h5ad(predictions, work / "predictions.h5ad")
     if maps:
         draw_maps(cohort, predictions, table, work / "maps")
     own = done.moments[done.moments["normalization"] == protocol.normalization]
@@ -176,7 +177,7 @@ def _run(
         "seconds": round(time.perf_counter() - begun, 1),
         **made_with(device),
     }
-    (work / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(work / "scratch", ignore_errors=True)
     return summary
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+from peka_lite._disk import write_file
 from peka_lite._outputs import check_free, new_folder
 from peka_lite._tensor_files import write_tensors
 from peka_lite.card import model_card, random_start
@@ -68,7 +69,7 @@ def export(
         write_tensors(work / "model.safetensors", trained.student.state_dict(), trained.describe(), kind="student")
         probes = {trained.name: (trained.probe, trained.genes)}
         save_probes(work / "probe.safetensors", probes, normalization=trained.normalization)
-        (work / "README.md").write_text(card, encoding="utf-8")
+        write_file(work / "README.md", card.encode())
     licence = trained.student.spec.licence
     if "-ND" in licence and not random_start(trained):
         warnings.warn(f"{out} must not be shared: the parent weights are {licence}; see its README.md", stacklevel=2)

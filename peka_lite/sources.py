@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from peka_lite._disk import write_file
 from peka_lite.adapter_files import join_adapters
 from peka_lite.controls import colour_texture, coordinates, depth
 from peka_lite.lessons import embedding, missing_embeddings
@@ -135,7 +136,7 @@ class FeatureSource:
             adapters[name] = student.folder / "adapter.safetensors"
             curves.append(pd.read_csv(student.folder / "training.csv").assign(fold=name.removeprefix("fold")))
         join_adapters(adapters, work / "adapter.safetensors")
-        pd.concat(curves, ignore_index=True).to_csv(work / "training.csv", index=False)
+        write_file(work / "training.csv", pd.concat(curves, ignore_index=True).to_csv(index=False).encode())
 
     def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
         """Return weights, backbone_fingerprint, adapted_share and n_labels_per_fold for the summary."""

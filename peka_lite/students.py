@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peka_lite import __version__
+from peka_lite._disk import new_array, new_file, write_file, writing
 from peka_lite._packaged import packaged, sha256
 from peka_lite.adapter_files import backbone_fingerprint, save_adapter
 from peka_lite.adapters import adapt, adapted_share, merge
@@ -168,16 +169,18 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
         record |= {"share": adapted_share(student), "n_labels": taught.n_labels}
         ids["student"] = student.adapter.fitted_on
         if processes.first:
-            history.to_csv(work / "training.csv", index=False)
+            write_file(work / "training.csv", history.to_csv(index=False).encode())
             save_adapter(student, work / "adapter.safetensors", data=data)
-            save_file({name: p.detach().cpu() for name, p in projector.named_parameters()}, work / PROJECTOR)
+            with writing(work / PROJECTOR):
+                save_file({name: p.detach().cpu() for name, p in projector.named_parameters()}, work / PROJECTOR)
         student = merge(student)
     _embed(student, tiles, work / "features.npy", device, processes, progress)
     if processes.first:
         pretrained = [step for step, learned in ids.items() if learned is None]
-        np.savez(work / "learned_from.npz", **{step: learned for step, learned in ids.items() if learned is not None})
+        with new_file(work / "learned_from.npz") as file:
+            np.savez(file, **{step: learned for step, learned in ids.items() if learned is not None})
         (work / "student.pt").unlink(missing_ok=True)
-        (work / RECORD).write_text(json.dumps(record | {"pretrained": pretrained}))
+        write_file(work / RECORD, json.dumps(record | {"pretrained": pretrained}).encode())
 
 
 def _take_over(folder: Path, work: Path) -> None:
@@ -190,7 +193,8 @@ def _take_over(folder: Path, work: Path) -> None:
     with suppress(FileNotFoundError):  # whoever it belongs to has just finished
         left = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
         if newest := max(left, key=lambda path: path.stat().st_mtime, default=None):
-            shutil.copyfile(newest, work / "student.pt.copy")
+            with newest.open("rb") as left, new_file(work / "student.pt.copy", newest.stat().st_size) as copy:
+                shutil.copyfileobj(left, copy)
             os.replace(work / "student.pt.copy", work / "student.pt")
 
 
@@ -198,14 +202,16 @@ def _embed(student, tiles, path: Path, device, processes: Processes, progress) -
     """Write (N, D_s) features, each process its share of the rows."""
     n = len(tiles)
     if processes.first:
-        np.lib.format.open_memmap(path, "w+", np.float32, (n, student.spec.dim)).flush()
+        new_array(path, (n, student.spec.dim), np.float32)
     processes.wait()
     start, stop = (n * k // processes.count for k in (processes.rank, processes.rank + 1))
     if stop > start:
-        features = np.load(path, mmap_mode="r+")
         mine = tiles.select(np.arange(start, stop)) if processes.count > 1 else tiles
-        features[start:stop] = embed_tiles(student, mine, device=device, progress=progress)
-        features.flush()
+        features = np.ascontiguousarray(embed_tiles(student, mine, device=device, progress=progress), np.float32)
+        # Not by a memory map: where a disk without room meets one, the process dies.
+        with writing(path), path.open("r+b") as file:
+            file.seek(np.load(path, mmap_mode="r").offset + start * features[0].nbytes)
+            file.write(features)
     processes.wait()
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from peka_lite._disk import write_whole
 from peka_lite._yaml import read_yaml
-from peka_lite.locks import partial_of, work_folder
+from peka_lite.locks import work_folder
 from peka_lite.names import shown, visible
 from peka_lite.progress import clock
 from peka_lite.sweep import Point, Sweep
@@ -330,14 +331,6 @@ def _end(status: int) -> None:
 
 def _made(order: dict) -> dict:
     return {"settings": order["settings"], "code": (order["notebook"] or {}).get("code")}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears when it is complete, whoever else writes it."""
-    own = partial_of(path.with_name(f".{path.name}"), held=False)  # on another machine, a process has this one's number
-    with own.open("xb") as file:
-        file.write(content)
-    os.replace(own, path)
 
 
 def read_json(path: Path) -> dict:

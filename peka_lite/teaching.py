@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peka_lite._disk import write_file
 from peka_lite.cohorts import open_cohort
 from peka_lite.config import RunConfig
 from peka_lite.devices import default_device
@@ -142,6 +143,6 @@ def _train(
         "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
         "data_fingerprint": source.data, "seconds": round(time.perf_counter() - begun, 1), **made_with(device),
     }  # fmt: skip
-    (work / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(work / "scratch", ignore_errors=True)
     return summary

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from peka_lite._disk import writing
 from peka_lite._hdf5 import CHUNK, Hdf5Error, check_packing, open_hdf5
 from peka_lite._outputs import output
 from peka_lite.progress import Stage
@@ -110,12 +111,16 @@ class TileStore:
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"{path}: a memory map of tiles is a .npy file; give a name that ends in .npy")
-        with output(path, "TileStore.to_memmap", inputs=self.paths) as partial:
-            out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=self.shape)
+        # Read by a memory map, not written by one: where a disk is full, that ends the process.
+        with (
+            writing(path, int(np.prod(self.shape))),
+            output(path, "TileStore.to_memmap", inputs=self.paths) as partial,
+            partial.open("wb") as file,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+            np.lib.format.write_array_header_1_0(file, header)
             for start in Stage("copying tiles to a memory map: part", range(0, len(self), 256)):
-                out[start : start + 256] = self[start : start + 256]
-            out.flush()
-            del out
+                file.write(self[start : start + 256])
         return TileStore([path], np.zeros(len(self)), np.arange(len(self)), self.ids)
 
     def _source(self, part: int):

@@ -19,6 +19,7 @@ from matplotlib import colormaps
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
+from peka_lite._disk import write_file
 from peka_lite._outputs import output
 from peka_lite.maps import IMAGE_KEY, colour_limits, flat_in_words, local_pcc, residual_reach, tissue_window
 from peka_lite.names import in_html
@@ -63,7 +64,7 @@ class SlideViewer:
         """
         path = Path(path)
         with output(path, "SlideViewer.save") as partial:
-            partial.write_text(PAGE.format(title=in_html(self.title), viewer=self.html), encoding="utf-8")
+            write_file(partial, PAGE.format(title=in_html(self.title), viewer=self.html).encode(), of=path)
         return path
 
 

@@ -42,11 +42,11 @@ def test_another_ending_is_refused_before_any_work(mini_cohort, tmp_path):
 
 
 def test_nothing_half_written_stays(mini_cohort, tmp_path, monkeypatch):
-    def fail(self, path, *_, **__):
+    def fail(adata, path, **_):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
+    monkeypatch.setattr("peka_lite.features.write_h5ad", fail)
     with pytest.raises(OSError, match="no space"):
         write_features(mini_cohort, tmp_path / "f.h5ad", load_backbone("mini", weights="random"), device="cpu")
     assert list(tmp_path.iterdir()) == []

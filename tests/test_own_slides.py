@@ -231,7 +231,7 @@ def test_nothing_half_written_stays(tmp_path, image, monkeypatch, at):
     if at == "tiles":
         monkeypatch.setattr(own_slides.WholeSlide, "read_around", fail)
     elif at == "h5ad":
-        monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
+        monkeypatch.setattr(own_slides, "write_h5ad", fail)
     else:
         done, replace = [], own_slides.os.replace
         monkeypatch.setattr(

@@ -287,7 +287,7 @@ def test_a_finished_file_is_replaced_only_by_a_whole_one(slide_path, whole, tmp_
         raise OSError("no space left")
 
     with monkeypatch.context() as disk:
-        disk.setattr(ad.AnnData, "write_h5ad", full)
+        disk.setattr("peka_lite.predict.write_h5ad", full)
         with pytest.raises(OSError, match="no space left"):
             predict_slide(slide_path, MeanColour(scale=2.0), out)
     assert out.read_bytes() == before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peka_lite._disk import new_array, reserve, write_whole
 from peka_lite._outputs import link_in, put_file
 
 BY = "teacher.embed"
@@ -23,9 +24,15 @@ def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.me
     if not (whole and (work / "key").is_file() and (work / "key").read_text() == label):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        for path, size, dtype in zip(paths, (shape, shape[:1]), (np.float32, bool), strict=True):
-            np.lib.format.open_memmap(path, "w+", dtype, size).flush()
-        (work / "key").write_text(label)  # last: without it the folder counts for nothing
+        try:
+            for path, size, dtype in zip(paths, (shape, shape[:1]), (np.float32, bool), strict=True):
+                new_array(path, size, dtype)
+            write_whole(work / "key", label.encode())  # last: without it the folder counts for nothing
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    for path in paths:  # of an earlier job too: a copy of it may have holes
+        reserve(path)
     rows, done = (np.load(path, mmap_mode="r+") for path in paths)
     return rows, done
 
