@@ -35,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sys.stdout.flush()  # here, where a full disk is still said
                 return status
         except KeyboardInterrupt as stop:
-            _say("stopped; what was finished is kept, and the same command goes on")
+            _complain("stopped; what was finished is kept, and the same command goes on")
             return 128 + getattr(stop, "number", signal.SIGINT)
         except Exception as error:
             full = full_disk(error)
             if full is None and not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
                 raise
-            _say(full or error)
+            _complain(full or error)
             return 2
 
 
-def _say(what: object) -> None:
+def _complain(what: object) -> None:
     with suppress(OSError):  # of a terminal that was closed
         print(f"peka-lite: {visible(str(what).strip())}", file=sys.stderr, flush=True)
 
