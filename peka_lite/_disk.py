@@ -222,7 +222,7 @@ def new_array(path: str | os.PathLike, shape: tuple[int, ...], dtype) -> None:
             raise
 
 
-def drawn(figure: Figure, *, kind: str = "png", dpi: int) -> bytes:
+def figure_bytes(figure: Figure, *, kind: str = "png", dpi: int) -> bytes:
     """Return what a figure's file holds."""
     figure.savefig(picture := io.BytesIO(), format=kind, dpi=dpi)
     return picture.getvalue()
@@ -260,9 +260,9 @@ def size_in_words(n_bytes: int) -> str:
 
 def _refusal(number: int, path: str | os.PathLike | None, n_bytes: int) -> DiskFull:
     free = None if path is None else _free(path)
-    sizes = [f"at least {size_in_words(n_bytes)} needed"] * (n_bytes > 0)
-    sizes += [f"{size_in_words(free)} free"] * (free is not None)
     why, fix = WHY[number]
+    sizes = [f"at least {size_in_words(n_bytes)} needed"] if n_bytes else []
+    sizes += [] if free is None else [f"{size_in_words(free)} free"]
     error = DiskFull(f"{path or 'a file'}: {', '.join([why, *sizes])}; {fix}")
     error.errno = number
     return error

@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 
-from peka_lite._disk import drawn, write_file
+from peka_lite._disk import figure_bytes, write_file
 from peka_lite._hdf5 import read_anndata
 from peka_lite._outputs import check_file, output
 from peka_lite.names import as_written, shown
@@ -398,7 +398,7 @@ def save_predicted_map(
     figure = predicted_map(adata, gene)
     try:
         with output(out, "peka-lite map", inputs=[predictions]) as partial:
-            write_file(partial, drawn(figure, kind=kind, dpi=150), of=out)
+            write_file(partial, figure_bytes(figure, kind=kind, dpi=150), of=out)
     finally:
         plt.close(figure)
     return gene, remarks(adata, gene)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._disk import drawn, write_file, writing
+from peka_lite._disk import figure_bytes, write_file, writing
 from peka_lite._outputs import check_free
 from peka_lite._stop import signals_put_off
 from peka_lite.locks import alone, put_new
@@ -126,7 +126,7 @@ class _Page:
         import matplotlib.pyplot as plt
 
         file = f"{file_name(name, self.given)}.png"
-        write_file(self.folder / file, drawn(figure, dpi=120))
+        write_file(self.folder / file, figure_bytes(figure, dpi=120))
         plt.close(figure)
         self.add(f"![{in_markdown(name)}]({file})")
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite import __version__
-from peka_lite._disk import drawn, write_file, write_whole
+from peka_lite._disk import figure_bytes, write_file, write_whole
 from peka_lite._outputs import check_free, link_in
 from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.backbone_files import save_backbone
@@ -188,5 +188,5 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
         if shown.sum() >= 3 and slide.n_spots > 18:
             figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
         for name, figure in figures.items():
-            write_file(folder / f"{name}.png", drawn(figure, dpi=90))
+            write_file(folder / f"{name}.png", figure_bytes(figure, dpi=90))
             plt.close(figure)
