@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from timm.layers import SwiGLUPacked
-from torch import nn
 
 from peka_lite import __version__
 from peka_lite._packaged import PREFIX
 from peka_lite._yaml import yaml_text
-from peka_lite.backbones import Backbone, ConvStem, own_pooling
+from peka_lite.backbone_files import LAYER_TYPES, row_fields
+from peka_lite.backbones import Backbone, own_pooling
 from peka_lite.manifest import read_manifest
 from peka_lite.names import in_fence, in_markdown, visible
 from peka_lite.trained import TrainedModel
@@ -39,11 +38,6 @@ LICENCES = {
     "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
     "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
 }
-SOURCE = {
-    SwiGLUPacked: ("from timm.layers import SwiGLUPacked", "SwiGLUPacked"),
-    ConvStem: ("from peka_lite.backbones import ConvStem", "ConvStem"),
-    nn.SiLU: (None, "torch.nn.SiLU"),
-}  # what a registry row's options hold beside plain values
 
 
 def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> str:
@@ -127,16 +121,18 @@ def predict(tiles):  # -> float64 (n, {len(trained.genes)}), genes as listed bel
 
 
 def _options(spec: Backbone) -> tuple[list[str], str]:
-    """Return import lines and keyword arguments that write a row's options as code."""
+    """Return import lines and keyword arguments that write a row's options as code; a layer is imported by its text."""
     imports, written = [], ""
-    for key, value in spec.options.items():
+    for key, value in row_fields(spec).get("options", {}).items():
         if not key.isidentifier() or keyword.iskeyword(key):
             raise ValueError(f"backbone {spec.name!r} has an option {key!r}, which is no name of an argument")
-        plain = isinstance(value, bool | int | float | str | list | None)
-        line, code = (None, _literal(value)) if plain else SOURCE[value]
-        imports += [line] if line else []
+        if isinstance(value, str) and value in LAYER_TYPES:
+            imports.append(f"import {value.split(':')[0]}")
+            code = value.replace(":", ".")
+        else:
+            code = _literal(value)
         written += f", {key}={code}"
-    return imports, written
+    return sorted(set(imports)), written
 
 
 def _front_matter(trained: TrainedModel) -> dict:

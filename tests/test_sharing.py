@@ -15,6 +15,7 @@ from peka_lite.adapters import merge
 from peka_lite.backbones import BACKBONES, build, pooled
 from peka_lite.card import LICENCES, POOLING, _options, model_card, usage
 from peka_lite.probe_files import load_probes
+from peka_lite.registry import Late
 from peka_lite.sharing import export
 from peka_lite.trained import load_trained
 
@@ -98,6 +99,14 @@ def test_the_cards_code_names_every_option_of_a_row(name, folder):
     assert eval(f"dict({written.removeprefix(', ')})", room) == dict(trained.student.spec.options)
     assert written in usage(trained)
     assert ("forward_features" in usage(trained)) == (trained.student.spec.pooling == "token+avg")
+
+
+def test_the_cards_code_names_layers_that_no_row_of_the_package_has(folder):
+    options = Late({"act_layer": "torch.nn:GELU", "mlp_layer": "timm.layers:GluMlp", "img_size": [32, 48]})
+    imports, written = _options(replace(BACKBONES["mini"], options=options))
+    room = {}
+    exec("\n".join(imports), room)
+    assert eval(f"dict({written.removeprefix(', ')})", room) == dict(options)
 
 
 @pytest.mark.parametrize("pooling", ["token", "avg", "token+avg", "network"])
