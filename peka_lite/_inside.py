@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from pathlib import Path
 
+from peka_lite._file_kinds import parse_json
 from peka_lite._yaml import read_yaml
 
 LONGEST = 4096  # letters of one text in a record: a path is no longer
@@ -70,11 +70,10 @@ def own_json(folder: str | os.PathLike, *names: str, within: str | os.PathLike |
     """Read a JSON file of a folder, after `own_file` and `check_record`."""
     path = own_file(folder, *names, within=within, largest=largest)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_text("utf-8"))
         check_record(found)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} is no JSON that can be read here ({why})") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON that can be read here ({error})") from None
     return found
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite._disk import write_whole
+from peka_lite._file_kinds import parse_json, read_text
 from peka_lite._yaml import read_yaml
 from peka_lite.locks import work_folder
 from peka_lite.names import shown, visible
@@ -336,10 +337,8 @@ def _made(order: dict) -> dict:
 def read_json(path: Path) -> dict:
     """Return a JSON mapping; an empty one where there is none, its writing was cut short, or it has no end."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
-            return {}
-        found = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        found = parse_json(read_text(path, longest=LARGEST_JSON))
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
