@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import pandas as pd
 
 from peka_lite._disk import write_whole
 from peka_lite._file_kinds import parse_json, read_text
+from peka_lite._stop import ended_by_signals
 from peka_lite._yaml import read_yaml
 from peka_lite.locks import work_folder
 from peka_lite.names import shown, visible
@@ -308,7 +310,8 @@ def main() -> None:
         paths = [notebook["folder"], os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-        make_point(told["order"], Path(told["out"]))
+        with ended_by_signals():
+            make_point(told["order"], Path(told["out"]))
     except BaseException:
         traceback.print_exc()
         _end(1)  # without what libraries may still print: the log's last line is the error
@@ -317,17 +320,24 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     sys.stdin.read()
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):  # a notebook's kernel
-        child.kill()
+    _kill_children()
     os._exit(1)
 
 
 def _end(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _kill_children()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
+
+
+def _kill_children() -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):  # a notebook's kernel
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _made(order: dict) -> dict:
