@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peka_lite._disk import new_file
+from peka_lite._disk import writing
 from peka_lite._torch_files import read_torch_file
 
 
@@ -35,14 +35,21 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
         ranks = adapter.tuner.rankallocator
         state["ranks"] = {k: getattr(ranks, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
         state["rank_pattern"] = adapter.tuner.peft_config["default"].rank_pattern
+    tensors = [*state["weights"].values()]
+    tensors += [value for each in optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with new_file(partial, sum(tensor.nbytes for tensor in state["weights"].values()), of=path) as file:
-            torch.save(state, file)
-        os.replace(partial, path)
+        with writing(path, sum(tensor.nbytes for tensor in tensors)):
+            try:
+                torch.save(state, partial)
+            except RuntimeError:
+                with partial.open("ab") as file:  # PyTorch does not say why a write failed: the next one does
+                    file.write(bytes(2**20))
+                raise
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

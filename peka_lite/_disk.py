@@ -99,7 +99,7 @@ class _Sink:
     """A file that lets no write fail: it keeps the first error, and from then on what comes in memory.
 
     HDF5 ends the process where a file cannot be closed because a write fails, or where what it wrote is not to be read
-    again; PyTorch loses the reason.
+    again.
     """
 
     MOST = 2**21  # bytes of one late write; what is longer is values, which are never read back

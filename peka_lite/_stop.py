@@ -45,8 +45,7 @@ def ended_by_signals() -> Iterator[None]:
 def signals_put_off() -> Iterator[Callable[[], None]]:
     """Keep signals that would raise an exception until the block ends; gives a function that raises one earlier.
 
-    An exception inside a call from HDF5 or PyTorch back to Python would leave their files in a state that ends the
-    process at their next use.
+    An exception inside a call from HDF5 back to Python would leave its file in a state that ends the process later.
     """
     waiting, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread runs a handler

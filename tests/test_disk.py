@@ -191,7 +191,10 @@ def test_tiles_are_laid_out_without_a_memory_map(mini_cohort, tmp_path):
 OTHERS = {
     "npy": "save_array(path, np.random.rand(100_000))",
     "bytes": "write_whole(path, bytes(800_000))",
-    "torch": "with new_file(path) as file: torch.save({'a': torch.rand(200_000)}, file)",
+    "checkpoint": "layer = torch.nn.Linear(400, 500)\n"
+    "    layer.backbone = SimpleNamespace(adapter=SimpleNamespace(tuner=None))\n"
+    "    adam, scaler = torch.optim.AdamW(layer.parameters()), torch.amp.GradScaler(enabled=False)\n"
+    "    save_checkpoint(path, layer, adam, scaler, {}, [])",
     "npz": "with new_file(path) as file: np.savez(file, a=np.random.rand(100_000))",
     "safetensors": "write_tensors(path, {'all.a': torch.rand(200_000)}, {}, kind='k')",
     "figure": "figure = plt.figure(); figure.figimage(np.random.rand(600, 600))\n"
@@ -203,6 +206,7 @@ OTHERS = {
 def test_no_writer_leaves_half_a_file(tmp_path, limit):
     cases = "".join(f"\ndef of_{name}(path):\n    {code}\ncases.append(of_{name})\n" for name, code in OTHERS.items())
     before = "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt\nimport numpy as np, torch\n"
+    before += "from types import SimpleNamespace\nfrom peka_lite._checkpoint import save_checkpoint\n"
     before += "from peka_lite._disk import *\nfrom peka_lite._disk import DiskFull, figure_bytes\n"
     before += f"from peka_lite._tensor_files import write_tensors\ncases = []\n{cases}\n"
     code = """
