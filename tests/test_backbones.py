@@ -152,6 +152,7 @@ def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
 def test_weights_that_were_fetched_before_are_not_asked_for_again(tmp_path, monkeypatch):
     save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
+    monkeypatch.setattr(backbones, "PACKAGE", {"tiny"})
     monkeypatch.setattr(backbones, "located", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None)
     asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
     assert same(load_backbone(TINY), random_model(seed=3))

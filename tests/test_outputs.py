@@ -90,7 +90,7 @@ STEPS = {
     "report": "peka_lite.report._add_points",
     "add": "peka_lite.own_slides.write_tiles",
     "predict": "peka_lite.predict.put_file",
-    "embed": "anndata:AnnData.write_h5ad",
+    "embed": "peka_lite.features.write_h5ad",
 }
 
 

@@ -292,7 +292,7 @@ def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path
     log, mine = out / "log", tmp_path / "mine.txt"
     log.mkdir(parents=True)
     mine.write_text(json.dumps({"state": "failed", "last_line": "not to be shown"}))
-    for name in ("log/a=1.txt", "log/a=1.json", f"log/{sweep.digest[:16]}.ipynb", "sweep.yml"):
+    for name in ("log/a=1.txt", "log/a=1.json", f"log/{sweep.digest[:16]}.ipynb"):
         (out / name).symlink_to(mine)
     os.mkfifo(log / "a=2.txt")
     os.mkfifo(log / "a=2.json")
@@ -308,6 +308,11 @@ def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path
         assert "not to be shown" not in said
     assert mine.read_text() == before
     assert not any(path.is_symlink() for path in out.rglob("*"))
+    (out / "sweep.yml").unlink()
+    (out / "sweep.yml").symlink_to(mine)
+    with pytest.raises(FileExistsError, match=r"sweep\.yml is there already and was not written by `peka-lite sweep`"):
+        run_sweep(sweep, out)
+    assert mine.read_text() == before
 
 
 def test_ending_well_is_no_success_without_a_complete_summary(tmp_path):
