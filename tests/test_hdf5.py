@@ -91,12 +91,8 @@ def check_refused():
         for name, (how, path, file, words) in jobs.items():
             print(json.dumps((how, str(path))), file=child.stdin, flush=True)
             said = json.loads(child.stdout.readline())
-            kinds = tuple(f"{kind}: {file}: " for kind in ("HestFormatError", "Hdf5Error"))
-            if (
-                not said.startswith((*kinds, f"ValueError: {file} is no regular file"))
-                or words not in said
-                or "\n" in said
-            ):
+            kinds = (f"HestFormatError: {file}: ", f"Hdf5Error: {file}: ", f"ValueError: {file} is no regular file")
+            if not said.startswith(kinds) or words not in said or "\n" in said:
                 wrong[name] = said
         assert not wrong
 
