@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
@@ -21,10 +22,9 @@ from peka_lite._file_kinds import misfit
 
 LINKS, DEEPEST = 100_000, 64  # most links in a file, and nested groups
 PARTS = 10_000  # most groups and datasets of what is read
-FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
+FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 FLOOR, RATIO, LARGEST = 2**30, 256, 2**36  # bytes of memory: for any file, for each byte of it, and at most
-CHUNK = 2**28  # bytes of a part, where a dataset is read in parts
-PACKED = 2**20  # bytes of a gzip chunk from which it is unpacked within its bounds first; less cannot fill memory
+CHUNK = 2**28  # bytes of a part, where a dataset is stored or read in parts
 TEXT = 120  # bytes of memory that Python takes for a text beside its letters
 PIXELS = 50_000_000  # of one picture; Visium HD's largest has 36 million
 PICTURES = ("hires", "lowres", "downscaled_fullres")
@@ -144,7 +144,7 @@ def check_sizes(path: Path, nodes: Iterable[h5py.Group | h5py.Dataset], pictures
             left += [(node[name], depth + 1) for name in node]
         elif isinstance(node, h5py.Dataset):
             text = h5py.check_string_dtype(node.dtype)
-            if node.dtype.hasobject and text is None:
+            if text is None and node.dtype.kind not in "biufS":
                 raise Hdf5Error(path, f"{node.name!r} holds neither numbers nor text", "Leave it out")
             count(node, max(8, node.dtype.itemsize) + (TEXT if text else 0))
             check_packing(node, path)
@@ -155,27 +155,106 @@ def check_sizes(path: Path, nodes: Iterable[h5py.Group | h5py.Dataset], pictures
 
 
 def check_packing(dataset: h5py.Dataset, path: Path) -> None:
-    """Refuse filters that HDF5 would load a library for, and gzip that unpacks to more than its chunk."""
-    made = dataset.id.get_create_plist()
-    filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
-    after = filters[filters.index(1) + 1 :] if 1 in filters else []
-    if not FILTERS.keys() >= set(filters) or len(set(filters)) < len(filters) or set(after) - {3}:
+    """Refuse values that HDF5 would load a library for, or that are stored in fewer bytes than it takes them for."""
+    check_storage(dataset, path)
+    if dataset.chunks is not None:
+        chunks: list[h5py.h5d.StoreInfo] = []
+        dataset.id.chunk_iter(chunks.append)
+        for chunk in chunks:
+            check_chunk(dataset, path, chunk)
+
+
+def check_storage(dataset: h5py.Dataset, path: Path) -> None:
+    """Refuse filters that are not read, chunks of more than 256 MiB, and values that are cut short."""
+    filters = _filters(dataset)
+    if not FILTERS.keys() >= set(filters) or len(set(filters)) < len(filters) or {1, 32000} <= set(filters):
         names = ", ".join(FILTERS.get(number, f"no. {number}") for number in filters)
         raise Hdf5Error(path, f"{dataset.name!r} is packed by other filters than are read ({names})", "Pack it by gzip")
-    if 1 not in filters:
-        return
-    large: list[tuple[int, ...]] = []
-    dataset.id.chunk_iter(lambda chunk: large.append(chunk.chunk_offset) if chunk.size > PACKED else None)
-    most = _chunk_bytes(dataset) + PACKED  # fletcher32 and nbit add a little
-    for offset in large:
-        mask, packed = dataset.id.read_direct_chunk(offset)
-        unpack = zlib.decompressobj()
-        if not mask & 1 << filters.index(1) and len(unpack.decompress(packed, most + 1)) > most:
-            raise Hdf5Error(path, f"a part of {dataset.name!r} unpacks to more than it is declared to hold", _AGAIN)
+    if _chunk_bytes(dataset) > CHUNK:  # each is unpacked whole, for one value too
+        what = f"the chunks of {dataset.name!r}, {dataset.chunks}, hold more than {CHUNK:,} bytes"
+        raise Hdf5Error(path, what, "Write it in smaller ones: h5repack -l does")
+    stored = dataset.id.get_storage_size()
+    if dataset.chunks is None and 0 < stored < math.prod(dataset.shape or ()) * _item_bytes(dataset):
+        raise Hdf5Error(path, f"{dataset.name!r} is declared larger than it is stored", _AGAIN)
+
+
+def check_chunk(dataset: h5py.Dataset, path: Path, chunk: h5py.h5d.StoreInfo) -> None:
+    """Refuse a chunk that unpacks to another size than it is declared to hold.
+
+    HDF5 does not look: it takes what lies behind a short one in memory for values, or ends the process.
+    """
+    whole, filters = _chunk_bytes(dataset), _filters(dataset)
+    used = [number for place, number in enumerate(filters) if not chunk.filter_mask & 1 << place]
+    size = chunk.size
+    if 1 in used or 32000 in used:
+        packed, packs = memoryview(dataset.id.read_direct_chunk(chunk.chunk_offset)[1]), 1 if 1 in used else 32000
+        if 3 in used[used.index(packs) :]:
+            packed = packed[:-4]
+        size = _inflated(packed, whole) if packs == 1 else _lzf_size(packed)
+        used = used[: used.index(packs)]
+    if size - 4 * (3 in used) != whole:
+        raise Hdf5Error(path, f"a part of {dataset.name!r} unpacks to another size than it is declared to hold", _AGAIN)
+
+
+def _filters(dataset: h5py.Dataset) -> list[int]:
+    made = dataset.id.get_create_plist()
+    return [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+
+
+def _inflated(packed: memoryview, whole: int) -> int:
+    """Return how many bytes gzip unpacks to, or more than `whole` where they are more; -1 for what is cut."""
+    unpack, size = zlib.decompressobj(), 0
+    while not unpack.eof and size <= whole + 4:
+        part = unpack.decompress(packed, 2**20)
+        packed, size = unpack.unconsumed_tail, size + len(part)
+        if not part and not packed:
+            break
+    return size if unpack.eof else -1 if size <= whole else size
+
+
+def _lzf_size(packed: memoryview) -> int:
+    """Return how many bytes LZF unpacks to: runs of letters, and copies of 3 or more earlier ones."""
+    size = at = 0
+    while at < len(packed):
+        first = packed[at]
+        if first < 32:
+            at, size = at + 2 + first, size + 1 + first
+        elif first < 224:
+            at, size = at + 2, size + 2 + (first >> 5)
+        else:
+            size += 9 + (packed[at + 1] if at + 1 < len(packed) else 0)
+            at += 3
+    return size if at == len(packed) else -1
+
+
+class Rows:
+    """Rows of a dataset; what is stored of one is checked (`check_chunk`) before it is first read."""
+
+    def __init__(self, dataset: h5py.Dataset, path: Path):
+        self._dataset, self._path, self._checked = dataset, path, set()
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        with _named(self._path, "HDF5"):
+            if (chunks := self._dataset.chunks) is not None and (number := row // chunks[0]) not in self._checked:
+                rest = (range(0, n, each) for n, each in zip(self._dataset.shape[1:], chunks[1:], strict=True))
+                for offset in itertools.product([number * chunks[0]], *rest):
+                    chunk = self._dataset.id.get_chunk_info_by_coord(offset)
+                    if chunk.byte_offset is not None:  # else there is none, and the row is what fills it
+                        check_chunk(self._dataset, self._path, chunk)
+                self._checked.add(number)
+            return self._dataset[row]
 
 
 def _chunk_bytes(dataset: h5py.Dataset) -> int:
-    return math.prod(dataset.chunks) * dataset.dtype.itemsize if dataset.chunks else 0
+    return math.prod(dataset.chunks) * _item_bytes(dataset) if dataset.chunks else 0
+
+
+def _item_bytes(dataset: h5py.Dataset) -> int:
+    """Return how many bytes a value takes in the file; of a text of any length that is its length and its place."""
+    text = h5py.check_string_dtype(dataset.dtype)
+    if text is not None and text.length is None:
+        return 8 + dataset.file.id.get_create_plist().get_sizes()[0]
+    return dataset.id.get_type().get_size()
 
 
 def _check_texts(dataset: h5py.Dataset, path: Path, size: int) -> None:
@@ -196,9 +275,16 @@ def read_table(node, path: Path) -> pd.DataFrame:
         fix = "Read it with anndata 0.10 and write it again" if old else "Give a file that anndata wrote"
         raise Hdf5Error(path, "obs or var is no table" + (" of anndata 0.7 or newer" if old else ""), fix)
     inside, columns = set(node), [_text(name) for name in node.attrs["column-order"]]
+    length = None
     for name in (_text(node.attrs["_index"]), *columns):
         if name not in inside or columns.count(name) > 1:  # a name with a slash leads elsewhere
             raise Hdf5Error(path, f"{node.name!r} does not hold the column {name!r}, which it names, once", _AGAIN)
+        column = node[name]
+        if isinstance(column, h5py.Group):
+            column = column.get("codes", column.get("values"))
+        length = getattr(column, "shape", None) if length is None else length
+        if getattr(column, "shape", None) != length or length is None or len(length) != 1:
+            raise Hdf5Error(path, f"column {name!r} of {node.name!r} has no value for each row", _AGAIN)
         # anndata before 0.7.? kept the categories elsewhere, and a reference to them.
         if "categories" in node[name].attrs and _text(node.attrs.get("encoding-version")) == "0.1.0":
             to = node[name].attrs["categories"]

@@ -24,6 +24,8 @@ from peka_lite.tiles import TILE_SHAPE, tiles_of
 
 # What is read of a slide beside X, obs, var and uns["spatial"]; all but the first two is the embedded cohort's.
 PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
+MOST_COUNTS = 1e9  # of a gene in a spot
+FARTHEST = 1e9  # pixels from a corner; the largest images have 1e6
 PLACES = ("in_tissue", "array_row", "array_col")  # columns of obs that outputs keep
 
 
@@ -64,6 +66,8 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
         raise HestFormatError(path, "X is missing", raw)
     if not adata.n_obs:
         raise HestFormatError(path, "holds no spot", "obs_names must be the barcodes of spots")
+    if not adata.n_vars:
+        raise HestFormatError(path, "holds no gene", "var_names must be the names of genes")
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} stands more than once in obs_names", "Barcodes must be unique")
@@ -74,6 +78,7 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
         (~np.isfinite(counts), "NaN or infinite"),
         (counts < 0, "negative"),
         (counts != np.rint(counts), "non-integer"),
+        (counts > MOST_COUNTS, "impossible"),
     ):
         if bad.any():
             raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", raw)
@@ -87,12 +92,14 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
 def pixel_centres(adata: ad.AnnData, path) -> np.ndarray:
     """Return the centres of spots, (N, 2) float64, x first."""
     try:
-        spatial = np.asarray(adata.obsm["spatial"], dtype=float)
-        if np.isfinite(spatial[:, [0, 1]]).all():
-            return spatial[:, :2]
+        spatial = np.asarray(adata.obsm["spatial"])
+        if spatial.dtype.kind not in "cV" and (np.abs(spatial[:, [0, 1]].astype(float)) < FARTHEST).all():
+            return spatial[:, :2].astype(float)
     except (KeyError, IndexError, TypeError, ValueError):
         pass
-    raise HestFormatError(path, "obsm['spatial'] is missing or not finite", "It must hold (N, 2) pixel centres")
+    raise HestFormatError(
+        path, "obsm['spatial'] is missing or not finite, or lies 1e9 pixels away", "It must hold (N, 2) pixel centres"
+    )
 
 
 def check_sparse(matrix, path) -> None:
@@ -195,7 +202,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
     except UnicodeDecodeError as error:
         raise HestFormatError(path, f"is no text in UTF-8 ({error})", "Save the table as CSV in UTF-8") from None
     head = text.lstrip().partition("\n")[0]
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         table = [(lines.line_num, cells) for cells in lines]
     except csv.Error as error:

@@ -395,7 +395,10 @@ def save_predicted_map(
     check_file(out, "peka-lite map", inputs=[predictions])
     adata = read_anndata(predictions, uns=("spatial", "peka_lite"))
     gene = default_gene(adata) if gene is None and adata.n_vars else gene
-    figure = predicted_map(adata, gene)
+    try:
+        figure = predicted_map(adata, gene)
+    except ValueError as error:
+        raise ValueError(f"{predictions}: {error}") from None
     try:
         with output(out, "peka-lite map", inputs=[predictions]) as partial:
             write_file(partial, figure_bytes(figure, kind=kind, dpi=150), of=out)
@@ -411,11 +414,17 @@ def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[in
     tiles of a grid were predicted it is the whole image: tissue that no tile covers is a part of it.
     """
     library = next(iter(adata.uns["spatial"].values()))
-    image = library["images"][IMAGE_KEY]
-    scale = float(library["scalefactors"]["tissue_downscaled_fullres_scalef"])
-    diameter = float(library["scalefactors"]["spot_diameter_fullres"])
+    image, factors = library["images"][IMAGE_KEY], library["scalefactors"]
+    if missing := {f"tissue_{IMAGE_KEY}_scalef", "spot_diameter_fullres"} - set(factors):
+        raise ValueError(f"uns['spatial'] has no scale factor {', '.join(sorted(missing))}; HEST-1k's slides hold both")
+    scale, diameter = float(factors[f"tissue_{IMAGE_KEY}_scalef"]), float(factors["spot_diameter_fullres"])
     coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     edge = image.shape[1::-1]  # width, height
+    if not ((coords * scale >= 0) & (coords * scale <= edge)).all(1).any():
+        raise ValueError(
+            f"no spot lies on the slide's picture of {edge[0]} x {edge[1]} px: obsm['spatial'] times its scale factor, "
+            f"{scale:g}, must be a place on it"
+        )
     if "tissue_share" in adata.obs:
         return image, scale, diameter, (0, 0, *edge)
     low = np.clip((coords.min(0) - 2 * diameter) * scale, 0, edge).astype(int)

@@ -21,6 +21,7 @@ from peka_lite._hdf5 import FLOOR, RATIO, Hdf5Error, check_compressed, check_siz
 from peka_lite._hest_files import HestFormatError, read_h5ad
 
 TABLE = 2**27  # bytes of the unpacked table of barcodes or features; 500,000 barcodes take 10 million
+ROWS = 2**21  # lines of it
 LONGEST_LINE = 10_000  # letters of a line of a table with few columns
 LINE = 64  # bytes of a line of matrix.mtx, more than two numbers and a count ever take
 
@@ -188,7 +189,10 @@ def _read_table(path: Path) -> list[list[str]]:
     """Read lines whose cells tabs part."""
     fix = "Take the folder from Space Ranger's outs"
     try:
-        lines = read_text(path, longest=TABLE).splitlines()
+        text = read_text(path, longest=TABLE)
+        if text.count("\n") > ROWS:
+            raise ValueError(f"has more than {ROWS:,} lines")
+        lines = text.splitlines()
     except FileNotFoundError:
         raise HestFormatError(path, "no such file", fix) from None
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import h5py
 import numpy as np
 
 from peka_lite._disk import writing
-from peka_lite._hdf5 import CHUNK, Hdf5Error, check_packing, open_hdf5
+from peka_lite._hdf5 import Hdf5Error, Rows, check_storage, open_hdf5
 from peka_lite._outputs import output
 from peka_lite.progress import Stage
 
@@ -128,7 +127,9 @@ class TileStore:
         key = (os.getpid(), int(part))
         if key not in self._open:
             path = self.paths[part]
-            self._open[key] = np.load(path, mmap_mode="r") if path.suffix == ".npy" else tiles_of(open_hdf5(path), path)
+            self._open[key] = (
+                np.load(path, mmap_mode="r") if path.suffix == ".npy" else Rows(tiles_of(open_hdf5(path), path), path)
+            )
         return self._open[key]
 
     def __getstate__(self):
@@ -143,10 +144,7 @@ def tiles_of(file: h5py.File, path: Path) -> h5py.Dataset:
     if img.shape is None or img.shape[1:] != TILE_SHAPE or img.dtype != np.uint8:
         fix = f"Tiles must be uint8 (N, {', '.join(map(str, TILE_SHAPE))})"
         raise Hdf5Error(path, f"img is {img.dtype} {img.shape}", fix)
-    if img.chunks and math.prod(img.chunks) > CHUNK:  # each is unpacked whole, for one tile too
-        what = f"the chunks of img, {img.chunks}, hold more than {CHUNK:,} bytes"
-        raise Hdf5Error(path, what, "Write the tiles in chunks of one: h5repack -l img:CHUNK=1x224x224x3 does")
-    check_packing(img, path)
+    check_storage(img, path)
     return img
 
 

@@ -272,6 +272,15 @@ def put_bomb(file, name, shape, dtype):
     data.id.write_direct_chunk((0,) * len(shape), bomb(2**32))
 
 
+def put_short(file, name, shape, **packing):
+    """Store chunks that unpack to 8 bytes, which HDF5 would take for all of their values."""
+    data = replace(file, name, shape=shape, dtype="u1", chunks=shape, **packing)
+    raw = b"\5" * 8
+    lzf = bytes([7]) + raw  # a run of 8 letters
+    packed = zlib.compress(raw) if packing.get("compression") == "gzip" else lzf if packing.get("compression") else raw
+    data.id.write_direct_chunk((0,) * len(shape), packed)
+
+
 def add_column(file, **made):
     replace(file, "obs/array_row", **made)
 
@@ -323,21 +332,56 @@ HUGE = {
         lambda f: add_column(f, shape=(4,), maxshape=(None,), dtype="u1", chunks=(2**32 - 1,), compression="gzip"),
         "obs/array_row",
     ),
-    "gzip column": (H5AD, lambda f: put_bomb(f, "obs/array_row", (4,), "u1"), "unpacks to more than it is declared"),
-    "gzip picture": (H5AD, lambda f: put_bomb(f, IMAGE, (4, 4, 3), "u1"), "unpacks to more than it is declared"),
-    "gzip tiles": (PATCHES, lambda f: put_bomb(f, "img", (4, 224, 224, 3), "u1"), "unpacks to more than"),
+    "gzip column": (H5AD, lambda f: put_bomb(f, "obs/array_row", (4,), "u1"), "unpacks to another size than"),
+    "gzip picture": (H5AD, lambda f: put_bomb(f, IMAGE, (4, 4, 3), "u1"), "unpacks to another size than"),
+    "gzip tiles": (PATCHES, lambda f: put_bomb(f, "img", (4, 224, 224, 3), "u1"), "unpacks to another size than"),
     "barcodes": (PATCHES, lambda f: huge_patches(f), "is declared as 1,000,000,000"),
     "many barcodes": (PATCHES, lambda f: replace(f, "barcode", shape=(10**10,), dtype="S8"), "codes for 4"),
     "chunk of tiles": (
         PATCHES,
         lambda f: replace(f, "img", shape=(4, 224, 224, 3), maxshape=(None, 224, 224, 3), dtype="u1",
                           chunks=(20_000, 224, 224, 3)),
-        "the chunks of img",
+        "the chunks of '/img'",
     ),
     "filter of tiles": (PATCHES, lambda f: unknown_filter(f, "img", (4, 224, 224, 3)), "other filters than are read"),
     "filter of a column": (H5AD, lambda f: unknown_filter(f, "obs/array_row", (4,)), "other filters than are read"),
     "deep": (H5AD, lambda f: f.create_group("uns/other2/" + "a/" * 3000), "nested more than 64 deep"),
     "a column elsewhere": (H5AD, lambda f: f["obs"].attrs.create("column-order", ["/uns/other"]), "'/uns/other'"),
+    "column of records": (H5AD, lambda f: add_column(f, data=np.zeros(4, [("a", "i4")])), "neither numbers nor text"),
+    "column of bytes": (H5AD, lambda f: add_column(f, data=np.zeros(4, "V8")), "neither numbers nor text"),
+    "column of one value": (H5AD, lambda f: add_column(f, data=1.0), "has no value for each row"),
+    "column without values": (H5AD, lambda f: add_column(f, data=h5py.Empty("i4")), "has no value for each row"),
+    "places of records": (
+        H5AD,
+        lambda f: replace(f, "obsm/spatial", data=np.zeros((4, 2), [("a", "i4"), ("b", "i4")])),
+        "neither numbers nor text",
+    ),
+    "places far away": (H5AD, lambda f: replace(f, "obsm/spatial", data=np.full((4, 2), 1e300)), "lies 1e9 pixels"),
+    "bombs together": (
+        H5AD,
+        lambda f: [
+            replace(f, "X/data", shape=(64,), dtype="f4", chunks=(4,), compression="gzip").id.write_direct_chunk(
+                (i,), bomb(2**30)
+            )
+            for i in range(0, 64, 4)
+        ],
+        "unpacks to another size than",
+    ),
+    **{
+        f"short {place.rpartition('/')[2]}, {words}": (
+            name,
+            lambda f, place=place, shape=shape, packing=packing: put_short(f, place, shape, **packing),
+            "unpacks to another size than",
+        )
+        for name, place, shape in (
+            (H5AD, IMAGE, (5000, 5000, 3)), (H5AD, "obs/array_row", (4,)), (PATCHES, "img", (4, 224, 224, 3)),
+        )
+        for words, packing in {
+            "gzip": {"compression": "gzip"}, "lzf": {"compression": "lzf"}, "plain": {"shuffle": True},
+            "gzip with a sum": {"compression": "gzip", "shuffle": True, "fletcher32": True},
+        }.items()
+        if shape != (4,) or "sum" in words or words == "gzip"  # 8 bytes are more than 4
+    },
     "column of vectors": (H5AD, lambda f: add_column(f, shape=(4,), dtype=h5py.vlen_dtype("f8")), "neither"),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from peka_lite.expression import align_genes
 # Columns of HGNC's complete set (genenames.org), the more binding name first.
 _NAMES = ("symbol", "prev_symbol", "alias_symbol")
 _TEXT = ("text", "pickle")  # the oldest pickles are text
+_HEAD = 10_000  # letters of a table's first line
 _LONGEST = 2**26  # bytes of HGNC's set, which has 17 million
 _MOST = 2**20  # genes of it, 45,000
 
@@ -172,8 +173,10 @@ def _read_list(path: Path) -> list:
 
 def _read_order(path: Path) -> list[str]:
     # As text: "NA" would be no gene.
-    text, columns = io.StringIO(read_text(path)), ["gene_name", "index"]
-    table = pd.read_csv(text, sep="\t", dtype=str, keep_default_na=False, usecols=columns)
+    text, columns = read_text(path), ["gene_name", "index"]
+    if len(text.partition("\n")[0]) > _HEAD:
+        raise ValueError(f"its first line has more than {_HEAD:,} letters")
+    table = pd.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False, usecols=columns)
     table["index"] = pd.to_numeric(table["index"])
     table = table.sort_values("index")
     if table["index"].tolist() != list(range(len(table))):
