@@ -357,6 +357,28 @@ def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
     assert default_gene(on_tiles(columns, pcc)) == gene
 
 
+@pytest.mark.parametrize(
+    ("spread", "factors", "words"),
+    [
+        (1e300, {}, "no spot lies on the slide's picture"),
+        (np.nan, {}, "no spot lies on the slide's picture"),
+        (1, {"tissue_downscaled_fullres_scalef": 1e-300, "spot_diameter_fullres": None}, "has no scale factor"),
+        (1, {"tissue_downscaled_fullres_scalef": 1e300}, "no spot lies on the slide's picture"),
+    ],
+)
+def test_predictions_that_cannot_be_placed_name_the_file(tmp_path, spread, factors, words):
+    adata = on_tiles({"G": RAMP}, [0.9])
+    adata.obsm["spatial"] = (np.asarray(adata.obsm["spatial"], float) + 1) * spread
+    known = next(iter(adata.uns["spatial"].values()))["scalefactors"]
+    known.update(factors)
+    for name in [name for name, value in known.items() if value is None]:
+        del known[name]
+    adata.write_h5ad(tmp_path / "genes.h5ad")
+    with pytest.raises(ValueError, match=rf"genes\.h5ad: .*{words}"):
+        save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
+    assert not (tmp_path / "map.png").exists()
+
+
 def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
     adata = on_tiles({"BELOW": RAMP - 3, "FLAT": 1.0, "ABOVE": RAMP}, [0.9, 0.8, 0.1])
     fig = predicted_map(adata)

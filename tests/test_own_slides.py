@@ -426,6 +426,7 @@ HEAD = b"%%MatrixMarket matrix coordinate integer general\n"
         ("matrix.mtx.gz", HEAD + b"8 25 3\n1 x 1\n", "cannot be read as MatrixMarket"),
         pytest.param("features.tsv.gz", b"a\n" * 2**26 + b"a", "unpacks to more than is read", id="too long"),
         pytest.param("barcodes.tsv.gz", b"a\t" * 2**20, "is no table", id="one line"),
+        pytest.param("features.tsv.gz", b"a\n" * (2**21 + 2), "has more than 2,097,152 lines", id="many lines"),
         ("features.tsv.gz", b"a\n" * 8, "has 1 columns"),
     ],
 )

@@ -62,6 +62,7 @@ def test_na_is_a_name(tmp_path):
     ("name", "text", "match"),
     [
         ("genes.tsv", "", "no gene list"),
+        pytest.param("genes.tsv", "gene_name\tindex" + "\tx" * 10**6, "its first line has more than", id="wide"),
         ("genes.tsv", "gene\tindex\nA\t0\n", "no gene list.*gene_name and index"),
         ("genes.tsv", "gene_name\tplace\nA\t0\n", "no gene list.*gene_name and index"),
         ("genes.tsv", "gene_name\tindex\nA\t1\nB\t2\n", "index must count from 0"),
