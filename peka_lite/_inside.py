@@ -126,7 +126,8 @@ def _located(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:
     if root.parent.name == "snapshots" and (blobs := root.parent.parent / "blobs").is_dir() and _lies_in(real, blobs):
         return path, real  # Hugging Face's cache, where every file is a link to a blob of the same repository
     if not _lies_in(real, root):
-        raise ValueError(f"{path} is a link that leads out of {around}; put the file itself there")
+        fix = "give that folder itself" if real.is_dir() else "put the file itself there"
+        raise ValueError(f"{path} is a link that leads out of {around}; {fix}")
     return path, real
 
 

@@ -81,7 +81,7 @@ def check_slide(slide: openslide.OpenSlide, path: Path, files: Sequence[Path]) -
 
 
 def _cannot_hold(what: str, size: int) -> str:
-    return f"it declares {what}, which a file of {size:,} bytes cannot hold"
+    return f"it declares {what}, more than is read from a file of {size:,} bytes"
 
 
 def files_of(path: Path) -> list[Path]:

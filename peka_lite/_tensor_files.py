@@ -37,6 +37,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "peka_lite": stamp}
         )
+        os.umask(umask := os.umask(0))
+        partial.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
 
 
 def _is_own(path: Path, kind: str) -> bool:

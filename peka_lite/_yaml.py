@@ -28,6 +28,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
 
+class _NotRead(ValueError):
+    """YAML that is not read here."""
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML that writes a value out each time it occurs, for `parse_yaml` takes no aliases."""
 
@@ -63,7 +67,7 @@ def read_yaml(path: str | os.PathLike):
     try:
         return parse_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no YAML: no text in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: no YAML: no text in UTF-8 ({error}); save it as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -84,7 +88,7 @@ def parse_yaml(text: str):
     {'lr': 0.0001, 'slides': ['A', 'B'], 'day': '2026-01-01'}
     >>> parse_yaml("{a: &a [1], b: *a}")
     Traceback (most recent call last):
-    ValueError: no YAML: line 1 has an anchor or alias ('&a'); write the value out
+    ValueError: line 1 has an anchor or alias ('&a'); write the value out
     """
     try:
         depth = 0
@@ -92,16 +96,18 @@ def parse_yaml(text: str):
             place = f"line {event.start_mark.line + 1}"
             if anchor := getattr(event, "anchor", None):
                 sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-                raise ValueError(f"{place} has an anchor or alias ('{sign}{anchor}'); write the value out")
+                raise _NotRead(f"{place} has an anchor or alias ('{sign}{anchor}'); write the value out")
             if getattr(event, "tag", None) not in (None, "!"):
-                raise ValueError(f"{place} has a tag ({event.tag}); give plain values")
+                raise _NotRead(f"{place} has a tag ({event.tag}); give plain values")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > DEEPEST:
-                raise ValueError(f"{place} is nested more than {DEEPEST} levels deep")
+                raise _NotRead(f"{place} is nested more than {DEEPEST} levels deep")
         return yaml.load(text, _Loader)
+    except _NotRead:
+        raise
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
         raise ValueError(f"no YAML: {reason}") from None

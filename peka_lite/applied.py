@@ -95,11 +95,19 @@ def predict_from(
     check_place(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
     if mpp is not None:
         raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
-    own = cohort is None or root == cohort_root(config.cohort)
+    own = cohort is None or root == _root_of(config.cohort)
     missed = fold_without(model, slide) if own else None
     trained = load_trained(model, fold=missed if fold is None else fold, weights=weights, device=device)
     held_out = "other cohort" if not own else "no" if missed is None or trained.fold != missed else "yes"
     return predict_spots(read_slide(root, slide), trained, out, held_out=held_out, **options)
+
+
+def _root_of(cohort: str) -> Path | None:
+    """Return the folder of a model's own cohort; None where it is not on this machine."""
+    try:
+        return cohort_root(cohort)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def fold_without(model: str | os.PathLike, slide: str) -> int | None:

@@ -264,10 +264,11 @@ def _checked(row: Backbone) -> Backbone:
             raise ValueError(f"bone_r: {error}; None is for a model without attention to adapt") from None
     for name in ("options", "precision"):
         if not isinstance(getattr(row, name), Mapping):
-            raise ValueError(f"{name} maps names to values, not {_brief(getattr(row, name))}")
+            example = ": {'cpu': torch:float32, ...}" if name == "precision" else ""
+            raise ValueError(f"{name} maps names to values{example}, not {_brief(getattr(row, name))}")
     if row.precision.keys() != PRECISION.keys():
-        named = ", ".join(map(str, row.precision))
-        raise ValueError(f"precision names a type for {', '.join(PRECISION)}, not for {named}")
+        example = ", ".join(f"'{device}': {kind}" for device, kind in _as_given(PRECISION).items())
+        raise ValueError(f"precision names one type for each kind of device, as {{{example}}}")
     for device, kind in _as_given(row.precision).items():
         if str(kind).replace(".", ":") not in DTYPES:
             raise ValueError(f"precision: {device} is {_brief(kind)}; give one of {', '.join(DTYPES)}")

@@ -235,6 +235,9 @@ def _check_names(root: Path, slide_id: str, metadata: Mapping | None) -> None:
 
 
 def _check_place(root: Path, slide_id: str) -> None:
+    for folder in (root, *(root / name for name in FILES)):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder, where the slide's files go; give another --cohort")
     there = [path for path in _places(root, slide_id).values() if os.path.lexists(path)]
     if there:
         raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")

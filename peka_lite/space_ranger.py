@@ -49,6 +49,8 @@ def read_counts(path: str | os.PathLike) -> ad.AnnData:
     path = Path(path)
     if path.is_file() and path.suffix == ".h5ad":
         return read_h5ad(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; give an .h5ad file or Space Ranger's outs folder")
     path = path / "outs" if (path / "outs" / "spatial").is_dir() else path
     if not (path / "spatial").is_dir():
         raise FileNotFoundError(f"{path}: neither an .h5ad file nor Space Ranger's outs folder, which holds spatial")

@@ -1,6 +1,7 @@
 """Adapter and probe files: what comes back is what went in, and only onto the weights it belongs to."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny import TINY
 from torch import nn
 
 from peka_lite import __version__
+from peka_lite._tensor_files import write_tensors
 from peka_lite.adapter_files import (
     backbone_fingerprint,
     join_adapters,
@@ -61,6 +63,15 @@ def test_a_loaded_adapter_gives_the_same_bits(method, layers, tmp_path):
     assert again.adapter.options == model.adapter.options
     assert again.adapter.layers == model.adapter.layers
     assert torch.equal(outputs(merge(again)), outputs(merge(model)))
+
+
+def test_a_file_is_as_open_as_others_of_its_user(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        write_tensors(tmp_path / "t.safetensors", {"all.x": torch.zeros(2)}, {}, kind="test")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_adalora_comes_back_with_the_ranks_that_it_pruned(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import anndata as ad
 import numpy as np
@@ -88,6 +89,14 @@ def test_a_slide_of_another_cohort_is_told_apart(judged, mini_root, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(mini_root)
     got = predict_from(judged, "MINI1", tmp_path / "p.h5ad", cohort=other, device="cpu")
+    assert got.uns["peka_lite"]["held_out"] == "other cohort"
+
+
+def test_a_model_whose_own_cohort_is_elsewhere_predicts_slides_of_another(judged, mini_root, tmp_path):
+    model = shutil.copytree(judged, tmp_path / "model")
+    text = (model / "config.yml").read_text()
+    (model / "config.yml").write_text(text.replace(str(mini_root), "gone/away"))
+    got = predict_from(model, "MINI1", tmp_path / "p.h5ad", cohort=mini_root, device="cpu")
     assert got.uns["peka_lite"]["held_out"] == "other cohort"
 
 

@@ -92,7 +92,10 @@ def test_a_file_gives_the_row_that_was_written(file):
         ({"pooling": "cls"}, "unknown pooling 'cls'; known: token, avg, token.avg"),
         ({"bone_r": 32}, "bone_r: r=32 must divide in_features=48 .*: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give plain values"),
-        ({"precision": {"cpu": "torch:float32"}}, "precision names a type for cpu, cuda<8.0, cuda>=8.0"),
+        (
+            {"precision": {"cpu": "torch:float32"}},
+            "precision names one type for each kind of device, as {'cpu': torch:float32, 'cuda<8.0': torch:float16",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(file, fields, words):

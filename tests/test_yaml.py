@@ -30,8 +30,8 @@ def test_what_is_written_is_read(value):
         ("{? {a: 1} : 1}", "a key must be one plain value"),
         ("[" * 40 + "]" * 40, "nested more than 32 levels deep"),
         ("[" * 200_000, "no YAML"),
-        ("- " * 200_000 + "a", "no YAML"),
-        ("\n".join(" " * i + f"k{i}:" for i in range(2000)), "no YAML"),
+        ("- " * 200_000 + "a", "nested more than 32 levels"),
+        ("\n".join(" " * i + f"k{i}:" for i in range(2000)), "nested more than 32 levels"),
         ("a: " + "1" * 5000, "no YAML"),
         ("a: [", "no YAML"),
         ("a: \x00", "no YAML"),
@@ -39,7 +39,7 @@ def test_what_is_written_is_read(value):
 )
 def test_what_is_refused(text, why, tmp_path):
     (tmp_path / "received.yml").write_text(text)
-    with pytest.raises(ValueError, match=rf"received\.yml: no YAML: .*{why}|received\.yml: {why}"):
+    with pytest.raises(ValueError, match=rf"received\.yml: .*{why}"):
         read_yaml(tmp_path / "received.yml")
 
 
