@@ -94,7 +94,7 @@ def test_a_file_gives_the_row_that_was_written(file):
         ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give plain values"),
         (
             {"precision": {"cpu": "torch:float32"}},
-            "each kind of device, as {'cpu': torch:float32",
+            "precision names one type for each kind of device, as {'cpu': torch:",
         ),
     ],
 )
