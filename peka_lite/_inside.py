@@ -80,7 +80,7 @@ def own_json(folder: str | os.PathLike, *names: str, within: str | os.PathLike |
 def own_yaml(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**20):
     """Read a YAML file of a folder, after `own_file` and `check_record`."""
     path = own_file(folder, *names, within=within, largest=largest)
-    found = read_yaml(path)
+    found = read_yaml(path, largest=largest)
     try:
         check_record(found)
     except ValueError as error:

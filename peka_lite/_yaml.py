@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 LARGEST = 2**25  # bytes of a file; a sweep of 100,000 points takes about a third of it
+MOST = 3_000_000  # values, keys and ends of lists in a file; reading that many takes about 20 seconds
 DEEPEST = 32  # nested lists and mappings; a manifest has 5
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -49,8 +50,8 @@ _Loader.add_implicit_resolver(
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quotes what would be read as a number
 
 
-def read_yaml(path: str | os.PathLike):
-    """Read a YAML file in UTF-8.
+def read_yaml(path: str | os.PathLike, *, largest: int = LARGEST):
+    """Read a YAML file in UTF-8, of at most `largest` bytes.
 
     Raises
     ------
@@ -62,8 +63,8 @@ def read_yaml(path: str | os.PathLike):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path}: {size:,} bytes are more than a YAML file here holds ({LARGEST:,})")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size:,} bytes are more than such a YAML file holds ({largest:,})")
     try:
         return parse_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
@@ -92,7 +93,9 @@ def parse_yaml(text: str):
     """
     try:
         depth = 0
-        for event in yaml.parse(text, _Loader):
+        for n, event in enumerate(yaml.parse(text, _Loader)):
+            if n > MOST:
+                raise _NotRead(f"it holds more than {MOST:,} values")
             place = f"line {event.start_mark.line + 1}"
             if anchor := getattr(event, "anchor", None):
                 sign = "*" if isinstance(event, yaml.AliasEvent) else "&"

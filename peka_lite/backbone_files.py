@@ -125,7 +125,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a backbone is a known name or the YAML file of a row")
-    fields = read_yaml(path)
+    fields = read_yaml(path, largest=2**16)
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"a row maps fields to values: {', '.join(_REQUIRED)}, ...")
@@ -252,7 +252,7 @@ def _checked(row: Backbone) -> Backbone:
         check_statistic(name, getattr(row, name))
     _check_origin(row)
     if row.pooling not in POOLING:
-        raise ValueError(f"unknown pooling {row.pooling!r}; known: {', '.join(POOLING)}")
+        raise ValueError(f"unknown pooling {_brief(row.pooling)}; known: {', '.join(POOLING)}")
     if row.access not in (None, *ACCESS):
         raise ValueError(f"access is one of {', '.join(ACCESS)}, not {row.access!r}")
     if row.bone_r is not None:

@@ -12,8 +12,10 @@ from contextlib import suppress
 from peka_lite._disk import full_disk
 from peka_lite._stop import ended_by_signals
 from peka_lite.cli_options import parser
-from peka_lite.names import visible
+from peka_lite.names import shown, visible
 from peka_lite.progress import Stage
+
+LONGEST = 4000  # letters of a message; a received name may have any number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(what: object) -> None:
     with suppress(OSError):  # of a terminal that was closed
-        print(f"peka-lite: {visible(str(what).strip())}", file=sys.stderr, flush=True)
+        print(f"peka-lite: {shown(str(what).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
 
 
 def _print_warnings_plainly() -> None:

@@ -12,6 +12,7 @@ from peka_lite._yaml import read_yaml
 from peka_lite.names import in_code, in_markdown
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
+LONGEST_NAME = 240  # bytes of a folder's name, of which `.partial` leaves so many
 _MOST_SCALARS = 10_000  # of a notebook's summary, each a column of a report
 
 
@@ -133,7 +134,8 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     try:
         check_record(asked)
         for name in points:
-            check_name(name)
+            if len(os.fsencode(check_name(name))) > LONGEST_NAME:
+                raise ValueError(f"point {name[:40]!r}... has a name of more than {LONGEST_NAME} bytes")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     finished, missing, seconds = [], {}, {}

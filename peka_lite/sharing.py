@@ -64,7 +64,11 @@ def export(
     n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
     say(f"plan: {n:,} merged weights to write, with their probe and a model card")
     table = trained.folder / "metrics.csv"
-    card = model_card(trained, read_metrics(table) if table.exists() else None)
+    metrics = read_metrics(table) if table.exists() else None
+    try:
+        card = model_card(trained, metrics)
+    except ValueError as error:
+        raise ValueError(f"{trained.folder}, summary.json or config.yml: {error}") from None
     with new_folder(out) as work:
         write_tensors(work / "model.safetensors", trained.student.state_dict(), trained.describe(), kind="student")
         probes = {trained.name: (trained.probe, trained.genes)}

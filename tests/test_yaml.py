@@ -57,6 +57,13 @@ def test_a_file_too_large_is_refused_unread(tmp_path):
         read_yaml(path)
 
 
+def test_values_without_end_are_refused_before_they_are_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("peka_lite._yaml.MOST", 1000)
+    (tmp_path / "many.yml").write_text("a: [" + "1," * 1000 + "1]")
+    with pytest.raises(ValueError, match=r"many\.yml: it holds more than 1,000 values"):
+        read_yaml(tmp_path / "many.yml")
+
+
 def test_bytes_that_are_no_text_name_the_file(tmp_path):
     (tmp_path / "x.yml").write_bytes(b"a: \xff")
     with pytest.raises(ValueError, match=r"x\.yml: .*utf-8"):
