@@ -199,6 +199,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # another machine may have this process's number
     try:
         write_file(own, content, of=path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, where a file is to be written: remove it")
         os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from peka_lite._disk import writing
 from peka_lite.locks import alone, partial_of, put_new
 
+LONGEST = 200  # bytes of an output's name, to which that of a file in preparation adds some
 _UNMARKED = (".svgz", ".raw", ".rgba")  # nothing may follow their content
 
 
@@ -69,6 +70,20 @@ def check_file(
 def link_in(folder: Path) -> Path | None:
     """Return a symbolic link at or in a folder to go on with, through which a file elsewhere would be written."""
     return next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
+
+
+def check_work(work: Path, names: Iterable[str]) -> None:
+    """Refuse a place to work in that no stopped command left: it is to be removed with all that lies in it.
+
+    `names` are those of a command's files there, without their endings.
+    """
+    if not os.path.lexists(work):
+        return
+    if work.is_symlink() or not work.is_dir():
+        raise FileExistsError(f"{work} is a link or no folder, where files are to be prepared: remove it")
+    for path in sorted(work.iterdir()):
+        if path.name.lstrip(".").split(".")[0] not in names:
+            raise FileExistsError(f"{path} lies where files are to be prepared, and no command left it: move it away")
 
 
 @contextlib.contextmanager
@@ -131,6 +146,8 @@ def _bears_mark(path: Path, by: str) -> bool:
 
 
 def _check_above(out: Path) -> None:
+    if len(os.fsencode(out.name)) > LONGEST:
+        raise ValueError(f"{out}: a name of more than {LONGEST} bytes; give a shorter one")
     above = next((folder for folder in out.parents if os.path.lexists(folder)), None)
     if above is not None and not os.path.isdir(above):
         raise NotADirectoryError(f"{out} cannot be made: {above} is no folder")

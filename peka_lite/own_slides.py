@@ -29,6 +29,7 @@ from peka_lite._hest_files import (
     read_metadata,
     write_tiles,
 )
+from peka_lite._outputs import check_work
 from peka_lite._stop import signals_put_off
 from peka_lite.expression import in_memory
 from peka_lite.hest import Slide, read_slide
@@ -128,6 +129,7 @@ def add_slide(
     if not spot_um > 0:
         raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
     with workplace(root / slide_id) as draft:
+        check_work(draft, (*FILES, Path(MOVING).stem))
         _undo(draft, root, slide_id)
         _check_place(root, slide_id)
         try:

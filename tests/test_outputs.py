@@ -504,3 +504,27 @@ def test_a_users_sweep_is_not_replaced_by_the_record_of_its_folder(mini_root, tm
     assert main(["sweep", str(tmp_path / "asked.yml"), "--out", str(tmp_path), "--workers", "1"]) == 2
     assert "sweep.yml is there already and was not written by `peka-lite sweep`" in capsys.readouterr().err
     assert (tmp_path / "sweep.yml").read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "file", "folder"])
+def test_what_lies_where_files_are_prepared_is_not_removed_nor_waited_for(tmp_path, kind):
+    work, mine = tmp_path / "w", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(work)
+    elif kind == "link":
+        work.symlink_to(mine)
+    elif kind == "file":
+        work.write_text("mine")
+    else:
+        shutil.copytree(mine, work)
+    with pytest.raises(FileExistsError, match="where files are to be prepared"):
+        open_partial(work, shape=(2, 3), key="k")
+    assert os.path.lexists(work)
+    assert (mine / "thesis.txt").read_text() == "mine"
+    assert kind != "folder" or (work / "thesis.txt").read_text() == "mine"
+
+
+def test_a_name_that_leaves_no_room_for_one_in_preparation_is_refused(refuse, tmp_path):
+    refuse("map", "a name of more than 200 bytes; give a shorter one", out=tmp_path / f"{'x' * 230}.png")

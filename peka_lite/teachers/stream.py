@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from peka_lite._disk import new_array, reserve, write_whole
-from peka_lite._outputs import link_in, put_file
+from peka_lite._outputs import check_work, link_in, put_file
 
 BY = "teacher.embed"
 
@@ -18,6 +18,7 @@ def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.me
 
     What an earlier job left is kept where its `key` (data, teacher and settings) and shape agree, else removed.
     """
+    check_work(work, ("rows", "done", "key", "whole"))
     paths = work / "rows.npy", work / "done.npy"
     label = f"{key} {shape}"
     whole = all(p.is_file() for p in paths) and not link_in(work)
