@@ -109,8 +109,8 @@ def parse_yaml(text: str):
             if depth > DEEPEST:
                 raise _NotRead(f"{place} is nested more than {DEEPEST} levels deep")
         return yaml.load(text, _Loader)
-    except _NotRead:
-        raise
+    except _NotRead as error:
+        raise ValueError(str(error)) from None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
         raise ValueError(f"no YAML: {reason}") from None

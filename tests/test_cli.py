@@ -177,7 +177,7 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
         ("map @genes.h5ad --gene NOPE --out @m.png", "gene 'NOPE' is not predicted; there are"),
         ("map @genes.h5ad --out @m.doc", "give a name that ends in .png, .svg or .pdf"),
         ("map @scan.tif --out @m.png", "no file of predictions"),
-        ("add @nowhere --image @scan.tif --cohort @own --id C", "neither an .h5ad file nor Space Ranger's outs"),
+        ("add @nowhere --image @scan.tif --cohort @own --id C", "no such file or folder; give an .h5ad file"),
         ("add @A.h5ad --image @scan.tif --cohort @own --id A", "A.h5 is there already"),
     ):
         assert main([part.replace("@", f"{tmp_path}/") for part in bad.split()]) == 2
