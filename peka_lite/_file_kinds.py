@@ -72,7 +72,7 @@ def file_kind(path: Path) -> tuple[str, str, str]:
     if head[257:262] == b"ustar":
         return "packed", "a tar archive", "unpack it first"
     if text is not None:
-        return "text", f"text that begins {' '.join(text.split())[:60]!r}", "give the file that is meant"
+        return "text", "text", "give the file that is meant"
     return "unknown", "of a kind that is not known", "fetch it again"
 
 

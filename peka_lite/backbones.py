@@ -339,6 +339,13 @@ def build(spec: Backbone) -> nn.Module:
         width, head = 2 * width, None
     if spec.dim not in (width, head):
         raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size is not None and getattr(patches, "strict_img_size", False) and set(size) != {spec.input_size}:
+        raise ValueError(
+            f"backbone {spec.name!r}: {spec.arch} takes {' x '.join(map(str, size))} pixels, its row says input_size "
+            f"{spec.input_size}; give both alike, as input_size and options: img_size, or dynamic_img_size: true"
+        )
     return model
 
 

@@ -155,7 +155,7 @@ class TrainedModel:
             "normalization": self.normalization,
             "genes": list(self.genes),
             "pcc": score,
-            "versions": dict(summary.get("versions", {})),
+            "versions": dict(summary.get("versions") or {}),
         }
 
 

@@ -149,6 +149,11 @@ def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
     assert asked[-1] == ("model", "us/tiny", file)
 
 
+def test_a_network_that_takes_tiles_of_another_size_than_its_row_says_is_refused():
+    with pytest.raises(ValueError, match="takes 32 x 32 pixels, its row says input_size 64"):
+        load_backbone(replace(TINY, input_size=64, options={**TINY.options, "img_size": 32}), weights="random")
+
+
 def test_weights_that_were_fetched_before_are_not_asked_for_again(tmp_path, monkeypatch):
     save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
