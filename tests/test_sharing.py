@@ -114,7 +114,8 @@ def test_the_cards_code_names_layers_that_no_row_of_the_package_has(folder):
 def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
     options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": own, "reg_tokens": 2}
     dim, arch = 96 if "+" in pooling else 48, "vit_tiny_patch16_224"
-    student = build(replace(BACKBONES["mini"], arch=arch, dim=dim, pooling=pooling, options=options)).eval()
+    row = replace(BACKBONES["mini"], arch=arch, dim=dim, input_size=32, pooling=pooling, options=options)
+    student = build(row).eval()
     student.spec = replace(BACKBONES["mini"], pooling=pooling, options=options)
     code, x = usage(replace(load_trained(folder), student=student)), torch.randn(2, 3, 32, 32)
     expression = re.search(r"return (.+)\.numpy\(\)", code)[1]
