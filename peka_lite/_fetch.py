@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from peka_lite._disk import WHY, DiskFull, size_in_words, write_whole, writing
 from peka_lite._file_kinds import file_kind, parse_json, read_text
-from peka_lite._outputs import link_in
+from peka_lite._outputs import check_work, link_in
 from peka_lite.progress import Stage, draws_bars
 from peka_lite.registry import closed_gate
 
@@ -58,6 +58,7 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = P
     recorded = {f["path"]: f for f in record.get("files", ())} if record.get("commit") == commit else {}
     hashes = {file.path: _kept(root / file.path, file, recorded.get(file.path)) for file in files}
     missing = [file for file in files if hashes[file.path] is None]
+    check_work(root / partial)
     if link_in(root / partial):
         shutil.rmtree(root / partial)  # it is not what a stopped fetch leaves
     parts = root / partial / (commit or "url")  # what was begun of another commit is not gone on with

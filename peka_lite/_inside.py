@@ -67,22 +67,22 @@ def own_folder(folder: str | os.PathLike, *names: str, within: str | os.PathLike
 
 
 def own_json(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**24):
-    """Read a JSON file of a folder, after `own_file` and `check_record`."""
+    """Read a JSON file of a folder, after `own_file` and `check_values`."""
     path = own_file(folder, *names, within=within, largest=largest)
     try:
         found = parse_json(path.read_text("utf-8"))
-        check_record(found)
+        check_values(found)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON that can be read here ({error})") from None
     return found
 
 
 def own_yaml(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**20):
-    """Read a YAML file of a folder, after `own_file` and `check_record`."""
+    """Read a YAML file of a folder, after `own_file` and `check_values`."""
     path = own_file(folder, *names, within=within, largest=largest)
     found = read_yaml(path, largest=largest)
     try:
-        check_record(found)
+        check_values(found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found
@@ -95,7 +95,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_record(value: object, *, deep: int = 0) -> None:
+def check_values(value: object, *, deep: int = 0) -> None:
     """Refuse what no record here holds: whole numbers of more than 64 bits, endless text, half letters, depth."""
     if isinstance(value, str):
         if len(value) > LONGEST:
@@ -108,7 +108,7 @@ def check_record(value: object, *, deep: int = 0) -> None:
         if deep == DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            check_record(part, deep=deep + 1)
+            check_values(part, deep=deep + 1)
 
 
 def _located(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:

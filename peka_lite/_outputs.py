@@ -72,16 +72,16 @@ def link_in(folder: Path) -> Path | None:
     return next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
 
 
-def check_work(work: Path, names: Iterable[str]) -> None:
-    """Refuse a place to work in that no stopped command left: it is to be removed with all that lies in it.
+def check_work(work: Path, names: Iterable[str] | None = None) -> None:
+    """Refuse a place to work in that no stopped command left.
 
-    `names` are those of a command's files there, without their endings.
+    `names` are those of a command's files there, without their endings; None takes any. A pipe would hang its removal.
     """
     if not os.path.lexists(work):
         return
     if work.is_symlink() or not work.is_dir():
         raise FileExistsError(f"{work} is a link or no folder, where files are to be prepared: remove it")
-    for path in sorted(work.iterdir()):
+    for path in sorted(work.iterdir()) if names is not None else ():
         if path.name.lstrip(".").split(".")[0] not in names:
             raise FileExistsError(f"{path} lies where files are to be prepared, and no command left it: move it away")
 

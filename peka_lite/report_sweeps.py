@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from peka_lite._inside import check_name, check_record, own_file, own_folder, own_json
+from peka_lite._inside import check_name, check_values, own_file, own_folder, own_json
 from peka_lite._yaml import read_yaml
 from peka_lite.names import in_code, in_markdown
 
@@ -132,7 +132,7 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
             "give that folder, or the run folders themselves"
         ) from None
     try:
-        check_record(asked)
+        check_values(asked)
         for name in points:
             if len(os.fsencode(check_name(name))) > LONGEST_NAME:
                 raise ValueError(f"point {name[:40]!r}... has a name of more than {LONGEST_NAME} bytes")

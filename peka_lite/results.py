@@ -18,7 +18,7 @@ import pandas as pd
 
 from peka_lite import __version__
 from peka_lite._disk import figure_bytes, write_file, write_whole
-from peka_lite._outputs import check_free, link_in
+from peka_lite._outputs import check_free, check_work, link_in
 from peka_lite._yaml import read_yaml, yaml_text
 from peka_lite.backbone_files import save_backbone
 from peka_lite.expression import counts_digest
@@ -79,6 +79,7 @@ def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
 def claim(config, out: Path, work: Path) -> None:
     """Refuse a folder that is there, or a ``work`` folder of another config."""
     check_free(out)
+    check_work(work)
     if link := link_in(work):
         raise FileExistsError(f"{work} holds a link ({link}), which no command makes: remove that folder")
     left = work / "config.yml"

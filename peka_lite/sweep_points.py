@@ -18,6 +18,7 @@ import pandas as pd
 
 from peka_lite._disk import write_whole
 from peka_lite._file_kinds import parse_json, read_text
+from peka_lite._outputs import check_work
 from peka_lite._stop import ended_by_signals
 from peka_lite._yaml import read_yaml
 from peka_lite.locks import work_folder
@@ -288,6 +289,7 @@ def _begin(work: Path, order: dict) -> None:
     path = work / "point.json"
     if work.is_symlink():
         raise ValueError(f"{work} is a link; a sweep writes into no link: remove it")
+    check_work(work)
     if work.is_dir() and read_json(path) != _made(order):
         shutil.rmtree(work)
     # What is written must not land elsewhere, and a kernel can import what lies in its folder. The notebook starts from

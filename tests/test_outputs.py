@@ -526,5 +526,14 @@ def test_what_lies_where_files_are_prepared_is_not_removed_nor_waited_for(tmp_pa
     assert kind != "folder" or (work / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["run", "train"])
+def test_a_pipe_where_a_folder_is_prepared_is_named(words, tmp_path, capsys, name):
+    work = tmp_path / "place" / "out.partial"
+    work.parent.mkdir()
+    os.mkfifo(work)
+    assert main(words(name)) == 2
+    assert f"{work} is a link or no folder, where files are to be prepared: remove it" in capsys.readouterr().err
+
+
 def test_a_name_that_leaves_no_room_for_one_in_preparation_is_refused(refuse, tmp_path):
     refuse("map", "a name of more than 200 bytes; give a shorter one", out=tmp_path / f"{'x' * 230}.png")
