@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "hest": ("Cohort", "HestFormatError", "Slide", "read_cohort", "read_slide"),
     "tiles": ("TileStore",),
-    "mini": ("noise_ceiling", "write_mini_cohort"),
+    "mini": ("write_mini_cohort",),
+    "_mini_genes": ("noise_ceiling",),
     "expression": ("align_genes", "normalize", "qc", "targets", "top_hvg"),
     "splits": ("folds",),
     "own_slides": ("add_slide", "spot_distance"),

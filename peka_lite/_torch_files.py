@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from peka_lite._file_kinds import misfit
-from peka_lite.manifest import is_published
 
 _CHUNKS = 5  # pickles that a file of torch.save before PyTorch 1.6 begins with
 _LARGEST = 2**24  # bytes of a pickle, beside which the tensors' values lie; that of a billion weights has 1e5
@@ -79,7 +78,7 @@ OPTIONS = (argparse.Namespace,)
 
 
 def read_torch_file(
-    path: Path, *, what: str, instead: str, artifact: str | None = None, also: Iterable = (), device="cpu", mmap=True
+    path: Path, *, what: str, instead: str, published: Callable[[Path], bool] | None = None, also: Iterable = (), device="cpu", mmap=True
 ):
     """Read a file of torch.save: tensors, plain values, NumPy scalars and what `also` admits.
 
@@ -89,8 +88,8 @@ def read_torch_file(
         What it is to be, in words, for the messages.
     instead
         What to do where a file is refused for the code that it names.
-    artifact
-        Entry of the manifest that the file may be a copy of; of the published file another copy is not advised.
+    published
+        Whether a file is the published one; of that, another copy is not advised.
     also
         More classes to admit.
     device
@@ -123,7 +122,7 @@ def read_torch_file(
         raise ValueError(
             f"{path}: cannot be read as {what} ({reason}); fetch it again, or save it again with torch.save"
         )
-    if artifact and is_published(artifact, path):
+    if published and published(path):
         instead = (
             "it is the published file, by its SHA-256, so another copy will not help: report these names to peka_lite"
         )

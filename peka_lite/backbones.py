@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from peka_lite._torch_files import OPTIONS, read_torch_file
 from peka_lite.backbone_files import PACKAGE, backbone_row, check_architecture, check_statistic
 from peka_lite.batches import Batches
 from peka_lite.devices import compute_dtype, default_device
-from peka_lite.manifest import located, read_manifest
+from peka_lite.manifest import is_published, located, read_manifest
 from peka_lite.progress import bar
 from peka_lite.registry import BACKBONES, IMAGENET, Backbone, Late, closed_gate, did_you_mean, page_of
 
@@ -473,10 +474,10 @@ def _read_weights(plan: nn.Module, spec: Backbone, path: Path) -> dict[str, torc
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read as weights ({error}); it is truncated: fetch it again") from None
     else:
-        known = spec.name if spec.name in read_manifest() else None
+        known = partial(is_published, spec.name) if spec.name in read_manifest() else None
         published = f"take the published file ({spec.source}), or " if spec.source else ""
         instead = f"{published}save the model's state_dict() where it was made"
-        state = read_torch_file(path, what="weights", instead=instead, artifact=known, also=OPTIONS)
+        state = read_torch_file(path, what="weights", instead=instead, published=known, also=OPTIONS)
     for key in ("state_dict", "model"):  # of training scripts
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -22,7 +22,6 @@ from scipy import sparse
 from peka_lite import _mini_genes as genes
 from peka_lite._disk import write_file, write_h5ad
 from peka_lite._hest_files import write_tiles
-from peka_lite._mini_genes import noise_ceiling
 from peka_lite._mini_tiles import draw_section, draw_stain
 from peka_lite._mini_tissue import (
     DOMAINS,
@@ -38,7 +37,7 @@ from peka_lite._mini_tissue import (
 from peka_lite.progress import bar
 from peka_lite.registry import MINI_FORMAT
 
-__all__ = ["noise_ceiling", "write_mini_cohort"]
+__all__ = ["write_mini_cohort"]
 
 N_WITHOUT_TILE = 2  # spots per slide whose tile is missing, as at the edge of a real scan
 FILES = {"st": ".h5ad", "patches": ".h5", "metadata": ".json"}

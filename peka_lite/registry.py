@@ -29,18 +29,13 @@ LAYER_TYPES = tuple(
     }.items()
     for name in names.split()
 )
-_TEACHERS = {
-    "pca": "peka_lite.teachers.pca:PCATeacher",
-    "scfoundation": "peka_lite.teachers:make_scfoundation",
-    "scfoundation-mini": "peka_lite.teachers:make_scfoundation_mini",
-}
-_NAMED = frozenset({*DTYPES, *LAYER_TYPES, *_TEACHERS.values()})
+_NAMED = frozenset({*DTYPES, *LAYER_TYPES})
 
 
 class Late(Mapping):
     """A mapping in which a name of a fixed list stands for an object; it is imported when its value is read.
 
-    Listed are `DTYPES`, `LAYER_TYPES` and the teachers; any other text is text. Thus this room, and all that only asks
+    Listed are `DTYPES` and `LAYER_TYPES`; any other text is text. Thus this room, and all that only asks
     which names there are, needs neither PyTorch nor timm.
 
     Examples
@@ -77,7 +72,7 @@ FEATURES = ("student", "frozen+student", "projector", "teacher", "colour", "coor
 WITH_STUDENT = FEATURES[:3]
 SPLITS = ("patient", "slide", "spot")
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
-TEACHERS = Late(_TEACHERS)
+TEACHERS = ("pca", "scfoundation", "scfoundation-mini")
 LABEL_METHODS = {
     "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
     "kmeans": {"n_clusters": 100, "n_neighbors": 15},

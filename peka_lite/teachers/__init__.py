@@ -13,6 +13,13 @@ from peka_lite.manifest import cache_dir, located
 from peka_lite.registry import TEACHERS
 
 
+def make_pca(**options):
+    """Make the PCA teacher."""
+    from peka_lite.teachers.pca import PCATeacher
+
+    return PCATeacher(**options)
+
+
 def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
     """Make scFoundation from a checkpoint, by default the fetched one."""
     from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
@@ -44,6 +51,9 @@ def make_scfoundation_mini(**options):
     return ScFoundation.from_checkpoint(data / "scfoundation_mini.ckpt", genes=genes, **options)
 
 
+_MAKERS = dict(zip(TEACHERS, (make_pca, make_scfoundation, make_scfoundation_mini), strict=True))
+
+
 def load_teacher(name: str, **options):
     """Make a teacher by name.
 
@@ -67,7 +77,7 @@ def load_teacher(name: str, **options):
     """
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}; known: {', '.join(TEACHERS)}")
-    return TEACHERS[name](**options)
+    return _MAKERS[name](**options)
 
 
 def embed_cohort(

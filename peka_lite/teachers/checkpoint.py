@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from peka_lite._torch_files import read_torch_file
-from peka_lite.manifest import located
+from peka_lite.manifest import is_published, located
 from peka_lite.teachers.encoder import Encoder, EncoderConfig
 
 _OURS = ("token_emb.", "pos_emb.", "encoder.")  # the rest of the file rebuilds expression
@@ -41,7 +42,7 @@ def _read_entry(path: Path, key: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; `peka-lite fetch scfoundation` fetches scFoundation's")
     instead = "take the published file (`peka-lite fetch scfoundation`), or save tensors and plain values only"
-    file = read_torch_file(path, what="a checkpoint", instead=instead, artifact="scfoundation")
+    file = read_torch_file(path, what="a checkpoint", instead=instead, published=partial(is_published, "scfoundation"))
     if not isinstance(file, dict) or key not in file:
         there = ", ".join(map(str, file)) if isinstance(file, dict) else type(file).__name__
         raise ValueError(f"{path}: no entry {key!r}; it has {there}")
