@@ -78,7 +78,14 @@ OPTIONS = (argparse.Namespace,)
 
 
 def read_torch_file(
-    path: Path, *, what: str, instead: str, published: Callable[[Path], bool] | None = None, also: Iterable = (), device="cpu", mmap=True
+    path: Path,
+    *,
+    what: str,
+    instead: str,
+    published: Callable[[Path], bool] | None = None,
+    also: Iterable = (),
+    device="cpu",
+    mmap=True,
 ):
     """Read a file of torch.save: tensors, plain values, NumPy scalars and what `also` admits.
 
