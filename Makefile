@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
 # Code, ready sweeps, and what lies in data/: gene lists, published values, pretrained weights and their cards.
-LIBRARY := $(shell find peka_lite -type f \( -name '*.py' -o -name '*.yml' -o -path 'peka_lite/data/*' \) | sort)
+LIBRARY := $(shell find peka_lite -type f \( -name '*.py' -o -name '*.yml' -o -path '*/weights/*' -o -name '*.txt' -o -name '*.csv' -o -name '*.html' -o -name '*.mplstyle' -o -name '*.pyi' \) | sort)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=book/%)
 PAGES := $(shell find book -maxdepth 1 -type f) $(wildcard book/_static/* book/_templates/static/*)
@@ -102,7 +102,7 @@ REAL := $(LEARN) --init $(PRE)/synthetic.safetensors --summary --lr 4e-4 --minut
 
 .PHONY: pretrain-student
 pretrain-student: $(PRE)/synthetic.safetensors
-	$(REAL) --sections $(SECTIONS) --log pretraining/student_stage3.csv --out peka_lite/data/mini_student.safetensors
+	$(REAL) --sections $(SECTIONS) --log pretraining/student_stage3.csv --out peka_lite/backbones/weights/mini_student.safetensors
 
 # What a score on a real section needs: weights that never saw it.
 .PHONY: pretrain-left-out

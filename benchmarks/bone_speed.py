@@ -47,11 +47,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import peka_lite as pk
-from peka_lite.adapters import Adapter, adapt, lora_rank_like_bone, merge, orthogonal_term
-from peka_lite.backbones import BACKBONES, Backbone, build, load_backbone, pooled, precision_for, preprocess
-from peka_lite.costs import GIB, student_cost
-from peka_lite.devices import default_device
-from peka_lite.transfer import TransferModel, fit, transfer_loss
+from peka_lite._core.device import default_device
+from peka_lite.adapters.adapt import Adapter, adapt, lora_rank_like_bone, merge, orthogonal_term
+from peka_lite.backbones.load import BACKBONES, Backbone, build, load_backbone, pooled, precision_for, preprocess
+from peka_lite.transfer.costs import GIB, student_cost
+from peka_lite.transfer.fit import fit, transfer_loss
+from peka_lite.transfer.model import TransferModel
 
 TEACHER_DIM, CLASSES = 512, 16
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -21,13 +21,16 @@ import pandas as pd
 import timm
 import torch
 
-from peka_lite import PROTOCOLS, Backbone, embed_tiles, folds, load_backbone
-from peka_lite.backbones import build
-from peka_lite.cohorts import open_cohort
-from peka_lite.controls import colour_texture
-from peka_lite.evaluation import evaluate
-from peka_lite.scores import difference, interval
-from peka_lite.students import Student
+from peka_lite.backbones.embed import embed_tiles
+from peka_lite.backbones.load import build, load_backbone
+from peka_lite.backbones.registry import Backbone
+from peka_lite.data.cohorts import open_cohort
+from peka_lite.evaluation.controls import colour_texture
+from peka_lite.evaluation.evaluate import evaluate
+from peka_lite.evaluation.folds import folds
+from peka_lite.evaluation.protocols import PROTOCOLS
+from peka_lite.evaluation.scores import difference, interval
+from peka_lite.experiments.cache import Student
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")  # the image of HER2_A1 is unfit for image models

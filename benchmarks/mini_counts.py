@@ -25,7 +25,7 @@ from scipy import sparse
 from scipy.spatial import KDTree
 
 import peka_lite as pk
-from peka_lite.mini import noise_ceiling, write_mini_cohort
+from peka_lite.data.mini.cohort import noise_ceiling, write_mini_cohort
 
 REAL = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -93,7 +93,7 @@ def statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, 
         values = np.quantile(dispersion[of & (mean > 0.5)], levels)
         found |= {f"dispersion, mean > 0.5, {name}, quantile {q}": v for q, v in zip(levels, values, strict=True)}
 
-    top = np.isin(slide.var_names, pk.top_hvg(slide, n=50))
+    top = np.isin(slide.var_names, pk.data.top_hvg(slide, n=50))
     for graph, weights in near.items():
         value = moran(logs, weights)
         for name, of in {**groups, "top 50": top}.items():
@@ -105,7 +105,7 @@ def statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, 
     found |= {f"spread of log1p-cp10k, {n}, median": np.median(spread[of]) for n, of in with_top.items()}
     found["log10 mean of a gene, top 50, quantile 0.5"] = np.median(log_mean[top])
     found |= {f"top 50, {name}": (kind[top] == name).sum() for name in KINDS}
-    split = pk.estimated_ceiling(slide)
+    split = pk.evaluation.estimated_ceiling(slide)
     found |= {f"ceiling by count splitting, {n}, median": split[of].median() for n, of in with_top.items()}
     if "rate" in slide.layers:
         known = noise_ceiling(slide)
@@ -133,7 +133,7 @@ def table_of(slides, kind: pd.Series) -> pd.DataFrame:
 def cohort_ceiling(slides) -> dict[str, float]:
     """What `top_hvg` chooses over all slides of the mini cohort, and the true ceilings of these genes."""
     whole = ad.concat([slide for slide, _ in slides], merge="same", index_unique="-")
-    top, ceiling = list(pk.top_hvg(whole)), noise_ceiling(whole)
+    top, ceiling = list(pk.data.top_hvg(whole)), noise_ceiling(whole)
     kind = whole.var["kind"].astype(str)
     found = {f"all slides together: top 50, {name}": (kind[top] == name).sum() for name in KINDS}
     groups = {f"top 50, {name}": [g for g in top if kind[g] == name] for name in KINDS[:2]}

@@ -21,8 +21,8 @@ from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
-from peka_lite import read_cohort
-from peka_lite.mini import write_mini_cohort
+from peka_lite.data.hest import read_cohort
+from peka_lite.data.mini.cohort import write_mini_cohort
 
 REAL = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")
 COLOURS = ("red", "green", "blue")

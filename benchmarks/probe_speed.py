@@ -31,9 +31,9 @@ from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import peka_lite as pk
-from peka_lite.probe import PCARidge, cross_validate
-from peka_lite.protocols import ALPHAS
-from peka_lite.sums import alpha_path, components, gather
+from peka_lite.evaluation.protocols import ALPHAS
+from peka_lite.probe.moments import alpha_path, components, gather
+from peka_lite.probe.pca_ridge import PCARidge, cross_validate
 
 WIDTH, FOLDS = 256, 5
 # Watched from outside: products hold the interpreter, so that a thread would not see their peak.

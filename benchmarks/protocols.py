@@ -17,8 +17,8 @@ import time
 import warnings
 from pathlib import Path
 
-from peka_lite.config import RunConfig
-from peka_lite.run import run
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.run import run
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("config.yml", "summary.json", "slides.parquet", "metrics.csv")

@@ -24,8 +24,8 @@ from _machine import cpu_name
 from torch import nn
 
 import peka_lite as pk
-from peka_lite.devices import PRECISION, default_device
-from peka_lite.teachers.encoder import pool_tokens
+from peka_lite._core.device import PRECISION, default_device
+from peka_lite.teachers._encoder import pool_tokens
 
 BUDGETS = {"cpu": (4_096, 16_384), "cuda": (16_384, 65_536, 262_144)}
 
@@ -40,7 +40,7 @@ def real_spots(cohort: str, slides: list[str] | None, n: int, seed: int = 0) -> 
 class Peer:
     """The reference's procedure: `nn.TransformerEncoderLayer` in eval mode, one spot at a time, float32."""
 
-    def __init__(self, teacher: pk.ScFoundation, device: str):
+    def __init__(self, teacher: pk.teachers.ScFoundation, device: str):
         c = teacher.encoder.config
         self.teacher, self.device = teacher, device
         self.front = teacher.encoder.to(device)
@@ -131,7 +131,7 @@ def main() -> None:
     adata = real_spots(options.cohort, options.slides, options.spots)
     size = {"hidden_dim": 768, "depth": 12, "heads": 12}
     exact = dict.fromkeys(PRECISION, torch.float32)
-    teacher = pk.ScFoundation.random(options.genes, **size, precision=exact)
+    teacher = pk.teachers.ScFoundation.random(options.genes, **size, precision=exact)
     lengths = teacher.tokens(adata).lengths
 
     bound = matmul_rate(device, size["hidden_dim"])
@@ -142,7 +142,7 @@ def main() -> None:
     rows = []
     precisions = {"float32": exact} | ({"half": PRECISION} if device != "cpu" else {})
     for name, precision in precisions.items():
-        ours = pk.ScFoundation.random(options.genes, **size, precision=precision)
+        ours = pk.teachers.ScFoundation.random(options.genes, **size, precision=precision)
         for budget in BUDGETS[torch.device(device).type]:
             E, row = measure(lambda a, b=budget, t=ours: t.embed(a, device=device, max_tokens=b), adata, device)
             row |= {

@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 from _machine import cpu_name
 
-from peka_lite.mini import write_mini_cohort
-from peka_lite.sweep import read_sweep
-from peka_lite.sweep_run import run_sweep
+from peka_lite.data.mini.cohort import write_mini_cohort
+from peka_lite.experiments.sweeps.read import read_sweep
+from peka_lite.experiments.sweeps.run import run_sweep
 
 FIXED = {"cohort": "mini", "protocol": "hest", "method": "bone", "n_splits": 2}
 

@@ -36,12 +36,12 @@ from _machine import cpu_name
 from sklearn.metrics import adjusted_rand_score, r2_score
 
 import peka_lite as pk
-from peka_lite.expression import targets, top_hvg
-from peka_lite.mini import write_mini_cohort
-from peka_lite.probe import PCARidge
-from peka_lite.pseudolabels import PseudoLabeler
-from peka_lite.scores import pearson
-from peka_lite.teachers import embed_cohort, load_teacher
+from peka_lite.data.expression import targets, top_hvg
+from peka_lite.data.mini.cohort import write_mini_cohort
+from peka_lite.probe.metrics import pearson
+from peka_lite.probe.pca_ridge import PCARidge
+from peka_lite.teachers.load import embed_cohort, load_teacher
+from peka_lite.teachers.pseudolabels import PseudoLabeler
 from peka_lite.teachers.scfoundation import ScFoundation
 
 RESOLUTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

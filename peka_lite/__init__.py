@@ -1,92 +1,54 @@
-"""peka_lite: teach a pathology foundation model to predict gene expression from H&E.
+"""Teach a pathology foundation model to predict gene expression from H&E (PEKA, arXiv:2504.07061).
 
-The rooms, in the order data walks through them: `hest`, `expression`, `splits`, `teachers`, `pseudolabels`,
-`backbones`, `adapters`, `transfer`, `sums`, `probe`, `evaluation`, `maps`; `run` is one experiment from start to end,
-`train` its first half, `predict` what it is good for, `sweep` many runs from one file.
+One package a step of the paper, in its order: `data`, `teachers`, `backbones`, `adapters`, `transfer`, `probe`,
+`evaluation`, `maps`; `experiments` runs them all, `reports` compares runs. The functions used most are here too.
 """
 
 import os
-from importlib import import_module
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 # Threads of OpenMP that wait for work should sleep, not spin: on shared cores training then takes less than half the
 # time. It is read when PyTorch is loaded, which happens after this line, and not where the user has decided.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Public name -> the room it lives in. Rooms are imported on first use, so that `import peka_lite` stays light.
-_ROOMS = {
-    "hest": ("Cohort", "HestFormatError", "Slide", "read_cohort", "read_slide"),
-    "tiles": ("TileStore",),
-    "mini": ("write_mini_cohort",),
-    "_mini_genes": ("noise_ceiling",),
-    "expression": ("align_genes", "normalize", "qc", "targets", "top_hvg"),
-    "splits": ("folds",),
-    "own_slides": ("add_slide", "spot_distance"),
-    "space_ranger": ("read_counts",),
-    "manifest": ("fetch", "located", "read_manifest"),
-    "cohorts": ("cohort_root", "open_cohort"),
-    "teachers": ("embed_cohort", "load_teacher"),
-    "teachers.scfoundation": ("ScFoundation",),
-    "teachers.tokens": ("tokenize",),
-    "pseudolabels": ("PseudoLabeler",),
-    "registry": ("BACKBONES", "Backbone"),
-    "backbone_files": ("read_backbone", "register_backbone"),
-    "backbones": ("embed_tiles", "load_backbone"),
-    "devices": ("compute_dtype", "default_device"),
-    "adapters": ("BoneLinear", "adapt", "adapted_share", "merge"),
-    "adapter_files": ("backbone_fingerprint", "load_adapter", "read_adapter_info", "save_adapter"),
-    "probe_files": ("load_probes", "save_probes"),
-    "costs": ("Cost", "student_cost"),
-    "transfer": ("TransferModel", "fit", "transfer_loss"),
-    "scores": ("difference", "interval", "pearson", "pooled", "summarize"),
-    "probe": ("PCARidge", "cross_validate"),
-    "provenance": ("LeakError", "row_ids"),
-    "protocols": ("PROTOCOLS", "Protocol"),
-    "ceiling": ("ceiling_of", "estimated_ceiling"),
-    "students": ("Student",),
-    "evaluation": ("evaluate",),
-    "style": ("use_style",),
-    "maps": ("expression_map", "gene_bars", "local_pcc", "pcc_map", "predicted_map"),
-    "viewer": ("slide_viewer",),
-    "config": ("RunConfig", "check_field"),
-    "results": ("fingerprint",),
-    "run": ("load_or_run", "load_run", "run_name"),
-    "teaching": ("train",),
-    "trained": ("TrainedModel", "load_trained"),
-    "features": ("write_features",),
-    "wsi": ("SlideError", "WholeSlide", "open_slide"),
-    "tissue": ("find_tissue", "tissue_tiles"),
-    "predict": ("predict_slide", "predict_spots"),
-    "applied": ("predict_from",),
-    "sharing": ("export",),
-    "report_runs": ("label", "read_runs"),
-    "report_tables": ("difference_table", "leak_table", "protocol_table"),
-    "paper_tables": ("comparability", "published", "table1", "table2"),
-    "report": ("write_report",),
-    "report_figures": ("figure2", "leak_figure"),
-    "report_points": ("metrics_table", "points_table"),
-    "report_settings": ("by_settings", "over_seeds", "sd_over_seeds", "seed_scores"),
-    "report_sweeps": ("SweepFolder", "read_sweep_folder"),
-    "report_effects": ("effects_table",),
-    "report_sweep_figures": ("effects_figure", "sweep_figure"),
-    "sweep": ("Point", "Sweep", "read_sweep", "ready_sweeps"),
-    "sweep_points": ("plan", "sweep_states"),
-    "sweep_run": ("run_sweep",),
-}
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+if TYPE_CHECKING:  # for editors and type checkers; `lazy_loader` imports the same names on first use
+    from .adapters import adapt as adapt, merge as merge
+    from .backbones import embed_tiles as embed_tiles, load_backbone as load_backbone
+    from .data import fetch as fetch, open_cohort as open_cohort, read_cohort as read_cohort
+    from .evaluation import evaluate as evaluate, folds as folds
+    from .experiments import (
+        RunConfig as RunConfig,
+        load_or_run as load_or_run,
+        load_run as load_run,
+        load_trained as load_trained,
+        predict_from as predict_from,
+        run as run,
+        train as train,
+    )
+    from .maps import expression_map as expression_map, slide_viewer as slide_viewer
+    from .probe import cross_validate as cross_validate
+    from .reports import write_report as write_report
+    from .teachers import PseudoLabeler as PseudoLabeler, embed_cohort as embed_cohort, load_teacher as load_teacher
+    from .transfer import fit as fit
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name):
-    if name in _HOME:
-        return getattr(import_module(f"peka_lite.{_HOME[name]}"), name)
-    if name in _ROOMS:
-        return import_module(f"peka_lite.{name}")
-    raise AttributeError(f"module 'peka_lite' has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted({*globals(), *_HOME, *_ROOMS})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    ["adapters", "backbones", "data", "evaluation", "experiments", "maps", "probe", "reports", "teachers", "transfer"],
+    {
+        "adapters": ["adapt", "merge"],
+        "backbones": ["embed_tiles", "load_backbone"],
+        "data": ["fetch", "open_cohort", "read_cohort"],
+        "evaluation": ["evaluate", "folds"],
+        "experiments": ["RunConfig", "load_or_run", "load_run", "load_trained", "predict_from", "run", "train"],
+        "maps": ["expression_map", "slide_viewer"],
+        "probe": ["cross_validate"],
+        "reports": ["write_report"],
+        "teachers": ["PseudoLabeler", "embed_cohort", "load_teacher"],
+        "transfer": ["fit"],
+    },
+)

@@ -8,6 +8,6 @@ import sys
 if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
     sys.path.append(sys.path.pop(0))
 
-from peka_lite.cli import main
+from peka_lite.cli.main import main
 
 raise SystemExit(main())

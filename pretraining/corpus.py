@@ -23,8 +23,8 @@ import h5py
 import numpy as np
 from PIL import Image, ImageFilter
 
-from peka_lite._mini_tiles import draw_section, draw_stain
-from peka_lite._mini_tissue import DOMAINS, STEP, TILE, draw_domains, draw_outline
+from peka_lite.data.mini.tiles import draw_section, draw_stain
+from peka_lite.data.mini.tissue import DOMAINS, STEP, TILE, draw_domains, draw_outline
 
 SIDE = 112  # pixels of a stored tile, the input size of `mini`
 SPOTS = (60, 160)  # sizes a section: about 0.8 tile areas of tissue for every spot

@@ -28,7 +28,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.backbones import load_backbone, pooled, preprocess
+from peka_lite.backbones.load import load_backbone, pooled, preprocess
 
 COLUMNS = ("step", "tiles", "cpu_minutes", "loss", "tiles_per_second", "validation_r2")
 WARMUP = 0.05  # of the budget

@@ -8,7 +8,7 @@ the model learns what depth means. Other than in the paper are the decoder (`Mas
 
     python pretraining/teacher.py --steps 900 --seed 0
 
-It writes ``peka_lite/data/scfoundation_mini.ckpt``, in the format of the published checkpoint, and
+It writes ``peka_lite/teachers/weights/scfoundation_mini.ckpt``, in the format of the published checkpoint, and
 ``pretraining/teacher_log.csv``.
 """
 
@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peka_lite import _mini_genes as mini_genes
-from peka_lite._mini_tissue import STEP, TILE, draw_domains, draw_outline, mix_domains
-from peka_lite.teachers.encoder import Encoder, EncoderConfig, pool_tokens
+from peka_lite.data.mini import counts as mini_genes
+from peka_lite.data.mini.tissue import STEP, TILE, draw_domains, draw_outline, mix_domains
+from peka_lite.teachers._encoder import Encoder, EncoderConfig, pool_tokens
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "peka_lite" / "data" / "scfoundation_mini.ckpt"
+OUT = HERE.parent / "peka_lite" / "teachers" / "weights" / "scfoundation_mini.ckpt"
 # Cohorts draw from children 0, 1 and 2 of their seed; no cohort with a seed below 2**128 draws from this child.
 KEY = 0x7EAC
 MASKED = 0.3  # share of the genes

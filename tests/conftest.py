@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session")
 def mini_root(tmp_path_factory):
     """A small synthetic cohort on disk: 3 patients, 4 slides, 40 to 60 spots each."""
-    from peka_lite.mini import write_mini_cohort
+    from peka_lite.data.mini.cohort import write_mini_cohort
 
     root = tmp_path_factory.mktemp("cohort") / "mini"
     return write_mini_cohort(root, seed=7, n_patients=3, n_slides=4, spots_per_slide=(40, 60))
@@ -26,7 +26,7 @@ def mini_root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mini_cohort(mini_root):
     """The small synthetic cohort, read."""
-    from peka_lite.hest import read_cohort
+    from peka_lite.data.hest import read_cohort
 
     return read_cohort(mini_root)
 
@@ -60,7 +60,7 @@ def tiny_backbone():
     """A backbone ``"tiny"`` that is taught in a moment, for one test file: where it matters only that there is one."""
     from tiny import TINY
 
-    from peka_lite.registry import _BACKBONES
+    from peka_lite.backbones.registry import _BACKBONES
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_BACKBONES, "tiny", TINY)
@@ -100,7 +100,7 @@ class Pipe(io.StringIO):
 @pytest.fixture
 def pipe(monkeypatch):
     """Stderr of a log, with a line every hundredth of a second instead of every half minute."""
-    from peka_lite import progress
+    from peka_lite._core import progress
 
     monkeypatch.setattr(progress, "EVERY", 0.01)
     pipe = Pipe()

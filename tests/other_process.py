@@ -49,9 +49,9 @@ class OtherProcess:
 def serve(folder):
     from tiny import TINY
 
-    from peka_lite import applied, features, own_slides, report, run, sharing, teaching  # noqa: F401 - once for all
-    from peka_lite.cli import main
-    from peka_lite.registry import _BACKBONES
+    from peka_lite.backbones.registry import _BACKBONES
+    from peka_lite.cli.main import main
+    from peka_lite.reports import page as report  # noqa: F401 - once for all
 
     _BACKBONES["tiny"] = TINY
     for line in sys.stdin:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from peka_lite.scores import interval, slide_moments
+from peka_lite.evaluation.scores import interval, slide_moments
 
 GENES = ("G1", "G2", "G3")
 SLIDES = ("S1", "S2", "S3")

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage.color import rgb_from_hed
 
-from peka_lite._mini_tissue import DOMAINS
-from peka_lite.backbones import load_backbone
-from peka_lite.mini import write_mini_cohort
+from peka_lite.backbones.load import load_backbone
+from peka_lite.data.mini.cohort import write_mini_cohort
+from peka_lite.data.mini.tissue import DOMAINS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))  # scripts, beside the package
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peka_lite.backbones import IMAGENET, Backbone
+from peka_lite.backbones.load import IMAGENET, Backbone
 
 TINY = Backbone(
     "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,

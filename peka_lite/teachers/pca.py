@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
-from peka_lite.expression import normalize, top_hvg
-from peka_lite.provenance import row_ids
+from peka_lite._core.hashing import row_ids
+from peka_lite.data.expression import normalize, top_hvg
 
 
 class PCATeacher:

@@ -16,16 +16,16 @@ import torch
 from scipy import sparse
 
 from peka_lite import __version__
-from peka_lite._outputs import check_file
-from peka_lite.devices import PRECISION, compute_dtype, default_device
-from peka_lite.expression import counts_digest, in_memory
-from peka_lite.locks import workplace
-from peka_lite.progress import bar
-from peka_lite.teachers.checkpoint import find_genes, read_encoder
-from peka_lite.teachers.encoder import POOLS, Encoder, EncoderConfig, pool_tokens
-from peka_lite.teachers.stream import BY, finish, open_partial
-from peka_lite.teachers.tokens import Tokens, check_options, check_values, tokenize
-from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
+from peka_lite._core._stream import BY, finish, open_partial
+from peka_lite._core.device import PRECISION, compute_dtype, default_device
+from peka_lite._core.locks import workplace
+from peka_lite._core.outputs import check_file
+from peka_lite._core.progress import bar
+from peka_lite.data.expression import counts_digest, in_memory
+from peka_lite.teachers._checkpoint import find_genes, read_encoder
+from peka_lite.teachers._encoder import POOLS, Encoder, EncoderConfig, pool_tokens
+from peka_lite.teachers._tokens import Tokens, check_options, check_values, tokenize
+from peka_lite.teachers._vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary
 
 MAX_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 
@@ -42,7 +42,7 @@ class ScFoundation:
     fingerprint
         Hash of weights, sizes, vocabulary and gene mapping; 16 hex digits.
     precision
-        Compute type by device, as `peka_lite.devices.PRECISION`: float32 on a CPU, half precision on a GPU.
+        Compute type by device, as `peka_lite._core.device.PRECISION`: float32 on a CPU, half precision on a GPU.
 
     Examples
     --------
@@ -52,7 +52,7 @@ class ScFoundation:
     >>> import peka_lite as pk
     >>> genes = pd.DataFrame(index=["CD3E", "ACTB", "NEW1"])
     >>> spots = ad.AnnData(np.array([[0.0, 5.0, 2.0], [1.0, 9.0, 0.0]]), var=genes)
-    >>> teacher = pk.ScFoundation.random(["ACTB", "CD3E", "KRT8"])
+    >>> teacher = pk.teachers.ScFoundation.random(["ACTB", "CD3E", "KRT8"])
     >>> teacher
     ScFoundation(random weights, seed 0: 2 layers, width 64, 3 genes)
     >>> round(teacher.coverage(spots), 2), teacher.embed(spots).shape, teacher.embed(spots, pool="max").shape

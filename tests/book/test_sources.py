@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import peka_lite as pk
-from peka_lite.paper_tables import FOLDS
-from peka_lite.report_tables import CAUTION
+from peka_lite.reports.paper import FOLDS
+from peka_lite.reports.tables import CAUTION
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -148,11 +148,11 @@ def test_random_spots_are_said_of_the_released_code():
 
 
 def test_published_values_are_shown_with_what_is_known_of_their_folds():
-    for what in (pk.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
+    for what in (pk.evaluation.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
         assert "spot" in what
-    for said_of_it in (FOLDS, CAUTION["paper"], pk.published.__doc__):
+    for said_of_it in (FOLDS, CAUTION["paper"], pk.reports.published.__doc__):
         assert re.search(r"released code", " ".join(said_of_it.split()))
-    assert "may have come from other code" in " ".join(pk.published.__doc__.split())
+    assert "may have come from other code" in " ".join(pk.reports.published.__doc__.split())
     assert "may have come from other code" in FOLDS
 
 

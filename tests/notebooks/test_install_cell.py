@@ -99,7 +99,7 @@ def test_first_cell_installs_what_is_missing_and_moves_nothing(colab, tmp_path):
     after = installed(colab)
     assert {"peka-lite", *COLAB_LACKS} <= after.keys(), done.stdout[-2000:] + done.stderr[-2000:]
     assert {name: after[name] for name in before} == before
-    code = "import torch, peka_lite as pk; print(torch.__version__, len(pk.BACKBONES))"
+    code = "import torch, peka_lite as pk; print(torch.__version__, len(pk.backbones.BACKBONES))"
     asked = subprocess.run([str(colab), "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert asked.stdout.split()[:1] == [STANDS_THERE["torch"]], asked.stderr[-2000:]
 

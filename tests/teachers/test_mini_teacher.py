@@ -14,18 +14,18 @@ import torch
 from scipy import sparse
 from sklearn.metrics import r2_score
 
-from peka_lite import _mini_genes
-from peka_lite.config import RunConfig
-from peka_lite.probe import PCARidge
-from peka_lite.teachers import load_teacher
-from peka_lite.teachers.checkpoint import read_encoder
+from peka_lite.data.mini import counts as _mini_genes
+from peka_lite.experiments.config import RunConfig
+from peka_lite.probe.pca_ridge import PCARidge
+from peka_lite.teachers._checkpoint import read_encoder
+from peka_lite.teachers.load import load_teacher
 from peka_lite.teachers.scfoundation import ScFoundation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "pretraining"))  # scripts, beside the package
 
 import teacher as pretraining
 
-FILE = resources.files("peka_lite").joinpath("data/scfoundation_mini.ckpt")
+FILE = resources.files("peka_lite.teachers").joinpath("weights/scfoundation_mini.ckpt")
 
 
 @pytest.fixture(scope="module")

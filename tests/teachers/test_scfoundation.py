@@ -13,13 +13,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
-from peka_lite.devices import PRECISION, compute_dtype, default_device
-from peka_lite.teachers import checkpoint
-from peka_lite.teachers.encoder import Encoder, pool_tokens
+from peka_lite._core.device import PRECISION, compute_dtype, default_device
+from peka_lite.teachers import _checkpoint as checkpoint
+from peka_lite.teachers._encoder import Encoder, pool_tokens
 from peka_lite.teachers.scfoundation import MAX_TOKENS, ScFoundation
 
 GENES = [f"G{i}" for i in range(30)]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from peka_lite.locks import alone, partial_of
+from peka_lite._core._stream import finish, open_partial
+from peka_lite._core.locks import alone, partial_of
 from peka_lite.teachers.scfoundation import ScFoundation
-from peka_lite.teachers.stream import finish, open_partial
 
 GENES = [f"G{i}" for i in range(60)]
 

@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
-from peka_lite.teachers.tokens import tokenize
+from peka_lite.teachers._tokens import tokenize
 
 
 def make_counts(rows):

@@ -7,12 +7,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
+from peka_lite.teachers._vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary, rename
 from peka_lite.teachers.scfoundation import ScFoundation
-from peka_lite.teachers.vocabulary import align_to_vocabulary, read_gene_mapping, read_vocabulary, rename
 
 # NKX2 is no gene's symbol, but a copy of it would be named as the gene NKX2-1 is.
 GENES = pd.Index(["TP53", "NKX2-1", "NKX2", "TBCE", "FAM21A", "ERBB2", "ACTB", "ESR1"])

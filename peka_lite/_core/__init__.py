@@ -1,0 +1,1 @@
+"""Files, hashes and devices: what every package needs and no user calls."""

@@ -1,0 +1,46 @@
+"""Embeddings on disk: written row by row as they come, picked up where a job stopped, whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from peka_lite._core.io import new_array, reserve, write_whole
+from peka_lite._core.outputs import check_work, link_in, put_file
+
+BY = "teacher.embed"
+
+
+def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.memmap, np.memmap]:
+    """Open a folder (`workplace`) for writing: rows (N, D) float32, and which of them are done (N,) bool.
+
+    What an earlier job left is kept where its `key` (data, teacher and settings) and shape agree, else removed.
+    """
+    check_work(work, ("rows", "done", "key", "whole"))
+    paths = work / "rows.npy", work / "done.npy"
+    label = f"{key} {shape}"
+    whole = all(p.is_file() for p in paths) and not link_in(work)
+    if not (whole and (work / "key").is_file() and (work / "key").read_text() == label):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            for path, size, dtype in zip(paths, (shape, shape[:1]), (np.float32, bool), strict=True):
+                new_array(path, size, dtype)
+            write_whole(work / "key", label.encode())  # last: without it the folder counts for nothing
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    for path in paths:  # of an earlier job too: a copy of it may have holes
+        reserve(path)
+    rows, done = (np.load(path, mmap_mode="r+") for path in paths)
+    return rows, done
+
+
+def finish(out: Path, rows: np.memmap) -> None:
+    """Put complete rows of `open_partial` in place as `out`."""
+    rows.flush()
+    work = Path(rows.filename).parent
+    put_file(work / "rows.npy", out, BY)
+    shutil.rmtree(work)

@@ -1,0 +1,46 @@
+"""Where to compute, and in which number type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from peka_lite._core.lazy import Late
+
+# bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
+PRECISION = Late({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
+
+
+def default_device() -> str:
+    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``; of several processes each has a GPU of its own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> torch.zeros(3, device=pk.backbones.default_device()).is_cuda == torch.cuda.is_available()
+    True
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.dtype] = PRECISION) -> torch.dtype:
+    """Return the compute type for a device; `precision` has the keys of `PRECISION`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> pk.backbones.compute_dtype("cpu")
+    torch.float32
+    >>> pk.backbones.compute_dtype("cpu", precision={"cpu": torch.bfloat16})
+    torch.bfloat16
+    """
+    if torch.device(device).type != "cuda":
+        return precision["cpu"]
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision["cuda>=8.0" if modern else "cuda<8.0"]

@@ -1,0 +1,61 @@
+"""Mapping whose values are imported when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
+DTYPES = ("torch:float32", "torch:float16", "torch:bfloat16")
+
+#: Layers that a row's options may name.
+LAYER_TYPES = tuple(
+    f"{module}:{name}"
+    for module, names in {
+        "timm.layers": "SwiGLUPacked SwiGLU Mlp GluMlp GatedMlp ConvMlp GlobalResponseNormMlp GELU GELUTanh QuickGELU "
+        "Swish Mish HardSwish HardMish PReLU Sigmoid Tanh LayerNorm LayerNormFp32 LayerNorm2d RmsNorm RmsNormFp32 "
+        "RmsNorm2d SimpleNorm SimpleNormFp32 GroupNorm GroupNorm1 BatchNormAct2d PatchEmbed Attention AttentionRope "
+        "BlurPool2d AvgPool2dSame",
+        "torch.nn": "SiLU GELU ReLU ReLU6 LeakyReLU ELU Mish Hardswish Sigmoid Tanh Identity LayerNorm RMSNorm "
+        "BatchNorm2d",
+        "peka_lite.backbones": "ConvStem",
+    }.items()
+    for name in names.split()
+)
+
+_NAMED = frozenset({*DTYPES, *LAYER_TYPES})
+
+
+class Late(Mapping):
+    """A mapping in which a name of a fixed list stands for an object; it is imported when its value is read.
+
+    Listed are `DTYPES` and `LAYER_TYPES`; any other text is text. Thus this room, and all that only asks
+    which names there are, needs neither PyTorch nor timm.
+
+    Examples
+    --------
+    >>> late = Late({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
+    >>> late["act_layer"], late["other"], dict(late)["depth"]
+    (<class 'torch.nn.modules.activation.SiLU'>, 'fractions:Fraction', 24)
+    """
+
+    def __init__(self, values: Mapping[str, object]):
+        self._values = dict(values)
+
+    def __getitem__(self, key: str):
+        value = self._values[key]
+        if not (isinstance(value, str) and value in _NAMED):
+            return value
+        module, name = value.split(":")
+        return getattr(import_module(module), name)
+
+    def __contains__(self, key) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Late({self._values})"

@@ -1,0 +1,215 @@
+"""Names that others chose (genes, slides, cohorts), as they are: in file names, figures, Markdown and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import html
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peka_lite._core.io import write_whole
+from peka_lite._core.received import own_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LONGEST = 160  # bytes of a file's name, before its suffix
+_NUMBERS = {"fold": "int64", "pcc": "float64", "n_train": "int64", "n_test": "int64"}
+_TEXTS = ("method", "backbone", "split", "protocol", "features", "normalization", "gene")
+_LARGEST_METRICS = 2**28  # bytes; 20,000 genes in 100 folds take 160 MB
+_LINE_START = re.compile(r"^([#>=%:(~]|[-+](?![\d.])|\d{1,9}(?=[.)](?:\s|$)))")
+_FORMULA = re.compile(
+    r"(^|[;,\t|])([\s\"]*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
+    r"(?![-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*(?:$|[;,|]))"
+)  # at a cell's start, whichever separator a spreadsheet takes; a number is none
+
+
+def file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
+    """Return a file's name for any text, other than those given before, also where a disk knows no capitals.
+
+    Parameters
+    ----------
+    name
+        Any text. Letters, digits, ``_``, ``.`` and ``-`` stay as they are, others become ``-``.
+    given
+        Names given before, to which this one is added.
+    of
+        What the file is of, where another may have the same `name`; the name itself by default.
+    """
+    of = name if of is None else of
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    if len(plain.encode()) <= LONGEST and given.setdefault(plain.casefold(), of) == of:
+        return plain
+    plain = plain.encode()[: LONGEST - 11].decode(errors="ignore")
+    plain += f"-{hashlib.sha256(repr(of).encode()).hexdigest()[:10]}"
+    given[plain.casefold()] = of
+    return plain
+
+
+def as_written(figure: Figure) -> Figure:
+    r"""Draw every text of a figure letter by letter: ``$\frac{$`` in a gene's name is no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
+def visible(text: object, *, lines: bool = False) -> str:
+    r"""Return text without what a terminal or a page obeys: such letters are written as escapes.
+
+    These are control characters (colours, the cursor, titles of windows), marks that turn the direction of writing,
+    separators of lines, and halves of letters. Ends of lines stay with `lines`.
+
+    Examples
+    --------
+    >>> from peka_lite._core.names import visible
+    >>> print(visible("a\x1b[2Kb\u202ec\nd é"))
+    a\x1b[2Kb\u202ec\nd é
+    """
+    return "".join(
+        letter
+        if letter.isprintable() or unicodedata.category(letter) == "Zs" or (lines and letter == "\n")
+        else letter.encode("unicode_escape").decode()
+        for letter in str(text)
+    )
+
+
+def shown(name: str, *, longest: int = 40) -> str:
+    """Return a name on one line, as `visible`, cut where it is long."""
+    name = visible(name)
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def in_markdown(text: object) -> str:
+    r"""Return text that Markdown shows as it is, on one line, in a table and at the start of a line too.
+
+    No HTML, link, picture, formula, emphasis, heading or list comes of it, and no role or directive of MyST.
+
+    Examples
+    --------
+    >>> from peka_lite._core.names import in_markdown
+    >>> print(in_markdown("<b>|a* [x](y) snake_case"))
+    \<b>\|a\* \[x](y) snake_case
+    """
+    text = visible(" ".join(str(text).splitlines())).strip()
+    text = re.sub(r"[\\`*<|\[{$~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return _LINE_START.sub(lambda at: f"{at[0]}\\" if at[0].isdigit() else f"\\{at[0]}", text)
+
+
+def in_code(text: object) -> str:
+    """Return text as Markdown's inline code, on one line, whatever backticks it holds.
+
+    Examples
+    --------
+    >>> from peka_lite._core.names import in_code
+    >>> in_code("tau=2"), in_code("a`b")
+    ('`tau=2`', '``a`b``')
+    """
+    text = visible(text) or " "
+    fence = _fence(text, 1)
+    blank = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{blank}{text}{blank}{fence}"
+
+
+def in_fence(code: str, language: str) -> str:
+    """Return code as a fenced block of Markdown, whatever backticks it holds."""
+    fence = _fence(code, 3)
+    return f"{fence}{language}\n{visible(code, lines=True).rstrip()}\n{fence}"
+
+
+def in_html(text: object) -> str:
+    """Return text that HTML shows as it is, between tags and in quoted attributes."""
+    return html.escape(visible(text))
+
+
+def in_cell(value: object) -> object:
+    """Return a value as a table for spreadsheets holds it: text that would be a formula gets an apostrophe before it.
+
+    Examples
+    --------
+    >>> from peka_lite._core.names import in_cell
+    >>> in_cell("=1+1"), in_cell("-x;@y"), in_cell("-0.5"), in_cell(-0.5), in_cell("HLA-A")
+    ("'=1+1", "'-x;'@y", '-0.5', -0.5, 'HLA-A')
+    """
+    return _FORMULA.sub(r"\1\2'", visible(value)) if isinstance(value, str) else value
+
+
+def write_cells(table: pd.DataFrame, path: str | os.PathLike, *, index: bool) -> None:
+    """Write a table as CSV for spreadsheets, its text, index and columns as `in_cell`; numbers stay as they are."""
+    import pandas as pd
+
+    texts = [column for column, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
+    table = table.copy()
+    for column in texts:
+        table.isetitem(column, table.iloc[:, column].map(in_cell))
+    table.rename(index=in_cell if index else None, columns=in_cell).to_csv(path, index=index)
+
+
+def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Write a result table as CSV, names as they are: `read_metrics` gives back the same, and a report's CSV escapes.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from peka_lite._core.names import read_metrics, write_metrics
+    >>> write_metrics(pd.DataFrame({"fold": [0], "gene": ["-x"], "pcc": [0.5]}), "metrics.csv")
+    >>> read_metrics("metrics.csv")["gene"].tolist()
+    ['-x']
+    """
+    returns = table["gene"].str.contains("\r", regex=False).any()  # which only quotes keep from ending a line
+    text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    write_whole(path, text.encode())
+
+
+def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Read a run's ``metrics.csv``, its known columns; a gene that is called NA, nan or 1e5 keeps its name.
+
+    `within` is as in `own_file`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `own_file`, and a ValueError for what is no such table.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    path = own_file(path.parent, path.name, within=within, largest=_LARGEST_METRICS)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            first = file.readline(2**16)
+        columns = [name for name in next(csv.reader([first]), ()) if name in (*_NUMBERS, *_TEXTS)]
+        if not first.endswith(("\n", "\r")) or len(set(columns)) < len(columns) or not {"fold", "gene"} <= {*columns}:
+            raise ValueError("its first line names fold, gene and pcc, each once")
+        kinds = {name: _NUMBERS.get(name, str) for name in columns}
+        table = pd.read_csv(path, usecols=columns, dtype=kinds, keep_default_na=False, na_values={"pcc": [""]})
+    except (ValueError, csv.Error, OverflowError) as error:
+        raise ValueError(
+            f"{path} is no table of results ({' '.join(str(error).split())}); make the run again"
+        ) from None
+    return table
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than any row of them in a text has."""
+    return "`" * max(least, *(len(row) + 1 for row in re.findall("`+", text)), 0)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'bone'?"``, or nothing where no known name is near.
+
+    Examples
+    --------
+    >>> did_you_mean("Bonne", METHODS), did_you_mean("dora", ["none"])
+    ("; did you mean 'bone'?", '')
+    """
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,195 @@
+"""What long work shows: its plan, bars in a terminal or a notebook, and elsewhere a plain line every half minute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+
+from peka_lite._core.names import visible
+
+EVERY = 30.0  # seconds between two lines
+
+_lock = threading.RLock()
+_open: list[Stage] = []  # stages that are being worked on, the outermost first
+_lines: tuple[threading.Thread, threading.Event] | None = None  # who prints, and what ends it
+
+
+class Stage:
+    """A part of some work, named on stderr while it goes on.
+
+    Open inside a ``with`` block, or while a ``for`` goes through its items. It costs nothing where no stage around it
+    reports. One thread prints for all of them; it ends with the outermost stage that reports, whatever ends that.
+
+    Parameters
+    ----------
+    text
+        What is done, or a function that says it.
+    items
+        What ``for`` goes through: lines say which of how many is being worked on.
+    total, done
+        Steps in all, and those that were done before, where `update` counts them.
+    unit
+        What a step is called, with a blank before it.
+    measure
+        Function that returns how many steps are done, where nothing counts them.
+    reports
+        Print a line every `EVERY` seconds, with all stages inside, unless bars are drawn (`draws_bars`); of several
+        processes of one run, in the first alone.
+
+    Examples
+    --------
+    >>> from peka_lite._core.progress import Stage
+    >>> with Stage("transfer:", total=380, unit=" steps") as stage:
+    ...     stage.update(120)
+    ...     print(stage.line())
+    transfer: 120 of 380 steps
+    """
+
+    def __init__(
+        self,
+        text: str | Callable[[], str],
+        items: Iterable | None = None,
+        *,
+        total: int | None = None,
+        done: int = 0,
+        unit: str = "",
+        measure: Callable[[], int] | None = None,
+        reports: bool = False,
+    ):
+        self.text, self.items, self.unit, self.measure = text, items, unit, measure
+        self.total = len(items) if items is not None and total is None and measure is None else total
+        self.done = self.before = measure() if measure else done
+        self.begun = self.moved = time.monotonic()
+        self.reports = reports and os.environ.get("RANK", "0") == "0"
+
+    def __enter__(self) -> Stage:
+        self.begun = self.moved = time.monotonic()
+        with _lock:
+            if self not in _open:
+                _open.append(self)
+            if self.reports:
+                _begin_lines()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for item in self.items:
+                yield item
+                self.update()
+
+    def update(self, steps: int = 1) -> None:
+        """Take note of steps that are done."""
+        self.done += steps
+        self.moved = time.monotonic()
+
+    def close(self) -> None:
+        """End the stage, and the lines where no other reports."""
+        with _lock:
+            if self in _open:
+                _open.remove(self)
+            ended = None if any(stage.reports for stage in _open) else _end_lines()
+        if ended is not None and ended is not threading.current_thread():
+            ended.join(1)  # no longer: stderr may be a pipe that nobody reads
+
+    def set_postfix(self, **_) -> None:
+        """Do nothing: a bar shows these."""
+
+    def line(self) -> str:
+        """Return what a line says of this stage: what is done, of how many, and about how long the rest takes."""
+        text = self.text() if callable(self.text) else self.text
+        if self.total is None:
+            return text
+        if self.measure:
+            self.done, self.moved = self.measure(), time.monotonic()
+        at = min(self.done + (self.items is not None and not self.measure), self.total)
+        line = f"{text} {at:,} of {self.total:,}{self.unit}"
+        if self.done <= self.before:
+            return line
+        each = (self.moved - self.begun) / (self.done - self.before)
+        left = each * (self.total - self.done) - (time.monotonic() - self.moved)
+        return f"{line}, about {clock(left)} left" if left >= 1 else line
+
+
+def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total: int | None = None, **options):
+    """Return tqdm's bar in a terminal or a notebook, elsewhere a `Stage` that reports; for a ``with`` block or a loop.
+
+    Parameters are tqdm's, and `enabled`: True, False (nothing is shown), or None (a bar in a terminal alone, elsewhere
+    a stage that other stages' lines name).
+    """
+    if enabled is not False and not draws_bars():
+        done, unit = options.get("initial", 0), options.get("unit", "")
+        return Stage(f"{desc}:", items, total=total, done=done, unit=unit, reports=bool(enabled))
+    from tqdm.auto import tqdm
+
+    around = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
+    disable = _in_notebook() if enabled is None else not enabled  # a widget in a page's output needs the network
+    return tqdm(items, total=total, desc=visible(", ".join([*around, desc])), disable=disable, **options)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr where a stage reports; work goes on where nobody reads it any more."""
+    if any(stage.reports for stage in list(_open)):
+        with suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
+            sys.stderr.write(f"{visible(text)}\n")
+            sys.stderr.flush()
+
+
+def draws_bars() -> bool:
+    """Return whether stderr can show a bar: a terminal, or a notebook's kernel."""
+    try:
+        return sys.stderr.isatty() or _in_notebook()
+    except (AttributeError, ValueError):  # no stderr, or a closed file
+        return False
+
+
+def _in_notebook() -> bool:
+    return type(sys.stderr).__module__.startswith("ipykernel")
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as a reader says it.
+
+    Examples
+    --------
+    >>> from peka_lite._core.progress import clock
+    >>> clock(8), clock(75), clock(7300)
+    ('8 s', '1 min 15 s', '2 h 1 min')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def _begin_lines() -> None:
+    global _lines
+    if _lines is None and not draws_bars():
+        stop = threading.Event()
+        _lines = threading.Thread(target=_print_lines, args=(stop,), name="progress", daemon=True), stop
+        _lines[0].start()
+
+
+def _end_lines() -> threading.Thread | None:
+    global _lines
+    if _lines is None:
+        return None
+    thread, stop = _lines
+    _lines = None
+    stop.set()
+    return thread
+
+
+def _print_lines(stop: threading.Event) -> None:
+    while not stop.wait(EVERY):
+        if stages := list(_open):  # without the lock, which a process that forks now would hold for ever
+            line = "; ".join(part for stage in stages if (part := stage.line()))
+            say(f"[{clock(time.monotonic() - stages[0].begun)}] {line or 'at work'}")

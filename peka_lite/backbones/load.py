@@ -1,0 +1,358 @@
+"""Students: pathology image models by name, from weights to features."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+
+import psutil
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from peka_lite._core._file_kinds import file_kind
+from peka_lite._core._torch_files import OPTIONS, read_torch_file
+from peka_lite._core.device import compute_dtype
+from peka_lite._core.lazy import Late
+from peka_lite._core.names import did_you_mean
+from peka_lite.backbones._packaged import origin, packaged
+from peka_lite.backbones.own import PACKAGE, backbone_row, check_architecture
+from peka_lite.backbones.registry import BACKBONES, IMAGENET, Backbone, page_of
+from peka_lite.data._choices import closed_gate
+from peka_lite.data.download import is_published, located, read_manifest
+
+__all__ = [
+    "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "load_backbone", "pooled", "precision_for",
+    "preprocess",
+]  # fmt: skip
+MOST_WEIGHTS = 20_000_000_000  # the largest network of timm has 7e9
+MOST_PATCHES = 65_536  # of a tile; 1,024 pixels in patches of 4
+
+
+class ConvStem(nn.Module):
+    """Convolutional patch embedding of CTransPath (Wang et al. 2022, doi:10.1016/j.media.2022.102559).
+
+    Two 3x3 convolutions of stride 2 and a 1x1 convolution in place of Swin's 4x4 patch projection;
+    (B, 3, H, W) to (B, H/4, W/4, embed_dim).
+    """
+
+    def __init__(self, img_size=224, patch_size=4, in_chans=3, embed_dim=96, norm_layer=None, **_):
+        super().__init__()
+        side = img_size if isinstance(img_size, int) else img_size[0]
+        self.grid_size = (side // patch_size, side // patch_size)
+        self.num_patches = self.grid_size[0] ** 2
+        layers, width = [], in_chans
+        for out in (embed_dim // 8, embed_dim // 4):
+            layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            width = out
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, embed_dim, 1))
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x):
+        """Embed patches, channels last."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+def load_backbone(
+    name: str | os.PathLike | Backbone, *, weights: str | os.PathLike = "hub", seed: int = 0, device: str | None = None
+) -> nn.Module:
+    """Load a student as a plain timm model in eval mode, its registry row at ``model.spec``.
+
+    Parameters
+    ----------
+    name
+        A key of `BACKBONES`, a `Backbone` row of your own, or a YAML file of one (`read_backbone`).
+    weights
+        ``"hub"``: the published weights, those inside the package for ``"mini"``, those that `fetch` put in the
+        cache, or else the hub's; a path: a local ``.bin``, ``.pth`` or ``.safetensors`` file of them;
+        ``"random"``: a random start from `seed`, for tests and teaching, with a warning that says so.
+    device
+        Where the model goes; None keeps it on the CPU.
+
+    Returns
+    -------
+    torch.nn.Module
+        Float32 weights, whatever the file holds. ``model.weights_origin`` records which of the three it was and, for
+        a file of the package, the first digits of its SHA-256.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, a row without published weights, or a file that does not fit the architecture.
+    PermissionError
+        For gated weights without access; the message names the page to ask on.
+    ConnectionError
+        For a hub that cannot be reached.
+    FileNotFoundError
+        For a file that is not there, one's own or the package's, or a hub repository that holds no weights file.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> student = pk.load_backbone("mini")
+    >>> student.spec.input_size, sum(weights.numel() for weights in student.parameters())
+    (112, 2827008)
+    >>> tuple(student(torch.zeros(1, 3, 112, 112)).shape)
+    (1, 192)
+    """
+    spec = backbone_row(name)
+    weights = str(weights)
+    plan = planned(spec)  # before memory is asked for, and before the hub is
+    if weights == "random":
+        _check_memory(plan, spec)
+        warnings.warn(
+            f"{spec.name} starts from random weights (seed {seed}): a model to test with, not to judge by", stacklevel=2
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
+            model = build(spec)
+        came = f"random, seed {seed}"
+    else:
+        path, came = _published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such weights file for {spec.name}; give a file, 'hub' or 'random'")
+        state = _read_weights(plan, spec, path)
+        _load(plan, state, spec, path)
+        model = build(spec)
+        _load(model, state, spec, path)
+    model.spec, model.weights_origin = spec, came
+    return model.eval().to(device or "cpu")
+
+
+def precision_for(spec: Backbone, device: str | torch.device) -> torch.dtype:
+    """Return the compute type of a student on a device, from its registry row."""
+    return compute_dtype(device, precision=spec.precision)
+
+
+def preprocess(tiles: torch.Tensor, spec: Backbone) -> torch.Tensor:
+    """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, input_size, input_size) on their device."""
+    return normalised(tiles, mean=spec.mean, std=spec.std, input_size=spec.input_size)
+
+
+def normalised(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int | None) -> torch.Tensor:
+    """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, H', W'), resized unless `input_size` is None."""
+    x = tiles.permute(0, 3, 1, 2).float().div_(255)
+    if input_size is not None and x.shape[-2:] != (input_size, input_size):
+        x = F.interpolate(x, (input_size, input_size), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (x - mean) / std
+
+
+def pooled(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the output (B, D_s) for normalised images (B, 3, H, W), pooled as the student's registry row says.
+
+    A network without such a row gives what it gives.
+    """
+    spec = registry_row(model)
+    pooling = "network" if spec is None else spec.pooling
+    if pooling in ("network", own_pooling(model)) or not hasattr(model, "num_prefix_tokens"):
+        return model(x)
+    tokens = model.forward_features(x)  # (B, prefix + patches, width)
+    if tokens.ndim != 3:
+        raise ValueError(f"{type(model).__name__} has no row of tokens to pool by {pooling!r}; take 'network'")
+    norm = getattr(model, "fc_norm", nn.Identity())  # where timm has it, tokens come without theirs
+    parts = {"token": lambda: tokens[:, 0], "avg": lambda: tokens[:, model.num_prefix_tokens :].mean(1)}
+    return torch.cat([norm(parts[part]()) for part in pooling.split("+")], dim=-1)
+
+
+def own_pooling(model: nn.Module) -> str:
+    """Return how a network of timm pools by itself: ``"token"``, ``"avg"`` or another name, empty where it has none."""
+    if hasattr(model, "dist_token"):  # DeiT
+        return "mean of class and distillation token"
+    if getattr(model, "pool_include_prefix", False):
+        return "mean of all tokens"
+    pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", "")
+    return pool if isinstance(pool, str) else getattr(pool, "pool_type", "")
+
+
+def registry_row(model: nn.Module) -> Backbone | None:
+    """Return the registry row of a student, None for another network."""
+    spec = getattr(model, "spec", None)
+    return spec if isinstance(spec, Backbone) else None
+
+
+def build(spec: Backbone) -> nn.Module:
+    """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
+    try:
+        check_architecture(spec.arch)
+        if not timm.is_model(spec.arch):
+            raise ValueError(f"it knows no such architecture{did_you_mean(spec.arch, timm.list_models())}")
+        model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
+    except Exception as error:  # not with these options: each network of timm fails in its own way
+        reason = f"{error}" if str(error) else type(error).__name__
+        raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({reason})") from None
+    _check_pooling(model, spec)
+    width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling
+    if spec.pooling == "token+avg":
+        width, head = 2 * width, None
+    if spec.dim not in (width, head):
+        raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size is not None and getattr(patches, "strict_img_size", False) and set(size) != {spec.input_size}:
+        raise ValueError(
+            f"backbone {spec.name!r}: {spec.arch} takes {' x '.join(map(str, size))} pixels, its row says input_size "
+            f"{spec.input_size}; give both alike, as input_size and options: img_size, or dynamic_img_size: true"
+        )
+    return model
+
+
+def planned(spec: Backbone) -> nn.Module:
+    """Build a student's architecture without memory for its weights, and refuse what no machine can use.
+
+    Raises
+    ------
+    ValueError
+        As `build`, for more than `MOST_WEIGHTS` weights, and for a tile of more than `MOST_PATCHES` patches.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(spec)
+    if (n := _size(model)) > MOST_WEIGHTS:
+        raise ValueError(
+            f"backbone {spec.name!r}: {n:,} weights are more than a student here can have ({MOST_WEIGHTS:,}); lower "
+            "depth, embed_dim or img_size in its row"
+        )
+    side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    rows, columns = (spec.input_size // s for s in side) if isinstance(side, tuple) else (1, 1)
+    if rows * columns > MOST_PATCHES:
+        raise ValueError(
+            f"backbone {spec.name!r}: {rows * columns:,} patches a tile are more than a student here can have "
+            f"({MOST_PATCHES:,}); lower input_size or raise patch_size in its row"
+        )
+    return model
+
+
+def _size(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_memory(plan: nn.Module, spec: Backbone) -> None:
+    """Refuse a random start that this machine cannot hold; published weights are as large as their file."""
+    needs, has = 4 * _size(plan), psutil.virtual_memory().total
+    if needs > has:
+        raise ValueError(
+            f"backbone {spec.name!r}: a random start takes {needs / 2**30:,.0f} GiB of memory, this machine has "
+            f"{has / 2**30:,.0f}; lower depth or embed_dim in its row"
+        )
+
+
+def _check_pooling(model: nn.Module, spec: Backbone) -> None:
+    """Refuse a pooling that the network cannot give, with one that it can."""
+    tokens, own = hasattr(model, "num_prefix_tokens"), own_pooling(model)
+    has_class = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+    if "token" in spec.pooling and not (has_class if tokens else own == spec.pooling):
+        why, fit = "has no class token", "avg" if tokens or own in ("", "avg") else "network"
+    elif spec.pooling == "avg" and not tokens and own not in ("", "avg"):
+        why, fit = f"pools by {own!r}", "network"
+    else:
+        return
+    raise ValueError(f"backbone {spec.name!r}: pooling is {spec.pooling!r}, but {spec.arch} {why}; take {fit!r}")
+
+
+def _published(spec: Backbone) -> tuple[Path, str]:
+    """Return the file of a row's published weights, and where it comes from in words."""
+    if (path := packaged(spec)) is not None:
+        return path, origin(path)
+    return _from_hub(spec), f"hub {spec.source}"
+
+
+def cached_weights(spec: Backbone) -> Path | None:
+    """Return the file of a row's published weights where it is in the hub's cache on this machine, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kind, repo, files = _repository(spec)
+    found = (try_to_load_from_cache(repo, file, revision=spec.revision, repo_type=kind) for file in files)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _repository(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
+    """Return kind and name of a row's hub repository, and the files that weights may be in."""
+    if spec.source.startswith("datasets/"):
+        _, owner, repo, file = spec.source.split("/", 3)
+        return "dataset", f"{owner}/{repo}", (file,)
+    return "model", spec.source, ("model.safetensors", "pytorch_model.bin")
+
+
+def _from_hub(spec: Backbone) -> Path:
+    if spec.source is None:
+        raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
+    if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := located(spec.name)):
+        return fetched
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    kind, repo, files = _repository(spec)
+    missing = None
+    for file in files:
+        try:
+            return Path(hf_hub_download(repo, file, repo_type=kind, revision=spec.revision))
+        except EntryNotFoundError as error:  # not in the repository; or offline, and not in the cache
+            missing = error
+        except (HfHubHTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
+                page = spec.gate or page_of(f"datasets/{repo}" if kind == "dataset" else repo)
+                raise PermissionError(closed_gate(spec.name, page, spec.access)) from error
+            raise _unreachable(spec, repo, error) from error
+    if isinstance(missing, LocalEntryNotFoundError):
+        raise _unreachable(spec, repo, missing) from missing
+    raise FileNotFoundError(f"{repo} on the hub holds none of {', '.join(files)}") from missing
+
+
+def _unreachable(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"{spec.name} could not be fetched from the hub ({type(error).__name__}); go online, or pass "
+        f"weights=FILE with a copy of {repo}"
+    )
+
+
+def _read_weights(plan: nn.Module, spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
+    """Read a file's tensors under the names of timm's network."""
+    if file_kind(path)[0] == "safetensors":  # whatever its name ends in
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as weights ({error}); it is truncated: fetch it again") from None
+    else:
+        known = partial(is_published, spec.name) if spec.name in read_manifest() else None
+        published = f"take the published file ({spec.source}), or " if spec.source else ""
+        instead = f"{published}save the model's state_dict() where it was made"
+        state = read_torch_file(path, what="weights", instead=instead, published=known, also=OPTIONS)
+    for key in ("state_dict", "model"):  # of training scripts
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, no tensors by name; save the model's state_dict()")
+    if odd := [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, torch.Tensor))]:
+        raise ValueError(f"{path}: {str(odd[0])[:80]!r} is no tensor by name; save the model's state_dict() alone")
+    state = timm.models.clean_state_dict(state)
+    if spec.name == "ctranspath" and "layers.0.downsample.reduction.weight" in state:  # the authors' layout, not timm's
+        from timm.models.swin_transformer import checkpoint_filter_fn
+
+        stem = {k: v for k, v in state.items() if k.startswith("patch_embed.")}
+        state = checkpoint_filter_fn({k: v for k, v in state.items() if k not in stem}, plan) | stem
+    # Classifier heads are not used, here as in timm's num_classes=0.
+    return {k: v for k, v in state.items() if not k.startswith(("head.", "fc."))}
+
+
+def _load(model: nn.Module, state: dict[str, torch.Tensor], spec: Backbone, path: Path) -> None:
+    """Copy tensors in; into a plan nothing is copied, and names and shapes are compared."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: these weights do not fit {spec.name} ({spec.arch}). {str(error)[:400]}") from None

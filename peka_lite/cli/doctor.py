@@ -1,0 +1,279 @@
+"""Is this machine ready? One line a subject, and one fix where something is amiss."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from peka_lite._core.names import visible
+
+TORCH, PEFT = (2, 6), (0, 18)  # the oldest that pyproject.toml takes
+PEFT_NAMES = ("AdaLoraConfig", "AdaLoraModel", "LoraConfig", "MissConfig", "inject_adapter_in_model")
+GATES_S = 10  # for all gated repositories together
+
+_LOCK = "`pip install -r requirements.lock` in a checkout, or `make test`: it installs versions that fit together"
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found on one subject, in one line; `fix` says what to do and is None exactly where all is well.
+
+    Status ``"note"`` is for what the embedded cohort does without, ``"fail"`` for what has to be mended first.
+    """
+
+    name: str
+    status: Literal["ok", "note", "fail"]
+    line: str
+    fix: str | None = None
+
+
+def doctor(*, online: bool = True) -> list[Check]:
+    """Check what peka_lite needs of this machine, one `Check` a subject, in a fixed order.
+
+    Nothing is raised: a subject that cannot be checked is a ``"fail"`` that says why. A token is never shown.
+
+    Parameters
+    ----------
+    online
+        Ask the Hugging Face hub which gated repositories are open to this machine's token; `GATES_S` seconds at most.
+    """
+    subjects = {
+        "python": _python, "torch": _torch, "gpu": _gpu, "precision": _precision, "peft": _peft, "disk": _disk,
+        "token": _token, "gates": lambda: _gates(online=online), "artifacts": _artifacts,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lines say it shorter
+        return [_checked(name, look) for name, look in subjects.items()]
+
+
+def report(checks: Iterable[Check]) -> str:
+    """Render checks as `peka-lite doctor` prints them: a line each, its fix indented below.
+
+    Examples
+    --------
+    >>> from peka_lite.cli.doctor import Check, report
+    >>> checks = [Check("python", "ok", "3.11.9"), Check("token", "note", "no Hugging Face token", "set HF_TOKEN")]
+    >>> print(report(checks))
+    ok    python      3.11.9
+    note  token       no Hugging Face token
+          fix: set HF_TOKEN
+    """
+    return "\n".join(
+        f"{check.status:<6}{check.name:<12}{visible(check.line)}"
+        + (f"\n      fix: {visible(check.fix)}" if check.fix else "")
+        for check in checks
+    )
+
+
+def _checked(name: str, look: Callable[[], tuple]) -> Check:
+    try:
+        return Check(name, *look())
+    except Exception as error:
+        # A header that cannot be sent is quoted in its error, token and all.
+        why = type(error).__name__ if name in ("token", "gates") else _says(error)
+        return Check(name, "fail", f"could not be checked ({why})", "mend what is named here, then run this again")
+
+
+def _says(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def _python():
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
+        return "ok", version
+    fix = "install one of them, then `make test PYTHON=python3.12`"
+    return "fail", f"{version}; peka_lite needs 3.11, 3.12 or 3.13", fix
+
+
+def _torch():
+    try:
+        import torch
+        import torchvision
+    except Exception as error:  # a torchvision of another torch raises RuntimeError
+        return "fail", f"torch and torchvision do not import together ({_says(error)})", _LOCK
+    pair = f"{torch.__version__}, torchvision {torchvision.__version__}"
+    if _release(torch.__version__) < TORCH:
+        return "fail", f"{pair}; peka_lite needs torch {'.'.join(map(str, TORCH))} or newer", _LOCK
+    return "ok", pair
+
+
+def _gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        return _no_gpu(torch)
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    counted = Counter(f"{c.name} (sm_{c.major}{c.minor}, {c.total_memory / 2**30:.0f} GiB)" for c in cards)
+    names = ", ".join(f"{n} x {card}" if n > 1 else card for card, n in counted.items())
+    built = torch.cuda.get_arch_list()
+    lacking = sorted({(c.major, c.minor) for c in cards if not _runs_on((c.major, c.minor), built)})
+    if not lacking:
+        return "ok", f"{names}; torch has its kernels"
+    without = ", ".join(f"sm_{major}{minor}" for major, minor in lacking)
+    fix = f"install a torch built for {without}: https://pytorch.org/get-started/locally"
+    if lacking == [(7, 0)]:
+        fix = "`pip install -r requirements.lock`: its torch 2.10.0 is the last default build with V100 (sm_70) kernels"
+    return "fail", f"{names}; torch has no kernels for {without}, only for {' '.join(built)}", fix
+
+
+def _no_gpu(torch):
+    if not (listed := _cards_of_the_driver()):
+        why = "no GPU: training runs on the CPU; fine for the mini cohort"
+        return "note", why, "for other cohorts take a machine with an NVIDIA GPU and its driver"
+    here = f"the driver lists {listed} NVIDIA GPU{'s' if listed > 1 else ''}"
+    if torch.version.cuda is None:
+        return "fail", f"{here}, but torch {torch.__version__} is built without CUDA", _LOCK
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        why = f"{here}, but torch sees none under CUDA_VISIBLE_DEVICES={visible!r}: training runs on the CPU"
+        return "note", why, "unset CUDA_VISIBLE_DEVICES"
+    fix = f"update the driver to one for CUDA {torch.version.cuda}, or install a torch built for an older CUDA"
+    return "fail", f"{here}, but torch, built for CUDA {torch.version.cuda}, can use none", fix
+
+
+def _cards_of_the_driver() -> int:
+    # Login nodes have nvidia-smi and no card, so it is run and not just looked for.
+    if (program := shutil.which("nvidia-smi")) is None:
+        return 0
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10).stdout
+    return sum(line.startswith("GPU ") for line in listing.splitlines())
+
+
+def _runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
+    # CUDA's rule: a binary runs on its major architecture from its minor one on, PTX on anything not older; with an
+    # "a" (sm_90a) both run on that one alone.
+    for kind, major, minor, alone in re.findall(r"\b(sm|compute)_(\d+)(\d)(a?)\b", " ".join(built)):
+        made = (int(major), int(minor))
+        older = made < capability and (kind == "compute" or made[0] == capability[0])
+        if made == capability or (older and not alone):
+            return True
+    return False
+
+
+def _precision():
+    from peka_lite._core.device import compute_dtype, default_device
+
+    device = default_device()
+    name = str(compute_dtype(device)).removeprefix("torch.")
+    if device == "cpu":
+        return "ok", f"{name} on the CPU; bfloat16 is used on GPUs alone"
+    return "ok", f"{name} on the GPU" + ("; bfloat16 starts at compute capability 8.0" if name == "float16" else "")
+
+
+def _peft():
+    try:
+        import peft
+    except Exception as error:  # made for another torch or transformers, it can raise anything
+        return "fail", f"does not import ({_says(error)})", _LOCK
+    if _release(peft.__version__) < PEFT:
+        return "fail", f"{peft.__version__}; peka_lite needs {'.'.join(map(str, PEFT))} or newer", _LOCK
+    if missing := [name for name in PEFT_NAMES if not hasattr(peft, name)]:
+        return "fail", f"{peft.__version__} lacks {', '.join(missing)}", _LOCK
+    return "ok", f"{peft.__version__}, with LoRA, AdaLoRA and MiSS"
+
+
+def _disk():
+    from peka_lite.data.download import cache_dir
+
+    cache = cache_dir().absolute()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    line = f"{free:.1f} GB free in {there}, for cohorts, weights and a teacher's embeddings"
+    if free >= 20:
+        return "ok", line
+    fix = "free some space, or set PEKA_LITE_CACHE to a folder on a larger disk; 20 GB are comfortable"
+    return "note" if free >= 5 else "fail", line, fix
+
+
+def _token():
+    from huggingface_hub import get_token
+
+    if get_token():
+        return "ok", "a Hugging Face token is here (not shown)"
+    return "note", "no Hugging Face token: nothing gated can be fetched", _LOG_IN
+
+
+def _gates(*, online: bool):
+    from huggingface_hub import get_token
+
+    from peka_lite.data._choices import ACCESS
+    from peka_lite.data.download import read_manifest
+
+    asked = [artifact for artifact in read_manifest().values() if artifact.repo and artifact.gate]
+    gated = {
+        (a.repo, a.repo_type): f"{a.gate} ({ACCESS.get(a.access, 'how long that takes is not known')})" for a in asked
+    }
+    if not get_token():
+        pages = ", ".join(gated.values())
+        return "note", f"{len(gated)} gated repositories, none open without a token", f"ask on {pages}; then {_LOG_IN}"
+    if not online:
+        return "note", f"{len(gated)} gated repositories, not asked about", "run `peka-lite doctor` without --offline"
+    answers: dict[str, list] = {}
+    for repository, answer in _ask_the_hub(gated).items():
+        answers.setdefault(answer, []).append(repository)
+    line = "; ".join(f"{answer}: {', '.join(repo for repo, _ in these)}" for answer, these in answers.items())
+    if "token refused" in answers:
+        return "fail", line, f"this token is not valid (any more): {_LOG_IN}"
+    if "closed" in answers:
+        pages = ", ".join(gated[repository] for repository in answers["closed"])
+        return "note", line, f"ask on {pages}; a fine-grained token must also be allowed to read gated repositories"
+    return ("note", line, "go online, then run this again") if answers.keys() - {"open"} else ("ok", line)
+
+
+def _ask_the_hub(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    from huggingface_hub import auth_check
+    from huggingface_hub.errors import GatedRepoError
+
+    answers = {}
+
+    def ask(repo: str, kind: str) -> None:
+        try:
+            auth_check(repo, repo_type=kind)
+            answers[repo, kind] = "open"
+        except GatedRepoError:
+            answers[repo, kind] = "closed"
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            said = {401: "token refused", 403: "closed", 404: "closed"}.get(status)
+            answers[repo, kind] = said or f"could not be asked ({type(error).__name__})"
+
+    # Daemons, since auth_check has no time limit: a request that hangs must not hold up the exit.
+    threads = [threading.Thread(target=ask, args=repository, daemon=True) for repository in repositories]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + GATES_S
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()))
+    return {repository: answers.get(repository, f"no answer within {GATES_S} s") for repository in repositories}
+
+
+def _artifacts():
+    from peka_lite.backbones._packaged import packaged
+    from peka_lite.backbones.registry import BACKBONES
+    from peka_lite.data._fetch import PARTIAL
+    from peka_lite.data.download import cache_dir, located, read_manifest
+
+    names = list(read_manifest())
+    here = [name for name in names if located(name) is not None]
+    line = f"{len(here)} of {len(names)} fetched: {', '.join(here) or 'the default pages need none'}"
+    line += f"; in the package: {', '.join(row.name for row in BACKBONES.values() if packaged(row))}"
+    if begun := sorted(folder.parent.name for folder in cache_dir().glob(f"*/*/{PARTIAL}")):
+        return "note", f"{line}; broken off: {', '.join(begun)}", f"`peka-lite fetch {begun[0]}` goes on with it"
+    if not here:
+        return "note", line, "`peka-lite fetch NAME`; without a name it lists what there is"
+    return "ok", line
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,224 @@
+"""The `peka-lite` command: parses, calls, prints."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+
+from peka_lite._core._signals import ended_by_signals
+from peka_lite._core.io import full_disk
+from peka_lite._core.names import shown, visible
+from peka_lite._core.progress import Stage
+from peka_lite.cli.options import parser
+
+LONGEST = 4000  # letters of a message; a received name may have any number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
+    name = options.pop("command")
+    command = {
+        "run": _run, "train": _train, "embed": _embed, "predict": _predict, "map": _map, "add": _add,
+        "export": _export, "sweep": _sweep,
+        "report": _report, "fetch": _fetch, "doctor": _doctor,
+    }[name]  # fmt: skip
+    with ended_by_signals():
+        try:
+            with warnings.catch_warnings(), Stage(name, reports=True):
+                _print_warnings_plainly()
+                status = command(**options)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a full disk is still said
+                return status
+        except KeyboardInterrupt as stop:
+            _complain("stopped; what was finished is kept, and the same command goes on")
+            return 128 + getattr(stop, "number", signal.SIGINT)
+        except Exception as error:
+            full = full_disk(error)
+            if full is None and not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+                raise
+            _complain(full or error)
+            return 2
+
+
+def _complain(what: object) -> None:
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"peka-lite: {shown(str(what).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
+
+
+def _print_warnings_plainly() -> None:
+    """Print each `UserWarning` as a line, without its place in the source; others stay as they are."""
+    show = warnings.showwarning
+
+    def plainly(message, category, *place, **options):
+        if category is UserWarning:
+            print(f"peka-lite: {visible(message)}", file=sys.stderr)
+        else:
+            plain = visible(message, lines=True)
+            show(message if plain == str(message) else plain, category, *place, **options)
+
+    warnings.showwarning = plainly
+
+
+def _say(*lines: object) -> None:
+    """Print lines of a result; what a terminal obeys is an escape in them (`visible`), for names may be received."""
+    for line in lines:
+        print(visible(line))
+
+
+def _run(*, out: str, maps: bool, **options) -> int:
+    from peka_lite.experiments.run import RunConfig, run
+
+    summary = run(RunConfig(**options), out, maps=maps, progress=True)
+    if not summary:  # another process than the first
+        return 0
+    _say(
+        f"{summary['method']}, features {summary['features']}, on {summary['backbone']} ({summary['weights']}), "
+        f"protocol {summary['protocol']}, {summary['split']} split, {summary['n_folds']} folds: "
+        f"mean PCC {summary['mean_pcc']:.3f} "
+        f"[{summary['ci_low']:.3f}, {summary['ci_high']:.3f}], {summary['n_nan']} undefined; {out}"
+    )
+    return 0
+
+
+def _train(*, out: str, fold: int | None, **options) -> int:
+    from peka_lite.experiments._train import train
+    from peka_lite.experiments.config import RunConfig
+
+    config = RunConfig(**options)
+    summary = train(config, out, fold=fold, progress=True)
+    if summary:
+        how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
+        drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
+        _say(
+            f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "
+            f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}",
+            f"next: peka-lite predict SLIDE --model {shlex.quote(out)} --out genes.h5ad; "
+            "`peka-lite run` says how well it predicts",
+        )
+    return 0
+
+
+def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_size, device, out) -> int:
+    from peka_lite.backbones.load import load_backbone
+    from peka_lite.data.cohorts import open_cohort
+    from peka_lite.experiments._embed import write_features
+    from peka_lite.experiments.model import load_trained
+
+    if (model is None) == (backbone is None):
+        raise ValueError("give --model, a folder of `run` or `train`, or --backbone for a frozen student: one of them")
+    if model is None and fold is not None:
+        raise ValueError("--fold names a model of --model; a frozen student has none")
+    if model is not None:
+        trained = load_trained(model, fold=fold, weights=weights, device=device)
+        student, source = trained.student, trained.describe()
+    else:
+        student, source = load_backbone(backbone, weights=weights or "hub"), {}
+    spots = open_cohort(cohort, slides=slides, min_genes=min_genes)
+    options = {"batch_size": batch_size, "device": device, "progress": True}
+    features = write_features(spots, out, student, source=source, **options)
+    _say(f"{features.n_obs} spots, {features.n_vars} features; {out}")
+    return 0
+
+
+def _predict(*, slide: str, model: str, out: str, **options) -> int:
+    from peka_lite.experiments._predict_from import predict_from
+    from peka_lite.probe._ranges import say_outside
+
+    predicted = predict_from(model, slide, out, progress=True, **options)
+    told = predicted.uns["peka_lite"]
+    where, fold = "spots", told["model"]["fold"]
+    if "min_tissue" in told:  # an image, not a slide with spots
+        um, share = told["tile_px"] * told["tile_mpp"], told["min_tissue"]
+        where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
+    model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
+    _say(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
+    _say(say_outside(predicted))
+    return 0
+
+
+def _map(*, predictions: str, gene: str | None, out: str) -> int:
+    from peka_lite.maps.tissue import save_predicted_map
+
+    drawn, remarks = save_predicted_map(predictions, out, gene=gene)
+    _say(f"{out}: {drawn}; for another gene of {predictions} there is --gene", *remarks)
+    return 0
+
+
+def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> int:
+    from peka_lite.data._space_ranger import read_counts
+    from peka_lite.data.visium import add_slide, next_step
+
+    _say(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
+    _say(next_step(cohort))
+    return 0
+
+
+def _export(*, model: str, out: str, fold: int | None, weights: str | None) -> int:
+    from peka_lite.experiments.export import export
+
+    _say(export(model, out, fold=fold, weights=weights))
+    return 0
+
+
+def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **options) -> int:
+    from peka_lite.experiments.sweeps.read import read_sweep, read_value, ready_sweeps
+
+    if sweep is None:
+        for name, title in ready_sweeps().items():
+            _say(f"{name:<12}{title}")
+        return 0
+    if len({name for name, _ in fixed}) < len(fixed):
+        raise ValueError("-p: a parameter is given twice")
+    asked = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
+    out = out or f"sweeps/{asked.name}"
+    if dry_run:
+        from peka_lite.experiments.sweeps.points import plan
+
+        _say(*plan(asked, out).split("\n"))
+        return 0
+    from peka_lite.experiments.sweeps.run import run_sweep
+    from peka_lite.reports.page import write_report
+
+    states = run_sweep(asked, out, **options)
+    if (states["state"] == "done").any():
+        write_report([out], f"{out}/report", replace=True)
+        _say(f"{out}/report/report.md")
+    return int((states["state"] != "done").any())
+
+
+def _fetch(*, name: str | None, root: str | None) -> int:
+    from peka_lite.data.download import fetch, located, read_manifest
+
+    if name is None:
+        for entry in read_manifest().values():
+            _say(f"{entry.name:<20}{entry.kind:<12}{'fetched' if located(entry.name) else '':<9}{entry.title}")
+        return 0
+    _say(fetch(name, root=root))
+    return 0
+
+
+def _doctor(*, offline: bool) -> int:
+    from peka_lite.cli.doctor import doctor, report
+
+    checks = doctor(online=not offline)
+    _say(*report(checks).split("\n"))
+    return int(any(check.status == "fail" for check in checks))
+
+
+def _report(*, runs: list[str], out: str) -> int:
+    from peka_lite.reports.page import write_report
+
+    write_report(runs, out)
+    _say(f"{out}/report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""How a slide and a cohort show themselves in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+
+from peka_lite._core.names import in_html
+
+_THUMBNAIL_PX = 220
+
+
+def slide_html(slide) -> str:
+    """Thumbnail with spots, one tile and the facts of a slide, as self-contained HTML."""
+    pictures = "".join(
+        f'<img src="data:image/png;base64,{png}" alt="{in_html(alt)}" '
+        f'style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
+        for png, alt in ((_thumbnail(slide), f"Slide {slide.id} with its spots"), (_tile(slide), "One tile"))
+        if png
+    )
+    facts = {
+        "spots": slide.n_spots,
+        "genes": slide.adata.n_vars,
+        "counts per spot (median)": f"{np.median(np.asarray(slide.adata.X.sum(1))):,.0f}",
+        "patient": slide.patient or "unknown",
+        "organ": slide.metadata.get("organ") or "unknown",
+        "technology": slide.metadata.get("st_technology") or "unknown",
+        **{f"dropped: {why}": n for why, n in slide.dropped.items()},
+    }
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{in_html(k)}</th><td>{in_html(v)}</td></tr>" for k, v in facts.items()
+    )
+    note = "<p><em>Synthetic data.</em></p>" if slide.metadata.get("synthetic") else ""
+    return f"<div><strong>Slide {in_html(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
+
+
+def cohort_html(cohort) -> str:
+    """One line a slide, and what was left out."""
+    head = "".join(f"<th>{h}</th>" for h in ("slide", "patient", "organ", "spots", "genes", "dropped"))
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{in_html(v)}</td>"
+            for v in (
+                s.id,
+                s.patient or "unknown",
+                s.metadata.get("organ") or "",
+                s.n_spots,
+                s.adata.n_vars,
+                "; ".join(f"{n} {why}" for why, n in s.dropped.items()) or "none",
+            )
+        )
+        + "</tr>"
+        for s in cohort.slides
+    )
+    out = "".join(f"<li>left out {in_html(i)}: {in_html(why)}</li>" for i, why in cohort.left_out.items())
+    synthetic = any(s.metadata.get("synthetic") for s in cohort.slides)
+    title = f"{len(cohort.slides)} slides, {len(cohort)} spots, {len(cohort.genes)} shared genes"
+    return (
+        f"<div><strong>Cohort: {title}</strong>{'<p><em>Synthetic data.</em></p>' if synthetic else ''}"
+        f"<table><tr>{head}</tr>{rows}</table><ul>{out}</ul></div>"
+    )
+
+
+def _thumbnail(slide) -> str | None:
+    from PIL import Image, ImageDraw
+
+    library = next(iter(slide.adata.uns.get("spatial", {}).values()), None)
+    image = (library or {}).get("images", {}).get("downscaled_fullres")
+    if image is None:
+        return None
+    scale = float(library["scalefactors"]["tissue_downscaled_fullres_scalef"])
+    picture = Image.fromarray(np.asarray(image)).convert("RGB")
+    zoom = 2 * _THUMBNAIL_PX / picture.height
+    picture = picture.resize((max(1, round(picture.width * zoom)), 2 * _THUMBNAIL_PX))
+    draw = ImageDraw.Draw(picture)
+    radius = max(1.5, float(library["scalefactors"]["spot_diameter_fullres"]) * scale * zoom / 2)
+    for x, y in np.asarray(slide.adata.obsm["spatial"])[:, :2] * scale * zoom:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=(20, 60, 160))
+    return _png(picture)
+
+
+def _tile(slide) -> str:
+    from PIL import Image
+
+    return _png(Image.fromarray(slide.tiles[slide.n_spots // 2]))
+
+
+def _png(picture) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,94 @@
+"""Cohorts by name: the embedded one, a fetched one, or any folder in HEST-1k's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peka_lite.data._fetch import read_record
+from peka_lite.data.download import cache_dir, located, patients_of, read_manifest
+from peka_lite.data.mini.cohort import MINI_FORMAT
+
+# What reads or writes a cohort is imported where that is done: to look up where one is takes none of it.
+if TYPE_CHECKING:
+    from peka_lite.data.hest import Cohort
+
+
+def find_cohort(name: str | os.PathLike) -> Path:
+    """Return where a cohort is or, for ``"mini"``, will be; nothing is written.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a name that is neither a folder nor a fetched cohort; the message says how to get one.
+    """
+    if name == "mini":
+        return cache_dir() / f"mini-{MINI_FORMAT}"  # an older one stays for an older library
+    if Path(name).is_dir():
+        return Path(name)
+    known = [entry.name for entry in read_manifest().values() if entry.kind == "cohort"]
+    if name not in known:
+        raise FileNotFoundError(
+            f"{name}: no such cohort folder; give one in HEST-1k's layout, 'mini', or one to fetch: {', '.join(known)}"
+        )
+    if (found := located(name)) is None:
+        raise FileNotFoundError(f"cohort {name!r} is not here yet: run `peka-lite fetch {name}`")
+    return found
+
+
+def cohort_root(name: str | os.PathLike) -> Path:
+    """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> sorted(path.name for path in pk.data.cohort_root("mini").iterdir())
+    ['metadata', 'mini.json', 'patches', 'st']
+    """
+    root = find_cohort(name)
+    if name == "mini":
+        from peka_lite.data.mini.cohort import write_mini_cohort
+
+        root = write_mini_cohort(root)
+    return root
+
+
+def open_cohort(
+    name: str | os.PathLike,
+    *,
+    slides: Sequence[str] | None = None,
+    patients: str | os.PathLike | None = None,
+    min_genes: int = 200,
+    max_mito: float | None = None,
+) -> Cohort:
+    """Read a cohort by name or folder and apply quality control, as every run does.
+
+    Parameters are those of `cohort_root`, `read_cohort` and `qc`. A cohort of the manifest takes its patients from
+    there where `patients` is None, and where `slides` is None leaves out slides that show the section of another one.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.open_cohort("mini", slides=["MINI1", "MINI2"])
+    Cohort of 2 slides, 395 spots, 1500 shared genes
+      Slide MINI1: 190 spots x 1500 genes, Mini patient 1; dropped 2 spots without a tile
+      Slide MINI2: 205 spots x 1500 genes, Mini patient 2; dropped 2 spots without a tile
+    """
+    from peka_lite.data.expression import qc
+    from peka_lite.data.hest import read_cohort
+
+    root = cohort_root(name)
+    entry = read_manifest().artifacts.get(str(read_record(root).get("name")))
+    copies = {}
+    if entry is not None and entry.kind == "cohort":
+        patients = patients_of(entry) if patients is None else patients
+        if slides is None:
+            here = {path.stem for path in (root / "st").glob("*.h5ad")}
+            copies = {s.id: f"same section as {s.same_as}" for s in entry.slides if {s.id, s.same_as} <= here}
+            slides = sorted(here - copies.keys())
+    cohort = read_cohort(root, slides, patients=patients)
+    cohort = dataclasses.replace(cohort, left_out=cohort.left_out | copies)
+    return qc(cohort, min_genes=min_genes, max_mito=max_mito)

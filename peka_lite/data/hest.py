@@ -1,0 +1,376 @@
+"""HEST-1k on disk: one slide, one cohort, with tiles and spots in one row order.
+
+A cohort folder holds ``st/{id}.h5ad`` (raw counts), ``patches/{id}.h5`` (224 px tiles) and ``metadata/{id}.json``,
+as HEST-1k distributes them (Jaume et al. 2024, arXiv:2406.16192).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from peka_lite.data._format import (
+    HestFormatError,
+    patient_name,
+    read_metadata,
+    read_patients,
+    read_spots,
+    read_tile_barcodes,
+)
+from peka_lite.data._gene_names import ONE_KIND, of_one_kind
+from peka_lite.data.tiles import TileStore
+
+IMAGE_KEY = "downscaled_fullres"
+
+
+@dataclass(frozen=True, repr=False)
+class Slide:
+    """One slide whose spots and tiles share one row order.
+
+    Attributes
+    ----------
+    id
+        HEST sample id.
+    adata
+        Raw counts (N, G) as CSR float32, all genes of the slide; ``obsm["spatial"]`` holds (N, 2) pixel centres.
+    tiles
+        `TileStore` of N tiles; row i is the tile of spot i.
+    patient
+        Who the tissue came from, or None where the metadata does not say.
+    metadata
+        The slide's JSON fields.
+    dropped
+        Why rows of the files are not here, and how many: ``{"spots without a tile": 2, ...}``.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> slide = pk.data.read_slide(pk.data.cohort_root("mini"), "MINI1")
+    >>> slide.tiles.shape, slide.adata.obsm["spatial"].shape
+    ((190, 224, 224, 3), (190, 2))
+    >>> slide.select(slide.adata.obs["domain"] == "immune", reason="in other tissue")
+    Slide MINI1: 20 spots x 1500 genes, Mini patient 1; dropped 2 spots without a tile; dropped 170 in other tissue
+    """
+
+    id: str
+    adata: ad.AnnData
+    tiles: TileStore
+    patient: str | None
+    metadata: dict
+    dropped: dict[str, int]
+
+    @property
+    def n_spots(self) -> int:
+        """Number of spots, each with its tile."""
+        return self.adata.n_obs
+
+    def select(self, rows, *, reason: str) -> Slide:
+        """Keep the given rows (indices or mask) and count the others under `reason`."""
+        adata = self.adata[rows].copy()
+        lost = self.n_spots - adata.n_obs
+        dropped = self.dropped | ({reason: self.dropped.get(reason, 0) + lost} if lost else {})
+        return dataclasses.replace(self, adata=adata, tiles=self.tiles.select(rows), dropped=dropped)
+
+    def __repr__(self) -> str:
+        lost = "".join(f"; dropped {n} {why}" for why, n in self.dropped.items())
+        who = self.patient or "patient unknown"
+        return f"Slide {self.id}: {self.n_spots} spots x {self.adata.n_vars} genes, {who}{lost}"
+
+    def _repr_html_(self) -> str:
+        from peka_lite.data._html import slide_html
+
+        return slide_html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Cohort:
+    """Slides one after the other; row i means the same spot in every array made from a cohort.
+
+    Attributes
+    ----------
+    slides
+        The slides, in order.
+    left_out
+        Slides that were found but not taken: id -> why.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI7"])
+    >>> len(cohort), len(cohort.genes), cohort.tiles.shape
+    (416, 1500, (416, 224, 224, 3))
+    >>> cohort.obs.groupby(["patient", "slide"]).size()  # two sections of one person
+    patient         slide
+    Mini patient 1  MINI1    190
+                    MINI7    226
+    dtype: int64
+    >>> cohort.rows_of("MINI7")[:3].tolist()
+    [190, 191, 192]
+    """
+
+    slides: tuple[Slide, ...]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(s.n_spots for s in self.slides)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """Table with a row for every spot and columns slide, patient (None where unknown) and barcode."""
+        sizes = [s.n_spots for s in self.slides]
+        return pd.DataFrame(
+            {
+                "slide": np.repeat([s.id for s in self.slides], sizes),
+                "patient": np.repeat(np.array([s.patient for s in self.slides], dtype=object), sizes),
+                "barcode": np.concatenate([s.adata.obs_names for s in self.slides]),
+            }
+        )
+
+    @cached_property
+    def genes(self) -> pd.Index:
+        """Genes that every slide measured, in the order of the first slide."""
+        shared = set.intersection(*(set(s.adata.var_names) for s in self.slides))
+        return self.slides[0].adata.var_names[self.slides[0].adata.var_names.isin(list(shared))]
+
+    @cached_property
+    def adata(self) -> ad.AnnData:
+        """Raw counts of the shared genes (N, len(genes)) CSR float32; obs holds slide, patient and barcode."""
+        by_slide = {s.id: s.adata[:, self.genes] for s in self.slides}
+        joined = ad.concat(by_slide, merge="same", index_unique="/")
+        joined.obs = joined.obs.drop(columns=self.obs.columns, errors="ignore")
+        joined.obs_names = self.obs["slide"] + "/" + self.obs["barcode"].astype(str)
+        for column in self.obs:
+            joined.obs[column] = self.obs[column].to_numpy()
+        joined.X = sparse.csr_matrix(joined.X)
+        joined.X.sort_indices()  # joining slides of other genes leaves them in disorder
+        return joined
+
+    @cached_property
+    def tiles(self) -> TileStore:
+        """All tiles, (N, 224, 224, 3) uint8, read lazily."""
+        return TileStore.concat([s.tiles for s in self.slides])
+
+    def rows_of(self, slide_id: str) -> np.ndarray:
+        """Return the rows of one slide, as int64 indices into the cohort."""
+        rows = np.flatnonzero(self.obs["slide"] == slide_id)
+        if not len(rows):
+            raise KeyError(f"no slide {slide_id!r} in this cohort; it has {', '.join(s.id for s in self.slides)}")
+        return rows
+
+    def by_slide(self, rows) -> list[ad.AnnData]:
+        """Return the given rows (indices or mask) slide by slide, each with all genes of its slide: for a teacher."""
+        keep = np.zeros(len(self), dtype=bool)
+        keep[rows] = True
+        parts = [s.adata[keep[self.rows_of(s.id)]] for s in self.slides]
+        return [part for part in parts if part.n_obs]
+
+    def select(self, rows, *, reason: str) -> Cohort:
+        """Keep the given rows (indices or mask), in the order they stand in; the others are counted."""
+        keep = np.zeros(len(self), dtype=bool)
+        keep[rows] = True
+        masks = [keep[self.rows_of(s.id)] for s in self.slides]
+        kept = [s.select(m, reason=reason) for s, m in zip(self.slides, masks, strict=True) if m.any()]
+        gone = {s.id: reason for s, m in zip(self.slides, masks, strict=True) if not m.any()}
+        if not kept:
+            raise ValueError(f"no spot is left: all {len(self)} were dropped for {reason!r}")
+        return Cohort(tuple(kept), self.left_out | gone)
+
+    def __repr__(self) -> str:
+        lines = [f"Cohort of {len(self.slides)} slides, {len(self)} spots, {len(self.genes)} shared genes"]
+        lines += [f"  {s!r}" for s in self.slides]
+        lines += [f"  left out {i}: {why}" for i, why in self.left_out.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from peka_lite.data._html import cohort_html
+
+        return cohort_html(self)
+
+
+def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = None) -> Slide:
+    """Read one slide and join its tiles to its spots on the barcode.
+
+    Rows follow the order of the ``.h5ad``; spots without a tile and tiles without a spot are left out and counted.
+
+    Parameters
+    ----------
+    root
+        Folder that holds ``st``, ``patches`` and ``metadata``.
+    slide_id
+        HEST sample id, for example ``"TENX39"``.
+    patient
+        Overrides the metadata's ``patient``.
+
+    Raises
+    ------
+    HestFormatError
+        For a missing file or dataset, duplicate barcodes, no overlap, a wrong tile shape or dtype, counts that are
+        negative, NaN or not whole, and missing coordinates.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> slide = pk.data.read_slide(pk.data.cohort_root("mini"), "MINI1")
+    >>> slide.n_spots, slide.patient, slide.dropped
+    (190, 'Mini patient 1', {'spots without a tile': 2})
+    """
+    root = Path(root)
+    st, patches, meta = (
+        root / "st" / f"{slide_id}.h5ad",
+        root / "patches" / f"{slide_id}.h5",
+        root / "metadata" / f"{slide_id}.json",
+    )
+    for path in (st, patches, meta):
+        if not path.is_file():  # a pipe is none: nothing waits for its writer
+            what = "is no file but a folder, a pipe or a device" if path.exists() else "file is missing"
+            raise HestFormatError(path, what, f"HEST-1k distributes it as {path.parent.name}/{path.name}")
+    metadata = read_metadata(meta)
+    adata = read_spots(st)
+    barcodes = read_tile_barcodes(patches)
+    tile_of = pd.Series(np.arange(len(barcodes)), index=barcodes)
+    has_tile = adata.obs_names.isin(tile_of.index)
+    if not has_tile.any():
+        raise HestFormatError(
+            patches,
+            f"no barcode is shared with {st} (tiles: {barcodes[0]!r}, spots: {adata.obs_names[0]!r})",
+            "The two files must come from one slide and spell barcodes the same way",
+        )
+    lost = {"spots without a tile": int((~has_tile).sum()), "tiles without a spot": len(barcodes) - int(has_tile.sum())}
+    adata = adata[has_tile].copy()
+    rows = tile_of.loc[adata.obs_names].to_numpy()
+    tiles = TileStore([patches], np.zeros(len(rows)), rows)
+    who = patient_name(patient) or patient_name(metadata.get("patient"))
+    return Slide(slide_id, adata, tiles, who, metadata, {why: n for why, n in lost.items() if n})
+
+
+def read_cohort(
+    root: str | os.PathLike,
+    ids: Sequence[str] | None = None,
+    *,
+    patients: Mapping[str, str] | str | os.PathLike | None = None,
+    keep_targeted: bool = False,
+) -> Cohort:
+    """Read the slides of a folder in HEST-1k's layout.
+
+    Parameters
+    ----------
+    root
+        Folder that holds ``st/{id}.h5ad``, ``patches/{id}.h5`` and ``metadata/{id}.json``.
+    ids
+        Slides to read, in this order; by default every slide of ``st``, sorted by name.
+    patients
+        Slide id -> patient, or a CSV file with columns ``id`` and ``patient``. It fills in and overrides the
+        metadata, which HEST leaves blank for whole cohorts. Blocks cut from one person get one name. Of a file every
+        row counts: one that names no slide of the folder, or another patient than a row before, is refused.
+    keep_targeted
+        Keep slides measured with a targeted panel. By default a slide with fewer than half of the cohort's median
+        number of genes is left out, named in a warning and in `Cohort.left_out`: sharing genes with it would
+        shrink the whole cohort to its panel.
+
+    Raises
+    ------
+    HestFormatError
+        As `read_slide`, and where the folder holds no slide, `patients` is not such a table, or fewer than two of
+        several slides name their genes alike.
+
+    Warns
+    -----
+    UserWarning
+        For each slide left out, for each whose genes another column of ``var`` names as the other slides do, and where
+        the slides share fewer than half of the genes of the smallest (`of_one_kind`).
+
+    Examples
+    --------
+    Blocks cut from one person get one name:
+
+    >>> import peka_lite as pk
+    >>> cohort = pk.read_cohort(pk.data.cohort_root("mini"), ["MINI1", "MINI2"], patients={"MINI2": "Mini patient 1"})
+    >>> {slide.id: slide.patient for slide in cohort.slides}
+    {'MINI1': 'Mini patient 1', 'MINI2': 'Mini patient 1'}
+    """
+    root = Path(root)
+    found = sorted(p.stem for p in (root / "st").glob("*.h5ad"))
+    if not found:
+        raise HestFormatError(root / "st", "no .h5ad file here", "Give the folder that holds st, patches and metadata")
+    ids = list(found if ids is None else ids)
+    if missing := [i for i in ids if i not in found]:
+        raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(found)}")
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
+        raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
+    if odd := [i for i in ids if not i.isascii() and i != i.encode(errors="replace").decode()]:
+        raise HestFormatError(root / "st", f"the name of {odd[0]!r} is no text in UTF-8", "Rename the slide's files")
+    who = read_patients(patients, found)
+    if who and not who.keys() & set(found):
+        raise ValueError(
+            f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
+        )
+    slides, left_out = of_one_kind([read_slide(root, i, patient=who.get(i)) for i in ids], root / "st")
+
+    median = np.median([s.adata.n_vars for s in slides])
+    targeted = {} if keep_targeted else {s.id: s.adata.n_vars for s in slides if s.adata.n_vars < median / 2}
+    targeted = {i: f"targeted panel of {n} genes (cohort median {median:.0f})" for i, n in targeted.items()}
+    for slide_id, why in targeted.items():
+        warnings.warn(f"left out {slide_id}: {why}; keep_targeted=True keeps it", stacklevel=2)
+    slides = [s for s in slides if s.id not in targeted]
+    if left_out and len(slides) == 1:
+        raise HestFormatError(
+            root / "st", f"{slides[0].id} alone is left, without {', '.join(left_out | targeted)}", ONE_KIND
+        )
+
+    # "Patient 1" of two studies is two people, so names from metadata carry their study. A name that the reader gave
+    # stays as it is, also where metadata use it: joining two people costs data, parting one person leaks him.
+    if len({str(s.metadata.get("dataset_title")) for s in slides}) > 1:  # of any type, as the file has it
+        given = {None, *who.values()}
+        slides = [
+            s
+            if s.patient in given
+            else dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
+            for s in slides
+        ]
+    cohort = Cohort(tuple(slides), left_out | targeted)
+    fewest = min(slides, key=lambda s: s.adata.n_vars)
+    if not len(cohort.genes):
+        raise HestFormatError(root / "st", "the slides share no gene", ONE_KIND)
+    if 2 * len(cohort.genes) < fewest.adata.n_vars:
+        warnings.warn(
+            f"the slides share {len(cohort.genes)} genes, {fewest.id} alone has {fewest.adata.n_vars}: with fewer "
+            "slides (ids, --slides) more genes are shared",
+            stacklevel=2,
+        )
+    return cohort
+
+
+def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
+    """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the part with tissue.
+
+    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centres and two diameters around them. Where
+    tiles of a grid were predicted it is the whole image: tissue that no tile covers is a part of it.
+    """
+    library = next(iter(adata.uns["spatial"].values()))
+    image, factors = library["images"][IMAGE_KEY], library["scalefactors"]
+    if missing := {f"tissue_{IMAGE_KEY}_scalef", "spot_diameter_fullres"} - set(factors):
+        raise ValueError(f"uns['spatial'] has no scale factor {', '.join(sorted(missing))}; HEST-1k's slides hold both")
+    scale, diameter = float(factors[f"tissue_{IMAGE_KEY}_scalef"]), float(factors["spot_diameter_fullres"])
+    coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
+    edge = image.shape[1::-1]  # width, height
+    if not ((coords * scale >= 0) & (coords * scale <= edge)).all(1).any():
+        raise ValueError(
+            f"no spot lies on the slide's picture of {edge[0]} x {edge[1]} px: obsm['spatial'] times its scale factor, "
+            f"{scale:g}, must be a place on it"
+        )
+    if "tissue_share" in adata.obs:
+        return image, scale, diameter, (0, 0, *edge)
+    low = np.clip((coords.min(0) - 2 * diameter) * scale, 0, edge).astype(int)
+    high = np.clip(np.ceil((coords.max(0) + 2 * diameter) * scale), 0, edge).astype(int)
+    return image, scale, diameter, (*low.tolist(), *high.tolist())

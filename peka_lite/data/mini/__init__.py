@@ -1,0 +1,5 @@
+"""The synthetic cohort: tissue, tiles and counts from one seed."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names: __init__.pyi

@@ -1,0 +1,399 @@
+"""A slide of one's own in HEST-1k's layout: counts with the centres of their spots, and the image they lie on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
+
+from peka_lite._core._signals import signals_put_off
+from peka_lite._core.io import write_file, write_h5ad
+from peka_lite._core.locks import workplace
+from peka_lite._core.outputs import check_work
+from peka_lite._core.progress import Stage, bar, say
+from peka_lite.data._format import (
+    PLACES,
+    HestFormatError,
+    check_sparse,
+    check_spots,
+    patient_name,
+    pixel_centres,
+    read_metadata,
+    write_tiles,
+)
+from peka_lite.data.expression import in_memory
+from peka_lite.data.hest import IMAGE_KEY, Slide, read_slide
+from peka_lite.data.tiles import TILE_SHAPE
+from peka_lite.data.tissue import check_stain
+from peka_lite.data.wsi import ResolutionError, SlideError, WholeSlide, open_slide
+
+FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
+MOVING = "moving.json"  # in the draft: what the three files are known by, wherever they are
+PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
+NAMES_OF_GENES = {  # columns of var in small letters, by which `of_one_kind` may read the genes of another slide
+    "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
+    "symbols", "hgnc_symbol", "feature_id", "feature_name", "ensembl", "ensembl_id", "ensembl_ids", "ensembl_gene_id",
+    "ensg", "original_name", "name", "id",
+}  # fmt: skip
+OFF = 0.1  # most by which the distance between spots may miss PITCH_UM
+
+
+def add_slide(
+    root: str | os.PathLike,
+    slide_id: str,
+    counts: ad.AnnData,
+    image: str | os.PathLike,
+    *,
+    patient: str | None = None,
+    mpp: float | str | None = None,
+    technology: str = "Visium",
+    spot_um: float = SPOT_UM,
+    metadata: Mapping | None = None,
+    progress: bool = False,
+) -> Slide:
+    """Add a slide to a folder in HEST-1k's layout, which is made where it is not there.
+
+    A tile of 224 px at 0.5 um/px (112 um) is cut around every spot. The three files are written beside their places and
+    moved there when all are complete.
+
+    Parameters
+    ----------
+    root
+        The cohort's folder.
+    slide_id
+        Name of the slide, new to the folder.
+    counts
+        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centres, x first, in
+        pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` give them. Spots whose
+        ``obs["in_tissue"]`` is 0 are left out. Kept are: of ``obs`` in_tissue, array_row and array_col, of ``var`` what
+        names the genes in another way (`NAMES_OF_GENES`, such as gene_ids), no layers and no other tables.
+    image
+        The image that these pixels are counted on, as `open_slide` takes it: the one given to Space Ranger, not the
+        ``hires`` or ``lowres`` picture that it wrote.
+    patient
+        Who the tissue came from. Blocks of one person get one name. None: unknown, and no split by patient.
+    mpp
+        Microns per pixel of the image. None: what the file says. ``"visium"``: from the spots, 100 um apart.
+    technology
+        ``"Visium"``: the distance between spots must agree with the resolution. Of others nothing is known.
+    spot_um
+        Diameter of a spot in um, for maps.
+    metadata
+        More fields for the slide's JSON file, such as organ or disease_state.
+    progress
+        Print the plan and show a bar, or where stderr is no terminal a line every half minute.
+
+    Returns
+    -------
+    Slide
+        As `read_slide` gives it. ``dropped`` counts spots off the tissue and spots whose tile reaches over the edge of
+        the image.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a file of that slide, or when another process that adds it is through.
+    HestFormatError
+        For counts that are not raw, duplicate barcodes, missing coordinates, and centres that do not fit the image.
+    FileNotFoundError, SlideError
+        As `open_slide`, also where no resolution is known, for an image that is turned by an Orientation tag, and for
+        one that is grey, fluorescent or inverted where the spots are.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> from PIL import Image
+    >>> Image.new("RGB", (800, 600), (220, 180, 210)).save("scan.png")
+    >>> counts = ad.AnnData(np.ones((3, 4), dtype=int))  # three spots, 200 px apart; the last lies at the edge
+    >>> counts.obsm["spatial"] = np.array([[300, 300], [500, 300], [700, 300]])
+    >>> pk.data.add_slide("my_slides", "S1", counts, "scan.png", patient="P1", mpp=0.5)
+    Slide S1: 2 spots x 4 genes, P1; dropped 1 spots without a tile
+    """
+    root = Path(root)
+    _check_names(root, slide_id, metadata)
+    if not spot_um > 0:
+        raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
+    with workplace(root / slide_id) as draft:
+        check_work(draft, (*FILES, Path(MOVING).stem))
+        _undo(draft, root, slide_id)
+        _check_place(root, slide_id)
+        try:
+            return _add(
+                root, slide_id, counts, image, draft, patient=patient, mpp=mpp, technology=technology, spot_um=spot_um,
+                metadata=metadata, progress=progress,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _add(
+    root: Path, slide_id: str, counts: ad.AnnData, image, draft: Path, *, patient, mpp, technology, spot_um, metadata,
+    progress,
+) -> Slide:  # fmt: skip
+    """Do `add_slide`'s work in a folder `draft`, which is not there yet."""
+    spots = _spots_of(counts, f"counts of {slide_id}")
+    off_tissue = counts.n_obs - spots.n_obs
+    centres = spots.obsm["spatial"]  # (N, 2)
+    distance = spot_distance(centres) if len(centres) > 1 else None  # px
+    if isinstance(mpp, str):
+        mpp = _from_spots(mpp, distance)
+        embedded = None
+    else:
+        embedded = mpp is None
+    try:
+        opened = open_slide(image, mpp=mpp)
+    except ResolutionError as error:
+        raise ResolutionError(
+            error.path, error.what, f"{error.fix}; for Visium 'visium' takes them from the distance between spots"
+        ) from None
+    with opened as slide:
+        if slide.orientation != 1:
+            raise SlideError(
+                image,
+                f"its Orientation tag, {slide.orientation}, turns or mirrors it, and nothing says whether centres are "
+                "counted on the image as it is stored or as it is shown",
+                "Save it as Space Ranger read it, without the tag",
+            )
+        _check_centres(centres, slide, slide_id)
+        if technology == "Visium" and distance is not None:
+            _check_distance(distance, slide, slide_id)
+        half = np.array(slide.tile) / 2
+        inside = ((centres - half >= 0) & (centres + half <= slide.size)).all(1)  # (N,)
+        if not inside.any():
+            raise HestFormatError(slide.path, f"none of {len(centres)} tiles of 112 um lies in it", "Is it cut close?")
+        picture, scale = slide.thumbnail(1000)
+        check_stain(slide, _around(picture, centres[inside] * scale, half * scale))
+        fields = _fields(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
+        fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
+        factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
+        spots.uns["spatial"] = {"ST": {"images": {IMAGE_KEY: picture}, "scalefactors": factors}}
+        _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, draft, progress)
+    made = read_slide(root, slide_id)
+    dropped = made.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
+    return dataclasses.replace(made, dropped=dropped)
+
+
+def next_step(root: str | os.PathLike) -> str:
+    """Say what a folder of added slides is ready for, with the command."""
+    root = Path(root)
+    people = [
+        patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
+    ]  # (slides,)
+    known, unknown = len(set(people) - {None}), people.count(None)
+    has = f"{root} has {_counted(len(people), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
+    if unknown:
+        has += f", {unknown} with no patient named"
+    cohort, out = shlex.quote(str(root)), shlex.quote(f"runs/{root.resolve().name}")
+    run = f"peka-lite run --cohort {cohort} --method none --n-splits {min(max(known, 2), 5)} --out {out}"
+    if known + unknown < 2:
+        return f"{has}; next: add a slide of another patient, then `{run}`; `peka-lite train` takes one patient"
+    if unknown:
+        return f"{has}; next: name the patients in a file with the columns id,patient, then `{run} --patients FILE.csv`"
+    return f"{has}; next: add more, or `{run}`"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def spot_distance(centres: np.ndarray) -> float:
+    """Return how far neighbouring spots lie apart, centre to centre, in the unit of `centres` (N, 2).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> x, y = np.meshgrid(np.arange(5) * 20.0, np.arange(5) * 20.0)
+    >>> pk.data.spot_distance(np.column_stack([x.ravel(), y.ravel()]))
+    20.0
+    """
+    n = min(7, len(centres))  # itself and six on a hexagonal grid
+    near = NearestNeighbors(n_neighbors=n).fit(centres).kneighbors(centres)[0][:, 1:]  # (N, n - 1)
+    return float(np.median(near[near <= 1.2 * np.median(near[:, 0])]))
+
+
+def _check_names(root: Path, slide_id: str, metadata: Mapping | None) -> None:
+    if not slide_id or slide_id.startswith(".") or Path(slide_id).name != slide_id:
+        raise ValueError(f"{slide_id!r} is no id of a slide: it names files, so without a folder or a dot at its start")
+    if str(root) == "mini" or (root / "mini.json").is_file():
+        raise ValueError(f"{root}: this is the embedded cohort, which stays as it is; give a folder of your own")
+    if odd := {"id", "patient", "st_technology", "spot_diameter"} & set(metadata or {}):
+        raise ValueError(f"metadata: {', '.join(sorted(odd))} has an argument of its own")
+
+
+def _check_place(root: Path, slide_id: str) -> None:
+    for folder in (root, *(root / name for name in FILES)):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder, where the slide's files go; give another --cohort")
+    there = [path for path in _places(root, slide_id).values() if os.path.lexists(path)]
+    if there:
+        raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")
+
+
+def _places(root: Path, slide_id: str) -> dict[str, Path]:
+    return {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
+
+
+def _undo(draft: Path, root: Path, slide_id: str) -> None:
+    """Remove what a job that was killed left: its draft, and the files that it had moved where the last was not."""
+    try:
+        moving = json.loads((draft / MOVING).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # it was stopped before
+        moving = {}
+    places = _places(root, slide_id)
+    if moving and not os.path.lexists(places["st"]):
+        for folder, place in places.items():
+            if place.is_file() and (place.stat().st_size == 0 or _stat(place) == moving[folder]):
+                place.unlink()
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _stat(path: Path) -> list[int]:
+    """Return what stays the same when a file is moved, and changes when it is written: number, size, time."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
+    """Return the spots on tissue, as `read_spots` would: a copy of what is kept."""
+    if "spatial" not in counts.obsm:
+        raise HestFormatError(
+            name,
+            "obsm['spatial'] is missing",
+            "Read them with squidpy.read.visium, or put the (N, 2) pixel centres there",
+        )
+    spatial = pixel_centres(counts, name)
+    rows = np.ones(counts.n_obs, dtype=bool)
+    if "in_tissue" in counts.obs:
+        rows = pd.to_numeric(counts.obs["in_tissue"].astype(object), errors="coerce").to_numpy(float) == 1
+    if not rows.any():
+        raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 there")
+    elsewhere = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
+    if counts.X is not None:
+        counts = in_memory(counts)
+        check_sparse(counts.X, name)  # before rows of it are taken
+    kept = ad.AnnData(
+        sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
+        obs=counts.obs.loc[rows, [c for c in PLACES if c in counts.obs and is_numeric_dtype(counts.obs[c])]].copy(),
+        var=counts.var[[c for c in counts.var if str(c).lower() in NAMES_OF_GENES]].copy(),
+        obsm={"spatial": spatial[rows]},
+    )
+    return check_spots(kept, name, raw=f"X must hold raw counts, neither normalised nor logarithms.{elsewhere}")
+
+
+def _from_spots(mpp: str, distance: float | None) -> float:
+    if mpp != "visium":
+        raise ValueError(f"mpp is microns per pixel, 'visium' or None, not {mpp!r}")
+    if not distance:
+        raise ValueError("mpp='visium' takes the resolution from the distance between spots; there is one spot alone")
+    return PITCH_UM / distance
+
+
+def _check_centres(centres: np.ndarray, slide: WholeSlide, slide_id: str) -> None:
+    outside = ((centres < 0) | (centres > slide.size)).any(1)
+    if outside.any():
+        width, height = slide.size
+        x, y = centres.max(0)
+        raise HestFormatError(
+            f"counts of {slide_id}",
+            f"{outside.sum()} of {len(centres)} centres lie outside {slide.path.name}, {width} x {height} px "
+            f"(they reach x={x:.0f}, y={y:.0f})",
+            "obsm['spatial'] counts pixels of the full-resolution image: give the image that Space Ranger was given",
+        )
+
+
+def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
+    found = distance * float(np.sqrt(np.prod(slide.mpp)))  # um
+    if abs(found / PITCH_UM - 1) > OFF:
+        raise HestFormatError(
+            f"counts of {slide_id}",
+            f"spots lie {found:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um",
+            f"If {slide.path.name} is the image that Space Ranger was given, 'visium' as mpp takes "
+            f"{PITCH_UM / distance:.4g} um/px from the spots; if they are not Visium's, give their technology",
+        )
+
+
+def _around(picture: np.ndarray, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Return the pixels (n, 3) of a picture that lie on any tile, given the tiles' centres and half their sides."""
+    covered = np.zeros(picture.shape[:2], dtype=bool)
+    for (left, top), (right, bottom) in zip((centres - half).astype(int), (centres + half).astype(int), strict=True):
+        covered[top : bottom + 1, left : right + 1] = True
+    return picture[covered]
+
+
+def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:
+    """Fill in HEST's fields."""
+    return {
+        "dataset_title": "own slides",
+        "id": slide_id,
+        "patient": patient_name(patient),
+        "st_technology": technology,
+        "image": slide.path.name,
+        "pixel_size_um": slide.mpp[0],
+        "pixel_size_um_estimated": PITCH_UM / distance if technology == "Visium" and distance else None,
+        "fullres_px_width": slide.size[0],
+        "fullres_px_height": slide.size[1],
+        "spots_under_tissue": spots.n_obs,
+        "inter_spot_dist": distance and distance * slide.mpp[0],
+        "nb_genes": spots.n_vars,
+    }
+
+
+def _write(
+    root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, draft: Path, progress: bool
+) -> None:
+    """Write three files in a folder of their own, then move them to their places; on an error nothing stays."""
+    centres, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
+    corners = np.rint(centres - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
+    factor = slide.tile[0] / side
+    attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
+    attributes["pixel_size"] = slide.mpp[0]
+    text = json.dumps(fields, indent=1) + "\n"
+    draft.mkdir()
+    places, moved = _places(root, slide_id), []
+    try:
+        with Stage("", reports=progress), bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
+            say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
+            tiles = (slide.read_around(x, y) for x, y in shown)
+            at = {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
+            names = spots.obs_names[rows]
+            write_tiles(draft / "patches", tiles, names, corners, attributes=attributes, of=at["patches"])
+        write_file(draft / "metadata", text.encode())
+        with Stage("writing the counts"):
+            write_h5ad(spots, draft / "st", compression="gzip", of=places["st"])
+        for folder in FILES:
+            (root / folder).mkdir(exist_ok=True)
+        _check_place(root, slide_id)  # a slide that came here meanwhile, by other means, stays
+        write_file(draft / MOVING, json.dumps({folder: _stat(draft / folder) for folder in FILES}).encode())
+        with signals_put_off():
+            try:
+                places["patches"].open("x").close()  # without locks, the first to come here has the slide
+            except FileExistsError:
+                _check_place(root, slide_id)
+                raise
+            moved.append(places["patches"])
+            for folder, place in places.items():
+                os.replace(draft / folder, place)
+                moved.append(place)
+    except BaseException:
+        for place in moved:
+            place.unlink(missing_ok=True)
+        raise
+    finally:
+        for folder in FILES:
+            with suppress(OSError):  # only where it is empty
+                (root / folder).rmdir()

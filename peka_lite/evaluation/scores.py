@@ -1,0 +1,296 @@
+"""Scores: Pearson correlation per gene, fold and slide, with confidence intervals that resample people and genes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
+
+MOMENTS = ("n", "mean_y", "mean_p", "var_y", "var_p", "cov")
+
+
+def slide_moments(
+    Y: np.ndarray, P: np.ndarray, *, slides: Sequence[str], patients: Sequence[str], genes: Sequence[str]
+) -> pd.DataFrame:
+    """Reduce held-out predictions to what every score follows from: population moments by slide and gene.
+
+    Parameters
+    ----------
+    Y, P
+        Measured and predicted, (n, genes).
+    slides, patients
+        (n,) of each row.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per slide and gene: slide, patient, gene, n, mean_y, mean_p, var_y, var_p, cov (float64).
+    """
+    Y, P = np.asarray(Y, dtype=np.float64), np.asarray(P, dtype=np.float64)
+    slides, patients = np.asarray(slides, dtype=str), np.asarray(patients, dtype=str)
+    parts = []
+    for slide in pd.unique(slides):
+        here = slides == slide
+        y, p = Y[here], P[here]
+        mean_y, mean_p = y.mean(0), p.mean(0)
+        # Rounding leaves a constant column a variance of about 1e-32 of its size, not zero.
+        var_y, var_p = (np.where((v := a.var(0)) <= 1e-20 * (a**2).mean(0), 0.0, v) for a in (y, p))
+        cov = ((y - mean_y) * (p - mean_p)).mean(0)
+        columns = dict(zip(MOMENTS, (len(y), mean_y, mean_p, var_y, var_p, cov), strict=True))
+        parts.append(pd.DataFrame({"slide": slide, "patient": patients[here][0], "gene": list(genes), **columns}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def pooled(moments: pd.DataFrame) -> pd.DataFrame:
+    """Return the PCC over all test spots of a fold: normalization, fold, gene, pcc (NaN where a side is constant).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y = rng.normal(size=(90, 2))  # two genes, 30 spots of each of three patients
+    >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second is predicted worse
+    >>> who = np.repeat(["A", "B", "C"], 30)
+    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
+    >>> pk.evaluation.pooled(moments.assign(normalization="log1p", fold=0)).round(2)
+      normalization  fold  gene   pcc
+    0         log1p     0  KRT8  0.90
+    1         log1p     0  CD8A  0.67
+    """
+    keys = ["normalization", "fold", "gene"]
+    sums = _sums(moments).groupby([moments[k] for k in keys], sort=False).sum()
+    return sums.index.to_frame(index=False).assign(pcc=_pcc(sums.to_numpy().T))
+
+
+def by_slide(moments: pd.DataFrame) -> pd.DataFrame:
+    """Return the PCC within each slide's test spots of each fold: normalization, fold, slide, patient, gene, pcc."""
+    keys = ["normalization", "fold", "slide", "patient", "gene"]
+    return moments[keys].assign(pcc=_pcc(_sums(moments).to_numpy().T)).reset_index(drop=True)
+
+
+def interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
+    """Mean PCC of one set of targets with a 95% confidence interval: bootstrap over patients and genes, Student's t.
+
+    Spots are never resampled; with one patient slides are, and ``unit`` says so. The standard error comes from a
+    bootstrap over units and genes; it is scaled for the number of units and multiplied by Student's t with units - 1
+    degrees of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
+
+    Parameters
+    ----------
+    moments
+        Rows of `slide_moments` with columns normalization (one value) and fold.
+    how
+        ``"pooled"``: PCC over all test spots of a fold, mean over genes, then over folds (HEST-bench's way).
+        ``"slides"``: PCC within a slide, mean over genes, then over slides.
+
+    Returns
+    -------
+    dict
+        pcc, ci_low, ci_high (NaN with one unit), per_fold (list), unit, n_units.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y = rng.normal(size=(180, 2))  # two genes, 30 spots of each of six patients
+    >>> P = Y + 0.5 * rng.normal(size=Y.shape)
+    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
+    >>> found = pk.evaluation.interval(moments.assign(normalization="log1p", fold=0))
+    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")], found["unit"], found["n_units"]
+    ([0.9, 0.86, 0.94], 'patient', 6)
+    """
+    return difference(moments, None, how=how, n_boot=n_boot, seed=seed)
+
+
+def difference(
+    a: pd.DataFrame, b: pd.DataFrame | None, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0
+) -> dict:
+    """Mean PCC of `a` minus that of `b`, as `interval`: the same patients and genes are drawn for both.
+
+    Raises
+    ------
+    ValueError
+        If the two do not score the same folds, slides and genes, or hold several normalisations.
+
+    Examples
+    --------
+    Of two predictions the first has half the noise; the interval leaves 0 out:
+
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> Y, noise = rng.normal(size=(2, 180, 2))  # two genes, 30 spots of each of six patients
+    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> of = {"slides": who, "patients": who, "genes": ["KRT8", "CD8A"]}
+    >>> a = pk.evaluation.scores.slide_moments(Y, Y + 0.5 * noise, **of).assign(normalization="log1p", fold=0)
+    >>> b = pk.evaluation.scores.slide_moments(Y, Y + 1.0 * noise, **of).assign(normalization="log1p", fold=0)
+    >>> found = pk.evaluation.difference(a, b)
+    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")]
+    [0.17, 0.1, 0.24]
+    """
+    if how not in ("pooled", "slides"):
+        raise ValueError(f"unknown way {how!r}; known: pooled, slides")
+    cubes = [_Cube(m) for m in (a, b) if m is not None]
+    if len(cubes) == 2 and not cubes[0].same_as(cubes[1]):
+        raise ValueError("the two runs do not score the same folds, slides and genes: they cannot be paired")
+    units, genes = cubes[0].units, cubes[0].genes
+    once = [c.score(np.ones((1, len(units))), np.ones((1, len(genes))), how) for c in cubes]
+    per_fold = once[0][1][0] - (once[1][1][0] if b is not None else 0)
+    value = once[0][0][0] - (once[1][0][0] if b is not None else 0)
+    if np.isnan(value):
+        raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
+    n, reach = len(units), math.nan
+    if n > 1:
+        rng = np.random.default_rng(seed)
+        draws = (
+            rng.multinomial(n, np.full(n, 1 / n), n_boot),
+            rng.multinomial(len(genes), np.full(len(genes), 1 / len(genes)), n_boot),
+        )
+        drawn = [c.score(*(w.astype(float) for w in draws), how)[0] for c in cubes]
+        error = np.nanstd(drawn[0] - (drawn[1] if b is not None else 0)) * math.sqrt(n / (n - 1))
+        reach = error * t.ppf(0.975, n - 1)
+    return {
+        "pcc": float(value),
+        "ci_low": float(value - reach),
+        "ci_high": float(value + reach),
+        "per_fold": [float(v) for v in per_fold],
+        "unit": cubes[0].unit,
+        "n_units": n,
+    }
+
+
+class _Cube:
+    """Moments as arrays, so that a bootstrap is a matrix product."""
+
+    def __init__(self, moments: pd.DataFrame):
+        if moments["normalization"].nunique() != 1:
+            raise ValueError("give the moments of one normalisation")
+        known = moments["patient"].ne("unknown").all() and moments["patient"].nunique() > 1
+        self.unit = "patient" if known else "slide"
+        cells = pd.MultiIndex.from_frame(moments[["fold", "slide"]])
+        self.cells = cells.unique()
+        self.genes = pd.Index(moments["gene"].unique()).sort_values()
+        at = self.cells.get_indexer(cells), self.genes.get_indexer(moments["gene"])
+        self.sums = np.zeros((6, len(self.cells), len(self.genes)))
+        self.sums[:, *at] = _sums(moments).to_numpy().T
+        folds, self.fold = np.unique(self.cells.get_level_values("fold"), return_inverse=True)
+        self.n_folds = len(folds)
+        owner = moments.drop_duplicates(["fold", "slide"])[self.unit].to_numpy()
+        self.units, self.owner = np.unique(owner.astype(str), return_inverse=True)
+
+    def same_as(self, other: _Cube) -> bool:
+        same = self.cells.equals(other.cells) and self.genes.equals(other.genes)
+        return same and np.array_equal(self.sums[:3], other.sums[:3])  # the very same measured values
+
+    def score(self, units: np.ndarray, genes: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean PCC (draws,) and by fold (draws, folds), for weights of units (draws, U) and genes (draws, G)."""
+        cell_weight = units[:, self.owner]  # (draws, cells)
+        by_fold = np.full((len(units), self.n_folds), np.nan)
+        pieces, weights = [], []
+        for fold in range(self.n_folds):
+            at = np.flatnonzero(self.fold == fold)
+            if how == "pooled":
+                pcc = _pcc(np.einsum("bc,kcg->kbg", cell_weight[:, at], self.sums[:, at]))  # (draws, G)
+                by_fold[:, fold] = _weighted_mean(pcc, genes)
+            else:
+                within = _pcc(self.sums[:, at])  # (cells, G)
+                means = np.stack([_weighted_mean(np.broadcast_to(c, genes.shape), genes) for c in within], axis=1)
+                by_fold[:, fold] = _weighted_mean(means, cell_weight[:, at])
+                pieces.append(means)
+                weights.append(cell_weight[:, at])
+        if how == "pooled":
+            return _weighted_mean(by_fold, np.ones_like(by_fold)), by_fold
+        return _weighted_mean(np.concatenate(pieces, axis=1), np.concatenate(weights, axis=1)), by_fold
+
+
+def _sums(moments: pd.DataFrame) -> pd.DataFrame:
+    n = moments["n"].astype(float)
+    # Sums about a mean near their own: predictions far from zero that hardly vary keep their digits.
+    near = moments.groupby([k for k in ("normalization", "fold", "gene") if k in moments], sort=False)
+    y, p = (moments[c] - near[c].transform("mean") for c in ("mean_y", "mean_p"))
+    return pd.DataFrame(
+        {
+            "n": n,
+            "y": n * y,
+            "yy": n * (moments["var_y"] + y**2),
+            "p": n * p,
+            "pp": n * (moments["var_p"] + p**2),
+            "yp": n * (moments["cov"] + y * p),
+        }
+    )
+
+
+def _pcc(sums: np.ndarray) -> np.ndarray:
+    n, y, yy, p, pp, yp = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        var_y, var_p = yy - y * y / n, pp - p * p / n
+        constant = (n == 0) | (var_y <= 1e-12 * yy) | (var_p <= 1e-12 * pp)  # also 0 <= 0
+        return np.where(constant, np.nan, (yp - y * p / n) / np.sqrt(var_y * var_p))
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over the last axis, leaving NaN out."""
+    known = np.where(np.isnan(values), 0.0, weights)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.isnan(values), 0.0, values * known).sum(-1) / known.sum(-1)
+
+
+def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Reduce a result table to its mean PCC with a 95% confidence interval, leaving NaN out by name.
+
+    The mean is the mean over folds of each fold's mean over genes, as HEST-bench reports. The interval's standard error
+    comes from a bootstrap of folds (patients or slides) and genes together: spots of one slide are not independent, so
+    they are not resampled. It is scaled for the number of folds and multiplied by Student's t with folds - 1 degrees
+    of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
+
+    Returns
+    -------
+    dict
+        mean_pcc, ci_low, ci_high (NaN with one fold), mean_pcc_per_fold (list), n_nan, nan_genes (names).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(100, 4))
+    >>> Y = X[:, :2] + 0.5 * rng.normal(size=(100, 2))
+    >>> Y[:20, 1] = 0  # not seen on the first fold's test spots
+    >>> folds = [(np.delete(np.arange(100), test), test) for test in np.arange(100).reshape(5, 20)]
+    >>> found = pk.evaluation.summarize(pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4))
+    >>> round(found["mean_pcc"], 2), found["n_nan"], found["nan_genes"]
+    (0.88, 1, ['CD8A'])
+    """
+    wide = table.pivot_table(index="fold", columns="gene", values="pcc", dropna=False, aggfunc="first", sort=True)
+    lost = table[table["pcc"].isna()]
+    per_fold = table.groupby("fold")["pcc"].mean()
+    if per_fold.isna().all():
+        raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
+    values = wide.to_numpy(dtype=float)  # (folds, genes), NaN where a fold did not predict a gene
+    rng = np.random.default_rng(seed)
+    means = np.empty(n_boot)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resampled fold may hold no gene
+        for b in range(n_boot):
+            f = rng.integers(0, values.shape[0], values.shape[0])
+            g = rng.integers(0, values.shape[1], values.shape[1])
+            means[b] = np.nanmean(np.nanmean(values[np.ix_(f, g)], axis=1))
+    n_folds = int(per_fold.notna().sum())
+    error = np.nanstd(means) * math.sqrt(n_folds / (n_folds - 1)) if n_folds > 1 else math.nan
+    reach = error * t.ppf(0.975, n_folds - 1) if n_folds > 1 else math.nan
+    mean = float(per_fold.mean())
+    return {
+        "mean_pcc": mean,
+        "ci_low": mean - float(reach),
+        "ci_high": mean + float(reach),
+        "mean_pcc_per_fold": [float(v) for v in per_fold],
+        "n_nan": len(lost),
+        "nan_genes": sorted(set(lost["gene"].astype(str))),
+    }

@@ -1,0 +1,271 @@
+"""A model card: what a taught student is, where it comes from, what it scored, and what may be done with it."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from peka_lite import __version__
+from peka_lite._core._yaml import yaml_text
+from peka_lite._core.names import in_fence, in_markdown, visible
+from peka_lite.backbones._packaged import PREFIX
+from peka_lite.backbones.load import Backbone, own_pooling
+from peka_lite.backbones.own import LAYER_TYPES, row_fields
+from peka_lite.data.download import read_manifest
+from peka_lite.experiments.model import TrainedModel
+
+TAGS = ["timm", "pathology", "histology", "spatial-transcriptomics", "gene-expression", "peka"]
+HELD_OUT = {
+    "patient": "whole patients",
+    "slide": "whole slides, of which one patient may have several",
+    "spot": "single spots, whose neighbours on the same slide were learned from: scores for a new slide will be lower",
+}
+POOLING = {
+    "token": "the class token",
+    "avg": "the mean of the patch tokens, or of the feature map",
+    "token+avg": "the class token, then the mean of the patch tokens",
+    "network": "as timm's model gives it",
+}
+OTHER_LICENCE = "Read it before you share weights made from them."
+LICENCES = {
+    "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
+    "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
+    "GPL-3.0": "Who shares weights made from them does so under the same licence.",
+    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same licence.",
+    "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
+    "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
+}
+
+
+def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> str:
+    """Return the model card (Markdown with YAML front matter) of a trained model; `metrics` is its ``metrics.csv``.
+
+    Names and texts of the run are escaped for their place, and values in the Python code are literals.
+
+    Raises
+    ------
+    ValueError
+        For a value of the run that is no literal of its type, as a seed that is no number.
+    """
+    spec, method = trained.student.spec, in_markdown(trained.config.method)
+    taught = "" if trained.config.method == "none" else f", taught gene expression with {method}"
+    parts = [
+        f"---\n{yaml_text(_front_matter(trained))}---",
+        f"# {in_markdown(spec.name)}{taught}",
+        f"A pathology image model ({in_markdown(spec.arch)}) and a linear probe that predicts {len(trained.genes)} "
+        f"genes ({in_markdown(trained.normalization)}) from an H&E tile, made with peka_lite after PEKA "
+        "(arXiv:2504.07061). "
+        + ("The image model is the parent, unchanged." if not taught else "The adapters are merged into the weights."),
+        f"## Use\n\nTiles are RGB, uint8, and show as many micrometres as those of the cohort (HEST-1k: 112). They "
+        f"are resized to {_whole(spec.input_size)} x {spec.input_size} pixels, scaled to 0 to 1 and normalised with "
+        f"mean {_three(spec.mean)} and standard deviation {_three(spec.std)}. Pooling: {POOLING[spec.pooling]}.",
+        f"{in_fence(usage(trained), 'python')}\n\nGenes: {', '.join(map(in_markdown, trained.genes))}.",
+        f"## Data\n\n{_data(trained)}",
+        f"## Protocol\n\n{_protocol(trained)}",
+        f"## Scores\n\n{_scores(trained, metrics)}",
+        f"## Licence\n\n{_licence(trained)}",
+        "## Limits\n\nFor research only, not for diagnosis or treatment. Predictions are estimates from the image; "
+        "they replace no measurement. How it does on other organs, stains and scanners than those named is not known.",
+        f"## Versions\n\n{_versions(trained)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(trained: TrainedModel) -> str:
+    """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
+    spec, config, out = trained.student.spec, trained.config, "model(x)"
+    imports, options = _options(spec)
+    by_itself = {"network", own_pooling(trained.student)}
+    if spec.pooling == "token+avg" or (hasattr(trained.student, "num_prefix_tokens") and spec.pooling not in by_itself):
+        parts = {"token": "t[:, 0]", "avg": "t[:, model.num_prefix_tokens :].mean(1)"}
+        norm = "model.fc_norm" if hasattr(trained.student, "fc_norm") else ""
+        out = ", ".join(f"{norm}({parts[part]})" for part in spec.pooling.split("+"))
+        out = f"torch.cat([{out.replace('t[', '(t := model.forward_features(x))[', 1)}], -1)"
+    frozen, both = "", "features(tiles)"
+    if trained.frozen is not None:
+        weights = config.weights if config.weights in ("hub", "random") else "FILE"
+        imports.append("from peka_lite import embed_tiles, load_backbone")
+        frozen = (
+            "\n# The probe reads the parent's features too, before those of this model.\n"
+            f"parent = load_backbone({str(spec.name)!r}, weights={weights!r}, seed={_whole(config.seed)})\n"
+        )
+        both = "np.hstack([embed_tiles(parent, tiles), features(tiles)])"
+    return f"""import numpy as np
+import timm
+import torch
+from safetensors.numpy import load_file
+{"".join(f"{line}{chr(10)}" for line in imports)}
+model = timm.create_model(
+    {str(spec.arch)!r}, num_classes=0, checkpoint_path="model.safetensors"{options}
+).eval()
+probe = {{k.split(".")[1]: v for k, v in load_file("probe.safetensors").items()}}
+mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ({_three(spec.mean)}, {_three(spec.std)}))
+{frozen}
+
+@torch.inference_mode()
+def features(tiles):  # uint8 (n, height, width, 3) -> float32 (n, {_whole(spec.dim)})
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    size = ({_whole(spec.input_size)}, {spec.input_size})
+    x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    x = (x - mean) / std
+    return {out}.numpy()
+
+
+def predict(tiles):  # -> float64 (n, {len(trained.genes)}), genes as listed below
+    X = {both}
+    return (X - probe["mean"]) / probe["scale"] @ probe["coef"] + probe["intercept"]
+"""
+
+
+def _options(spec: Backbone) -> tuple[list[str], str]:
+    """Return import lines and keyword arguments that write a row's options as code; a layer is imported by its text."""
+    imports, written = [], ""
+    for key, value in row_fields(spec).get("options", {}).items():
+        if not key.isidentifier() or keyword.iskeyword(key):
+            raise ValueError(f"backbone {spec.name!r} has an option {key!r}, which is no name of an argument")
+        if isinstance(value, str) and value in LAYER_TYPES:
+            imports.append(f"import {value.split(':')[0]}")
+            code = value.replace(":", ".")
+        else:
+            code = _literal(value)
+        written += f", {key}={code}"
+    return sorted(set(imports)), written
+
+
+def _front_matter(trained: TrainedModel) -> dict:
+    spec, front = trained.student.spec, {}
+    ours = spec.source is None or spec.source.startswith(PREFIX)
+    if ours or not random_start(trained):
+        front["license"] = visible(spec.licence.lower())  # the Hub's ids of the registry's licences
+    if not ours and not random_start(trained) and not spec.source.startswith("datasets/"):
+        front["base_model"] = visible(spec.source)
+    entry = read_manifest().artifacts.get(trained.config.cohort)
+    if entry is not None and entry.repo_type == "dataset":
+        front["datasets"] = [entry.repo]
+    return front | {"library_name": "timm", "pipeline_tag": "image-feature-extraction", "tags": TAGS}
+
+
+def _data(trained: TrainedModel) -> str:
+    about, entry = trained.summary, read_manifest().artifacts.get(trained.config.cohort)
+    slides = _kept(about, "slides", list)
+    lines = [
+        f"- Cohort: {in_markdown(Path(trained.config.cohort).name)}"
+        + (f", {entry.title} ({entry.licence})" if entry else "")
+    ]
+    if about.get("synthetic"):
+        lines.append("- **Synthetic: drawn by a program. This model knows nothing of real tissue.**")
+    lines += [
+        f"- Slides ({len(slides)}): {', '.join(map(in_markdown, slides))}",
+        f"- Spots: {in_markdown(about.get('n_spots', 'not recorded'))}",
+        f"- Fingerprint of the data: {in_markdown(about.get('data_fingerprint', 'not recorded'))}",
+    ]
+    return "\n".join(lines)
+
+
+def _protocol(trained: TrainedModel) -> str:
+    protocol = trained.config.settled_protocol()
+    if trained.fold is None:
+        return "Nothing was held out: the whole cohort was there to learn from."
+    lines = [f"Protocol {in_markdown(repr(protocol.name))}. Held out: {HELD_OUT[protocol.split]}."]
+    if trained.config.method != "none":
+        learned = "every spot, those held out included" if protocol.student == "all" else "training spots only"
+        lines.append(f"Teacher, pseudo-labels and student learned from {learned}.")
+    lines.append(f"The genes were chosen on {'every spot' if protocol.genes == 'all' else 'training spots only'}.")
+    lines.append(f"This is the model of fold {trained.fold}.")
+    return " ".join(lines)
+
+
+def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
+    about = trained.summary
+    if about.get("mean_pcc") is None:
+        why = "nothing was held out" if trained.fold is None else "what was held out was not scored"
+        return f"There are none: {why}, so how well this model predicts is not known."
+    lines = ["| Fold | Training spots | Test spots | Mean PCC over genes |", "|---|---|---|---|"]
+    for fold, pcc in enumerate(_kept(about, "mean_pcc_per_fold", list)):
+        rows = metrics[metrics["fold"] == fold] if metrics is not None else ()
+        sizes = [str(rows[c].iloc[0]) if len(rows) and c in rows else "" for c in ("n_train", "n_test")]
+        mark = " (this model)" if fold == trained.fold else ""
+        lines.append(f"| {fold}{mark} | {' | '.join(map(in_markdown, sizes))} | {_number(pcc):.3f} |")
+    low, high, mean = (_number(about.get(name)) for name in ("ci_low", "ci_high", "mean_pcc"))
+    unit = in_markdown(about.get("unit"))
+    known = math.isfinite(low) and math.isfinite(high)
+    reach = f"95% interval {low:.3f} to {high:.3f}" if known else f"no interval: there is one {unit}"
+    lines.append(f"| all | | | {mean:.3f} ({reach}) |")
+    kind = in_markdown(trained.config.normalization)
+    return "\n".join(lines) + (
+        f"\n\nPCC: Pearson correlation of predicted and measured {kind} expression over a fold's test spots. The "
+        "confidence interval is Student's t times a bootstrap standard error, which resamples "
+        f"{unit}s and genes."
+    )
+
+
+def _licence(trained: TrainedModel) -> str:
+    spec = trained.student.spec
+    if random_start(trained):
+        return (
+            f"There are no parent weights: the image model started from {in_markdown(trained.student.weights_origin)}. "
+            "No licence is inherited, and no knowledge of tissue either: this is a model to test with."
+        )
+    means = LICENCES.get(spec.licence, OTHER_LICENCE)
+    text = f"Parent weights: {in_markdown(trained.student.weights_origin)}, {in_markdown(spec.licence)}. {means}"
+    if spec.name == "ctranspath":
+        text += " The authors' README adds that they are for non-commercial academic purposes."
+    if spec.gate:
+        text += f" Access to them is granted at {in_markdown(spec.gate)}, on terms that bind whoever was granted it."
+    if "-ND" in spec.licence:
+        text = "> [!WARNING]\n> " + text
+    if trained.config.teacher == "scfoundation" and trained.config.method != "none":
+        licence = read_manifest()["scfoundation"].licence
+        text += f"\n\nIts teacher was scFoundation, whose weights are under the {licence}."
+    return text + "\n\nThe licence of the data above may ask for more."
+
+
+def _versions(trained: TrainedModel) -> str:
+    made = _kept(trained.summary, "versions", dict).items()
+    lines = [f"- Made with: {in_markdown(', '.join(f'{name} {v}' for name, v in made)) or 'not recorded'}"]
+    lines += [f"- Exported with: peka_lite {__version__}", f"- Fingerprint of the model: {trained.fingerprint}"]
+    return "\n".join(lines)
+
+
+def _kept(about: dict, name: str, kind: type):
+    """Return a list or mapping of a summary; an empty one where there is none."""
+    if not isinstance(found := about.get(name) or kind(), kind):
+        raise ValueError(f"{name} in summary.json is {visible(found)!r}: a card cannot be written of this model")
+    return found
+
+
+def _whole(value: object) -> str:
+    """Return a whole number as Python code."""
+    if type(value) is not int:
+        raise ValueError(f"{visible(value)!r} is no whole number: a card cannot be written of this model")
+    return _literal(value)
+
+
+def _three(values: object) -> str:
+    """Return three numbers as Python code."""
+    return f"({', '.join(_literal(_number(value)) for value in values)})"
+
+
+def _literal(value: bool | int | float | str | list | None) -> str:
+    """Return a plain value as Python code."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError(f"{visible(value)!r} is no plain value: a card cannot be written of this model")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no literal: a card cannot be written of this model")
+    return repr(value)
+
+
+def _number(value: object) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{visible(value)!r} is no number: a card cannot be written of this model")
+    return value
+
+
+def random_start(trained: TrainedModel) -> bool:
+    """Say whether the student started from random weights."""
+    return trained.config.weights == "random"

@@ -1,0 +1,122 @@
+"""A run's model applied to a slide: an image or a HEST slide, by the model that did not learn from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+from peka_lite._core.hdf5 import read_obs
+from peka_lite.data.cohorts import cohort_root
+from peka_lite.data.hest import read_slide
+from peka_lite.experiments.model import load_trained, read_run
+from peka_lite.experiments.predict import check_place, predict_slide, predict_spots
+
+
+def predict_from(
+    model: str | os.PathLike,
+    slide: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    fold: int | None = None,
+    weights: str | os.PathLike | None = None,
+    cohort: str | os.PathLike | None = None,
+    mpp: float | None = None,
+    min_tissue: float = 0.5,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = False,
+) -> ad.AnnData:
+    """Predict genes on a slide with what a run or a training left behind.
+
+    Parameters
+    ----------
+    model
+        Folder of `run` or `train`.
+    slide
+        Path of a whole-slide image (`predict_slide`), or the id of a slide of a cohort, predicted at its spots
+        (`predict_spots`).
+    fold
+        Whose model. None: for a slide of the run's own cohort the fold that held it out, else as in `load_trained`.
+    weights
+        As in `load_trained`.
+    cohort
+        Name or folder in which an id is looked up; None takes the run's.
+    mpp, min_tissue
+        For an image, as in `predict_slide`.
+
+    Returns
+    -------
+    anndata.AnnData
+        As written to `out`. For a HEST slide ``uns["peka_lite"]["held_out"]`` is ``"yes"``, ``"no"`` or, for a slide of
+        another cohort, ``"other cohort"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a slide that is neither a file nor an id of the cohort.
+    FileExistsError
+        For an `out` that is read here, or is there already and was not written by this.
+    ValueError
+        As `load_trained` and `predict_slide`, for `mpp` given with a HEST slide, and for `cohort` with an image.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(method="none", slides=["MINI1", "MINI3", "MINI5"], n_splits=3, n_genes=10)
+    >>> _ = pk.load_or_run(config, "frozen", maps=False)
+    >>> predicted = pk.predict_from("frozen", "MINI3", "MINI3.h5ad")
+    >>> predicted.uns["peka_lite"]["held_out"], predicted.uns["peka_lite"]["model"]["fold"]
+    ('yes', 'fold1')
+    >>> predicted.var.head(3).round(1)
+           pcc  train_min  train_max
+    BANK1  0.1        0.0        2.9
+    KDM3A -0.1        0.0        3.0
+    NAT1   0.1        0.0        3.5
+    """
+    folder = Path(model)
+    read = [slide, *([] if weights is None else [weights]), *(folder.iterdir() if folder.is_dir() else ())]
+    check_place(Path(out), inputs=read)
+    options = {"batch_size": batch_size, "device": device, "progress": progress}
+    if Path(slide).is_file():
+        if cohort is not None:
+            raise ValueError(f"{slide} is an image file: a cohort is where the id of a HEST slide is looked up")
+        trained = load_trained(model, fold=fold, weights=weights, device=device)
+        return predict_slide(slide, trained, out, mpp=mpp, min_tissue=min_tissue, **options)
+    config, _ = read_run(Path(model))
+    root = cohort_root(cohort or config.cohort)
+    if not (root / "st" / f"{slide}.h5ad").is_file():
+        known = sorted(path.stem for path in (root / "st").glob("*.h5ad"))
+        some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        cohort = cohort or config.cohort
+        raise FileNotFoundError(f"{slide}: no such image file, and no slide of the cohort {cohort}, which has {some}")
+    check_place(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
+    if mpp is not None:
+        raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
+    own = cohort is None or root == _root_of(config.cohort)
+    missed = fold_without(model, slide) if own else None
+    trained = load_trained(model, fold=missed if fold is None else fold, weights=weights, device=device)
+    held_out = "other cohort" if not own else "no" if missed is None or trained.fold != missed else "yes"
+    return predict_spots(read_slide(root, slide), trained, out, held_out=held_out, **options)
+
+
+def _root_of(cohort: str) -> Path | None:
+    """Return the folder of a model's own cohort; None where it is not on this machine."""
+    try:
+        return cohort_root(cohort)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def fold_without(model: str | os.PathLike, slide: str) -> int | None:
+    """Return the fold of a run or training whose model learned from no spot of a slide of its cohort; None without."""
+    config, summary = read_run(Path(model))
+    if config.settled_protocol().student == "all":
+        return None
+    if "held_out" in summary:
+        return summary["fold"] if slide in summary["held_out"] else None
+    spots = read_obs(Path(model) / "predictions.h5ad")
+    folds = np.unique(spots.loc[spots["slide"].astype(str) == slide, "fold"])
+    return int(folds[0]) if len(folds) == 1 and folds[0] >= 0 else None

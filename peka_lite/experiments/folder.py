@@ -1,0 +1,196 @@
+"""What a run leaves behind: held-out predictions, maps, and the fingerprint of its data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from peka_lite import __version__
+from peka_lite._core._processes import Processes
+from peka_lite._core._yaml import read_yaml, yaml_text
+from peka_lite._core.io import figure_bytes, write_file, write_whole
+from peka_lite._core.locks import put_new, work_folder
+from peka_lite._core.outputs import check_free, check_work, link_in
+from peka_lite._core.progress import Stage
+from peka_lite.backbones.own import save_backbone
+from peka_lite.data.expression import counts_digest
+from peka_lite.data.hest import Cohort
+from peka_lite.experiments._unfinished import COMMAND, command
+
+
+def fingerprint(cohort: Cohort) -> str:
+    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort, same = (pk.open_cohort("mini", slides=["MINI3"]) for _ in range(2))
+    >>> stricter = pk.open_cohort("mini", slides=["MINI3"], min_genes=450)
+    >>> len(cohort), len(stricter)
+    (156, 151)
+    >>> a, b, c = (pk.experiments.fingerprint(data) for data in (cohort, same, stricter))
+    >>> a == b, a == c
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for slide in Stage("hashing the data: slide", cohort.slides):
+        digest.update(f"{slide.id} {counts_digest(slide.adata)}".encode())
+        sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
+        digest.update(slide.tiles[sample].tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
+    """Hold a folder to be made, and give the one to work in, which becomes it at the end; refuse as `claim`.
+
+    The first process alone holds it. The others wait until it does, and raise what it raises there.
+    """
+    if not processes.first:
+        work = processes.same(None)
+        if isinstance(work, Exception):
+            raise work
+        yield work
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            check_free(out)
+            work = held.enter_context(work_folder(out))
+            claim(config, out, work)
+        except Exception as error:
+            processes.same(error)
+            raise
+        processes.same(work)
+        with removed_on_error(work):
+            yield work
+            put_new(work, out)
+
+
+def claim(config, out: Path, work: Path) -> None:
+    """Refuse a folder that is there, or a ``work`` folder of another config."""
+    check_free(out)
+    check_work(work)
+    if link := link_in(work):
+        raise FileExistsError(f"{work} holds a link ({link}), which no command makes: remove that folder")
+    left = work / "config.yml"
+    if left.is_file() and read_yaml(left) != config.as_dict():
+        raise FileExistsError(
+            f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
+            f"with `{command(work)}`"
+        )
+
+
+def begin(config, work: Path, name: str) -> None:
+    """Make the folder to work in, with the settings and the name of the command that began it (`command`)."""
+    (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(work / COMMAND, name.encode())
+    write_whole(work / "config.yml", yaml_text(config.as_dict()).encode())
+    save_backbone(config.backbone, work)
+
+
+@contextlib.contextmanager
+def removed_on_error(work: Path):
+    """Remove the folder that was made inside where that ends in an error; what was trained by then is in the cache."""
+    there = work.exists()
+    try:
+        yield
+    except Exception:
+        if not there:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def made_with(device: str) -> dict:
+    """Return the device and the versions that a summary names."""
+    import torch
+
+    name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    packages = ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")
+    versions = {"peka_lite": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+    return {"device": name, "versions": versions}
+
+
+def storable(value):
+    """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
+    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
+        return {k: storable(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and value:
+        for kind in (str, int, float):
+            if all(type(v) is kind for v in value):
+                return np.array(value, dtype=object if kind is str else kind)
+    return json.dumps(value)
+
+
+def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
+    """Join the folds' test predictions into one AnnData in the cohort's row order.
+
+    `predicted` maps a fold to (test rows, genes, measured, predicted). ``X`` holds predictions (N, genes of any fold)
+    float32, ``layers["measured"]`` the measured values; both are NaN where a gene was not among a fold's targets.
+    """
+    genes = sorted({g for _, names, _, _ in predicted.values() for g in names})
+    column = {g: j for j, g in enumerate(genes)}
+    P = np.full((len(cohort), len(genes)), np.nan, dtype=np.float32)
+    Y, held_out_in = P.copy(), np.full(len(cohort), -1)
+    for fold, (test, names, measured, guess) in predicted.items():
+        at = np.ix_(test, [column[g] for g in names])
+        P[at], Y[at], held_out_in[test] = guess, measured, fold
+    obs = cohort.obs.astype({"slide": str, "barcode": str}).assign(fold=held_out_in)
+    obs["patient"] = obs["patient"].fillna("unknown").astype(str)
+    obs.index = cohort.adata.obs_names
+    spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
+    return ad.AnnData(P, obs=obs, var=pd.DataFrame(index=genes), layers={"measured": Y}, obsm={"spatial": spatial})
+
+
+def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, folder: Path) -> None:
+    """Draw for each slide the gene its folds predicted best, and where its predictions hold, as PNG files.
+
+    It is the best of those whose prediction varies on the slide, where one does.
+    """
+    import matplotlib.pyplot as plt
+
+    from peka_lite._core.names import file_name
+    from peka_lite.data.hest import IMAGE_KEY
+    from peka_lite.maps.local_pcc import pcc_map
+    from peka_lite.maps.tissue import expression_map, flat_in_words
+
+    folder.mkdir(exist_ok=True)
+    given = {}
+    local = {slide.id: file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
+    for slide in Stage("maps: slide", cohort.slides):
+        library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
+        if IMAGE_KEY not in library.get("images", {}):
+            warnings.warn(
+                f"{slide.id} has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}]: no maps", stacklevel=3
+            )
+            continue
+        here = predictions[cohort.rows_of(slide.id)]
+        shown = ~np.isnan(here.X).any(0)  # genes that every fold of this slide predicted
+        scores = table[table["gene"].isin(here.var_names[shown])].groupby("gene")["pcc"].mean().dropna()
+        if scores.empty:
+            warnings.warn(f"{slide.id}: no gene was predicted at all of its spots: no maps", stacklevel=3)
+            continue
+        varies = [gene for gene in scores.index if flat_in_words(here[:, gene].X, "spots") is None]
+        best = (scores[varies] if varies else scores).idxmax()
+        j = here.var_names.get_loc(best)
+        name = file_name(f"{slide.id}_{best}", given, of=(slide.id, best))
+        figures = {name: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
+        if shown.sum() >= 3 and slide.n_spots > 18:
+            figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
+        for name, figure in figures.items():
+            write_file(folder / f"{name}.png", figure_bytes(figure, dpi=90))
+            plt.close(figure)

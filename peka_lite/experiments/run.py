@@ -1,0 +1,284 @@
+"""One experiment, from a cohort to a table of Pearson correlations, a summary, adapters and maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from peka_lite._core._processes import Processes
+from peka_lite._core.device import default_device
+from peka_lite._core.hdf5 import read_anndata
+from peka_lite._core.io import write_file, write_h5ad
+from peka_lite._core.names import read_metrics, write_metrics
+from peka_lite._core.progress import Stage
+from peka_lite._core.received import own_file
+from peka_lite.backbones._packaged import origin, packaged
+from peka_lite.backbones.registry import BACKBONES
+from peka_lite.data.cohorts import open_cohort
+from peka_lite.data.expression import NORMALIZATIONS
+from peka_lite.data.hest import Cohort
+from peka_lite.evaluation.ceiling import ceiling_of
+from peka_lite.evaluation.evaluate import Judge, evaluate, left_out_sets
+from peka_lite.evaluation.folds import protocol_folds
+from peka_lite.evaluation.scores import interval, pooled
+from peka_lite.experiments._unfinished import refusal
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.features import FeatureSource, taught_by
+from peka_lite.experiments.folder import begin, draw_maps, held_out_predictions, made_with, work_on
+from peka_lite.experiments.model import read_run
+from peka_lite.probe.files import save_probes
+
+
+def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False) -> dict:
+    """Run one experiment and write its folder.
+
+    The protocol decides what is held out and which rows each step may learn from (`PROTOCOLS`); without one, whatever
+    learns (highly variable genes, teacher, clusters, student, probe) sees training rows only.
+
+    Parameters
+    ----------
+    config
+        What to run.
+    out
+        Folder to make. It appears when the run is complete: ``config.yml``, ``metrics.csv`` (tidy: method, backbone,
+        split, protocol, features, normalization, fold, gene, pcc, n_train, n_test; the protocol's own targets, PCC
+        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalisations, from which
+        every score follows), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
+        among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` where the backbone is one's own,
+        and where a student was taught ``training.csv`` and ``adapter.safetensors`` (one set of tensors a fold, or one
+        for all). Until then the work is in ``{out}.partial``. Taught students are kept in the cache (`taught_student`),
+        so running the same again after an interruption goes on from there. Where a student is judged,
+        ``probe.safetensors`` holds each fold's probe, and `load_trained` makes of the folder a model to predict with.
+    maps
+        Draw the maps, the slowest part of a run whose students are taught already.
+    progress
+        Print the plan, then bars, or where stderr is no terminal a line every half minute.
+
+    Returns
+    -------
+    dict
+        The summary; in other processes than the first of an ``accelerate launch``, which teach and embed with it,
+        nothing.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` is there already, or ``{out}.partial`` holds a run with other settings. Where another process is at
+        work on `out`, that is seen when it is through.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import peka_lite as pk
+    >>> from peka_lite.experiments import run
+    >>> slides = ["MINI1", "MINI3", "MINI5"]
+    >>> config = pk.RunConfig(features="depth", method="none", slides=slides, n_splits=3, n_genes=10)
+    >>> summary = run(config, "first_run", maps=False)
+    >>> round(summary["mean_pcc"], 2), summary["split"], summary["n_folds"], summary["n_spots"]
+    (0.02, 'patient', 3, 580)
+    >>> sorted(path.name for path in Path("first_run").iterdir())
+    ['config.yml', 'metrics.csv', 'predictions.h5ad', 'slides.parquet', 'summary.json']
+    """
+    out = Path(out)
+    device = config.device or default_device()
+    processes = Processes(device)
+    with work_on(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
+        at = {"device": device, "processes": processes, "stage": stage}
+        return _run(config, work, **at, maps=maps, progress=progress)
+
+
+def _run(
+    config: RunConfig, work: Path, *, device: str, processes: Processes, stage: Stage, maps: bool, progress: bool
+) -> dict:
+    """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
+    begun = time.perf_counter()
+    cohort = open_cohort(
+        config.cohort,
+        slides=config.slides,
+        patients=config.patients,
+        min_genes=config.min_genes,
+        max_mito=config.max_mito,
+    )
+    protocol = config.settled_protocol()
+    stage.text = "checking the folds"
+    splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
+    use = taught_by(cohort, config.train_share, config.seed)
+    # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
+    Judge(cohort, splits, protocol)
+    source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
+    coverage = source.coverage()
+    if processes.first:
+        begin(config, work, "run")
+    stage.text = ""
+    source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
+    if not processes.first:
+        return {}
+
+    done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
+    stage.text = "scores and files"
+    write_file(work / "slides.parquet", done.moments.to_parquet(index=False))
+    table = _metrics(config, protocol, splits, use, done.moments)
+    write_metrics(table, work / "metrics.csv")
+    source.save(work, source.outer())
+    record = source.record(source.outer())
+    if config.features in ("student", "frozen+student"):
+        probes = {f"fold{i}": probe for i, probe in done.probes.items()}
+        at = {"normalization": protocol.normalization, "fingerprint": record["backbone_fingerprint"]}
+        save_probes(work / "probe.safetensors", probes, **at)
+    predictions = held_out_predictions(cohort, done.predicted)
+    write_h5ad(predictions, work / "predictions.h5ad")
+    if maps:
+        draw_maps(cohort, predictions, table, work / "maps")
+    own = done.moments[done.moments["normalization"] == protocol.normalization]
+    scores = {
+        m: {how: interval(moments, how=how, seed=config.seed) for how in ("pooled", "slides")}
+        for m, moments in done.moments.groupby("normalization", sort=False)
+    }
+    score, lost = scores[protocol.normalization]["pooled"], table[table["pcc"].isna()]
+    summary = {
+        "mean_pcc": score["pcc"],
+        "ci_low": score["ci_low"],
+        "ci_high": score["ci_high"],
+        "mean_pcc_per_fold": score["per_fold"],
+        "n_nan": len(lost),
+        "nan_genes": sorted(set(lost["gene"].astype(str))),
+        "protocol": protocol.name,
+        "method": config.method,
+        "features": config.features,
+        "shuffled": config.shuffle_teacher,
+        "backbone": config.backbone,
+        "cohort": config.cohort,
+        "split": protocol.split,
+        "normalization": protocol.normalization,
+        "scores": scores,
+        "unit": score["unit"],
+        "one_patient": own["patient"].nunique() == 1 and own["patient"].iloc[0] != "unknown",
+        "ceiling": _ceiling(cohort, done, splits),
+        "alphas": done.alphas[protocol.normalization],
+        "epochs": config.epochs if source.taught else None,
+        "teacher": None if source.teacher is None else repr(source.teacher),
+        "teacher_fingerprint": getattr(source.teacher, "fingerprint", None),
+        "teacher_coverage": coverage,
+        **record,
+        "n_folds": len(splits),
+        "n_spots": len(cohort),
+        "slides": [s.id for s in cohort.slides],
+        "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
+        "pca_components": done.n_components,
+        "data_fingerprint": source.data,
+        "seconds": round(time.perf_counter() - begun, 1),
+        **made_with(device),
+    }
+    write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
+    shutil.rmtree(work / "scratch", ignore_errors=True)
+    return summary
+
+
+def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.AnnData]:
+    """Read a finished run's config, result table, summary and predictions.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(features="depth", method="none", **small), "depth", maps=False)
+    >>> config, table, summary, predictions = pk.load_run("depth")
+    >>> table[["fold", "gene", "pcc", "n_train", "n_test"]].head(3).round(2)
+       fold    gene   pcc  n_train  n_test
+    0     0   ADH1B  0.04       78      78
+    1     0  ELAVL1 -0.13       78      78
+    2     0   MUC16 -0.01       78      78
+    >>> predictions.n_obs, list(predictions.layers)
+    (156, ['measured'])
+    """
+    out = Path(out)
+    if not (out / "summary.json").is_file():
+        raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
+    config, summary = read_run(out)
+    config = RunConfig(**config.as_dict())
+    predictions = read_anndata(own_file(out, "predictions.h5ad"), layers=("measured",))
+    return config, read_metrics(out / "metrics.csv"), summary, predictions
+
+
+def run_name(config: RunConfig) -> str:
+    """Return a folder name that is readable and differs whenever any setting does.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.experiments.run_name(pk.RunConfig(cohort="mini", method="none"))[:26]
+    'mini_mini_none_patient_s0_'
+    """
+    settings = hashlib.sha256(json.dumps(config.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    parts = (Path(config.cohort).name, config.backbone, config.method, config.split, f"s{config.seed}", settings)
+    return "_".join(parts)
+
+
+def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False):
+    """Return `load_run` of `out`, running the experiment first where it is not there.
+
+    Other settings, another teacher under the same name, or other weights inside the package are a FileExistsError.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> config = pk.RunConfig(features="depth", method="none", **small)
+    >>> config, table, summary, predictions = pk.load_or_run(config, "depth", maps=False)
+    >>> pk.load_or_run(config, "depth")[1].equals(table)  # read, not run again
+    True
+    >>> pk.load_or_run(pk.RunConfig(features="coordinates", method="none", **small), "depth")
+    Traceback (most recent call last):
+    FileExistsError: depth holds a run with other settings; name another folder or remove it
+    """
+    out = Path(out)
+    if not (out / "summary.json").is_file():
+        try:
+            run(config, out, maps=maps, progress=progress)
+        except FileExistsError:  # unless another process has just made it
+            if not (out / "summary.json").is_file():
+                raise
+    loaded = load_run(out)
+    if loaded[0] != config:
+        raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")
+    made_by = loaded[2].get("teacher_fingerprint")
+    if made_by is not None and config.load_teacher().fingerprint != made_by:
+        raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run anew")
+    file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else None
+    if file is not None and (used := loaded[2].get("weights")) not in (None, origin(file)):
+        raise FileExistsError(f"{out} holds a run with weights {used!r}, now {origin(file)!r}; remove it to run anew")
+    return loaded
+
+
+def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
+    """Return the result table of the protocol's own targets."""
+    table = pooled(moments[moments["normalization"] == protocol.normalization])
+    sizes = {i: (int(use[train].sum()), len(test)) for i, (train, test) in enumerate(splits)}
+    names = {"method": config.method, "backbone": config.backbone, "split": protocol.split}
+    names |= {"protocol": protocol.name, "features": config.features, "normalization": protocol.normalization}
+    table = table.drop(columns="normalization")
+    for k, (name, value) in enumerate(names.items()):
+        table.insert(k, name, value)
+    return table.assign(
+        n_train=table["fold"].map(lambda i: sizes[i][0]), n_test=table["fold"].map(lambda i: sizes[i][1])
+    )
+
+
+def _ceiling(cohort: Cohort, done, splits) -> dict:
+    """Mean over folds and genes of the PCC that counting noise leaves to a perfect model, on the rows scored."""
+    found = {}
+    for m in NORMALIZATIONS:
+        means, basis = [], None
+        for i, (_, test) in enumerate(splits):
+            values, basis = ceiling_of(cohort.adata[test], done.predicted[i][1], method=m)
+            means.append(float(values.mean()))
+        found[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
+    return found

@@ -1,0 +1,104 @@
+"""Maps of the correlation around each spot."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from sklearn.neighbors import NearestNeighbors
+
+from peka_lite.maps.tissue import draw_spots
+from peka_lite.probe.metrics import pearson
+
+OVER = ("neighbours", "genes")
+
+
+def local_pcc(
+    coords: np.ndarray,
+    measured: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    over: str = "neighbours",
+    n_neighbors: int = 18,
+) -> np.ndarray:
+    """Pearson correlation between measured and predicted expression at every spot.
+
+    Parameters
+    ----------
+    coords
+        (N, 2) spot centres, any unit.
+    measured, predicted
+        (N, G) normalised expression. With ``over="genes"`` each gene is first centred and scaled over the spots,
+        or genes that are high everywhere would decide.
+    over
+        ``"neighbours"``: per gene over the spot and its `n_neighbors` nearest neighbours, then the mean over genes
+        (18 are the two rings around a spot on Visium's hexagons). ``"genes"``: over genes at the spot alone.
+
+    Returns
+    -------
+    numpy.ndarray
+        (N,) float64; NaN where it is not defined (no gene varies).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> xy, Y = rng.random((50, 2)), rng.random((50, 4))  # 50 spots, four genes
+    >>> bool(np.allclose(pk.maps.local_pcc(xy, Y, 2 * Y + 1), 1))
+    True
+    """
+    Y, P = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if over not in OVER:
+        raise ValueError(f"unknown over={over!r}; known: {', '.join(OVER)}")
+    if Y.shape != P.shape or len(coords) != len(Y):
+        raise ValueError(f"rows disagree: coords {np.shape(coords)}, measured {Y.shape}, predicted {P.shape}")
+    if over == "genes":
+        if Y.shape[1] < 3:
+            raise ValueError(f"over='genes' needs at least 3 genes, not {Y.shape[1]}")
+        return pearson(_zscore(Y).T, _zscore(P).T)
+    if not 3 <= n_neighbors < len(Y):
+        raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
+    near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(coords).kneighbors(coords, return_distance=False)
+    per_gene = np.stack([pearson(Y[rows], P[rows]) for rows in near])  # (N, G)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a spot where no gene varies stays NaN
+        return np.nanmean(per_gene, axis=1)
+
+
+def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:
+    """Draw where on the slide a prediction holds: `local_pcc` over neighbourhoods and over genes, beside the H&E.
+
+    `measured` and `predicted` are (N, G) normalised expression at the slide's spots.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
+    >>> measured = pk.data.targets(adata, ["KRT8", "CD8A", "ACACB"])
+    >>> figure = pk.maps.pcc_map(adata, measured, measured + 1)
+    >>> [ax.get_ylabel() for ax in figure.axes]  # three panels, two colour bars
+    ['', '', '', 'PCC', 'PCC']
+    """
+    coords = np.asarray(adata.obsm["spatial"])[:, :2]
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    draw_spots(axes[0], adata, None, title="H&E")
+    shared = {"cmap": "RdBu_r", "norm": Normalize(-1, 1), "label": "PCC"}
+    for ax, over, words in (
+        (axes[1], "neighbours", "neighbourhoods"),
+        (axes[2], "genes", "genes"),
+    ):
+        values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)
+        draw_spots(ax, adata, values, title=f"PCC over {words} (mean {pd.Series(values).mean():.2f})", **shared)
+    return fig
+
+
+def _zscore(A: np.ndarray) -> np.ndarray:
+    mean, std = A.mean(0), A.std(0)
+    varies = std > 1e-10 * np.abs(mean)  # rounding leaves a constant gene with a tiny spread, not with none
+    return np.where(varies, A - mean, 0) / np.where(varies, std, 1)

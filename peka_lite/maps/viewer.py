@@ -1,0 +1,202 @@
+"""One slide to explore in a browser: its H&E image, its spots, and what was predicted there."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from peka_lite._core.io import write_file
+from peka_lite._core.names import in_html
+from peka_lite._core.outputs import output
+from peka_lite.data.hest import IMAGE_KEY, tissue_window
+from peka_lite.maps.local_pcc import local_pcc
+from peka_lite.maps.tissue import colour_limits, flat_in_words, residual_reach
+from peka_lite.probe.metrics import pearson
+
+IMAGE_PX, JPEG_QUALITY = 1000, 80
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>:root {{ color-scheme: light dark }} body {{ margin: 12px; font-family: system-ui, sans-serif }}</style>
+<main>
+{viewer}
+</main>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class SlideViewer:
+    """An interactive slide, whole in one piece of HTML: shows itself in Jupyter, on Colab and in the book.
+
+    Attributes
+    ----------
+    title
+        What it shows.
+    html
+        Style, picture, data and script; needs no network and no library.
+    """
+
+    title: str
+    html: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the viewer as a page of its own, which opens from the disk.
+
+        A file that is there is replaced where this wrote it and nobody changed it since, else it is a FileExistsError.
+        """
+        path = Path(path)
+        with output(path, "SlideViewer.save") as partial:
+            write_file(partial, PAGE.format(title=in_html(self.title), viewer=self.html).encode(), of=path)
+        return path
+
+
+def slide_viewer(
+    adata: ad.AnnData,
+    measured: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    genes: Sequence[str],
+    n_neighbors: int = 18,
+    title: str | None = None,
+) -> SlideViewer:
+    """Make a page on which a reader chooses a gene and sees it on the slide, measured and predicted.
+
+    Parameters
+    ----------
+    adata
+        A slide's AnnData, with ``obsm["spatial"]`` and the image in ``uns["spatial"]``.
+    measured, predicted
+        (N, G) normalised expression at the slide's spots.
+    genes
+        The G names. They are offered in the order of their PCC on this slide.
+    n_neighbors
+        Of `local_pcc`, which is drawn for each gene.
+    title
+        Heading; by default how many genes and spots there are.
+
+    Returns
+    -------
+    SlideViewer
+
+    Raises
+    ------
+    ValueError
+        If shapes, genes and spots do not agree, or a value is not finite.
+
+    Notes
+    -----
+    The page holds expression in 256 steps from a gene's least to its greatest value, measured and predicted on the
+    same steps, and correlations in steps of 1/127. Colours span the 1st to the 99th percentile, as in `expression_map`,
+    and a gene whose prediction does not vary is said to.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> factors = {"tissue_downscaled_fullres_scalef": 0.1, "spot_diameter_fullres": 55.0}
+    >>> image = {"images": {"downscaled_fullres": np.full((100, 120, 3), 200, np.uint8)}, "scalefactors": factors}
+    >>> xy = rng.uniform(100, 900, (30, 2))
+    >>> slide = ad.AnnData(np.ones((30, 1)), obsm={"spatial": xy}, uns={"spatial": {"S1": image}})
+    >>> Y = rng.random((30, 2))
+    >>> pk.slide_viewer(slide, Y, Y**2, genes=["EPCAM", "CD3E"], n_neighbors=6)
+    SlideViewer(title='2 genes at 30 spots')
+    """
+    Y, P, names = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float), [str(g) for g in genes]
+    _check(adata, Y, P, names, n_neighbors)
+    pcc = pearson(Y, P)  # (G,)
+    order = np.argsort(-np.nan_to_num(pcc, nan=-2), kind="stable")
+    image, scale, diameter, (x0, y0, x1, y1) = tissue_window(adata)
+    picture = Image.fromarray(image[y0:y1, x0:x1]).convert("RGB")
+    xy = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2)
+    data = {
+        "genes": [names[g] for g in order],
+        "pcc": [None if np.isnan(v) else float(v) for v in pcc[order]],
+        "spots": adata.obs_names.astype(str).tolist(),
+        "xy": _base64(((xy * scale - (x0, y0)) / picture.size).astype("<f4")),
+        "radius": diameter * scale / picture.width / 2,  # a share of the picture's width
+        "near": n_neighbors,
+        **_layers(xy, Y[:, order], P[:, order], n_neighbors),
+        **{name: _base64(255 * colormaps[name](np.arange(256))[:, :3] + 0.5) for name in ("viridis", "RdBu_r")},
+    }
+    picture.thumbnail((IMAGE_PX, IMAGE_PX))
+    picture.save(jpeg := io.BytesIO(), format="JPEG", quality=JPEG_QUALITY, optimize=True)
+    title = title or f"{len(names)} genes at {len(xy)} spots"
+    parts = {
+        "title": f'<p class="peka-title">{in_html(title)}</p>',
+        "image": f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}",
+        "width": str(picture.width),
+        "height": str(picture.height),
+        "data": json.dumps(data).replace("<", "\\u003c"),  # no gene's name may end the script
+    }
+    parts["id"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    template = resources.files("peka_lite.maps").joinpath("viewer.html").read_text(encoding="utf-8")
+    return SlideViewer(title, re.sub(r"\{\{(\w+)\}\}", lambda part: parts[part[1]], template))
+
+
+def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> dict:
+    """Return what the spots are coloured by, and what turns its bytes back into numbers."""
+    both = np.concatenate([Y, P])  # (2N, G)
+    low, step = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-9) / 255
+    # `local_pcc` gene by gene, all in one call: (k + 1, N * G) columns.
+    near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(xy).kneighbors(xy, return_distance=False).T  # (k + 1, N)
+    local = pearson(Y[near].reshape(n_neighbors + 1, -1), P[near].reshape(n_neighbors + 1, -1)).reshape(Y.shape)
+    over = local_pcc(xy, Y, P, over="genes") if Y.shape[1] >= 3 else np.empty(0)
+    return {
+        "measured": _base64(np.rint((Y - low) / step).T),  # (G, N)
+        "predicted": _base64(np.rint((P - low) / step).T),
+        "local": _base64(_pcc_codes(local.T)),
+        "over": _base64(_pcc_codes(over)),
+        "low": low.tolist(),
+        "step": step.tolist(),
+        "scale": [colour_limits(values) for values in both.T],
+        "reach": [residual_reach(residual) for residual in (Y - P).T],
+        "flat": [flat_in_words(values, "spots") for values in P.T],
+    }
+
+
+def _pcc_codes(pcc: np.ndarray) -> np.ndarray:
+    """Return correlations from -1 to 1 as 0 to 254, NaN as 255."""
+    return np.where(np.isnan(pcc), 255, np.rint(127 * (pcc + 1)))
+
+
+def _base64(array: np.ndarray) -> str:
+    array = array if array.dtype == "<f4" else array.astype(np.uint8)
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _check(adata: ad.AnnData, Y: np.ndarray, P: np.ndarray, names: list[str], n_neighbors: int) -> None:
+    wanted = (adata.n_obs, len(names))
+    if not names or Y.shape != wanted or P.shape != wanted:
+        raise ValueError(f"(spots, genes) disagree: measured {Y.shape}, predicted {P.shape}, adata and genes {wanted}")
+    if not 3 <= n_neighbors < len(Y):
+        raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"genes: {', '.join(twice)} given more than once")
+    for what, A in (("measured", Y), ("predicted", P)):
+        if holes := [name for name, whole in zip(names, np.isfinite(A).all(0), strict=True) if not whole]:
+            raise ValueError(f"{what}: {', '.join(holes[:5])} not finite at every spot; leave out such genes or spots")
+    images = next(iter(adata.uns.get("spatial", {}).values()), {}).get("images", {})
+    if IMAGE_KEY not in images or "spatial" not in adata.obsm:
+        raise ValueError(f"adata: obsm['spatial'] and an image {IMAGE_KEY!r} in uns['spatial'] are needed")

@@ -1,0 +1,5 @@
+"""Reports over runs: the paper's tables and figures, and their own."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names: __init__.pyi

@@ -1,0 +1,187 @@
+"""Tables of one protocol, of differences, and of what leaks cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from peka_lite.evaluation.scores import difference
+from peka_lite.reports._settings import sd_over_seeds, seed_scores
+from peka_lite.reports.runs import INTERVALS, PROTOCOLS, TARGETS, Run, label, require_shared, title, where, widest
+
+CAUTION = {
+    "paper": "Random spots are held out, as in PEKA's released code (the paper does not say of what its folds are), "
+    "and a taught student saw the whole cohort, test spots included: these values say nothing of a new patient.",
+    "hest": "A taught student saw training rows only; genes are chosen on all rows, as HEST-bench does.",
+    "strict": "Student, clusters, genes, PCA and penalty were made from training rows only.",
+    "custom": "No named protocol: config.yml of each run says what was held out and how.",
+}
+
+
+def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> pd.DataFrame:
+    """Put runs of one protocol, cohort and backbone under each other.
+
+    Parameters
+    ----------
+    normalization
+        Which targets; the protocol's own by default.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a run (`label`): mean PCC pooled over a fold's test spots and its interval, the same by slides, the
+        pooled PCC's share of the ceiling that counting noise sets, and the pooled PCC of each fold; of means over seeds
+        instead that of each seed, and their standard deviation. ``attrs`` holds title and note.
+
+    Raises
+    ------
+    ValueError
+        If runs differ in what would make a column mean two things; the message names it.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
+    >>> table = pk.reports.protocol_table(pk.reports.read_runs(["coordinates", "depth"]))
+    >>> table[["PCC", "share of ceiling", "fold 0", "fold 1"]].round(2).T
+    features          coordinates  total count
+    PCC                      0.12        -0.01
+    share of ceiling         0.21        -0.02
+    fold 0                   0.13        -0.04
+    fold 1                   0.10         0.01
+    >>> table.attrs["title"].split(" · ")[2:]
+    ['one patient, random spots held out', 'log1p-cp10k targets', 'no intervals: one slide']
+    """
+    runs = require_shared(runs)
+    own = runs[0].summary["normalization"]
+    normalization = normalization or own
+    rows = []
+    for run in runs:
+        pooled, slides = (run.score(how, normalization=normalization) for how in ("pooled", "slides"))
+        row = _scores("PCC", pooled, slides)
+        row["share of ceiling"] = pooled["pcc"] / run.summary["ceiling"][normalization]["pcc"]
+        if len(widest(runs)) > 1:
+            row["sd over seeds"] = sd_over_seeds(run, normalization=normalization)
+            row |= {f"seed {s}": pcc for s, pcc in seed_scores(run, normalization=normalization).items()}
+        else:
+            row |= {f"fold {i}": pcc for i, pcc in enumerate(pooled["per_fold"])}
+        rows.append(row)
+    table = pd.DataFrame(rows, index=pd.Index([label(run) for run in runs], name="features"))
+    basis = runs[0].summary["ceiling"][normalization]["basis"]
+    note = f"{CAUTION[runs[0].summary['protocol']]} Mean PCC over genes, then over folds (pooled) or slides; "
+    note += f"{INTERVALS}. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
+    if few := [label(run) for run in runs if len(run.seeds) < len(widest(runs))]:
+        note += f" Of fewer seeds: {', '.join(few)}."
+    if normalization != own:
+        note += f" The protocol's own targets are {own}; its genes were chosen for those."
+    table.attrs = {"title": title(runs, normalization=normalization), "note": note}
+    return table
+
+
+def difference_table(
+    runs: Sequence[Run], *, reference: str = "frozen", normalization: str | None = None
+) -> pd.DataFrame:
+    """Subtract the reference's mean PCC from every other run's, paired by patient (or slide) and gene.
+
+    Parameters and errors are those of `protocol_table`; `reference` is a row's `label`. Columns: difference of the
+    pooled PCC and its 95% interval, and the same by slides; NaN for a mean over other seeds than the reference's.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3", "MINI5"], "n_splits": 3, "n_genes": 10}
+    >>> for features in ("coordinates", "depth"):
+    ...     config = pk.RunConfig(features=features, protocol="hest", **small)
+    ...     _ = pk.load_or_run(config, f"{features}_hest", maps=False)
+    >>> runs = pk.reports.read_runs(["coordinates_hest", "depth_hest"])
+    >>> pk.reports.difference_table(runs, reference="coordinates").round(2).T.head(3)
+    minus coordinates  total count
+    difference                0.25
+    low                       0.04
+    high                      0.45
+    """
+    runs = require_shared(runs)
+    named = {label(run): run for run in runs}
+    if reference not in named or len(named) == 1:
+        raise ValueError(f"no differences to {reference!r}: the runs are {', '.join(named)}")
+    normalization = normalization or runs[0].summary["normalization"]
+    moments = {k: run.moments[run.moments["normalization"] == normalization] for k, run in named.items()}
+    against, rows, unpaired = moments.pop(reference), [], []
+    for name, here in moments.items():
+        if named[name].seeds == named[reference].seeds:
+            scores = [difference(here, against, how=how) for how in ("pooled", "slides")]
+        else:
+            scores = [dict.fromkeys(("pcc", "ci_low", "ci_high"), math.nan)] * 2
+            unpaired.append(name)
+        rows.append(_scores("difference", *scores))
+    table = pd.DataFrame(rows, index=pd.Index(list(moments), name=f"minus {reference}"))
+    note = f"Differences of the mean PCC, paired; {INTERVALS}, each for itself and not for all rows together."
+    if unpaired:
+        note += f" None for {', '.join(unpaired)}: not the seeds of {reference}."
+    table.attrs = {"title": f"minus {reference} · {title(runs, normalization=normalization)}", "note": note}
+    return table
+
+
+def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Put the same data under paper, hest and strict protocol side by side, a column each, with what each step costs.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per targets and `label`: pooled mean PCC by protocol, the cost of either step (positive where PCC is
+        lost), then the intervals. NaN where no run is.
+
+    Raises
+    ------
+    ValueError
+        With fewer than two of these protocols, or runs that differ in data, backbone, epochs and the like.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3"], "n_splits": 2, "n_genes": 10}
+    >>> for protocol in ("paper", "hest"):
+    ...     config = pk.RunConfig(features="coordinates", protocol=protocol, **small)
+    ...     _ = pk.load_or_run(config, f"leak_{protocol}", maps=False)
+    >>> table = pk.reports.leak_table(pk.reports.read_runs(["leak_paper", "leak_hest"]))
+    >>> table[["paper", "hest", "cost of holding patients out"]].reset_index().round(2).T
+                                            0            1
+    targets                       log1p-cp10k        log1p
+    features                      coordinates  coordinates
+    paper                                0.21         0.24
+    hest                                -0.05        -0.03
+    cost of holding patients out         0.27         0.27
+    """
+    have = [p for p in PROTOCOLS if any(run.summary["protocol"] == p for run in runs)]
+    if len(have) < 2 or "custom" in have:
+        raise ValueError(f"what leaks cost takes runs of at least two of paper, hest and strict, not {', '.join(have)}")
+    runs = require_shared(runs, across_protocols=True)
+    who = "patients" if any(run.summary["split"] == "patient" for run in runs) else "sections"
+    rows = {}
+    for target in TARGETS:
+        for run in runs:
+            score, name = run.score(normalization=target), run.summary["protocol"]
+            row = rows.setdefault((target, label(run)), {})
+            row |= {name: score["pcc"], f"{name} low": score["ci_low"], f"{name} high": score["ci_high"]}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=["targets", "features"])
+    table = table.reindex(columns=[f"{p}{end}" for end in ("", " low", " high") for p in PROTOCOLS[:3]])
+    table.insert(3, f"cost of holding {who} out", table["paper"] - table["hest"])
+    table.insert(4, "cost of the rest", table["hest"] - table["strict"])
+    table.attrs["title"] = f"one protocol a column, never one for another · {where(runs)} · pooled PCC"
+    table.attrs["note"] = (
+        f"From paper to hest {who} are held out from student and probe, and the penalty changes; from hest to strict "
+        "genes and penalty are chosen on training rows too, and a better penalty can make that cost negative. "
+        "Protocols score different genes and folds: a cost is a difference of two means, without a paired interval."
+    )
+    return table
+
+
+def _scores(name: str, pooled: dict, slides: dict) -> dict:
+    columns = {"": pooled, ", by slides": slides}
+    keys = {name: "pcc", "low": "ci_low", "high": "ci_high"}
+    return {word + end: score[key] for end, score in columns.items() for word, key in keys.items()}

@@ -1,0 +1,125 @@
+"""Teachers: a spot's expression in, an embedding out."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from peka_lite._core.locks import alone
+from peka_lite.data.download import cache_dir, located
+from peka_lite.teachers._choices import TEACHERS
+
+
+def make_pca(**options):
+    """Make the PCA teacher."""
+    from peka_lite.teachers.pca import PCATeacher
+
+    return PCATeacher(**options)
+
+
+def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
+    """Make scFoundation from a checkpoint, by default the fetched one."""
+    from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
+
+    checkpoint = checkpoint or located("scfoundation")
+    if checkpoint is None:
+        raise FileNotFoundError(
+            "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or give a file"
+        )
+    return ScFoundation.from_checkpoint(checkpoint, **options)
+
+
+def make_scfoundation_mini(**options):
+    """Make scFoundation at small size from the checkpoint in the package; ``weights/scfoundation_mini.md`` is its card.
+
+    Its vocabulary is the mini cohort's genes, sorted. `options` are ``precision`` and ``mapping`` of
+    `ScFoundation.from_checkpoint`.
+    """
+    from peka_lite.teachers.scfoundation import ScFoundation
+
+    if unknown := options.keys() - {"precision", "mapping"}:
+        raise ValueError(
+            f"teacher 'scfoundation-mini' takes precision and mapping, not {', '.join(sorted(unknown))}; its weights "
+            "and genes come with the package, and 'scfoundation' reads a checkpoint"
+        )
+    weights = Path(str(resources.files("peka_lite.teachers"))) / "weights"
+    lines = resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines()
+    genes = sorted(gene for line in lines if not line.startswith("#") for gene in line.split())
+    return ScFoundation.from_checkpoint(weights / "scfoundation_mini.ckpt", genes=genes, **options)
+
+
+_MAKERS = dict(zip(TEACHERS, (make_pca, make_scfoundation, make_scfoundation_mini), strict=True))
+
+
+def load_teacher(name: str, **options):
+    """Make a teacher by name.
+
+    A teacher has ``fit(adata)``, with one AnnData of raw counts or one a slide, and
+    ``embed(adata, *, batch_size=None, device=None)``, which returns (N, D_t) float32.
+
+    Parameters
+    ----------
+    name
+        ``"pca"``, whose options are those of `PCATeacher`; ``"scfoundation"``, with ``checkpoint`` (None: the fetched
+        one) and the options of `ScFoundation.from_checkpoint`; or ``"scfoundation-mini"``, the same network at small
+        size, pretrained on synthetic counts, with ``precision`` and ``mapping``.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.load_teacher("pca", n_components=32)
+    PCATeacher(n_components=32, n_genes=2000, seed=0)
+    >>> pk.load_teacher("scfoundation-mini")
+    ScFoundation(scfoundation_mini.ckpt, cell: 2 layers, width 64, 1500 genes)
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}; known: {', '.join(TEACHERS)}")
+    return _MAKERS[name](**options)
+
+
+def embed_cohort(
+    teacher,
+    cohort,
+    *,
+    batch_size: int | None = None,
+    device: str | None = None,
+    cache: str | os.PathLike | None = None,
+    progress: bool = False,
+    **options,
+) -> np.ndarray:
+    """Embed a cohort slide by slide, each with all of its own genes; (N, D_t) float32 in the cohort's row order.
+
+    A pretrained teacher's embeddings are kept in `cache` (None: ``embeddings`` in the cache folder), one file a slide
+    whose name holds a hash of counts, weights and settings: when any of them changes, so does the file. A stopped job
+    goes on where it was, and of two jobs that want one file the second waits for the first. A teacher that is fitted,
+    as PCA, is asked anew. `options` go to the teacher's `embed`, as ``resolution="f1"``.
+
+    Examples
+    --------
+    Fitted on the first slide, the teacher embeds the second too:
+
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI2"])
+    >>> train = cohort.rows_of("MINI1")
+    >>> teacher = pk.load_teacher("pca", n_components=8, n_genes=100).fit(cohort.by_slide(train))
+    >>> E = pk.embed_cohort(teacher, cohort)
+    >>> E.shape, len(teacher.fitted_on_)
+    ((395, 8), 190)
+    """
+    options |= {"device": device}
+    if not hasattr(teacher, "cache_key"):
+        return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, **options) for s in cohort.slides])
+    folder = Path(cache) if cache is not None else cache_dir() / "embeddings"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for slide in cohort.slides:
+        file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, **options)}.npy"
+        if not file.is_file():
+            with alone(file.with_suffix("")):  # `embed` itself holds the file
+                if not file.is_file():
+                    teacher.embed(slide.adata, batch_size=batch_size, out=file, progress=progress, **options)
+        parts.append(np.load(file))
+    return np.concatenate(parts)

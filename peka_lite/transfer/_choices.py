@@ -1,0 +1,5 @@
+"""Names of the spaces in which student and teacher are compared."""
+
+from __future__ import annotations
+
+KD_SPACES = ("embedding", "logits")

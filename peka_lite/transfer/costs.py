@@ -1,0 +1,185 @@
+"""What teaching a student costs, counted before it is done: operations, and bytes."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from peka_lite.adapters.adapt import adapt
+from peka_lite.backbones.load import BACKBONES, Backbone, build, pooled, precision_for
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and memory of one student with one adapter, counted without running it.
+
+    Attributes
+    ----------
+    forward, backward
+        Floating-point operations a tile (a multiply and an add are two). Backward holds the gradients of activations
+        and of adapters; frozen weights have none.
+    step_forward, step_backward
+        The same a step, whatever its batch: merged weights, and the sums that make a block's gradient.
+    weights, adapters
+        Bytes: the student's weights in the compute type; float32 adapters, their gradients and Adam's two moments.
+    kept, kept_recomputed
+        Bytes a tile that wait for the backward pass: of every block, or of one block at a time with every block's
+        input (`recompute`).
+    step_kept
+        Bytes a step beside them: merged weights.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cost = pk.transfer.student_cost("mini", half=False)
+    >>> cost.adapters == 4 * 4 * 110592  # weights, their gradients and two moments of Adam, 4 bytes each
+    True
+    >>> cost.memory(256, recompute=True) < cost.memory(256) / 2, cost.operations(1, recompute=True) > cost.operations(1)
+    (True, True)
+    """
+
+    forward: int
+    backward: int
+    step_forward: int
+    step_backward: int
+    weights: int
+    adapters: int
+    kept: int
+    kept_recomputed: int
+    step_kept: int
+
+    def memory(self, tiles: int, *, recompute: bool = False) -> int:
+        """Return bytes that training with `tiles` at once takes: an estimate, without the allocator's own share."""
+        each = self.kept_recomputed if recompute else self.kept
+        return self.weights + self.adapters + (0 if recompute else self.step_kept) + tiles * each
+
+    def operations(self, tiles: int, *, recompute: bool = False) -> int:
+        """Return floating-point operations of one training step over `tiles`."""
+        forward = tiles * self.forward + self.step_forward
+        return forward * (2 if recompute else 1) + tiles * self.backward + self.step_backward
+
+
+@cache
+def student_cost(name: str, method: str = "bone", *, r: int | None = None, half: bool = True) -> Cost:
+    """Count what teaching a student costs; takes seconds, and neither weights nor memory.
+
+    Operations are PyTorch's own count (`torch.utils.flop_counter`: matrix products, convolutions, attention) over
+    tensors without content; memory is what autograd would keep of them.
+
+    Parameters
+    ----------
+    name
+        A key of `BACKBONES`.
+    method, r
+        As in `adapt`; None takes the student's own block size.
+    half
+        Compute in 16 bits, else in 32.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cost = pk.transfer.student_cost("mini", half=False)
+    >>> round(cost.forward / 1e9, 2), round(cost.backward / cost.forward, 2)  # frozen weights have no gradient
+    (0.29, 1.2)
+    """
+    spec = BACKBONES[name]
+    one, two = (_count(spec, method, r or spec.bone_r or 1, half, tiles) for tiles in (1, 2))
+    a_tile = {key: two[key] - one[key] for key in ("forward", "backward", "kept", "recomputed")}
+    return Cost(
+        a_tile["forward"], a_tile["backward"],
+        one["forward"] - a_tile["forward"], one["backward"] - a_tile["backward"],
+        one["weights"], one["adapters"], a_tile["kept"], a_tile["recomputed"], one["kept"] - a_tile["kept"],
+    )  # fmt: skip
+
+
+def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[str, int]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    # PyTorch's count knows attention by the names of its GPU kernels, and would take the CPU's for nothing.
+    attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+            sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = build(spec).eval()
+        model.spec = spec
+        adapt(model, method, r=r, total_steps=1)
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held, counter = {}, FlopCounterMode(display=False, custom_mapping=attention)
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        held[storage._cdata] = storage  # held, so that no other takes its address
+        return tensor
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):  # shapes and types, no memory
+        own = _with_types(model, torch.bfloat16 if half else torch.float32)
+        x = torch.empty(tiles, 3, spec.input_size, spec.input_size)
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = pooled(model, x)
+        forward = counter.get_total_flops()
+        tokens = model.forward_features(x)
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            if y.requires_grad:
+                y.float().sum().backward()
+    kept = sum(storage.nbytes() for at, storage in held.items() if at not in own)
+    depth = len(getattr(model, "blocks", "1"))
+    return {
+        "forward": forward,
+        "backward": counter.get_total_flops(),
+        "kept": kept,
+        # Every block's float32 input waits, and one block at a time comes back whole.
+        "recomputed": depth * tokens.numel() * 4 + kept // depth if kept else 0,
+        "weights": model.adapter.n_base * (2 if half else 4),
+        "adapters": 16 * learn,
+    }
+
+
+def _with_types(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Put content-free weights where meta ones were, frozen products' in `dtype`; returns their storages' addresses."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                product = isinstance(module, nn.Linear | nn.Conv2d) and not p.requires_grad
+                data = torch.empty(p.shape, dtype=dtype if product else p.dtype)
+                module._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return {p.untyped_storage()._cdata for p in model.parameters()}
+
+
+def out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompute: bool) -> MemoryError:
+    """Return the error that says which option lowers memory, and to what."""
+    where = str(device)
+    if device.type == "cuda":
+        holds = torch.cuda.get_device_properties(device).total_memory
+        where = f"{torch.cuda.get_device_name(device)} ({holds / GIB:.1f} GiB)"
+    parts = [f"{where} ran out of memory at {tiles} tiles at once"]
+    try:
+        half = precision_for(model.spec, device) != torch.float32
+        cost = student_cost(model.spec.name, model.adapter.method, r=model.adapter.options.get("r"), half=half)
+    except Exception:  # a row of one's own, or a student the count does not cover: the options help all the same
+        cost = None
+
+    def about(n: int, again: bool) -> str:
+        return "" if cost is None else f" (about {cost.memory(n, recompute=again) / GIB:.1f} GiB)"
+
+    parts[0] += about(tiles, recompute)
+    if tiles > 1:
+        parts.append(f"--micro-batch {tiles // 2}{about(tiles // 2, recompute)} leaves the results as they are")
+    if not recompute and hasattr(model, "blocks"):
+        parts.append(f"--recompute{about(tiles, True)} does too, and takes a third more time")
+    if len(parts) == 1:
+        parts.append("take a GPU with more memory, or a smaller backbone")
+    return MemoryError("; ".join(parts))

@@ -1,0 +1,135 @@
+"""PEKA's two losses, and what to say when they stop being numbers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peka_lite.backbones.load import pooled
+from peka_lite.transfer._choices import KD_SPACES
+
+
+def transfer_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    tau: float = 2.0,
+    kd_weight: float = 0.5,
+    ce_weight: float = 0.5,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return PEKA's loss and its two parts (arXiv:2504.07061, equations 4 to 6).
+
+    ``kd_weight * KL(softmax(T / tau) || softmax(S / tau)) + ce_weight * CrossEntropy(logits, labels)``, both averaged
+    over the batch. The equation has no factor tau squared, so neither has this.
+
+    Parameters
+    ----------
+    student, teacher
+        S and T, (B, D) float32: embeddings, or logits where the distillation space is ``"logits"``.
+    logits
+        (B, n_classes) float32.
+    labels
+        (B,) int64.
+    tau
+        Temperature; the paper gives none, 2.0 is the authors' configuration.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> T = torch.tensor([[1.0, 2.0]])
+    >>> total, kd, ce = pk.transfer.transfer_loss(T, T, torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    >>> round(kd.item(), 4), round(ce.item(), 4), round(total.item(), 4)
+    (0.0, 0.6931, 0.3466)
+    """
+    kd = F.kl_div(
+        F.log_softmax(student.float() / tau, dim=-1),
+        F.log_softmax(teacher.float() / tau, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    ce = F.cross_entropy(logits.float(), labels)
+    return kd_weight * kd + ce_weight * ce, kd, ce
+
+
+class NotFinite(FloatingPointError):
+    """A loss that is no number; `rows` are the tiles, by row, that brought it, or all of the step's."""
+
+    def __init__(self, message: str, rows: list[int]):
+        super().__init__(message)
+        self.rows = rows
+
+
+class TransferModel(nn.Module):
+    """A student with a projector into the teacher's space and a classifier of pseudo-labels on top.
+
+    Parameters
+    ----------
+    backbone
+        Student from `load_backbone`, adapted by `adapt`.
+    teacher_dim
+        Width D_t of the teacher's embedding.
+    n_classes
+        Number of pseudo-labels.
+    hidden
+        Width of the hidden layer of the projector, and of the teacher head.
+    kd_space
+        ``"embedding"``: the student's projection is compared with the teacher's embedding (the paper's equation 4),
+        and a linear classifier reads the pseudo-label from the student's features beside it. ``"logits"``: a
+        classifier of teacher embeddings (two layers) is trained first and frozen; both losses compare what it says
+        of the student's projection with what it says of the teacher, and with the label (the authors' code).
+    seed
+        Decides the random start of projector and classifier.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
+    >>> model = pk.transfer.TransferModel(student, teacher_dim=50, n_classes=7)
+    >>> z, logits = model(torch.zeros(2, 3, 112, 112))
+    >>> tuple(z.shape), tuple(logits.shape)
+    ((2, 50), (2, 7))
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        teacher_dim: int,
+        n_classes: int,
+        hidden: int = 512,
+        kd_space: str = "embedding",
+        seed: int = 0,
+    ):
+        super().__init__()
+        if kd_space not in KD_SPACES:
+            raise ValueError(f"unknown kd_space {kd_space!r}; known: {', '.join(KD_SPACES)}")
+        if getattr(backbone, "spec", None) is None:
+            raise ValueError(
+                f"{type(backbone).__name__} has no registry row: a student comes from load_backbone; for a network of "
+                "your own write a row (register_backbone)"
+            )
+        self.backbone, self.kd_space, self.n_classes = backbone, kd_space, n_classes
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.projector = mlp(backbone.spec.dim, hidden, teacher_dim)
+            self.classifier = (
+                nn.Linear(backbone.spec.dim, n_classes)
+                if kd_space == "embedding"
+                else mlp(teacher_dim, hidden, n_classes)
+            )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map normalised images (B, 3, H, W) to a projection (B, D_t) and label logits (B, n_classes)."""
+        features = pooled(self.backbone, x)  # (B, D_s)
+        z = self.projector(features)
+        return z, self.classifier(features if self.kd_space == "embedding" else z)
+
+
+def mlp(into: int, hidden: int, out: int) -> nn.Sequential:
+    """Return the projector's shape: two linear layers with GELU between them."""
+    return nn.Sequential(nn.Linear(into, hidden), nn.GELU(), nn.Linear(hidden, out))

@@ -1,0 +1,298 @@
+"""What long work shows: its plan first, then bars in a terminal and plain lines elsewhere."""
+
+import io
+import re
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import task
+
+import peka_lite.experiments._teacher_labels
+import peka_lite.experiments.cache
+import peka_lite.experiments.features
+from peka_lite._core import progress
+from peka_lite._core.progress import Stage, bar, say
+from peka_lite.adapters.adapt import adapt
+from peka_lite.backbones.embed import embed_tiles
+from peka_lite.backbones.load import load_backbone
+from peka_lite.cli.main import main
+from peka_lite.experiments._train import train
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.run import run
+from peka_lite.transfer._training import Epochs
+from peka_lite.transfer.fit import fit
+from peka_lite.transfer.model import TransferModel
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
+    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    yield
+    assert progress._open == []
+    assert "progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def config(root, **changes):
+    settings = {"cohort": str(root), "backbone": "tiny", "weights": "random", "epochs": 2, "n_splits": 3, "n_genes": 5}
+    if changes.get("method") != "none":
+        settings |= {"label_method": "kmeans", "n_clusters": 3}
+    return RunConfig(**settings | changes)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """What was done, in numbers, since the test began."""
+    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "colour_texture"), 0)
+
+    def counted(room, name, size=lambda *_: 1):
+        original = getattr(room, name)
+
+        def call(*args, **options):
+            done[name] += size(*args)
+            return original(*args, **options)
+
+        monkeypatch.setattr(room, name, call)
+
+    counted(peka_lite.experiments.cache, "fit")
+    counted(Epochs, "_update")
+    counted(peka_lite.experiments.cache, "embed_tiles", lambda _, tiles: len(tiles))
+    counted(peka_lite.experiments._teacher_labels, "embed_cohort", lambda _, cohort: len(cohort))
+    counted(peka_lite.experiments.features, "colour_texture", lambda tiles: len(tiles))
+    return done
+
+
+def planned(err):
+    """Return the plan's numbers in the order of `count`."""
+    (line,) = [line for line in err.splitlines() if line.startswith("plan: ")]
+    words = ("trainings?", "optimiser steps", "tiles to embed", "spots for the teacher", "tiles to measure")
+    found = [re.search(rf"([\d,]+) {word}", line) for word in words]
+    return [int(match[1].replace(",", "")) if match else 0 for match in found]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainings"),
+    [
+        ({"protocol": "paper"}, 1),
+        ({"protocol": "hest"}, 3),
+        ({"protocol": "strict"}, 6),
+        ({"protocol": "strict", "train_share": 0.5, "batch_size": 7, "epochs": 1}, 6),
+        ({"protocol": "hest", "features": "frozen+student"}, 3),
+        ({"protocol": "strict", "method": "none"}, 0),
+        ({"protocol": "strict", "method": "none", "features": "teacher"}, 0),
+        ({"protocol": "strict", "method": "none", "features": "colour"}, 0),
+        ({"protocol": "strict", "method": "none", "features": "depth"}, 0),
+    ],
+)
+def test_the_plan_of_a_run_is_what_it_does(mini_root, tmp_path, monkeypatch, capsys, count, settings, trainings):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    run(config(mini_root, **settings), tmp_path / "a", maps=False, progress=True)
+    assert planned(capsys.readouterr().err) == list(count.values())
+    assert count["fit"] == trainings
+    if settings.get("features") not in ("teacher", "depth"):
+        assert count["embed_tiles"] + count["colour_texture"] > 0
+    # Once more: what was made is in the cache, and the plan knows.
+    before = dict(count)
+    run(config(mini_root, **settings), tmp_path / "b", maps=False, progress=True)
+    err = capsys.readouterr().err
+    assert planned(err) == [count[name] - before[name] for name in count]
+    assert count["fit"] == trainings
+    if made := trainings + (settings.get("features") == "frozen+student"):
+        assert f"plan: no training, {made} from the cache\n" in err
+
+
+@pytest.mark.parametrize(("fold", "trainings"), [(None, 4), (1, 3)])
+def test_the_plan_of_a_training_is_what_it_does(mini_root, tmp_path, monkeypatch, capsys, count, fold, trainings):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    train(config(mini_root, protocol="strict", epochs=1), tmp_path / "a", fold=fold, progress=True)
+    assert planned(capsys.readouterr().err) == list(count.values())
+    assert count["fit"] == trainings
+
+
+def test_the_plan_counts_only_what_the_cache_lacks(mini_root, tmp_path, monkeypatch, capsys, count):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    train(config(mini_root, protocol="hest", epochs=1), tmp_path / "a", fold=1)
+    capsys.readouterr()
+    before = dict(count)
+    run(config(mini_root, protocol="hest", epochs=1), tmp_path / "b", maps=False, progress=True)
+    err = capsys.readouterr().err
+    assert planned(err) == [count[name] - before[name] for name in count]
+    assert err.startswith("plan: 2 trainings (leaving out one fold), ")
+    assert "1 more from the cache" in err
+
+
+def test_every_long_part_of_a_run_has_a_name(mini_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    named, enter = [], Stage.__enter__
+    monkeypatch.setattr(Stage, "__enter__", lambda self: (named.append(self.text), enter(self))[1])
+    run(config(mini_root, protocol="strict", epochs=1), tmp_path / "a", progress=True)
+    assert {
+        "reading the cohort", "hashing the data: slide", "training", "loading tiny", "fitting the teacher",
+        "copying tiles to a memory map: part", "transfer:", "embed tiles:", "choosing genes: fold",
+        "penalty: pair of folds", "probe: fold", "maps: slide",
+    } <= set(named)  # fmt: skip
+    assert any(name.startswith("clustering ") for name in named)
+
+
+def test_a_step_that_takes_long_is_named_again_and_again(pipe):
+    with Stage("run", reports=True):
+        for k in Stage("training", ["a", "b", "c"]):
+            if k == "b":
+                with bar(desc="transfer", total=1200, initial=100, unit=" steps", enabled=True) as shown:
+                    shown.update(20)
+                    shown.set_postfix(loss="1.2")
+                    left = r"(, about [\d smin]+ left)?"
+                    pipe.wait_for(rf"run; training 2 of 3{left}; transfer: 120 of 1,200 steps{left}", times=3)
+    assert re.match(r"\[\d+ s\] run", pipe.getvalue())
+
+
+def test_a_part_without_steps_is_named_too(pipe):
+    with Stage(lambda: "", reports=True), Stage("clustering 30,414 spots"):
+        pipe.wait_for("clustering 30,414 spots")
+    with Stage("", reports=True):
+        pipe.wait_for("at work", times=2 if "at work" in pipe.lines else 1)
+
+
+def test_a_training_shows_where_it_is_while_a_batch_takes_long(pipe):
+    tiles, teacher, labels = task(20)
+
+    class Slow:
+        ids, shape = np.arange(20, dtype=np.uint64), tiles.shape
+
+        def __len__(self):
+            return len(tiles)
+
+        def __getitem__(self, rows):
+            pipe.wait_for(r"transfer: 0 of 2 steps")
+            return tiles[rows]
+
+    student = adapt(load_backbone("tiny", weights="random"), "lora", r=4)
+    model = TransferModel(student, teacher_dim=6, n_classes=3)
+    assert len(fit(model, Slow(), teacher, labels, epochs=1, batch_size=10, progress=True)) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_lines_end_with_the_work_however_it_ends(pipe, error):
+    def work():
+        with Stage("run", reports=True):
+            for _ in Stage("training", range(3)):
+                pipe.wait_for("run; training 1 of 3")
+                raise error
+
+    with pytest.raises(error):
+        work()
+    assert progress._lines is None
+
+
+def test_a_training_that_fails_leaves_no_thread(pipe):
+    _, teacher, labels = task(20)
+
+    class Broken:
+        ids = np.arange(20, dtype=np.uint64)
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, rows):
+            raise OSError("gone")
+
+    student = adapt(load_backbone("tiny", weights="random"), "lora", r=4)
+    model = TransferModel(student, teacher_dim=6, n_classes=3)
+    for call in (
+        lambda: fit(model, Broken(), teacher, labels, epochs=1, batch_size=10, progress=True),
+        lambda: embed_tiles(student, Broken(), progress=True),
+    ):
+        with pytest.raises(OSError, match="gone") as caught:
+            call()
+        assert progress._lines is None, caught
+
+
+def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with bar(desc="transfer", total=380, initial=100, unit=" steps", enabled=None) as shown:
+        assert shown.line() == "transfer: 100 of 380 steps"
+        now = 40.0
+        shown.update(80)
+        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 40 s left"
+        now = 70.0  # a step that takes long
+        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 10 s left"
+        now = 200.0
+        assert shown.line() == "transfer: 180 of 380 steps"
+    come = [0]
+    with Stage("fetching x:", ["a", "b"], total=900, measure=lambda: come[0], unit=" MB") as shown:
+        now, come[0] = 210.0, 300
+        assert shown.line() == "fetching x: 300 of 900 MB, about 20 s left"
+
+
+@pytest.mark.parametrize("place", ["terminal", "notebook"])
+def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypatch, place):
+    if place == "terminal":
+        monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
+    else:
+        monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
+    with Stage("run", reports=True):
+        assert progress._lines is None
+        say("plan: 3 trainings")
+        for _ in Stage("training", range(3)):
+            for _ in bar(range(4), desc="embed tiles", enabled=True):
+                pass
+    assert pipe.getvalue() == "plan: 3 trainings\n"
+    assert "training 2 of 3, embed tiles: 100%" in capsys.readouterr().err
+
+
+def test_a_bar_for_a_terminal_alone_is_not_shown_in_a_notebook(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
+    monkeypatch.setattr("tqdm.auto.tqdm", lambda items, *, disable, **_: disable)  # its stream says it is a terminal
+    assert bar(range(4), desc="draw the synthetic cohort", enabled=None) is True
+    assert bar(range(4), desc="embed tiles", enabled=True) is False
+
+
+def test_who_asks_for_nothing_hears_nothing(mini_root, tmp_path, pipe, capsys):
+    run(config(mini_root, method="none", features="colour"), tmp_path / "a", maps=False)
+    assert pipe.getvalue() + capsys.readouterr().err == ""
+
+
+def test_of_several_processes_the_first_alone_speaks(pipe, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Stage("run", reports=True):
+        assert progress._lines is None
+        say("plan: 3 trainings")
+    assert pipe.getvalue() == ""
+
+
+def test_work_goes_on_where_nobody_reads(monkeypatch):
+    tried = threading.Semaphore(0)
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            tried.release()
+            raise BrokenPipeError
+
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    for stderr in (Closed(), None):
+        monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
+        with Stage("run", reports=True):
+            say("plan: 3 trainings")
+            if stderr is not None:
+                assert all(tried.acquire(timeout=60) for _ in range(3))
+
+
+def test_a_short_command_prints_its_plan_and_no_line_more(mini_root, tmp_path, capsys):
+    cohort = ["--cohort", str(mini_root), "--slides", "MINI1,MINI2"]
+    assert main(["embed", *cohort, "--backbone", "mini", "--out", str(tmp_path / "x.h5ad")]) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch(r"plan: \d+ tiles to embed by mini\n", said.err)
+    assert said.out.endswith(f"{tmp_path / 'x.h5ad'}\n")
+    options = ["--method", "none", "--features", "depth", "--n-splits", "2", "--n-genes", "5", "--no-maps"]
+    assert main(["run", *cohort, *options, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "plan: no training\n"
+    assert said.out.startswith("none, features depth")
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'report'}/report.md\n", "plan: tables and figures of 1 run\n")

@@ -1,0 +1,145 @@
+"""SIGTERM, SIGHUP and Ctrl-C end a command alike, once, with what was finished kept."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+import peka_lite.cli.main as cli
+from peka_lite._core._signals import SIGNALS, Stopped, ended_by_signals, signals_put_off
+
+SAID = "peka-lite: stopped; what was finished is kept, and the same command goes on\n"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """Let the command `report` do something else."""
+
+    def instead(do):
+        monkeypatch.setattr(cli, "_report", lambda **_: do())
+        return cli.main(["report", "x", "--out", "y"])
+
+    return instead
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_command(report, capsys, number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    assert report(lambda: signal.raise_signal(number) or 0) == 128 + number
+    assert capsys.readouterr().err == SAID
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_clean_up_is_not_broken_off(report, tmp_path, number):
+    def work():
+        half = tmp_path / "half"
+        half.write_text("")
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            for _ in range(3):
+                signal.raise_signal(number)
+            half.unlink()
+
+    assert report(work) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_whose_exception_was_lost_is_followed_by_another(report):
+    def work():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    assert report(work) == 130
+
+
+def test_what_is_ignored_or_handled_elsewhere_stays_so(report):
+    seen = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        assert report(lambda: signal.raise_signal(signal.SIGHUP) or signal.raise_signal(signal.SIGTERM) or 0) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert seen == [1]
+
+
+def test_a_command_runs_in_a_thread_too(report):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(report(lambda: 0)))
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def test_other_processes_of_a_run_end_at_once(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with ended_by_signals():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_waits_until_the_file_is_closed():
+    steps = []
+    with pytest.raises(Stopped), ended_by_signals(), signals_put_off():  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        steps.append("went on")
+    assert steps == ["went on"]
+    with pytest.raises(KeyboardInterrupt), signals_put_off() as let_through:  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        steps.append("on again")
+        let_through()
+        steps.append("not here")
+    assert steps == ["went on", "on again"]
+
+
+def test_a_job_that_ends_while_tiles_are_written_leaves_nothing(tmp_path):
+    code = """
+    import os, signal, sys
+    from pathlib import Path
+    import numpy as np
+    import peka_lite.cli.main as cli
+    from peka_lite.data._format import write_tiles
+    def tiles():
+        for i in range(30):
+            if i == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            cut.append(i)
+            yield np.random.default_rng(i).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    cut = []
+    cli._report = lambda **_: write_tiles(Path("t.h5"), tiles(), list("a" * 30), np.zeros((30, 2)), attributes={})
+    status = cli.main(["report", "x", "--out", "y"])
+    print(len(cut), list(Path().iterdir()))
+    sys.exit(status)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (143, SAID)
+    assert done.stdout == "10 []\n"
+
+
+def test_a_run_ended_by_its_cluster_goes_on(tmp_path, mini_root):
+    out = tmp_path / "out"
+    command = ["run", "--cohort", mini_root, "--method", "none", "--features", "depth", "--n-splits", "3"]
+    command = [sys.executable, "-m", "peka_lite", *map(str, [*command, "--n-genes", "5", "--no-maps", "--out", out])]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err[-len(SAID) :]) == (143, SAID)
+    assert not out.exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yml", "metrics.csv", "predictions.h5ad", "slides.parquet", "summary.json",
+    ]  # fmt: skip

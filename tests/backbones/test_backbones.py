@@ -1,0 +1,617 @@
+"""Students by name: every row builds, weights come from where they are said to, tiles embed in order."""
+
+import pickle
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from safetensors.torch import save_file
+
+from peka_lite.backbones import load as backbones
+from peka_lite.backbones.embed import embed_tiles
+from peka_lite.backbones.load import (
+    BACKBONES,
+    IMAGENET,
+    Backbone,
+    build,
+    load_backbone,
+    pooled,
+    precision_for,
+    preprocess,
+)
+
+# Before huggingface_hub 1.0 the class that all share.
+RemoteEntryNotFoundError = getattr(huggingface_hub.errors, "RemoteEntryNotFoundError", EntryNotFoundError)
+
+NAMES = ["resnet50", "ctranspath", "uni", "h-optimus-0", "uni2-h", "h0-mini", "h-optimus-1", "virchow2", "gigapath"]
+NAMES += ["mini"]
+GATED = [n for n in NAMES if n not in ("resnet50", "ctranspath", "mini")]
+TINY = Backbone(
+    "tiny", "vit_tiny_patch16_224", "us/tiny", 48, *IMAGENET, "BSD-3-Clause", "https://huggingface.co/us/tiny",
+    input_size=32, pooling="avg", bone_r=16,
+    options={"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"},
+)  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+def random_model(spec=TINY, seed=0):
+    return load_backbone(spec, weights="random", seed=seed)
+
+
+def tiles(n=7, side=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def hub(monkeypatch, answer):
+    """Put `answer(repo, file, **options)` in place of the hub and return the list of what was asked for."""
+    asked = []
+
+    def download(repo, file, **options):
+        asked.append((options["repo_type"], repo, file))
+        result = answer(repo, file)
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def refusal(kind):
+    return kind("refused", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+
+def test_registry_holds_the_students_in_the_order_of_the_paper_and_its_successors():
+    assert list(BACKBONES) == NAMES
+    assert all(name == row.name for name, row in BACKBONES.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_row_builds_and_gives_its_width(name):
+    spec = BACKBONES[name]
+    with torch.device("meta"):
+        model = build(spec).eval()
+        model.spec = spec
+        out = pooled(model, torch.zeros(2, 3, spec.input_size, spec.input_size))
+    assert out.shape == (2, spec.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet50", 23.5), ("uni", 303.4), ("h-optimus-0", 1134.8), ("uni2-h", 681.4), ("h0-mini", 85.7),
+     ("h-optimus-1", 1134.8), ("virchow2", 631.2), ("gigapath", 1135.0)],
+)  # fmt: skip
+def test_each_published_row_has_the_parameters_of_its_model(name, millions):
+    with torch.device("meta"):
+        model = build(BACKBONES[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_each_gated_row_names_the_page_of_its_own_repository(name):
+    assert BACKBONES[name].gate == f"https://huggingface.co/{BACKBONES[name].source}"
+
+
+def test_registry_cannot_be_changed_by_accident():
+    with pytest.raises(TypeError):
+        BACKBONES["uni"] = TINY
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'unl'.*resnet50.*mini"):
+        load_backbone("unl", weights="random")
+
+
+def test_random_start_is_said_aloud_and_recorded():
+    with pytest.warns(UserWarning, match=r"tiny starts from random weights \(seed 4\)"):
+        model = load_backbone(TINY, weights="random", seed=4)
+    assert model.weights_origin == "random, seed 4"
+    assert model.spec is TINY
+    assert not model.training
+
+
+def test_same_seed_same_weights():
+    assert same(random_model(seed=1), random_model(seed=1))
+    assert not same(random_model(seed=1), random_model(seed=2))
+
+
+def test_random_start_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    random_model(seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
+    source = random_model(seed=3)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    asked = hub(monkeypatch, lambda repo, name: tmp_path / name if name == file else refusal(RemoteEntryNotFoundError))
+    model = load_backbone(TINY)
+    assert same(model, source)
+    assert model.weights_origin == "hub us/tiny"
+    assert asked[-1] == ("model", "us/tiny", file)
+
+
+def test_a_network_that_takes_tiles_of_another_size_than_its_row_says_is_refused():
+    with pytest.raises(ValueError, match="takes 32 x 32 pixels, its row says input_size 64"):
+        load_backbone(replace(TINY, input_size=64, options={**TINY.options, "img_size": 32}), weights="random")
+
+
+def test_weights_that_were_fetched_before_are_not_asked_for_again(tmp_path, monkeypatch):
+    save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
+    monkeypatch.setattr(backbones, "PACKAGE", {"tiny"})
+    monkeypatch.setattr(backbones, "located", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None)
+    asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    assert same(load_backbone(TINY), random_model(seed=3))
+    assert not asked
+
+
+def test_offline_with_only_the_second_format_in_the_cache_still_loads(tmp_path, monkeypatch):
+    torch.save(random_model(seed=3).state_dict(), tmp_path / "pytorch_model.bin")
+    hub(monkeypatch, lambda _, name: tmp_path / name if name.endswith(".bin") else LocalEntryNotFoundError("offline"))
+    assert same(load_backbone(TINY), random_model(seed=3))
+
+
+def test_a_row_may_point_into_a_dataset_repository(monkeypatch):
+    asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    with pytest.raises(PermissionError, match=re.escape("huggingface.co/datasets/MahmoodLab/hest-bench")):
+        load_backbone("ctranspath")
+    assert asked == [("dataset", "MahmoodLab/hest-bench", "fm_v1/ctranspath/CHIEF_CTransPath.pth")]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_weights_without_access_say_in_one_sentence_where_to_ask(monkeypatch, name):
+    hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    with pytest.raises(PermissionError) as caught:
+        load_backbone(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name} is gated: ask for access at {BACKBONES[name].gate}, then")
+    assert ("granted by hand" in message) == (name in ("h0-mini", "h-optimus-1", "gigapath"))
+    assert ("opens at once" in message) == (name == "h-optimus-0")
+    assert ("institutional e-mail" in message) == (name in ("uni", "uni2-h"))
+    assert "\n" not in message
+    assert ". " not in message
+
+
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("off"), ConnectionError("no route"), LocalEntryNotFoundError("no route, no cache")]
+)
+def test_unreachable_hub_says_to_go_online_or_pass_a_file(monkeypatch, error):
+    hub(monkeypatch, lambda *_: error)
+    with pytest.raises(ConnectionError, match=r"tiny could not be fetched.*weights=FILE with a copy of us/tiny"):
+        load_backbone(TINY)
+
+
+def test_repository_without_weights_lists_what_was_looked_for(monkeypatch):
+    asked = hub(monkeypatch, lambda *_: refusal(RemoteEntryNotFoundError))
+    with pytest.raises(FileNotFoundError, match=r"us/tiny.*model\.safetensors, pytorch_model\.bin"):
+        load_backbone(TINY)
+    assert len(asked) == 2
+
+
+def test_missing_weights_never_become_a_random_start():
+    with pytest.raises(ValueError, match="no weights are published for tiny; pass weights='random' or a file"):
+        load_backbone(replace(TINY, source=None))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])
+def test_local_file_round_trip(tmp_path, name):
+    source = random_model(seed=5)
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(source.state_dict(), tmp_path / name)
+    model = load_backbone(TINY, weights=tmp_path / name)
+    assert same(model, source)
+    assert model.weights_origin == f"file {name}"
+
+
+def test_classifier_in_a_file_is_left_out(tmp_path):
+    source = random_model()
+    torch.save(
+        source.state_dict() | {"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}, tmp_path / "w.pth"
+    )
+    assert same(load_backbone(TINY, weights=tmp_path / "w.pth"), source)
+
+
+def test_file_of_another_architecture_is_refused_by_name(tmp_path):
+    torch.save(random_model(replace(TINY, options={**TINY.options, "depth": 3})).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match=r"deep\.pth: these weights do not fit tiny \(vit_tiny_patch16_224\)"):
+        load_backbone(TINY, weights=tmp_path / "deep.pth")
+
+
+def test_file_with_a_tensor_missing_is_refused_by_its_name(tmp_path):
+    state = random_model().state_dict()
+    del state["fc_norm.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"fc_norm\.bias"):
+        load_backbone(TINY, weights=tmp_path / "w.pth")
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such weights file for tiny"):
+        load_backbone(TINY, weights=tmp_path / "nowhere.pth")
+
+
+def test_broken_file_is_named(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"half a header")
+    with pytest.raises(ValueError, match=r"cut\.safetensors: cannot be read as weights"):
+        load_backbone(TINY, weights=tmp_path / "cut.safetensors")
+
+
+class Intruder:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickle_that_needs_code_is_refused_and_not_run(tmp_path):
+    torch.save({"norm.bias": Intruder(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth: refused, for reading it would run code that it names: io\.open"):
+        load_backbone(TINY, weights=tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Intruder(tmp_path / "ran"))).close()
+    assert (tmp_path / "ran").exists()  # so the file above would have run something
+
+
+@pytest.fixture(scope="module")
+def ctranspath():
+    model = load_backbone("ctranspath", weights="random", seed=1)
+    for module in model.modules():  # statistics that differ from a fresh start's
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def original_layout(model):
+    """Name a Swin's tensors as timm 0.5.4 did: the stage before downsamples, buffers and classifier are stored."""
+    state = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k): v
+        for k, v in model.state_dict().items()
+    }
+    for stage, depth in enumerate((2, 2, 6, 2)):
+        for block in range(depth):
+            at = f"layers.{stage}.blocks.{block}"
+            state[f"{at}.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+            if block % 2 and stage < 3:
+                state[f"{at}.attn_mask"] = torch.zeros(4 ** (3 - stage), 49, 49)
+    return state | {"head.weight": torch.zeros(1000, 768), "head.bias": torch.zeros(1000)}
+
+
+def test_ctranspath_in_its_original_layout_gives_the_same_outputs(tmp_path, ctranspath):
+    state = original_layout(ctranspath)
+    assert "layers.0.downsample.reduction.weight" in state
+    assert "layers.3.downsample.reduction.weight" not in state
+    torch.save({"model": state}, tmp_path / "ctranspath.pth")
+    loaded = load_backbone("ctranspath", weights=tmp_path / "ctranspath.pth")
+    x = tiles(2, 224)
+    assert np.array_equal(embed_tiles(loaded, x, device="cpu"), embed_tiles(ctranspath, x, device="cpu"))
+
+
+def test_ctranspath_in_timms_layout_loads_too(tmp_path, ctranspath):
+    torch.save(ctranspath.state_dict(), tmp_path / "timm.pth")
+    assert same(load_backbone("ctranspath", weights=tmp_path / "timm.pth"), ctranspath)
+
+
+def test_ctranspath_starts_with_convolutions(ctranspath):
+    kernels = [m.kernel_size for m in ctranspath.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert kernels == [(3, 3), (3, 3), (1, 1)]
+
+
+def test_pixels_are_normalised_with_the_rows_statistics():
+    white = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
+    x = preprocess(white, TINY)
+    assert x.shape == (1, 3, 32, 32)
+    expected = [(1 - m) / s for m, s in zip(TINY.mean, TINY.std, strict=True)]
+    np.testing.assert_allclose(x.mean((0, 2, 3)), expected, rtol=1e-5)
+
+
+def test_channels_and_rows_keep_their_place():
+    batch = torch.from_numpy(tiles(2))
+    x = preprocess(batch, TINY)
+    pixel = batch[1, 5, 9].double() / 255
+    np.testing.assert_allclose(x[1, :, 5, 9], (pixel - torch.tensor(TINY.mean)) / torch.tensor(TINY.std), rtol=1e-5)
+
+
+def test_tiles_of_another_size_are_averaged_down():
+    spec = replace(TINY, mean=(0, 0, 0), std=(1, 1, 1), input_size=16)
+    batch = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    batch[:, ::4] = 240  # a line in every four: it would vanish without antialiasing
+    inner = preprocess(batch, spec)[:, :, 2:-2, 2:-2]
+    np.testing.assert_allclose(inner, 60 / 255, atol=0.01)
+
+
+def test_mini_embeds_full_tiles_at_its_own_size():
+    model = random_model(BACKBONES["mini"])
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    out = embed_tiles(model, tiles(3, 224), device="cpu")
+    assert out.shape == (3, 192)
+    assert seen == [(3, 3, 112, 112)]
+
+
+def test_embeddings_are_float32_and_finite():
+    out = embed_tiles(random_model(), tiles(), device="cpu")
+    assert out.dtype == np.float32
+    assert np.isfinite(out).all()
+
+
+def test_embeddings_follow_the_order_of_the_tiles():
+    model, x = random_model(), tiles()
+    order = np.random.default_rng(1).permutation(len(x))
+    np.testing.assert_allclose(
+        embed_tiles(model, x[order], device="cpu"), embed_tiles(model, x, device="cpu")[order], atol=1e-5
+    )
+    assert np.abs(np.diff(embed_tiles(model, x, device="cpu"), axis=0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_embeddings_do_not_depend_on_the_batch_size(batch_size):
+    model, x = random_model(), tiles()
+    whole = embed_tiles(model, x, device="cpu")
+    np.testing.assert_allclose(embed_tiles(model, x, batch_size=batch_size, device="cpu"), whole, atol=1e-5)
+
+
+def test_embeddings_of_a_tile_store_equal_those_of_its_array(mini_cohort):
+    model, rows = random_model(BACKBONES["mini"]), [5, 0, 63]
+    store = mini_cohort.tiles.select(rows)
+    np.testing.assert_array_equal(
+        embed_tiles(model, store, device="cpu"), embed_tiles(model, mini_cohort.tiles[rows], device="cpu")
+    )
+
+
+def test_a_model_left_in_training_mode_embeds_in_eval_mode():
+    spec = replace(TINY, options={**TINY.options, "proj_drop_rate": 0.5})
+    model = random_model(spec)
+    first = embed_tiles(model, tiles(), device="cpu")
+    np.testing.assert_array_equal(embed_tiles(model.train(), tiles(), device="cpu"), first)
+
+
+SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
+TOKENS = {  # architecture, options, tokens before those of the patches
+    "vit": ("vit_tiny_patch16_224", SMALL, 1),
+    "vit, registers": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4}, 5),
+    "vit, average": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "reg_tokens": 2}, 3),
+    "vit, average of all": (
+        "vit_tiny_patch16_224",
+        SMALL | {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True},
+        3,
+    ),
+    "vit, no pooling": ("vit_tiny_patch16_224", SMALL | {"global_pool": ""}, 1),
+    "deit": ("deit_tiny_distilled_patch16_224", SMALL, 2),
+    "eva": ("eva_giant_patch14_224", SMALL | {"patch_size": 16}, 1),
+    "eva, token": ("eva_giant_patch14_224", SMALL | {"patch_size": 16, "global_pool": "token"}, 1),
+    "beit": ("beit_base_patch16_224", SMALL, 1),
+    "beit, token": ("beit_base_patch16_224", SMALL | {"global_pool": "token"}, 1),
+}
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg", "token+avg"])
+@pytest.mark.parametrize("kind", TOKENS)
+def test_pooling_equals_a_computation_by_hand(kind, pooling):
+    arch, options, before = TOKENS[kind]
+    spec = replace(TINY, arch=arch, dim=96 if "+" in pooling else 48, pooling=pooling, options=options)
+    model = random_model(spec)
+    for name, p in model.named_parameters():  # norms that do something
+        if "norm" in name:
+            torch.nn.init.normal_(p, mean=1.0, generator=torch.Generator().manual_seed(len(name)))
+    with torch.no_grad():
+        tokens = model.forward_features(preprocess(torch.from_numpy(tiles()), spec))
+        assert tokens.shape == (7, before + 4, 48)
+        norm = model.fc_norm if "fc_norm" in dict(model.named_modules()) else torch.nn.Identity()
+        by_hand = {"token": norm(tokens[:, 0]), "avg": norm(tokens[:, before:].mean(1))}
+    assert (by_hand["token"] - by_hand["avg"]).abs().max() > 1e-2
+    expected = np.concatenate([by_hand[part].numpy() for part in pooling.split("+")], axis=1)
+    np.testing.assert_allclose(embed_tiles(model, tiles(), device="cpu"), expected, atol=1e-5)
+
+
+def test_a_network_pools_by_itself_unless_its_row_says_how():
+    spec = Backbone("own", "vit_base_patch16_siglip_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32,
+                    options=SMALL)  # fmt: skip
+    assert spec.pooling == "network"
+    model = random_model(spec)
+    attended = model(preprocess(torch.from_numpy(tiles()), spec)).detach()
+    np.testing.assert_allclose(embed_tiles(model, tiles(), device="cpu"), attended, atol=1e-5)
+    mean = embed_tiles(random_model(replace(spec, pooling="avg")), tiles(), device="cpu")
+    assert np.abs(mean - attended.numpy()).max() > 1e-2
+
+
+SWIN = {"img_size": 64, "depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "dim"),
+    [("resnet18", {}, 512), ("swin_tiny_patch4_window7_224", SWIN, 48), ("mobilenetv3_small_050", {}, 1024)],
+)
+def test_a_network_without_tokens_averages_its_map_and_has_no_class_token(arch, options, dim):
+    spec = replace(TINY, arch=arch, options=options, dim=dim, input_size=64)
+    model = random_model(spec)
+    out = embed_tiles(model, tiles(2, 64), device="cpu")
+    if arch != "mobilenetv3_small_050":  # which has a layer after pooling
+        with torch.no_grad():
+            cells = model.forward_features(preprocess(torch.from_numpy(tiles(2, 64)), spec))
+        mean = cells.mean((2, 3) if arch == "resnet18" else (1, 2))
+        np.testing.assert_allclose(out, mean, atol=1e-5)
+    np.testing.assert_array_equal(embed_tiles(random_model(replace(spec, pooling="network")), tiles(2, 64)), out)
+    for pooling in ("token", "token+avg"):
+        words = rf"pooling is '{re.escape(pooling)}', but {arch} has no class token; take 'avg'"
+        with pytest.raises(ValueError, match=words):
+            random_model(replace(spec, pooling=pooling))
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "pooling", "words"),
+    [
+        ("resnet18", {"global_pool": "max"}, "avg", "resnet18 pools by 'max'; take 'network'"),
+        ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 4, "class_token": False, "global_pool": "avg"}, "token",
+         "has no class token; take 'avg'"),  # its first token is a register
+        ("vit_base_patch16_siglip_224", SMALL, "token+avg", "has no class token; take 'avg'"),
+        ("deit_tiny_distilled_patch16_224", SMALL | {"global_pool": "avg"}, "avg", "timm cannot build 'deit_tiny_dist"),
+    ],
+)  # fmt: skip
+def test_a_pooling_that_the_network_cannot_give_is_refused_with_one_that_it_can(arch, options, pooling, words):
+    with pytest.raises(ValueError, match=words):
+        random_model(replace(TINY, arch=arch, options=options, dim=48, pooling=pooling))
+
+
+def test_compute_type_is_a_value_of_the_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    capability = (7, 0)
+    assert precision_for(TINY, "cuda") is torch.float16
+    capability = (8, 0)
+    assert precision_for(TINY, "cuda") is torch.bfloat16
+    assert precision_for(TINY, "cpu") is torch.float32
+
+
+def test_too_little_memory_names_the_option(monkeypatch):
+    model = load_backbone("mini", weights="random")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(MemoryError, match=r"16 tiles of mini at once; --batch-size 8"):
+        embed_tiles(model, np.zeros((20, 224, 224, 3), np.uint8), batch_size=16, device="cpu")
+
+
+# any network -------------------------------------------------------------------------------------------------------
+
+
+class Colours(torch.nn.Module):
+    """A network without weights: the mean of every channel, and what it saw."""
+
+    def forward(self, x):
+        self.seen = x
+        return x.mean((2, 3))
+
+
+def test_any_module_embeds_tiles_with_imagenets_statistics_at_their_own_size():
+    net, x = Colours(), tiles(5, 20)
+    out = embed_tiles(net, x, device="cpu")
+    assert (out.shape, out.dtype) == ((5, 3), np.float32)
+    np.testing.assert_allclose(out, (x.mean((1, 2)) / 255 - IMAGENET[0]) / IMAGENET[1], atol=1e-5)
+    assert net.seen.shape == (5, 3, 20, 20)
+    wide = embed_tiles(net, x[:, :10], device="cpu")
+    np.testing.assert_allclose(wide, (x[:, :10].mean((1, 2)) / 255 - IMAGENET[0]) / IMAGENET[1], atol=1e-5)
+
+
+def test_any_module_takes_mean_standard_deviation_and_size():
+    net, x = Colours(), np.full((2, 20, 20, 3), 51, dtype=np.uint8)
+    given = {"mean": [0.1, 0.2, 0.5], "std": np.array([0.5, 0.1, 1.0]), "input_size": 8}
+    out = embed_tiles(net, x, device="cpu", **given)
+    np.testing.assert_allclose(out, [[0.2, 0.0, -0.3]] * 2, atol=1e-5)
+    assert net.seen.shape == (2, 3, 8, 8)
+
+
+def test_what_is_given_goes_before_what_a_students_row_says():
+    model = random_model()
+    own = embed_tiles(model, tiles(), device="cpu")
+    same = embed_tiles(model, tiles(), mean=TINY.mean, std=TINY.std, input_size=32, device="cpu")
+    np.testing.assert_array_equal(same, own)
+    half = (0.5, 0.5, 0.5)
+    other = random_model(replace(TINY, mean=half, std=half))
+    got = embed_tiles(model, tiles(), mean=half, std=half, device="cpu")
+    np.testing.assert_array_equal(got, embed_tiles(other, tiles(), device="cpu"))
+    assert np.abs(got - own).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_module_computes_in_the_type_of_its_weights(kind):
+    net = torch.nn.Sequential(Colours(), torch.nn.Linear(3, 4, dtype=kind))
+    out = embed_tiles(net, tiles(), device="cpu")
+    assert net[0].seen.dtype == kind
+    np.testing.assert_allclose(out, embed_tiles(net.float(), tiles(), device="cpu"), atol=0.05)
+    assert out.dtype == np.float32
+
+
+def test_a_student_inside_data_parallel_is_the_student():
+    model = random_model()
+    wrapped = torch.nn.DataParallel(model)
+    np.testing.assert_array_equal(
+        embed_tiles(wrapped, tiles(), device="cpu"), embed_tiles(model, tiles(), device="cpu")
+    )
+    net = torch.nn.DataParallel(torch.nn.Sequential(Colours()))
+    np.testing.assert_array_equal(
+        embed_tiles(net, tiles(), device="cpu"), embed_tiles(Colours(), tiles(), device="cpu")
+    )
+
+
+def test_every_part_of_a_network_is_afterwards_in_the_mode_it_was_in():
+    net = torch.nn.Sequential(Colours(), torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(3)).train()
+    net[2].eval()
+    out = embed_tiles(net, tiles(), device="cpu")
+    np.testing.assert_allclose(out, embed_tiles(net[0], tiles(), device="cpu"), rtol=1e-4)  # nothing dropped
+    assert [m.training for m in net] == [True, True, False]
+    assert net.training
+    with pytest.raises(ValueError, match="whole numbers"):
+        embed_tiles(net, tiles().astype(float), device="cpu")
+    assert net.training
+    assert net[2].num_batches_tracked == 0
+    net(torch.ones(2, 3, 4, 4)).sum().backward()  # nothing that it kept is of inference mode
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x, _: list(x),
+        lambda x, _: x.astype(np.int64),
+        lambda x, _: x[:, ::-1, ::-1],
+        lambda x, path: np.lib.format.open_memmap(path, "w+", x.dtype, x.shape),
+    ],
+)
+def test_tiles_may_be_held_in_any_way(tmp_path, source):
+    x = source(tiles(), tmp_path / "x.npy")
+    expected = np.asarray(x).mean((1, 2)) / 255
+    out = embed_tiles(Colours(), x, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3, device="cpu")
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "options", "words"),
+    [
+        (torch.nn.Identity(), tiles(), {}, r"gives \(7, 3, 32, 32\) for 7 tiles; one row of D features a tile"),
+        (torch.nn.Flatten(0), tiles(), {}, r"Flatten gives \(21504,\) for 7 tiles"),
+        (Colours(), tiles(1)[0], {}, r"tiles are RGB, \(n, H, W, 3\) with the colours last, not \(32, 32, 3\)"),
+        (Colours(), tiles().transpose(0, 3, 1, 2), {}, r"with the colours last, not \(7, 3, 32, 32\)"),
+        (Colours(), np.zeros((2, 8, 8, 4), np.uint8), {}, r"tiles are RGB.*not \(2, 8, 8, 4\)"),
+        (Colours(), tiles() / 255, {}, r"whole numbers from 0 to 255 \(uint8\), not these float64; .*\(255 \* tiles\)"),
+        (Colours(), tiles().astype(np.uint16) * 257, {}, "not these uint16"),
+        (Colours(), tiles() > 99, {}, "not these bool"),
+        (Colours(), tiles(0), {}, "there are no tiles, so how many features Colours gives is not known"),
+        (Colours(), tiles(), {"mean": 0.5}, "mean is three numbers"),
+        (Colours(), tiles(), {"mean": (123.7, 116.3, 103.5)}, "mean is on a scale of 0 to 1.*divide by 255"),
+        (Colours(), tiles(), {"std": (0.5, 0, 0.5)}, "std is on a scale"),
+        (Colours(), tiles(), {"input_size": (3, 224, 224)}, r"side of a square in pixels.*not \(3, 224, 224\)"),
+        (lambda x: x, tiles(), {}, "a network is an nn.Module from"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_embedded_is_said_in_one_sentence(net, x, options, words):
+    with pytest.raises(ValueError, match=words) as stop:
+        embed_tiles(net, x, device="cpu", **options)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_students_output_of_another_width_than_its_row_is_refused():
+    model = random_model(replace(TINY, options=TINY.options | {"global_pool": ""}, pooling="network"))
+    with pytest.raises(ValueError, match=r"tiny gives \(7, 5, 48\) for 7 tiles; one row of 48 features"):
+        embed_tiles(model, tiles(), device="cpu")
+    assert embed_tiles(random_model(), tiles(0), device="cpu").shape == (0, 48)

@@ -1,0 +1,31 @@
+"""One test of the generator, the splits and the probe at once, on the default cohort, patients held out."""
+
+import pytest
+
+import peka_lite as pk
+
+
+@pytest.fixture(scope="module")
+def intervals():
+    data = pk.open_cohort("mini")
+    with pytest.warns(UserWarning, match="random weights"):
+        student = pk.load_backbone("mini", weights="random")
+    features = pk.embed_tiles(student, data.tiles)
+    folds = pk.folds(data, by="patient", n_splits=6)
+    kind = data.adata.var["kind"].astype(str)
+    found = {}
+    for name in ("visible", "invisible"):
+        genes = kind.index[kind == name]
+        table = pk.cross_validate(features, pk.data.targets(data.adata, genes), folds, genes=genes)
+        found[name] = pk.evaluation.summarize(table)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*allow")
+def test_genes_that_leave_no_trace_in_the_tile_are_not_predicted(intervals):
+    assert intervals["invisible"]["ci_low"] < 0 < intervals["invisible"]["ci_high"]
+
+
+def test_genes_that_show_in_the_tile_are_predicted(intervals):
+    assert intervals["visible"]["ci_low"] > 0
+    assert intervals["visible"]["mean_pcc"] > 0.2

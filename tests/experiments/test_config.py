@@ -1,0 +1,180 @@
+"""Settings, one by one and together: what is refused, in which words, and how little it takes to check them."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import peka_lite.experiments.config as room
+from peka_lite.data.download import read_manifest
+from peka_lite.experiments.config import RunConfig, check_field
+
+HEAVY = ["torch", "torchvision", "timm", "peft", "scanpy", "anndata", "sklearn", "skimage", "squidpy", "h5py", "pandas"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fetch_breast(cache):
+    """Put empty files where `fetch` puts a cohort, and its record beside them."""
+    artifact, root = read_manifest()["breast"], cache / "cohorts" / "breast"
+    for file in artifact.files:
+        (root / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (root / file.path).touch()
+    files = [{"path": file.path, "size": 0, "sha256": ""} for file in artifact.files]
+    (root / "fetched.json").write_text(json.dumps({"name": "breast", "commit": artifact.revision, "files": files}))
+
+
+def test_settings_are_checked_without_what_does_the_work(cache):
+    fetch_breast(cache)
+    code = f"""
+import sys
+from peka_lite.experiments.config import RunConfig, check_field
+for settings in (
+    {{"weights": "random"}},
+    {{"backbone": "uni2-h", "cohort": "breast", "protocol": "strict"}},
+    {{"backbone": "virchow2", "method": "lora", "r": 8, "label_method": "kmeans", "alpha": 3.0}},
+    {{"backbone": "ctranspath", "method": "none", "features": "student"}},
+):
+    RunConfig(**settings)
+for wrong in ({{"r": 7, "weights": "random"}}, {{"teacher": "scgpt"}}, {{"method": "bonne"}}, {{"cohort": "nowhere"}}):
+    try:
+        RunConfig(**wrong)
+    except (ValueError, FileNotFoundError):
+        continue
+    raise AssertionError(wrong)
+from peka_lite.cli.main import main
+try:
+    main(["run", "--help"])
+except SystemExit:
+    pass
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+WRONG = [
+    ("method", "bonne", "unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?"),
+    ("method", "xyz", "unknown method 'xyz'; known: none, bone, lora, adalora, miss"),
+    ("protocol", "strickt", "unknown protocol 'strickt'; known: paper, hest, strict; did you mean 'strict'?"),
+    ("features", "color", "projector, teacher, colour, coordinates, depth, backbone; did you mean 'colour'?"),
+    ("teacher", "scFoundation", "known: pca, scfoundation, scfoundation-mini; did you mean 'scfoundation'?"),
+    ("backbone", "UNI", "h-optimus-1, virchow2, gigapath, mini; did you mean 'uni'?"),
+    ("split", "patients", "unknown split 'patients'; known: patient, slide, spot; did you mean 'patient'?"),
+    ("layers", "kqv", "unknown layers 'kqv'; known: qkv, proj; did you mean 'qkv'?"),
+    ("label_method", "k-means", "known: knn-leiden, kmeans; did you mean 'kmeans'?"),
+    ("kd_space", "logit", "unknown kd_space 'logit'; known: embedding, logits; did you mean 'logits'?"),
+    ("normalization", "log1", "known: log1p-cp10k, log1p; did you mean 'log1p'?"),
+    ("alpha", "hset", "alpha is 'hest', 'inner' or a number of at least 0, not 'hset'; did you mean 'hest'?"),
+    ("alpha", "1.0", "alpha is 'hest', 'inner' or a number of at least 0, not '1.0'"),
+    ("alpha", -0.5, "alpha is 'hest', 'inner' or a number of at least 0, not -0.5"),
+    ("alpha", True, "alpha is text (str) or a number (float or int) or None, not True"),
+    ("resolution", 0.0, "resolution must be above 0, not 0.0"),
+    ("n_clusters", 0, "n_clusters must be above 0, not 0"),
+    ("tau", 0, "tau must be above 0, not 0"),
+    ("epochs", 0, "epochs must be above 0, not 0"),
+    ("batch_size", -1, "batch_size must be above 0, not -1"),
+    ("lr", 0.0, "lr must be above 0, not 0.0"),
+    ("lr", float("nan"), "lr must be a finite number, not nan"),
+    ("tau", float("inf"), "tau must be a finite number, not inf"),
+    ("n_genes", 0, "n_genes must be above 0, not 0"),
+    ("min_genes", 0, "min_genes must be above 0, not 0"),
+    ("r", 0, "r must be at least 1, not 0"),
+    ("kd_weight", -0.1, "kd_weight must be at least 0, not -0.1"),
+    ("ce_weight", -1, "ce_weight must be at least 0, not -1"),
+    ("micro_batch", 0, "micro_batch must be at least 1, not 0"),
+    ("n_splits", 1, "n_splits must be at least 2, not 1"),
+    ("seed", -1, "seed must be at least 0, not -1"),
+    ("train_share", 0.0, "train_share is above 0 and at most 1, not 0.0"),
+    ("train_share", 1.5, "train_share is above 0 and at most 1, not 1.5"),
+    ("max_mito", 20, "max_mito is above 0 and at most 1, not 20"),
+    ("epochs", "50", "epochs is a whole number (int), not '50'"),
+    ("epochs", 2.0, "epochs is a whole number (int), not 2.0"),
+    ("epochs", True, "epochs is a whole number (int), not True"),
+    ("r", 16.0, "r is a whole number (int) or None, not 16.0"),
+    ("seed", np.int64(3), "seed is a whole number (int), not np.int64(3)"),
+    ("lr", "1e-4", "lr is a number (float or int), not '1e-4'"),
+    ("lr", False, "lr is a number (float or int), not False"),
+    ("augment", 1, "augment is True or False, not 1"),
+    ("compile", "yes", "compile is True or False, not 'yes'"),
+    ("method", 3, "method is text (str), not 3"),
+    ("backbone", ["uni"], "backbone is text (str), not ['uni']"),
+    ("device", 0, "device is text (str) or None, not 0"),
+    ("slides", "MINI1", "slides is a list of names (str) or None, not 'MINI1'"),
+    ("slides", ["MINI1", 2], "slides is a list of names (str) or None, not ['MINI1', 2]"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), WRONG, ids=lambda v: str(v)[:20])
+def test_an_impossible_value_is_refused_alone_and_in_a_run_in_the_same_words(field, value, words):
+    with pytest.raises(ValueError, match=f"{re.escape(words)}$") as alone:
+        check_field(field, value)
+    with pytest.raises(ValueError, match=f"{re.escape(words)}$") as together:
+        RunConfig(**{"weights": "random", field: value})
+    assert str(together.value) == str(alone.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", 1), ("tau", 0.5), ("alpha", 0), ("alpha", 2.5), ("alpha", "hest"), ("alpha", "inner"), ("r", 1),
+        ("kd_weight", 0), ("train_share", 1), ("max_mito", 0.2), ("n_splits", 2), ("seed", 0), ("slides", ["MINI1"]),
+        ("slides", ("MINI1", "MINI2")), ("cohort", "not looked for"), ("weights", "nor/this.bin"),
+    ],
+)  # fmt: skip
+def test_a_possible_value_is_not_refused_whatever_the_others_are(field, value):
+    check_field(field, value)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(RunConfig), ids=lambda f: f.name)
+def test_defaults_pass_and_none_only_where_it_is_declared(field):
+    check_field(field.name, field.default)
+    if "None" in field.type:
+        check_field(field.name, None)
+    else:
+        with pytest.raises(ValueError, match=f"^{field.name} is .*, not None$"):
+            check_field(field.name, None)
+
+
+def test_an_unknown_setting_is_told_the_nearest_or_all():
+    with pytest.raises(ValueError, match=r"^unknown setting 'metod'; did you mean 'method'\?$"):
+        check_field("metod", "bone")
+    with pytest.raises(ValueError, match=r"^unknown setting 'qqq'; known: cohort, slides, .*, max_mito, device$"):
+        check_field("qqq", 1)
+
+
+def test_slides_become_a_tuple_and_none_takes_what_the_protocol_sets():
+    config = RunConfig(weights="random", slides=["MINI1"], protocol="paper")
+    assert (config.slides, config.split, config.alpha) == (("MINI1",), "spot", 1.0)
+
+
+def test_a_cohort_that_was_found_is_not_looked_for_again_and_one_that_was_not_is(cache, monkeypatch):
+    looked = []
+    real = room.find_cohort
+    monkeypatch.setattr(room, "find_cohort", lambda name: looked.append(name) or real(name))
+    with pytest.raises(FileNotFoundError, match="peka-lite fetch breast"):
+        RunConfig(cohort="breast", weights="random")
+    fetch_breast(cache)
+    assert len({RunConfig(cohort="breast", weights="random", seed=seed) for seed in range(5)}) == 5
+    assert looked == ["breast", "breast"]
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "other"))
+    with pytest.raises(FileNotFoundError, match="peka-lite fetch breast"):
+        RunConfig(cohort="breast", weights="random")
+
+
+def test_a_folder_is_looked_for_every_time(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    RunConfig(cohort=str(folder), weights="random")
+    folder.rmdir()
+    with pytest.raises(FileNotFoundError, match="no such cohort folder"):
+        RunConfig(cohort=str(folder), weights="random")

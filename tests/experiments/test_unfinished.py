@@ -1,0 +1,137 @@
+"""Folders without a finished run: each refusal names what is there, and its command asks for the same settings."""
+
+import json
+import shlex
+
+import pytest
+import yaml
+
+from peka_lite.cli.options import parser
+from peka_lite.experiments._predict_from import predict_from
+from peka_lite.experiments._train import train
+from peka_lite.experiments._unfinished import command
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.folder import begin, claim
+from peka_lite.experiments.model import read_run
+from peka_lite.experiments.run import load_run, run
+
+SETTINGS = [
+    {},
+    {"protocol": "strict", "method": "lora", "epochs": 4, "r": 8},
+    {"protocol": "hest", "split": "slide", "slides": ("MINI1", "MINI7")},
+    {"method": "none", "split": "spot", "alpha": 10.0, "max_mito": 0.2, "train_share": 0.5},
+    {"alpha": "inner", "normalization": "log1p", "augment": True, "lr": 3e-4, "seed": 7},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["run", "train"])
+def test_the_command_named_asks_for_the_same_settings(mini_root, tmp_path, settings, name):
+    config = RunConfig(cohort=str(mini_root), **settings)
+    work = tmp_path / "my runs" / "bone.partial"
+    begin(config, work, name)
+    words = shlex.split(command(work))
+    assert words[:2] == ["peka-lite", name]
+    options = vars(parser(command=name).parse_args(words[1:]))
+    assert options.pop("out") == str(tmp_path / "my runs" / "bone")
+    for other in ("command", "maps", "fold"):
+        options.pop(other, None)
+    assert RunConfig(**options) == config
+
+
+def test_a_fold_of_a_training_is_named_again(mini_root, tmp_path):
+    begin(RunConfig(cohort=str(mini_root)), tmp_path / "m.partial", "train --fold 2")
+    assert command(tmp_path / "m.partial").startswith("peka-lite train --fold 2 --cohort")
+
+
+def test_other_settings_of_a_stopped_run_are_named(mini_root, tmp_path):
+    begin(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a.partial", "run")
+    with pytest.raises(FileExistsError, match=r"finish that one with `peka-lite run .*--epochs 3 --out .*/a`"):
+        claim(RunConfig(cohort=str(mini_root)), tmp_path / "a", tmp_path / "a.partial")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FileExistsError, match="b is there already: give another --out, or remove it"):
+        claim(RunConfig(cohort=str(mini_root)), tmp_path / "b", tmp_path / "b.partial")
+
+
+@pytest.mark.parametrize("command", [run, train])
+def test_input_that_is_refused_after_the_beginning_leaves_no_folder_in_the_way(mini_root, tmp_path, command):
+    (tmp_path / "weights.bin").write_text("<html>log in</html>")
+    config = RunConfig(cohort=str(mini_root), method="none", weights=str(tmp_path / "weights.bin"))
+    with pytest.raises(ValueError, match=r"weights\.bin: cannot be read as weights"):
+        command(config, tmp_path / "m")
+    claim(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
+    assert not (tmp_path / "m.partial").exists()
+    begin(config, tmp_path / "m.partial", "run")  # what an earlier command left stays
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        command(config, tmp_path / "m")
+    assert (tmp_path / "m.partial").is_dir()
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def folders(mini_root, tmp_path):
+    """One folder of each kind that is no finished run."""
+    begin(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone.partial", "run")
+    settings = yaml.safe_dump(RunConfig(cohort=str(mini_root), epochs=4).as_dict())
+    write(tmp_path / "cut", config_yml=settings)
+    write(tmp_path / "short", config_yml=settings, summary_json='{"fold": ')
+    write(tmp_path / "list", config_yml=settings, summary_json="[]")
+    write(tmp_path / "garbled", config_yml="a: [", summary_json="{}")
+    write(tmp_path / "empty")
+    write(tmp_path / "export", model_safetensors="", README_md="")
+    write(tmp_path / "around" / "lora", config_yml=settings, summary_json="{}")
+    points = {"seed=1": {"seed": 1}, "seed=2": {"seed": 2}}
+    sweep = yaml.safe_dump({"title": "T", "notebook": None, "varied": ["seed"], "points": points})
+    write(tmp_path / "sweep", sweep_yml=sweep)
+    write(tmp_path / "sweep" / "seed=1", config_yml=settings, summary_json="{}")
+    (tmp_path / "genes.h5ad").write_text("")
+    write(tmp_path / "genes.h5ad.node7.partial")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bone", r"bone: .*stopped before its end.*`peka-lite run .*--protocol strict --epochs 4 --out \S+/bone`"),
+        ("bone.partial", r"bone\.partial: .*stopped.*`peka-lite run .*--epochs 4 --out \S+/bone`"),
+        ("cut", r"cut: .*\(summary\.json missing\): remove the folder and give `peka-lite run .* --out \S+/cut`"),
+        ("short", r"short/summary\.json is cut short or damaged; remove its folder and give `peka-lite run"),
+        ("list", r"list/summary\.json holds no summary"),
+        ("garbled", r"garbled/config\.yml is cut short or damaged"),
+        ("empty", r"empty: .*\(config\.yml, summary\.json missing\); `peka-lite train` makes one"),
+        ("export", "export: .*it is an export, which timm reads: give the folder that it was exported from"),
+        ("around", r"around: .*holds folders of runs: give one of them: \S+/around/lora$"),
+        ("sweep", r"sweep: .*the folder of a sweep: give one of its points: \S+/sweep/seed=1$"),
+        ("genes.h5ad", "it is a file: give the folder that `peka-lite run` or `peka-lite train` made"),
+        ("genes.h5ad.node7.partial", "what a stopped command left in .*: give that command again, or remove"),
+        ("shrot", "no finished run or training here, there is no such folder; did you mean 'short'"),
+        ("nowhere/x", "no such folder; `peka-lite train` makes one"),
+    ],
+)  # fmt: skip
+def test_what_is_no_trained_model_is_named_with_its_fix(folders, name, words):
+    with pytest.raises((FileNotFoundError, ValueError), match=words) as caught:
+        predict_from(folders / name, "MINI1", folders / "out.h5ad")
+    assert "\n" not in str(caught.value)
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        read_run(folders / name)
+    assert not (folders / "out.h5ad").exists()
+
+
+def test_a_run_that_was_stopped_is_named_where_a_run_is_read(folders):
+    with pytest.raises(FileNotFoundError, match=r"no finished run here, it was stopped .*`peka-lite run .*/bone`"):
+        load_run(folders / "bone")
+
+
+def test_scratch_with_the_command_goes_with_the_rest(mini_root, tmp_path):
+    from peka_lite.experiments.run import run
+
+    config = RunConfig(cohort=str(mini_root), features="depth", method="none", split="spot", n_splits=2, n_genes=3)
+    run(config, tmp_path / "depth", maps=False)
+    assert not (tmp_path / "depth" / "scratch").exists()
+    assert json.loads((tmp_path / "depth" / "summary.json").read_text())["n_folds"] == 2

@@ -1,0 +1,522 @@
+"""Pictures of tissue: local correlation equals a loop by hand, figures hold what they say they do."""
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import pearsonr
+
+from peka_lite.data.hest import read_slide
+from peka_lite.experiments.folder import draw_maps
+from peka_lite.maps.local_pcc import local_pcc, pcc_map
+from peka_lite.maps.tissue import (
+    colour_limits,
+    default_gene,
+    expression_map,
+    gene_bars,
+    predicted_map,
+    remarks,
+    save_predicted_map,
+)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def slide(mini_cohort):
+    return mini_cohort.slides[0]
+
+
+def field(n=40, genes=5, seed=0):
+    rng = np.random.default_rng(seed)
+    coords, Y = rng.random((n, 2)), rng.random((n, genes))
+    return coords, Y, Y + 0.5 * rng.random((n, genes))
+
+
+def panels(fig):
+    """The figure's maps, without their colour bars."""
+    return [ax for ax in fig.axes if ax.get_title()]
+
+
+def bars_of(fig):
+    return [ax for ax in fig.axes if not ax.get_title()]
+
+
+def spots(ax):
+    """The coloured spots of a panel."""
+    (collection,) = [c for c in ax.collections if c.get_array() is not None]
+    return collection
+
+
+def painted(ax):
+    """Values of the spots of a panel."""
+    return np.asarray(spots(ax).get_array())
+
+
+@pytest.mark.parametrize("k", [3, 6, 18])
+def test_neighbourhood_pcc_equals_a_loop_by_hand(k):
+    coords, Y, P = field()
+    expected = []
+    for centre in coords:
+        near = np.argsort(((coords - centre) ** 2).sum(1))[: k + 1]  # the spot itself and its k nearest
+        expected.append(np.mean([pearsonr(Y[near, g], P[near, g]).statistic for g in range(Y.shape[1])]))
+    np.testing.assert_allclose(local_pcc(coords, Y, P, n_neighbors=k), expected, atol=1e-10)
+
+
+def test_gene_pcc_equals_a_loop_by_hand():
+    coords, Y, P = field()
+    y, p = ((A - A.mean(0)) / A.std(0) for A in (Y, P))
+    expected = [pearsonr(y[i], p[i]).statistic for i in range(len(Y))]
+    np.testing.assert_allclose(local_pcc(coords, Y, P, over="genes"), expected, atol=1e-10)
+
+
+def test_genes_that_do_not_vary_around_a_spot_are_left_out_of_its_mean():
+    coords, Y, P = field()
+    Y[:, 0] = 1
+    np.testing.assert_allclose(local_pcc(coords, Y, P), local_pcc(coords, Y[:, 1:], P[:, 1:]), atol=1e-12)
+
+
+def test_spots_where_nothing_varies_are_nan_and_only_they():
+    coords, Y, P = field()
+    coords[:10] += 100  # an island of ten spots in which no gene varies
+    Y[:10] = 1
+    assert np.isnan(local_pcc(coords, Y, P, n_neighbors=5)).tolist() == [True] * 10 + [False] * 30
+
+
+def test_a_spot_whose_genes_do_not_vary_is_nan_and_only_it():
+    rng = np.random.default_rng(0)
+    half = rng.integers(1, 9, (20, 5)).astype(float)
+    P = np.concatenate([half, np.zeros((1, 5)), -half])  # spot 20 lies at the mean of every gene
+    pcc = local_pcc(rng.random((41, 2)), rng.random((41, 5)), P, over="genes")
+    assert np.flatnonzero(np.isnan(pcc)).tolist() == [20]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
+def test_a_gene_that_is_constant_everywhere_says_nothing_about_a_spot(value):
+    coords, Y, P = field()
+    zero, constant = P.copy(), P.copy()
+    zero[:, 2], constant[:, 2] = 0, value
+    np.testing.assert_allclose(
+        local_pcc(coords, Y, constant, over="genes"), local_pcc(coords, Y, zero, over="genes"), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("over", ["neighbours", "genes"])
+def test_a_constant_prediction_has_no_local_pcc(over):
+    coords, Y, P = field()
+    assert np.isnan(local_pcc(coords, Y, np.full_like(P, 0.1), over=over)).all()
+
+
+@pytest.mark.parametrize("over", ["neighbours", "genes"])
+def test_units_of_coordinates_and_expression_do_not_matter(over):
+    coords, Y, P = field()
+    np.testing.assert_allclose(
+        local_pcc(1000 * coords + 7, 3 * Y, 2 * P - 5, over=over), local_pcc(coords, Y, P, over=over), atol=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"over": "spots"}, "unknown over='spots'; known: neighbours, genes"),
+        ({"n_neighbors": 2}, "n_neighbors must be at least 3 and below the 40 spots, not 2"),
+        ({"n_neighbors": 40}, "below the 40 spots, not 40"),
+    ],
+)
+def test_unknown_options_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        local_pcc(*field(), **options)
+
+
+def test_rows_that_disagree_are_refused():
+    coords, Y, P = field()
+    with pytest.raises(ValueError, match="rows disagree"):
+        local_pcc(coords[1:], Y, P)
+    with pytest.raises(ValueError, match="rows disagree"):
+        local_pcc(coords, Y, P[:, 1:])
+
+
+def test_two_genes_are_too_few_to_correlate_over():
+    coords, Y, P = field(genes=2)
+    with pytest.raises(ValueError, match="at least 3 genes, not 2"):
+        local_pcc(coords, Y, P, over="genes")
+
+
+def test_expression_map_shows_measured_predicted_and_residual(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, measured**2, gene="EPCAM")
+    pcc = pearsonr(measured, measured**2).statistic
+    titles = ["EPCAM: measured", f"EPCAM: predicted (PCC {pcc:.2f})", "measured minus predicted"]
+    assert [ax.get_title() for ax in panels(fig)] == titles
+    for ax, values in zip(panels(fig), [measured, measured**2, measured - measured**2], strict=True):
+        np.testing.assert_allclose(painted(ax), values)
+
+
+def test_expression_map_has_one_scale_for_both_and_one_around_zero_for_the_residual(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, 2 * measured, gene="EPCAM")
+    a, b, residual = (spots(ax).norm for ax in panels(fig))
+    assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
+    assert residual.vmin == -residual.vmax
+    labels = [ax.get_ylabel() for ax in bars_of(fig)]
+    assert labels == ["log1p expression", "log1p expression", "log1p difference"]
+
+
+def test_expression_map_of_a_constant_gene_still_draws(slide):
+    fig = expression_map(slide.adata, np.zeros(slide.n_spots), np.zeros(slide.n_spots), gene="G")
+    assert panels(fig)[1].get_title() == "G: predicted (PCC nan)"
+    assert [(n.vmin, n.vmax) for n in (spots(ax).norm for ax in panels(fig))] == [(-0.5, 0.5)] * 3
+    assert fig.get_supxlabel().count("does not vary on this slide, it is 0 on all") == 2
+
+
+def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
+    rng = np.random.default_rng(0)
+    Y = rng.random((slide.n_spots, 6))
+    P = Y + rng.random(Y.shape)
+    fig = pcc_map(slide.adata, Y, P, n_neighbors=8)
+    tissue, near, genes = panels(fig)
+    coords = slide.adata.obsm["spatial"]
+    assert tissue.get_title() == "H&E"
+    for ax, over, words in ((near, "neighbours", "neighbourhoods"), (genes, "genes", "genes")):
+        expected = local_pcc(coords, Y, P, over=over, n_neighbors=8)
+        np.testing.assert_allclose(painted(ax), expected, atol=1e-6)
+        assert ax.get_title() == f"PCC over {words} (mean {expected.mean():.2f})"
+        assert (spots(ax).norm.vmin, spots(ax).norm.vmax) == (-1, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pcc_map_of_a_constant_prediction_draws_without_values(slide):
+    Y = np.random.default_rng(0).random((slide.n_spots, 4))
+    fig = pcc_map(slide.adata, Y, np.full_like(Y, 0.1), n_neighbors=8)
+    fig.canvas.draw()
+    assert panels(fig)[1].get_title().endswith("(mean nan)")
+
+
+def test_every_panel_lies_on_the_slides_image(slide):
+    Y = np.random.default_rng(0).random((slide.n_spots, 4))
+    for ax in panels(pcc_map(slide.adata, Y, Y[:, ::-1], n_neighbors=8)):
+        assert len(ax.images) == 1
+
+
+def test_drawing_leaves_the_slide_as_it_was(slide):
+    keys = set(slide.adata.uns), set(slide.adata.obsm), set(slide.adata.obs)
+    Y = np.random.default_rng(0).random((slide.n_spots, 4))
+    pcc_map(slide.adata, Y, Y + 1, n_neighbors=8)
+    assert (set(slide.adata.uns), set(slide.adata.obsm), set(slide.adata.obs)) == keys
+
+
+@pytest.mark.parametrize("name", ["HER2_A1", "HER2_C2"])
+def test_real_slides_draw(her2st, name):
+    adata = read_slide(her2st, name).adata
+    Y = np.log1p(adata[:, ["ERBB2", "GNAS", "FASN"]].X.toarray())
+    P = Y + np.random.default_rng(0).random(Y.shape)
+    fig = expression_map(adata, Y[:, 0], P[:, 0], gene="ERBB2")
+    np.testing.assert_allclose(painted(panels(fig)[0]), Y[:, 0], rtol=1e-6)
+    assert len(panels(pcc_map(adata, Y, P))) == 3
+    fig.canvas.draw()
+
+
+def table():
+    rows = [("none", f, g, 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
+    rows += [("bone", f, g, 0.5 - 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
+    return pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"])
+
+
+def heights(ax):
+    return [[bar.get_height() for bar in container] for container in ax.containers if len(container)]
+
+
+def test_gene_bars_order_genes_by_the_first_method():
+    (ax,) = gene_bars(table()).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["D", "C", "B", "A"]
+    assert ax.get_title() == "PCC per gene (the 4 best of none)"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "bone"]
+
+
+def test_gene_bars_are_means_over_folds():
+    (ax,) = gene_bars(table()).axes
+    np.testing.assert_allclose(heights(ax), [[0.31, 0.21, 0.11, 0.01], [0.21, 0.31, 0.41, 0.51]])
+
+
+def test_gene_bars_show_the_best_of_the_method_asked_for():
+    (ax,) = gene_bars(table(), n=2, order_by="bone").axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "B"]
+
+
+def test_gene_bars_whiskers_are_the_range_over_folds():
+    uneven = table().query("method == 'none'")
+    uneven.loc[uneven["fold"] == 2, "pcc"] += 0.2
+    (ax,) = gene_bars(uneven, n=1).axes
+    assert sorted(ax.lines[0].get_ydata()) == pytest.approx([0.3, 0.52])
+
+
+def test_unknown_method_to_order_by_is_refused():
+    with pytest.raises(ValueError, match="no method 'lora' in the table; it has none, bone"):
+        gene_bars(table(), order_by="lora")
+
+
+def predictions(pcc, *, grid=False):
+    """What `predict_slide` writes, by hand: the second gene varies most, values tell the spot."""
+    rows, cols = (a.ravel() for a in np.mgrid[:4, :5])
+    n = len(rows)
+    X = np.column_stack([np.arange(n), 5 * np.arange(n), np.ones(n)]).astype(np.float32)
+    image = np.full((100, 120, 3), 200, np.uint8)
+    factors = {"spot_diameter_fullres": 200.0, "tissue_downscaled_fullres_scalef": 0.1}
+    adata = ad.AnnData(
+        X, obs=pd.DataFrame(index=[f"t{i}" for i in range(n)]), var=pd.DataFrame({"pcc": pcc}, index=["A", "B", "C"]),
+        obsm={"spatial": np.column_stack([cols, rows]) * 200.0 + 100},
+        uns={"spatial": {"s": {"images": {"downscaled_fullres": image}, "scalefactors": factors}},
+             "peka_lite": {"model": {"cohort": "breast", "normalization": "log1p"}}},
+    )  # fmt: skip
+    if grid:
+        adata.obs["tissue_share"] = 1.0
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("pcc", "gene", "shown"),
+    [
+        ([np.nan] * 3, None, "B: predicted"),  # nothing held out: what varies most
+        ([0.2, 0.1, np.nan], None, "A: predicted\nPCC 0.20 on held-out spots of breast"),
+        ([0.2, 0.1, np.nan], "B", "B: predicted\nPCC 0.10 on held-out spots of breast"),
+        ([0.2, 0.1, np.nan], "C", "C: predicted"),
+    ],
+)
+def test_a_predicted_map_draws_the_gene_that_is_asked_for_or_known_best(pcc, gene, shown):
+    adata = predictions(pcc)
+    fig = predicted_map(adata, gene)
+    picture, gene_panel = panels(fig)
+    assert (picture.get_title(), gene_panel.get_title()) == ("H&E", shown)
+    np.testing.assert_allclose(painted(gene_panel), adata[:, shown[0]].X.ravel())
+    assert bars_of(fig)[0].get_ylabel() == "log1p of counts"
+
+
+def test_a_predicted_map_shows_values_below_0_and_says_what_it_is():
+    adata = predictions([0.1] * 3, grid=True)
+    adata.X = adata.X - 3  # as a ridge predicts
+    adata.uns["peka_lite"] |= {"min_tissue": 0.5, "tile_px": 224, "tile_mpp": 0.5}
+    adata.uns["peka_lite"]["model"] |= {"folder": "first", "cohort": "mini", "synthetic": True}
+    fig = predicted_map(adata, "A")
+    bar = bars_of(fig)[0]
+    assert bar.get_ylim() == pytest.approx(np.percentile(adata[:, "A"].X, [1, 99]))
+    assert bar.get_ylabel() == "log1p of counts; no count is below 0"
+    said = fig.get_supxlabel()
+    assert "Model “first” learned on mini, which is synthetic" in said
+    assert "A square is 112 µm wide; less than 50% tissue has none" in said
+    assert "Not for diagnosis" in said
+    assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole picture, tiles or none
+
+
+def limits_of(fig):
+    """Ends of the colours of the gene's panel."""
+    norm = spots(panels(fig)[1]).norm
+    return norm.vmin, norm.vmax
+
+
+def caption(fig):
+    return fig.get_supxlabel().replace("\n", " ")
+
+
+def on_tiles(columns, pcc, **options):
+    """Predictions as above, of these genes: name -> value of every tile, or one for all."""
+    adata = predictions([0.1] * 3, grid=True)[: options.get("n", 20)].copy()
+    X = np.column_stack([np.broadcast_to(v, 20)[: adata.n_obs] for v in columns.values()]).astype(np.float32)
+    var = pd.DataFrame({"pcc": pcc}, index=list(columns))
+    made = ad.AnnData(X, obs=adata.obs, var=var, obsm=dict(adata.obsm), uns=adata.uns)
+    low, high = options.get("trained_on", (0.0, 2.0))
+    made.var["train_min"], made.var["train_max"] = low, high
+    return made
+
+
+RAMP = np.linspace(0, 1, 20)
+
+
+@pytest.mark.parametrize(
+    ("columns", "pcc", "gene"),
+    [
+        ({"BELOW": RAMP - 3, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),  # all below 0: no tile would show it
+        ({"FLAT": 1.5, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),
+        ({"FLAT": 1.5, "LITTLE": RAMP / 9, "MUCH": RAMP}, [np.nan] * 3, "MUCH"),
+        ({"BELOW": 9 * RAMP - 30, "ABOVE": RAMP}, [np.nan] * 2, "ABOVE"),
+        ({"FLAT": 1.5, "UNKNOWN": RAMP, "KNOWN": RAMP / 2}, [0.9, np.nan, -0.1], "KNOWN"),
+        ({"FLAT": 1.5, "UNKNOWN": RAMP}, [0.9, np.nan], "UNKNOWN"),
+        ({"FLAT": -1.5, "BELOW": RAMP - 3}, [0.9, 0.1], "BELOW"),  # nothing better than below 0
+        ({"FLAT": 0.0, "HOT": [0.0] * 19 + [5.0]}, [0.9, 0.1], "HOT"),
+        ({"HOT": [0.0] * 19 + [99.0], "EVEN": RAMP}, [np.nan] * 2, "EVEN"),
+        ({"NAN": np.nan, "HOLES": [np.nan] * 5 + [*RAMP[5:]]}, [0.9, 0.1], "HOLES"),
+        ({"FLAT": 0.5, "ALSO": -0.5}, [0.1, 0.9], "FLAT"),
+    ],
+)
+def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
+    assert default_gene(on_tiles(columns, pcc)) == gene
+
+
+@pytest.mark.parametrize(
+    ("spread", "factors", "words"),
+    [
+        (1e300, {}, "no spot lies on the slide's picture"),
+        (np.nan, {}, "no spot lies on the slide's picture"),
+        (1, {"tissue_downscaled_fullres_scalef": 1e-300, "spot_diameter_fullres": None}, "has no scale factor"),
+        (1, {"tissue_downscaled_fullres_scalef": 1e300}, "no spot lies on the slide's picture"),
+    ],
+)
+def test_predictions_that_cannot_be_placed_name_the_file(tmp_path, spread, factors, words):
+    adata = on_tiles({"G": RAMP}, [0.9])
+    adata.obsm["spatial"] = (np.asarray(adata.obsm["spatial"], float) + 1) * spread
+    known = next(iter(adata.uns["spatial"].values()))["scalefactors"]
+    known.update(factors)
+    for name in [name for name, value in known.items() if value is None]:
+        del known[name]
+    adata.write_h5ad(tmp_path / "genes.h5ad")
+    with pytest.raises(ValueError, match=rf"genes\.h5ad: .*{words}"):
+        save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
+    assert not (tmp_path / "map.png").exists()
+
+
+def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
+    adata = on_tiles({"BELOW": RAMP - 3, "FLAT": 1.0, "ABOVE": RAMP}, [0.9, 0.8, 0.1])
+    fig = predicted_map(adata)
+    assert panels(fig)[1].get_title().startswith("ABOVE: predicted")
+    assert limits_of(fig) == pytest.approx((0.01, 0.99))
+    adata.write_h5ad(tmp_path / "genes.h5ad")
+    drawn, said = save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
+    assert (drawn, said) == (
+        "ABOVE",
+        ["ABOVE lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."],
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "said"),
+    [
+        (1.5, (1.0, 2.0), "The prediction of G does not vary on this slide, it is 1.5 on all 20 tiles."),
+        (-1.5, (-2.0, -1.0), "does not vary on this slide, it is -1.5 on all 20 tiles. G is predicted below 0"),
+        (0.0, (-0.5, 0.5), "does not vary on this slide, it is 0 on all 20 tiles."),
+        (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "does not vary on this slide, it is 1e+05 on all 20 tiles."),
+        (
+            RAMP - 3,
+            (-2.99, -2.01),
+            "G is predicted below 0 on all tiles, and no count is: do not read it as expression.",
+        ),
+        (np.nan, (0.0, 1.0), "The prediction of G is not finite at any of the 20 tiles."),
+        ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles: uncoloured."),
+        ([1.0] * 19 + [4.0], (1.0, 3.43), ""),
+        (1e-4 * RAMP, (1e-6, 9.9e-5), ""),
+    ],
+)
+def test_a_gene_asked_for_has_its_own_scale_and_a_flat_one_is_said_to_be(values, ends, said):
+    adata = on_tiles({"G": values, "OTHER": RAMP}, [0.1, 0.2])
+    words = " ".join(remarks(adata, "G"))
+    assert said in words
+    assert ("does not vary" in words) == ("does not vary" in said)
+    low, high = colour_limits(np.asarray(adata[:, "G"].X))
+    assert low < high
+    if ends is not None:
+        assert (low, high) == pytest.approx(ends, abs=1e-2 if ends[1] > 1e-3 else 1e-8)
+
+
+@pytest.mark.parametrize("values", [-1.5, np.nan, [np.inf, np.nan, *RAMP[2:]]])
+def test_a_map_of_what_does_not_vary_draws_with_its_sentence(values):
+    adata = on_tiles({"G": values}, [0.1])
+    fig = predicted_map(adata, "G")
+    fig.canvas.draw()
+    assert limits_of(fig) == colour_limits(np.asarray(adata.X))
+    for sentence in remarks(adata, "G"):
+        assert sentence in caption(fig)
+
+
+def test_one_tile_is_flat_and_its_value_is_told():
+    fig = predicted_map(on_tiles({"G": 0.25}, [0.1], n=1), "G")
+    fig.canvas.draw()
+    assert "does not vary on this slide, it is 0.25 on its one tile." in caption(fig)
+    with pytest.raises(ValueError, match="nothing to draw: 0 tiles, 1 genes"):
+        predicted_map(on_tiles({"G": 0.25}, [0.1], n=1)[:0])
+
+
+def test_a_single_hot_tile_of_many_is_seen():
+    values = np.zeros(1000)
+    values[7] = 4.0
+    assert colour_limits(values) == (0.0, 4.0)
+    assert colour_limits(np.concatenate([RAMP.repeat(50), [50.0]])) == pytest.approx((0, 1), abs=0.02)
+
+
+def test_a_scale_says_where_values_go_beyond_it():
+    values = np.concatenate([[-9.0], RAMP[1:-1], [9.0]])
+    fig = predicted_map(on_tiles({"G": values}, [0.1]), "G")
+    colorbar = spots(panels(fig)[1]).norm, bars_of(fig)[0]._colorbar
+    assert colorbar[1].extend == "both"
+    assert predicted_map(on_tiles({"G": 1.0}, [0.1]), "G").axes[-1]._colorbar.extend == "neither"
+
+
+@pytest.mark.parametrize(
+    ("values", "trained_on", "said"),
+    [
+        (RAMP, (0.0, 2.0), "G lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."),
+        ([-1.0] * 4 + [1.0] * 15 + [3.0], (0.0, 2.0),
+         "G lies below the range of its training targets (0.00 to 2.00) on 20.0% of the tiles and above it on 5.0%."),
+        ([-1.0] * 5 + [1.0] * 15, (0.0, 2.0),
+         "G lies below the range of its training targets (0.00 to 2.00) on 25.0% of the tiles."),
+        (RAMP + 3, (0.0, 2.0), "G lies above the range of its training targets (0.00 to 2.00) on all 20 tiles."),
+        (RAMP, (np.nan, np.nan), "is unknown, for an older version made the model: train it again, then predict."),
+    ],
+)  # fmt: skip
+def test_a_map_says_the_share_of_tiles_outside_the_training_range(values, trained_on, said):
+    (sentence,) = remarks(on_tiles({"G": values}, [0.1], trained_on=trained_on), "G")
+    assert said in sentence
+
+
+def test_a_gene_of_any_name_keeps_its_caption(tmp_path):
+    fig = predicted_map(on_tiles({r"$\frac{": 1.0}, [0.1], trained_on=(0.0, 2.0)), r"$\frac{")
+    assert r"The prediction of $\frac{ does not vary" in caption(fig)
+    fig.axes[1].set_title("")  # titles are another matter
+    fig.canvas.draw()
+
+
+def test_a_flat_prediction_beside_a_measured_gene_is_said_to_be_flat(slide):
+    measured = np.random.default_rng(0).random(slide.n_spots)
+    fig = expression_map(slide.adata, measured, np.full(slide.n_spots, -0.5), gene="G")
+    a, b, _ = (spots(ax).norm for ax in panels(fig))
+    assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
+    assert a.vmin == -0.5
+    assert a.vmax > 0.9
+    assert fig.get_supxlabel() == (
+        f"What is predicted does not vary on this slide, it is -0.5 on all {slide.n_spots} spots."
+    )
+    same = expression_map(slide.adata, measured, measured, gene="G")
+    assert same.get_supxlabel() == ""
+    assert spots(panels(same)[2]).norm.vmax == 0.5  # a residual of 0 everywhere still has a scale
+
+
+def test_the_maps_of_a_run_show_a_gene_that_varies_on_the_slide(mini_cohort, tmp_path):
+    n = len(mini_cohort)
+    rng = np.random.default_rng(0)
+    measured, varies = rng.random((n, 2)).astype(np.float32), rng.random(n)
+    X = np.column_stack([np.full(n, 0.3), varies]).astype(np.float32)
+    X[mini_cohort.rows_of("MINI2"), 1] = 0.1  # no gene varies there: the best one is drawn with its sentence
+    X[mini_cohort.rows_of("MINI3")[:5], 0] = 0.5
+    held_out = ad.AnnData(X, var=pd.DataFrame(index=["BEST", "NEXT"]), layers={"measured": measured})
+    table = pd.DataFrame({"fold": 0, "gene": ["BEST", "NEXT"], "pcc": [0.9, 0.1]})
+    draw_maps(mini_cohort, held_out, table, tmp_path / "maps")
+    shown = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert shown == {"MINI1_NEXT.png", "MINI2_BEST.png", "MINI3_BEST.png", "MINI4_NEXT.png"}
+
+
+def test_tiles_of_a_grid_are_squares_that_touch():
+    fig = predicted_map(predictions([0.1] * 3, grid=True), "A")
+    drawn = spots(panels(fig)[1]).get_paths()
+    sides = np.array([np.ptp(p.vertices, axis=0) for p in drawn])  # (n, 2), pixels of the image
+    np.testing.assert_allclose(sides, 20)
+
+
+def test_a_predicted_map_says_what_is_missing():
+    adata = predictions([0.1] * 3)
+    with pytest.raises(ValueError, match="gene 'X' is not predicted; there are A, B, C"):
+        predicted_map(adata, "X")
+    del adata.uns["spatial"]
+    with pytest.raises(ValueError, match="the slide has no image"):
+        predicted_map(adata)

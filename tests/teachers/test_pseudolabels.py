@@ -1,0 +1,203 @@
+"""Pseudo-labels: both methods find planted clusters, and unseen spots join by vote."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import adjusted_rand_score
+
+from peka_lite.teachers.pseudolabels import PseudoLabeler
+
+KNN = {"method": "knn-leiden", "resolution": 0.5}
+KMEANS = {"method": "kmeans", "n_clusters": 4}
+both_methods = pytest.mark.parametrize("options", [KNN, KMEANS], ids=["knn-leiden", "kmeans"])
+
+
+def blobs(sizes=(70, 60, 50, 40), seed=0):
+    """Clusters far apart in eight dimensions, in shuffled rows, and which row is of which."""
+    rng = np.random.default_rng(seed)
+    truth = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return (20 * np.eye(8)[truth] + rng.normal(size=(len(truth), 8))).astype(np.float32), truth
+
+
+def cloud(n=120, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
+
+
+def vote(labeler, E_train, E_new, k):
+    """Count votes of the k nearest, one row at a time; nearness decides between equals."""
+    out = []
+    for row in E_new.astype(float):
+        distance = np.sqrt(((E_train.astype(float) - row) ** 2).sum(1))
+        nearest = np.argsort(distance, kind="stable")[:k]
+        tally = {}
+        for i in nearest:
+            n, near = tally.get(labeler.labels_[i], (0, 0.0))
+            tally[labeler.labels_[i]] = (n + 1, near + 1 / (1 + distance[i]))
+        out.append(max(tally, key=tally.get))
+    return out
+
+
+@both_methods
+def test_planted_clusters_are_found(options):
+    E, truth = blobs()
+    assert adjusted_rand_score(truth, PseudoLabeler(**options).fit(E).labels_) == 1
+
+
+@both_methods
+def test_new_spots_of_a_planted_cluster_join_it(options):
+    E, truth = blobs()
+    labeler = PseudoLabeler(**options).fit(E)
+    label_of = {t: labeler.labels_[truth == t][0] for t in range(4)}
+    new, new_truth = blobs(seed=1)
+    assert labeler.predict(new).tolist() == [label_of[t] for t in new_truth]
+
+
+@pytest.mark.parametrize("method", ["knn-leiden", "kmeans"])
+@given(seed=st.integers(0, 50), n=st.integers(40, 150))
+@settings(max_examples=8, deadline=None)
+def test_labels_are_int64_from_zero_without_gaps_largest_first(method, seed, n):
+    labeler = PseudoLabeler(method, **({"n_clusters": 12} if method == "kmeans" else {})).fit(cloud(n, seed))
+    labels = labeler.labels_
+    assert (labels.dtype, labels.shape) == (np.int64, (n,))
+    assert sorted(set(labels)) == list(range(labeler.n_labels_))
+    assert (np.diff(np.bincount(labels)) <= 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_an_empty_cluster_leaves_no_gap():
+    E = np.repeat(cloud(5), 8, axis=0)
+    labeler = PseudoLabeler("kmeans", n_clusters=9).fit(E)
+    assert sorted(set(labeler.labels_)) == list(range(5))
+    assert labeler.n_labels_ == 5
+
+
+@both_methods
+def test_the_same_seed_gives_the_same_labels(options):
+    one, other = (PseudoLabeler(**options, seed=3).fit(cloud()).labels_ for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_seed_matters_where_clusters_are_not_clear():
+    labels = [PseudoLabeler("kmeans", n_clusters=12, seed=s).fit(cloud()).labels_.tolist() for s in range(3)]
+    assert labels[0] != labels[1] or labels[0] != labels[2]
+
+
+def test_the_global_random_state_has_no_say():
+    one = PseudoLabeler().fit(cloud()).labels_
+    np.random.seed(99)  # noqa: NPY002
+    np.testing.assert_array_equal(PseudoLabeler().fit(cloud()).labels_, one)
+
+
+def test_a_higher_resolution_gives_more_clusters():
+    few, many = (PseudoLabeler(resolution=r).fit(cloud()).n_labels_ for r in (0.2, 3.0))
+    assert few < many
+
+
+@pytest.mark.parametrize("options", [{"n_neighbors": 7}, {"method": "kmeans", "n_clusters": 9, "n_neighbors": 4}])
+@given(seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_new_spots_take_the_vote_of_their_nearest_neighbours(options, seed):
+    E, new = cloud(seed=seed), cloud(30, seed + 1000)
+    labeler = PseudoLabeler(**options).fit(E)
+    predicted = labeler.predict(new)
+    assert predicted.dtype == np.int64
+    assert predicted.tolist() == vote(labeler, E, new, options["n_neighbors"])
+
+
+def test_two_far_neighbours_outvote_a_near_one():
+    labeler = PseudoLabeler("kmeans", n_clusters=2, n_neighbors=3).fit([[0.0], [10], [10.5], [11]])
+    assert labeler.labels_[0] != labeler.labels_[1] == labeler.labels_[2]
+    assert labeler.predict([[1.0]]).tolist() == [labeler.labels_[1]]
+
+
+def test_a_tie_goes_to_the_nearer_neighbours():
+    labeler = PseudoLabeler("kmeans", n_clusters=2, n_neighbors=2).fit([[0.0], [4], [6], [10]])
+    left, right = labeler.labels_[[0, 3]]
+    assert left != right
+    assert labeler.predict([[4.9], [5.1]]).tolist() == [left, right]
+
+
+def test_one_neighbour_gives_fitted_rows_their_own_label():
+    E = cloud()
+    labeler = PseudoLabeler("kmeans", n_clusters=9, n_neighbors=1).fit(E)
+    np.testing.assert_array_equal(labeler.predict(E), labeler.labels_)
+
+
+def test_new_spots_do_not_influence_each_other():
+    labeler, new = PseudoLabeler().fit(cloud()), cloud(20, 5)
+    alone = np.concatenate([labeler.predict(new[i : i + 1]) for i in range(20)])
+    np.testing.assert_array_equal(labeler.predict(new), alone)
+
+
+def test_the_default_is_knn_leiden_with_15_neighbours():
+    assert repr(PseudoLabeler()) == "PseudoLabeler('knn-leiden', n_neighbors=15, resolution=1.0, seed=0)"
+
+
+def test_kmeans_makes_100_clusters_unless_told_otherwise():
+    assert PseudoLabeler("kmeans").fit(cloud(150)).n_labels_ == 100
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "has"),
+    [
+        ("knn-leiden", {"n_clusters": 5}, "n_neighbors, resolution"),
+        ("kmeans", {"resolution": 1.0}, "n_clusters, n_neighbors"),
+        ("kmeans", {"colour": 1}, "n_clusters, n_neighbors"),
+    ],
+)
+def test_an_option_of_the_other_method_is_refused(method, option, has):
+    with pytest.raises(ValueError, match=f"'{method}' has no option {next(iter(option))}; it has {has}"):
+        PseudoLabeler(method, **option)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="unknown method 'dbscan'; known: knn-leiden, kmeans"):
+        PseudoLabeler("dbscan")
+
+
+@pytest.mark.parametrize("option", [{"n_neighbors": 0}, {"resolution": -1.0}, {"resolution": None}])
+def test_an_option_below_zero_is_refused(option):
+    with pytest.raises(ValueError, match=f"must be above 0: {next(iter(option))}"):
+        PseudoLabeler(**option)
+
+
+def test_too_few_spots_for_the_neighbours_is_an_error():
+    with pytest.raises(ValueError, match=r"15 spots cannot have 15 neighbours.*lower n_neighbors"):
+        PseudoLabeler().fit(cloud(15))
+
+
+def test_fewer_spots_than_clusters_is_an_error():
+    with pytest.raises(ValueError, match=r"50 spots cannot make 100 clusters.*lower n_clusters"):
+        PseudoLabeler("kmeans").fit(cloud(50))
+
+
+@pytest.mark.parametrize("E", [np.zeros(40), np.full((40, 3), np.nan), np.full((40, 3), np.inf), np.zeros((4, 4, 4))])
+def test_embeddings_must_be_finite_and_two_dimensional(E):
+    with pytest.raises(ValueError, match="finite and two-dimensional"):
+        PseudoLabeler().fit(E)
+
+
+def test_an_unfitted_labeler_is_refused():
+    with pytest.raises(RuntimeError, match=r"not fitted; call fit"):
+        PseudoLabeler().predict(cloud())
+
+
+def test_new_spots_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="features"):
+        PseudoLabeler().fit(cloud()).predict(np.zeros((3, 4)))
+
+
+@both_methods
+def test_fitting_leaves_the_embedding_alone(options):
+    E, _ = blobs()
+    before = E.copy()
+    PseudoLabeler(**options).fit(E).predict(E)
+    np.testing.assert_array_equal(E, before)
+
+
+def test_more_spots_than_scanpys_exact_search_takes_by_default_are_clustered():
+    side = np.arange(8_400) % 2  # scanpy approximates from 8,192 rows on
+    E = np.random.default_rng(0).normal(scale=0.1, size=(len(side), 3)) + 10 * side[:, None]
+    labels = PseudoLabeler("knn-leiden", n_neighbors=5, resolution=0.1).fit(E).labels_
+    assert labels.min() == 0
+    assert not set(labels[side == 0]) & set(labels[side == 1])
