@@ -49,7 +49,15 @@ from torchvision import transforms
 import peka_lite as pk
 from peka_lite._core.device import default_device
 from peka_lite.adapters.adapt import Adapter, adapt, lora_rank_like_bone, merge, orthogonal_term
-from peka_lite.backbones.load import BACKBONES, Backbone, build, load_backbone, pooled, precision_for, preprocess
+from peka_lite.backbones.load import (
+    BACKBONES,
+    Backbone,
+    build_network,
+    extract_features,
+    load_backbone,
+    precision_for,
+    preprocess,
+)
 from peka_lite.transfer.costs import GIB, student_cost
 from peka_lite.transfer.fit import fit, transfer_loss
 from peka_lite.transfer.model import TransferModel
@@ -108,7 +116,7 @@ class PlainTiles(Dataset):
 def cases_of(spec: Backbone, batch: int) -> dict[str, Case]:
     """Name every case; the order is that of the report."""
     with torch.device("meta"):
-        qkv = build(spec).blocks[0].attn.qkv
+        qkv = build_network(spec).blocks[0].attn.qkv
     r, large = spec.bone_r, lora_rank_like_bone(qkv.in_features, qkv.out_features, spec.bone_r)
     return {
         "bone": Case("bone", r),
@@ -300,7 +308,7 @@ def evaluation(base: nn.Module, tiles: np.ndarray, *, batch_size: int, device: s
         if p.requires_grad:
             nn.init.normal_(p, std=0.01)
     merge(ours)
-    theirs = build(spec)
+    theirs = build_network(spec)
     theirs.load_state_dict(ours.state_dict())
     theirs.spec = spec
     theirs.eval().to(device)
@@ -311,7 +319,7 @@ def evaluation(base: nn.Module, tiles: np.ndarray, *, batch_size: int, device: s
         for start in range(0, len(tiles), batch_size):
             x = preprocess(torch.from_numpy(tiles[start : start + batch_size]).to(device), spec)
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                features = pooled(theirs, x)
+                features = extract_features(theirs, x)
             out.append(features.float().cpu().numpy())
         return np.concatenate(out)
 
@@ -427,7 +435,7 @@ def floor() -> None:
 def formula(name: str) -> tuple[int, int]:
     """Return a tile's tokens, and its forward operations counted by hand from the widths of the layers."""
     with torch.device("meta"):
-        model = build(BACKBONES[name])
+        model = build_network(BACKBONES[name])
     D, block, patches = model.embed_dim, model.blocks[0], model.patch_embed.num_patches
     L = patches + model.num_prefix_tokens
     weights = 3 * D * D + D * D + D * block.mlp.fc1.out_features + block.mlp.fc2.in_features * D

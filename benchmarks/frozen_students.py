@@ -22,14 +22,14 @@ import timm
 import torch
 
 from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import build, load_backbone
+from peka_lite.backbones.load import build_network, load_backbone
 from peka_lite.backbones.registry import Backbone
 from peka_lite.data.cohorts import open_cohort
-from peka_lite.evaluation.controls import colour_texture
+from peka_lite.evaluation.controls import color_features
 from peka_lite.evaluation.evaluate import evaluate
 from peka_lite.evaluation.folds import folds
 from peka_lite.evaluation.protocols import PROTOCOLS
-from peka_lite.evaluation.scores import difference, interval
+from peka_lite.evaluation.scores import bootstrap_difference, bootstrap_interval
 from peka_lite.experiments.cache import Student
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +60,7 @@ def main() -> None:
     tiles = cohort.tiles[:]
 
     features = {f"mini, random weights, seed {s}": [frozen("random", tiles, seed=s)] for s in SEEDS}
-    features["colour and texture"] = [colour_texture(tiles)]
+    features["color and texture"] = [color_features(tiles)]
     features["EfficientNet-Lite0, ImageNet"] = [embed_tiles(load_lite0(options.efficientnet), tiles)]
     if real:
         features["mini, pretrained on synthetic tiles"] = [frozen(options.left_out / "synthetic.safetensors", tiles)]
@@ -76,11 +76,11 @@ def main() -> None:
     rows = []
     for name, own in moments.items():
         for m, these in own.groupby("normalization", sort=False):
-            found = interval(these)
+            found = bootstrap_interval(these)
             row = {"features": name, "width": features[name][0].shape[1], "normalization": m, "unit": found["unit"]}
             row |= {k: found[k] for k in ("pcc", "ci_low", "ci_high")}
             if name != last:
-                gain = difference(moments[last][moments[last]["normalization"] == m], these)
+                gain = bootstrap_difference(moments[last][moments[last]["normalization"] == m], these)
                 row |= {"gain": gain["pcc"], "gain_low": gain["ci_low"], "gain_high": gain["ci_high"]}
             rows.append(row)
     table = pd.DataFrame(rows).sort_values("normalization", kind="stable")
@@ -99,7 +99,7 @@ def frozen(weights, tiles, *, seed: int = 0) -> np.ndarray:
 def load_lite0(path: Path) -> torch.nn.Module:
     """Load the ImageNet network into timm's; the tensors have other names there, and the same order."""
     theirs = torch.load(path, map_location="cpu", weights_only=True)
-    model = build(LITE0)
+    model = build_network(LITE0)
     own = model.state_dict()
     values = list(theirs.values())[: len(own)]  # the classifier is last
     assert len(theirs) == len(own) + 2

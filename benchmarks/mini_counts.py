@@ -2,10 +2,10 @@
 
     python benchmarks/mini_counts.py HER2ST [--out benchmarks/results/DATE_mini_counts.csv]
 
-HER2ST holds `st/` and `metadata/` of HER2_C2 to C5: four sections of one breast tumour, first-generation Spatial
+HER2ST holds `st/` and `metadata/` of HER2_C2 to C5: four sections of one breast tumor, first-generation Spatial
 Transcriptomics (100 um spots 200 um apart; the mini cohort has Visium's 55 um spots 100 um apart). Every statistic is
 that of one slide, over the genes that both data sets hold, scaled to their own total; the table gives its median over
-slides and, in brackets, the lowest and the highest. A gene's kind is the one it has in the mini cohort. Neighbours are
+slides and, in brackets, the lowest and the highest. A gene's kind is the one it has in the mini cohort. Neighbors are
 given by number, 100 um away in the one and 200 um in the other, and by distance. No model is involved.
 """
 
@@ -34,7 +34,7 @@ KINDS = ("visible", "invisible", "noise")
 
 
 def moran(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
-    """Moran's I of each column of (n_spots, n_genes); NaN where it is constant or no spot has a neighbour."""
+    """Moran's I of each column of (n_spots, n_genes); NaN where it is constant or no spot has a neighbor."""
     z = values - values.mean(0)
     variance = (z**2).mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -42,7 +42,7 @@ def moran(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
 
 
 def graphs(um: np.ndarray) -> dict[str, sparse.csr_matrix]:
-    """The neighbours of every spot: the six nearest, and all those 150 to 250 um away."""
+    """The neighbors of every spot: the six nearest, and all those 150 to 250 um away."""
     tree = KDTree(um)
     nearest = tree.query(um, 7)[1][:, 1:]
     rows = np.repeat(np.arange(len(um)), 6)
@@ -105,7 +105,7 @@ def statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, 
     found |= {f"spread of log1p-cp10k, {n}, median": np.median(spread[of]) for n, of in with_top.items()}
     found["log10 mean of a gene, top 50, quantile 0.5"] = np.median(log_mean[top])
     found |= {f"top 50, {name}": (kind[top] == name).sum() for name in KINDS}
-    split = pk.evaluation.estimated_ceiling(slide)
+    split = pk.evaluation.estimate_ceiling(slide)
     found |= {f"ceiling by count splitting, {n}, median": split[of].median() for n, of in with_top.items()}
     if "rate" in slide.layers:
         known = noise_ceiling(slide)

@@ -25,7 +25,7 @@ from peka_lite.data.hest import read_cohort
 from peka_lite.data.mini.cohort import write_mini_cohort
 
 REAL = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 TILES = 60  # of each slide
 SQUARE = 0.112**2  # mm2 of a tile
 
@@ -73,28 +73,28 @@ def describe(tiles: np.ndarray) -> dict[str, float]:
     """Measure one slide's tiles (n, 112, 112, 3)."""
     density = -np.log((tiles + 1) / 256)
     h, e = np.moveaxis(density @ hed_from_rgb[:, :2].astype(np.float32), -1, 0)  # (n, 112, 112)
-    grey = tiles.mean(-1)
+    gray = tiles.mean(-1)
     cells = [nuclei(tile) for tile in h]
     areas = np.concatenate([areas for areas in cells if len(areas)])
     means, spreads = tiles.mean((1, 2)), tiles.std((1, 2))  # (n, 3)
-    found = {f"mean {c}": v for c, v in zip(COLOURS, means.mean(0), strict=True)}
-    found |= {f"SD over tiles, {c}": v for c, v in zip(COLOURS, means.std(0), strict=True)}
-    found |= {f"SD within a tile, {c}": v for c, v in zip(COLOURS, spreads.mean(0), strict=True)}
+    found = {f"mean {c}": v for c, v in zip(COLORS, means.mean(0), strict=True)}
+    found |= {f"SD over tiles, {c}": v for c, v in zip(COLORS, means.std(0), strict=True)}
+    found |= {f"SD within a tile, {c}": v for c, v in zip(COLORS, spreads.mean(0), strict=True)}
     for name, stain in (("haematoxylin", h), ("eosin", e)):
         for q in (10, 50, 95):
             found[f"{name} OD, {q}th percentile"] = np.percentile(stain, q)
     first, second = stain_vectors(density.reshape(-1, 3))
-    found |= {f"stain 1 {c}": v for c, v in zip(COLOURS, first, strict=True)}
-    found |= {f"stain 2 {c}": v for c, v in zip(COLOURS, second, strict=True)}
+    found |= {f"stain 1 {c}": v for c, v in zip(COLORS, first, strict=True)}
+    found |= {f"stain 2 {c}": v for c, v in zip(COLORS, second, strict=True)}
     found |= {
         "bright share": (tiles.min(-1) > 215).mean(),
         "nuclei per mm2": np.median([len(c) for c in cells]) / SQUARE,
         "nuclei per mm2, SD over tiles": np.std([len(c) for c in cells]) / SQUARE,
         "nuclear area, um2, median": np.median(areas),
         "nuclear area, um2, 90th percentile": np.percentile(areas, 90),
-        "grey gradient per um": np.hypot(*np.gradient(grey, axis=(1, 2))).mean(),
+        "gray gradient per um": np.hypot(*np.gradient(gray, axis=(1, 2))).mean(),
     }
-    found |= {f"grey correlation at {lag} um": lagged(grey, lag) for lag in (2, 4, 8, 16, 32)}
+    found |= {f"gray correlation at {lag} um": lagged(gray, lag) for lag in (2, 4, 8, 16, 32)}
     return found
 
 
@@ -124,9 +124,9 @@ def stain_vectors(density: np.ndarray) -> np.ndarray:
     return pair[np.argsort(-pair[:, 0])]
 
 
-def lagged(grey: np.ndarray, lag: int) -> float:
+def lagged(gray: np.ndarray, lag: int) -> float:
     """Correlate pixels that lie `lag` um apart within a tile."""
-    x = grey - grey.mean((1, 2), keepdims=True)
+    x = gray - gray.mean((1, 2), keepdims=True)
     return float(((x[:, lag:] * x[:, :-lag]).mean() + (x[:, :, lag:] * x[:, :, :-lag]).mean()) / 2 / (x**2).mean())
 
 

@@ -30,7 +30,7 @@ SETTINGS = {
 # The package's weights have seen the real sections: they are not scored there.
 WEIGHTS = {"mini": "hub", "real": "random"}
 ROWS = {
-    "colour": {"features": "colour", "method": "none"},
+    "color": {"features": "color", "method": "none"},
     "coordinates": {"features": "coordinates", "method": "none"},
     "depth": {"features": "depth", "method": "none"},
     "none": {"method": "none"},

@@ -9,7 +9,7 @@ scores once more on each fold's training spots alone; the others came trained, o
 - held out by patient: mean PCC of the probe from embedding to the 50 most variable genes, which are the training rows'
   own choice, with the measured counts (`pcc`) and with the true rates behind them (`pcc_rates`): what is told of the
   counting noise, which a teacher sees and no tile shows, helps only the first; and R2 of the domain mixture and of the
-  hidden niches (`r2_mixture`, `r2_niche`, mean over columns). Ridge penalty 100 on standardised features.
+  hidden niches (`r2_mixture`, `r2_niche`, mean over columns). Ridge penalty 100 on standardized features.
 
 The row "true mixture" clusters the domain mixture itself: what even perfect knowledge scores.
 
@@ -36,7 +36,7 @@ from _machine import cpu_name
 from sklearn.metrics import adjusted_rand_score, r2_score
 
 import peka_lite as pk
-from peka_lite.data.expression import targets, top_hvg
+from peka_lite.data.expression import expression_targets, top_hvg
 from peka_lite.data.mini.cohort import write_mini_cohort
 from peka_lite.probe.metrics import pearson
 from peka_lite.probe.pca_ridge import PCARidge
@@ -69,7 +69,7 @@ def held_out_scores(cohort, folds, embeddings: list[np.ndarray]) -> pd.DataFrame
     rows = []
     for (train, test), E in zip(folds, embeddings, strict=True):
         genes = top_hvg(cohort.adata, n=50, rows=train)
-        Y = targets(cohort.adata, genes)  # (N, 50)
+        Y = expression_targets(cohort.adata, genes)  # (N, 50)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a narrow embedding allows fewer than 256 components
             probes = [PCARidge(256, ALPHA, fit_intercept=True).fit(E[train], A[train]) for A in (Y, mixture, niche)]

@@ -44,7 +44,7 @@ def stream(seed: int, kind: int, section: int) -> np.random.SeedSequence:
 def draw_scan(rng) -> dict:
     """Draw how one section was stained and scanned, wider than any cohort: a stain, and what happens to its tiles."""
     stain = draw_stain(rng)
-    vectors = (stain["vectors"] + rng.normal(0, 0.08, (2, 3))).clip(0.02)  # (2 stains, 3 colours)
+    vectors = (stain["vectors"] + rng.normal(0, 0.08, (2, 3))).clip(0.02)  # (2 stains, 3 colors)
     stain["vectors"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     stain["strength"] = stain["strength"] * np.exp(rng.normal(0, 0.3, 2))
     stain["white"] = np.minimum(stain["white"] + rng.normal(0, 5) + rng.normal(0, 4, 3), 254)
@@ -101,8 +101,8 @@ def draw_tiles(seed: int, kind: int, section: int, n_tiles: int) -> tuple[np.nda
 
     side = round(TILE * scan["scale"])
     cells = np.argwhere(labels >= 0)
-    centres = cells[rng.integers(len(cells), size=n_tiles)] * STEP + rng.integers(STEP, size=(n_tiles, 2))
-    corners = np.clip(centres - side // 2, 0, np.array(image.shape[:2]) - side)  # (n_tiles, 2), row and column
+    centers = cells[rng.integers(len(cells), size=n_tiles)] * STEP + rng.integers(STEP, size=(n_tiles, 2))
+    corners = np.clip(centers - side // 2, 0, np.array(image.shape[:2]) - side)  # (n_tiles, 2), row and column
     inner = (np.arange(28) * side + side // 2) // 28  # pixels of a tile whose domain is looked up
     tiles, mixture = np.empty((n_tiles, SIDE, SIDE, 3), np.uint8), np.empty((n_tiles, len(DOMAINS)), np.float32)
     for i, (row, column) in enumerate(corners.tolist()):

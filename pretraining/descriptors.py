@@ -14,7 +14,7 @@ N_DESCRIPTORS = 2 * len(LEVELS) + 6 + 3 * 4 + 2 + 8 * OCTAVES
 
 @torch.no_grad()
 def describe(images: torch.Tensor) -> torch.Tensor:
-    """Describe every patch of 16 x 16 pixels, each number standardised over the batch.
+    """Describe every patch of 16 x 16 pixels, each number standardized over the batch.
 
     They are: the share of pixels above six densities of haematoxylin and of eosin; mean and standard deviation of the
     density of red, green and blue; the direction of the gradients in each quarter of the patch; mean and standard
@@ -37,8 +37,8 @@ def describe(images: torch.Tensor) -> torch.Tensor:
     above = [F.avg_pool2d(((stains - level) * 8 + 0.5).clamp_(0, 1), PATCH) for level in LEVELS]
     parts = [*above, *_mean_and_spread(density, PATCH)]
 
-    grey = F.pad(density.mean(1, keepdim=True), (0, 1, 0, 1), mode="replicate")
-    down, right = grey[..., 1:, :-1] - grey[..., :-1, :-1], grey[..., :-1, 1:] - grey[..., :-1, :-1]
+    gray = F.pad(density.mean(1, keepdim=True), (0, 1, 0, 1), mode="replicate")
+    down, right = gray[..., 1:, :-1] - gray[..., :-1, :-1], gray[..., :-1, 1:] - gray[..., :-1, :-1]
     squares = F.avg_pool2d(torch.cat([down**2, right**2, down * right], 1), PATCH // 2)  # (B, 3, 2 n, 2 n)
     size = squares[:, :2].sum(1, keepdim=True)
     direction = torch.cat([squares[:, :1] - squares[:, 1:2], 2 * squares[:, 2:]], 1) / (size + 1e-4)

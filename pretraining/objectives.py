@@ -17,11 +17,11 @@ from torch import nn
 from views import random_view
 
 PATCH = 16
-TARGETS = ("raw", "normalised", "both", "descriptors")
+TARGETS = ("raw", "normalized", "both", "descriptors")
 
 
 def patchify(images: torch.Tensor, spec) -> torch.Tensor:
-    """Normalise images (B, 3, H, W), 0 to 1, and cut them in patches (B, n, 768), as the patch embedding reads them."""
+    """Normalize images (B, 3, H, W), 0 to 1, and cut them in patches (B, n, 768), as the patch embedding reads them."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     n = images.shape[-1] // PATCH
     x = ((images - mean) / std).view(len(images), 3, n, PATCH, n, PATCH)
@@ -60,8 +60,8 @@ def decay_to_one(start: float, share: float) -> float:
 class MAE(nn.Module):
     """Masked autoencoder (He et al. 2022, arXiv:2111.06377): predict hidden patches from those that are seen.
 
-    `target`: ``"raw"`` pixels; ``"normalised"`` by each patch's mean and standard deviation; ``"both"``: that texture,
-    and the mean colour of the patch beside it; or ``"descriptors"``, of seen patches too, as MaskFeat has them in place
+    `target`: ``"raw"`` pixels; ``"normalized"`` by each patch's mean and standard deviation; ``"both"``: that texture,
+    and the mean color of the patch beside it; or ``"descriptors"``, of seen patches too, as MaskFeat has them in place
     of pixels (Wei et al. 2022, arXiv:2112.09133). `summary` adds their mean and spread over the whole tile, predicted
     from the pooled features. `masked` is the share of hidden patches, `depth` the number of the decoder's layers.
     """
@@ -108,12 +108,12 @@ class MAE(nn.Module):
         patches = patches[row, hidden]
         if self.target == "raw":
             return F.mse_loss(predicted, patches)
-        if self.target == "normalised":
+        if self.target == "normalized":
             spread, middle = torch.std_mean(patches, -1, keepdim=True)
             return F.mse_loss(predicted, (patches - middle) / (spread + 1e-2))
-        colours = patches.unflatten(-1, (3, -1))  # (B, n_hidden, 3, 256)
-        middle = colours.mean(-1, keepdim=True)
-        texture = (colours - middle).flatten(2)
+        colors = patches.unflatten(-1, (3, -1))  # (B, n_hidden, 3, 256)
+        middle = colors.mean(-1, keepdim=True)
+        texture = (colors - middle).flatten(2)
         texture = texture / (texture.std(-1, keepdim=True) + 1e-2)
         texture_loss = F.mse_loss(predicted[..., :-3], texture)
         return texture_loss + F.mse_loss(predicted[..., -3:], middle[..., 0])
@@ -145,7 +145,7 @@ class Distillation(nn.Module):
         self.learner = nn.ModuleDict({"backbone": model, "head": head, "classes": classes})
         self.average = copy.deepcopy(self.learner).requires_grad_(False)
         self.token = nn.Parameter(torch.randn(model.embed_dim) * 0.02)
-        self.centres = [torch.zeros(n_classes), torch.zeros(n_classes)]  # of images, of patches
+        self.centers = [torch.zeros(n_classes), torch.zeros(n_classes)]  # of images, of patches
         self.masked, self.stain, self.n_local = masked, stain, n_local
 
     def momentum(self, step: int, share: float) -> float:
@@ -156,9 +156,9 @@ class Distillation(nn.Module):
         return modules["classes"](F.normalize(modules["head"](modules["backbone"].fc_norm(tokens)), dim=-1))
 
     def _sharpened(self, scores: torch.Tensor, which: int) -> torch.Tensor:
-        """Return the average's classes, (n, classes); the centre keeps one class from taking all."""
-        classes = ((scores - self.centres[which]) / 0.04).softmax(-1)
-        self.centres[which] = self.centres[which].lerp(scores.mean(0), 0.1)
+        """Return the average's classes, (n, classes); the center keeps one class from taking all."""
+        classes = ((scores - self.centers[which]) / 0.04).softmax(-1)
+        self.centers[which] = self.centers[which].lerp(scores.mean(0), 0.1)
         return classes
 
     def loss(self, tiles: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.backbones.load import load_backbone, pooled, preprocess
+from peka_lite.backbones.load import extract_features, load_backbone, preprocess
 
 COLUMNS = ("step", "tiles", "cpu_minutes", "loss", "tiles_per_second", "validation_r2")
 WARMUP = 0.05  # of the budget
@@ -67,7 +67,7 @@ def draw_batch(rng, synthetic, real: list, size: int, share: float) -> torch.Ten
 def embed(model, tiles) -> np.ndarray:
     """Return the pooled features (N, 192) of uint8 tiles."""
     batches = (torch.from_numpy(np.array(tiles[i : i + 128])) for i in range(0, len(tiles), 128))
-    return torch.cat([pooled(model, preprocess(batch, model.spec)) for batch in batches]).numpy()
+    return torch.cat([extract_features(model, preprocess(batch, model.spec)) for batch in batches]).numpy()
 
 
 def ridge_r2(features: np.ndarray, mixture: np.ndarray, section: np.ndarray) -> float:

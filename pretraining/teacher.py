@@ -127,7 +127,7 @@ def draw_corpus(streams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_batch(rng: np.random.Generator, corpus: tuple, spots: np.ndarray, n_genes: int) -> tuple[torch.Tensor, ...]:
-    """Thin, normalise and mask some spots (B,): values, masked, depths, genes and targets of `n_genes` genes.
+    """Thin, normalize and mask some spots (B,): values, masked, depths, genes and targets of `n_genes` genes.
 
     A thinned spot keeps a fifth of its counts at least: with hardly any there would be no gene to see.
     """

@@ -23,7 +23,7 @@ def random_view(
     area
         Least and largest share of a tile that a view shows; the crop is square.
     stain
-        Standard deviation of the log strength of each stain of Ruifrok and Johnston 2001; 0 leaves colours alone.
+        Standard deviation of the log strength of each stain of Ruifrok and Johnston 2001; 0 leaves colors alone.
 
     Returns
     -------
@@ -46,8 +46,8 @@ def random_view(
 
 def restain(images: torch.Tensor, stain: float) -> torch.Tensor:
     """Make every stain of each image (B, 3, H, W), 0 to 255, stronger or weaker in optical density."""
-    to_stains, to_colours = (torch.from_numpy(m).float() for m in (hed_from_rgb, rgb_from_hed))
+    to_stains, to_colors = (torch.from_numpy(m).float() for m in (hed_from_rgb, rgb_from_hed))
     strength = (torch.randn(len(images), 3) * stain).exp()
-    mix = (to_stains * strength[:, None]) @ to_colours  # (B, 3, 3), for rows of colours
+    mix = (to_stains * strength[:, None]) @ to_colors  # (B, 3, 3), for rows of colors
     density = images.flatten(2).add(1).div_(256).log_()  # (B, 3, H * W), negative
     return (mix.mT @ density).clamp_(max=0).exp_().mul_(256).sub_(1).view_as(images)

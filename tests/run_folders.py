@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from peka_lite.evaluation.scores import interval, slide_moments
+from peka_lite.evaluation.scores import bootstrap_interval, slide_moments
 
 GENES = ("G1", "G2", "G3")
 SLIDES = ("S1", "S2", "S3")
@@ -51,7 +51,7 @@ def write_run_folder(
             frames.append(moments.assign(normalization=target, fold=fold % config["n_splits"]))
     moments = pd.concat(frames, ignore_index=True)
     scores = {
-        m: {how: interval(part, how=how, n_boot=50) for how in ("pooled", "slides")}
+        m: {how: bootstrap_interval(part, how=how, n_boot=50) for how in ("pooled", "slides")}
         for m, part in moments.groupby("normalization")
     }
     summary = {k: config[k] for k in ("method", "features", "backbone", "cohort", "split", "normalization")}

@@ -74,10 +74,10 @@ def test_held_out_tiles_come_with_the_domains_they_show(folder):
     again, same = corpus.draw_tiles(0, corpus.VALIDATION, 0, 20)
     np.testing.assert_array_equal(tiles[:20], again)
     np.testing.assert_array_equal(mixture[:20], same)
-    # Fat is nearly white, tumour is full of nuclei: if tiles and mixtures did not belong together this would not hold.
+    # Fat is nearly white, tumor is full of nuclei: if tiles and mixtures did not belong together this would not hold.
     bright = tiles.reshape(40, -1).mean(1)
-    fat, tumour = (mixture[:, DOMAINS.index(name)] for name in ("fat", "tumour"))
-    assert np.corrcoef(bright, fat - tumour)[0, 1] > 0.5
+    fat, tumor = (mixture[:, DOMAINS.index(name)] for name in ("fat", "tumor"))
+    assert np.corrcoef(bright, fat - tumor)[0, 1] > 0.5
 
 
 def test_no_cohort_draws_from_a_stream_of_the_corpus(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def views_of(tile, n, **options):
     return views.random_view(tile.expand(n, -1, -1, -1), area=(1.0, 1.0), **options)
 
 
-def test_stain_jitter_changes_colours_and_not_glass(folder):
+def test_stain_jitter_changes_colors_and_not_glass(folder):
     torch.manual_seed(0)
     images = torch.full((6, 3, 4, 4), 255.0)
     images[:, :, :2] = torch.tensor([120.0, 60.0, 140.0])[:, None, None]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peka_lite.backbones.load import IMAGENET, Backbone
+from peka_lite.backbones.registry import IMAGENET, Backbone
 
 TINY = Backbone(
     "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,
@@ -11,7 +11,7 @@ TINY = Backbone(
 
 
 def task(n=20, seed=0):
-    """Tiles of three colours, teacher embeddings around three points, and which is which."""
+    """Tiles of three colors, teacher embeddings around three points, and which is which."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     tiles = rng.integers(0, 60, (n, 32, 32, 3), dtype=np.uint8)

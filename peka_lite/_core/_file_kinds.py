@@ -1,4 +1,4 @@
-"""What a file really holds, recognised by its bytes and not by its name."""
+"""What a file really holds, recognized by its bytes and not by its name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def file_kind(path: Path) -> tuple[str, str, str]:
     return "unknown", "of a kind that is not known", "fetch it again"
 
 
-def misfit(path: Path, wanted: Collection[str]) -> str | None:
+def describe_mismatch(path: Path, wanted: Collection[str]) -> str | None:
     """Say what a file is where it is of none of the kinds wanted, with the fix; None where it may be one of them."""
     if not path.is_file():
         return None

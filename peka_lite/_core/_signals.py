@@ -22,7 +22,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Raise `Stopped` inside where a signal of `SIGNALS` comes; further ones leave the clean-up after it alone.
 
     What is ignored (``nohup``) or handled by somebody else stays so, and a thread that is not the main one changes
@@ -42,7 +42,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_put_off() -> Iterator[Callable[[], None]]:
+def defer_signals() -> Iterator[Callable[[], None]]:
     """Keep signals that would raise an exception until the block ends; gives a function that raises one earlier.
 
     An exception inside a call from HDF5 back to Python would leave its file in a state that ends the process later.

@@ -7,33 +7,33 @@ from pathlib import Path
 
 import numpy as np
 
-from peka_lite._core.io import new_array, reserve, write_whole
-from peka_lite._core.outputs import check_work, link_in, put_file
+from peka_lite._core.io import new_array, reserve_blocks, write_file_atomically
+from peka_lite._core.outputs import check_work, find_link, place_file
 
 BY = "teacher.embed"
 
 
 def open_partial(work: Path, *, shape: tuple[int, int], key: str) -> tuple[np.memmap, np.memmap]:
-    """Open a folder (`workplace`) for writing: rows (N, D) float32, and which of them are done (N,) bool.
+    """Open a folder (`lock_work_folder`) for writing: rows (N, D) float32, and which of them are done (N,) bool.
 
     What an earlier job left is kept where its `key` (data, teacher and settings) and shape agree, else removed.
     """
     check_work(work, ("rows", "done", "key", "whole"))
     paths = work / "rows.npy", work / "done.npy"
     label = f"{key} {shape}"
-    whole = all(p.is_file() for p in paths) and not link_in(work)
+    whole = all(p.is_file() for p in paths) and not find_link(work)
     if not (whole and (work / "key").is_file() and (work / "key").read_text() == label):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
             for path, size, dtype in zip(paths, (shape, shape[:1]), (np.float32, bool), strict=True):
                 new_array(path, size, dtype)
-            write_whole(work / "key", label.encode())  # last: without it the folder counts for nothing
+            write_file_atomically(work / "key", label.encode())  # last: without it the folder counts for nothing
         except OSError:
             shutil.rmtree(work, ignore_errors=True)
             raise
     for path in paths:  # of an earlier job too: a copy of it may have holes
-        reserve(path)
+        reserve_blocks(path)
     rows, done = (np.load(path, mmap_mode="r+") for path in paths)
     return rows, done
 
@@ -42,5 +42,5 @@ def finish(out: Path, rows: np.memmap) -> None:
     """Put complete rows of `open_partial` in place as `out`."""
     rows.flush()
     work = Path(rows.filename).parent
-    put_file(work / "rows.npy", out, BY)
+    place_file(work / "rows.npy", out, BY)
     shutil.rmtree(work)

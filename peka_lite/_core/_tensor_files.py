@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from peka_lite._core._file_kinds import misfit
-from peka_lite._core.io import writing
-from peka_lite._core.outputs import output
+from peka_lite._core._file_kinds import describe_mismatch
+from peka_lite._core.io import report_full_disk
+from peka_lite._core.outputs import write_output
 
 FORMAT = 1
 LONGEST = 2**25  # bytes of a file's header, which holds the record; that of 50 folds of 20,000 genes takes a third
@@ -31,8 +31,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
     path = Path(path)
     stamp = json.dumps({"kind": kind, "format": FORMAT, **record})
     with (
-        writing(path, sum(tensor.nbytes for tensor in tensors.values())),
-        output(path, f"peka_lite, as a file of a {kind}", own=lambda there: _is_own(there, kind)) as partial,
+        report_full_disk(path, sum(tensor.nbytes for tensor in tensors.values())),
+        write_output(path, f"peka_lite, as a file of a {kind}", own=lambda there: _is_own(there, kind)) as partial,
     ):
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "peka_lite": stamp}
@@ -85,7 +85,7 @@ def check_record(path: str | os.PathLike, record: Mapping, wanted: Mapping[str, 
             raise ValueError(f"{path}: its record has {name} {repr(record[name])[:120]}; it is {words}")
 
 
-def is_whole(value, *, least: int = 1) -> bool:
+def is_whole_number(value, *, least: int = 1) -> bool:
     """Say whether a value is a whole number of at least `least`, and no more than 64 bits hold."""
     return type(value) is int and least <= value < 2**63
 
@@ -114,5 +114,5 @@ def _opened(path: str | os.PathLike):
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        seen = misfit(Path(path), {"safetensors"}) or error
+        seen = describe_mismatch(Path(path), {"safetensors"}) or error
         raise ValueError(f"{path} is truncated or no safetensors file ({seen})") from None

@@ -16,11 +16,11 @@ from typing import IO
 import numpy as np
 import torch
 
-from peka_lite._core._file_kinds import misfit
+from peka_lite._core._file_kinds import describe_mismatch
 
 _CHUNKS = 5  # pickles that a file of torch.save before PyTorch 1.6 begins with
 _LARGEST = 2**24  # bytes of a pickle, beside which the tensors' values lie; that of a billion weights has 1e5
-_DEEPEST = 100  # nested containers; an optimiser's state has 5
+_DEEPEST = 100  # nested containers; an optimizer's state has 5
 _COPIES = 8  # what tensors, values and compressed entries may take, as a multiple of the file that holds them
 _GROWS = {"APPEND": 1, "BUILD": 1, "SETITEM": 2, "APPENDS": None, "SETITEMS": None, "ADDITEMS": None}  # None: to a mark
 #: PyTorch reads these too, though what they build may be larger than the file without end.
@@ -110,7 +110,7 @@ def read_torch_file(
         For any other file, which is called what it is, for one that would run code, which is named, and for one whose
         values or tensors take many times the memory of the file.
     """
-    if other := misfit(path, {"torch", "pickle"}):
+    if other := describe_mismatch(path, {"torch", "pickle"}):
         raise ValueError(f"{path}: cannot be read as {what}: {other}")
     with torch.serialization.safe_globals([*ADMITTED, *also]):
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
+from peka_lite._core.lazy import LazyMapping
 
-from peka_lite._core.lazy import Late
+if TYPE_CHECKING:
+    import torch
 
 # bfloat16 needs compute capability 8.0 (Ampere); V100 and T4 have tensor cores for float16 only.
-PRECISION = Late({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
+PRECISION = LazyMapping({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": "torch:bfloat16"})
 
 
 def default_device() -> str:
@@ -23,6 +25,8 @@ def default_device() -> str:
     >>> torch.zeros(3, device=pk.backbones.default_device()).is_cuda == torch.cuda.is_available()
     True
     """
+    import torch  # where a device is chosen, not where its names are checked
+
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -40,6 +44,8 @@ def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.d
     >>> pk.backbones.compute_dtype("cpu", precision={"cpu": torch.bfloat16})
     torch.bfloat16
     """
+    import torch
+
     if torch.device(device).type != "cuda":
         return precision["cpu"]
     modern = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -18,7 +18,7 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
-from peka_lite._core._file_kinds import misfit
+from peka_lite._core._file_kinds import describe_mismatch
 
 LINKS, DEEPEST = 100_000, 64  # most links in a file, and nested groups
 PARTS = 10_000  # most groups and datasets of what is read
@@ -63,7 +63,7 @@ def open_hdf5(path: str | os.PathLike) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except (OSError, RuntimeError, ValueError) as error:
-        seen = misfit(path, {"hdf5"}) or error
+        seen = describe_mismatch(path, {"hdf5"}) or error
         raise Hdf5Error(path, f"cannot be read as HDF5 ({seen})", _AGAIN) from None
     try:
         with _named(path, "HDF5"):
@@ -433,7 +433,7 @@ def _find_pictures(node, path: Path) -> dict[str, tuple[dict[str, h5py.Dataset],
         for image in images.values():
             shape = image.shape or ()
             if image.dtype.kind not in "buif" or len(shape) not in (2, 3) or not 0 < math.prod(shape[2:]) <= 4:
-                fix = "It must be a picture of up to four colours"
+                fix = "It must be a picture of up to four colors"
                 raise Hdf5Error(path, f"{image.name!r} is {image.dtype} {shape}", fix)
             if not 0 < math.prod(shape[:2]) <= PIXELS:
                 what = f"{image.name!r} is a picture of {shape[1]:,} x {shape[0]:,} pixels"
@@ -461,4 +461,6 @@ def _named(path: Path, kind: str):
     except (Hdf5Error, MemoryError):
         raise
     except Exception as error:
-        raise Hdf5Error(path, f"cannot be read as {kind} ({misfit(path, {'hdf5'}) or error})", _AGAIN) from error
+        raise Hdf5Error(
+            path, f"cannot be read as {kind} ({describe_mismatch(path, {'hdf5'}) or error})", _AGAIN
+        ) from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peka_lite._core._signals import signals_put_off
+from peka_lite._core._signals import defer_signals
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -35,7 +35,9 @@ class DiskFull(OSError):
     """There is no room for a file: the disk is full, a quota is used up, or files may not grow that large."""
 
 
-def full_disk(error: BaseException | None, path: str | os.PathLike | None = None, n_bytes: int = 0) -> DiskFull | None:
+def as_full_disk(
+    error: BaseException | None, path: str | os.PathLike | None = None, n_bytes: int = 0
+) -> DiskFull | None:
     """Return what to raise where a disk without room is behind an error, else None.
 
     Parameters
@@ -67,24 +69,24 @@ def require_room(path: str | os.PathLike, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, n_bytes: int = 0) -> Iterator[None]:
+def report_full_disk(path: str | os.PathLike, n_bytes: int = 0) -> Iterator[None]:
     """Ask for room, and raise `DiskFull`, which names `path`, for what fails inside for want of it."""
     require_room(path, n_bytes)
     try:
         yield
     except Exception as error:
-        if (full := full_disk(error, path, n_bytes)) is None or full is error:
+        if (full := as_full_disk(error, path, n_bytes)) is None or full is error:
             raise
         raise full from error
 
 
-def reserve(path: str | os.PathLike, *, of: str | os.PathLike | None = None) -> None:
+def reserve_blocks(path: str | os.PathLike, *, of: str | os.PathLike | None = None) -> None:
     """Give a file that is there blocks for all of its length, so that no write to its memory map can fail.
 
     A file system that cannot promise them is only asked what is free. `of` is what the error names, `path` itself if
     None.
     """
-    with open(path, "r+b") as file, writing(of or path):
+    with open(path, "r+b") as file, report_full_disk(of or path):
         status = os.fstat(file.fileno())
         try:
             if status.st_size:
@@ -153,7 +155,7 @@ class _Sink:
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike | None = None) -> Iterator[_Sink]:
+def open_new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike | None = None) -> Iterator[_Sink]:
     """Open a file for a library to write; on any error it goes, and a full disk is a `DiskFull` that names it.
 
     Parameters
@@ -165,7 +167,7 @@ def new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike
     """
     path = Path(path)
     require_room(of or path, n_bytes)
-    with signals_put_off() as let_through:
+    with defer_signals() as let_through:
         try:
             with path.open("w+b", buffering=0) as file:
                 sink = _Sink(file, let_through)
@@ -177,15 +179,15 @@ def new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike
             with contextlib.suppress(FileNotFoundError):
                 n_bytes = max(n_bytes, path.stat().st_size)
                 path.unlink()
-            if (full := full_disk(error, of or path, n_bytes)) is None:
+            if (full := as_full_disk(error, of or path, n_bytes)) is None:
                 raise
             raise full from error
 
 
 def write_file(path: str | os.PathLike, content: bytes, *, of: str | os.PathLike | None = None) -> None:
-    """Write a file of a folder that nobody reads yet; on any error it goes. `of` is as in `new_file`."""
+    """Write a file of a folder that nobody reads yet; on any error it goes. `of` is as in `open_new_file`."""
     path = Path(path)
-    with writing(of or path, len(content)):
+    with report_full_disk(of or path, len(content)):
         try:
             path.write_bytes(content)
         except BaseException:
@@ -193,7 +195,7 @@ def write_file(path: str | os.PathLike, content: bytes, *, of: str | os.PathLike
             raise
 
 
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
+def write_file_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write a file that appears when it is complete, whoever else writes it."""
     path = Path(path)
     own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # another machine may have this process's number
@@ -208,17 +210,17 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
     """Write an array as ``.npy``."""
-    with new_file(path, array.nbytes) as file:
+    with open_new_file(path, array.nbytes) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def new_array(path: str | os.PathLike, shape: tuple[int, ...], dtype) -> None:
-    """Make a ``.npy`` file of zeros to write by a memory map: it has its blocks already (`reserve`)."""
+    """Make a ``.npy`` file of zeros to write by a memory map: it has its blocks already (`reserve_blocks`)."""
     path = Path(path)
-    with writing(path, int(np.prod(shape)) * np.dtype(dtype).itemsize):
+    with report_full_disk(path, int(np.prod(shape)) * np.dtype(dtype).itemsize):
         try:
             np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-            reserve(path)
+            reserve_blocks(path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -239,19 +241,19 @@ def write_h5ad(
 
     adata.strings_to_categoricals()
     arrays = [] if compression else [a for a in (adata.X, *adata.layers.values()) if isinstance(a, np.ndarray)]
-    with new_file(path, sum(array.nbytes for array in arrays), of=of) as opened, h5py.File(opened, "w") as file:
+    with open_new_file(path, sum(array.nbytes for array in arrays), of=of) as opened, h5py.File(opened, "w") as file:
         ad.io.write_elem(file, "/", adata, dataset_kwargs={"compression": compression})
         if adata.raw is None:
             file.pop("raw", None)  # "there is none", which versions before 0.12 cannot read
 
 
-def size_in_words(n_bytes: int) -> str:
+def format_size(n_bytes: int) -> str:
     """Return a number of bytes as a reader says it.
 
     Examples
     --------
-    >>> from peka_lite._core.io import size_in_words
-    >>> size_in_words(512), size_in_words(2_500_000)
+    >>> from peka_lite._core.io import format_size
+    >>> format_size(512), format_size(2_500_000)
     ('512 B', '2.5 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
@@ -263,8 +265,8 @@ def size_in_words(n_bytes: int) -> str:
 def _refusal(number: int, path: str | os.PathLike | None, n_bytes: int) -> DiskFull:
     free = None if path is None else _free(path)
     why, fix = WHY[number]
-    sizes = [f"at least {size_in_words(n_bytes)} needed"] if n_bytes else []
-    sizes += [] if free is None else [f"{size_in_words(free)} free"]
+    sizes = [f"at least {format_size(n_bytes)} needed"] if n_bytes else []
+    sizes += [] if free is None else [f"{format_size(free)} free"]
     error = DiskFull(f"{path or 'a file'}: {', '.join([why, *sizes])}; {fix}")
     error.errno = number
     return error

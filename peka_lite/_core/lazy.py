@@ -25,7 +25,7 @@ LAYER_TYPES = tuple(
 _NAMED = frozenset({*DTYPES, *LAYER_TYPES})
 
 
-class Late(Mapping):
+class LazyMapping(Mapping):
     """A mapping in which a name of a fixed list stands for an object; it is imported when its value is read.
 
     Listed are `DTYPES` and `LAYER_TYPES`; any other text is text. Thus this room, and all that only asks
@@ -33,7 +33,7 @@ class Late(Mapping):
 
     Examples
     --------
-    >>> late = Late({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
+    >>> late = LazyMapping({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
     >>> late["act_layer"], late["other"], dict(late)["depth"]
     (<class 'torch.nn.modules.activation.SiLU'>, 'fractions:Fraction', 24)
     """

@@ -29,11 +29,13 @@ RECORD = "record.json"  # the last file to be written: a folder without it is no
 PARTIAL = ".partial"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # NFS without lockd, Lustre without flock
 PATIENCE = 1  # seconds of waiting without a word
-_HELD: ContextVar[dict[tuple[int, Path], Path]] = ContextVar("held", default=MappingProxyType({}))  # of `work_folder`
+_HELD: ContextVar[dict[tuple[int, Path], Path]] = ContextVar(
+    "held", default=MappingProxyType({})
+)  # of `lock_output_folder`
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[bool]:
+def lock(out: Path) -> Iterator[bool]:
     """Hold `out` for this process; another one that wants it waits until this one is through, or gone.
 
     Gives True where the lock is held, False where there are no locks and nobody waits. On NFS, Linux asks the server
@@ -50,15 +52,15 @@ def alone(out: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def workplace(out: Path) -> Iterator[Path]:
-    """Hold `out`, as `alone`, and give the folder to work on it in; without a lock nothing of it stays behind."""
+def lock_work_folder(out: Path) -> Iterator[Path]:
+    """Hold `out`, as `lock`, and give the folder to work on it in; without a lock nothing of it stays behind."""
     with _claim(out) as own:
-        yield own or partial_of(out, held=True)
+        yield own or partial_path(out, held=True)
 
 
 @contextlib.contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """Hold `out`, as `workplace`, and give the folder that becomes it: ``{out}.partial``, where there are locks.
+def lock_output_folder(out: Path) -> Iterator[Path]:
+    """Hold `out`, as `lock_work_folder`, and give the folder that becomes it: ``{out}.partial``, where there are locks.
 
     Inside itself it gives the same folder again: a sweep's point holds the folder of its run, and so does the run.
     """
@@ -88,7 +90,7 @@ def _claim(out: Path) -> Iterator[Path | None]:
             if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise type(error)(f"{out} cannot be written: {error.strerror} ({error.filename})") from None
-        own = partial_of(out, held=False) if lock is None else None
+        own = partial_path(out, held=False) if lock is None else None
         try:
             yield own
         finally:
@@ -107,7 +109,7 @@ def _claim(out: Path) -> Iterator[Path | None]:
         raise
 
 
-def partial_of(out: Path, *, held: bool) -> Path:
+def partial_path(out: Path, *, held: bool) -> Path:
     """Return where to work on `out`: where a stopped job left it if this process holds `out`, else a new place.
 
     The name holds the machine's, so that two machines share no place even where a lock is held on one machine alone.
@@ -118,7 +120,7 @@ def partial_of(out: Path, *, held: bool) -> Path:
     return out.with_name(f"{out.name}.{writer}.partial")
 
 
-def put(work: Path, out: Path) -> None:
+def move_into_place(work: Path, out: Path) -> None:
     """Move a whole folder to its place by one rename; where another writer was first, his stays and `work` goes."""
     while True:
         try:
@@ -131,16 +133,16 @@ def put(work: Path, out: Path) -> None:
             shutil.rmtree(work)
             return
         # Half a folder, as a clean-up by age leaves: it is moved away, unless another writer has mended it meanwhile.
-        aside = partial_of(out, held=False)
+        aside = partial_path(out, held=False)
         with contextlib.suppress(FileNotFoundError):
             os.rename(out, aside)
             if (aside / RECORD).is_file():
-                put(aside, out)
+                move_into_place(aside, out)
             else:
                 shutil.rmtree(aside)
 
 
-def put_new(work: Path, out: Path) -> None:
+def move_if_absent(work: Path, out: Path) -> None:
     """Move a whole folder to a place where nothing is; what has come there meanwhile stays."""
     try:
         if not os.path.lexists(out):

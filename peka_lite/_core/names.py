@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peka_lite._core.io import write_whole
-from peka_lite._core.received import own_file
+from peka_lite._core.io import write_file_atomically
+from peka_lite._core.received import file_inside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ _FORMULA = re.compile(
 )  # at a cell's start, whichever separator a spreadsheet takes; a number is none
 
 
-def file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
+def unique_file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
     """Return a file's name for any text, other than those given before, also where a disk knows no capitals.
 
     Parameters
@@ -53,7 +53,7 @@ def file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
     return plain
 
 
-def as_written(figure: Figure) -> Figure:
+def disable_mathtext(figure: Figure) -> Figure:
     r"""Draw every text of a figure letter by letter: ``$\frac{$`` in a gene's name is no formula."""
     from matplotlib.text import Text
 
@@ -62,16 +62,16 @@ def as_written(figure: Figure) -> Figure:
     return figure
 
 
-def visible(text: object, *, lines: bool = False) -> str:
+def escape_control(text: object, *, lines: bool = False) -> str:
     r"""Return text without what a terminal or a page obeys: such letters are written as escapes.
 
-    These are control characters (colours, the cursor, titles of windows), marks that turn the direction of writing,
+    These are control characters (colors, the cursor, titles of windows), marks that turn the direction of writing,
     separators of lines, and halves of letters. Ends of lines stay with `lines`.
 
     Examples
     --------
-    >>> from peka_lite._core.names import visible
-    >>> print(visible("a\x1b[2Kb\u202ec\nd é"))
+    >>> from peka_lite._core.names import escape_control
+    >>> print(escape_control("a\x1b[2Kb\u202ec\nd é"))
     a\x1b[2Kb\u202ec\nd é
     """
     return "".join(
@@ -82,75 +82,75 @@ def visible(text: object, *, lines: bool = False) -> str:
     )
 
 
-def shown(name: str, *, longest: int = 40) -> str:
-    """Return a name on one line, as `visible`, cut where it is long."""
-    name = visible(name)
+def short_name(name: str, *, longest: int = 40) -> str:
+    """Return a name on one line, as `escape_control`, cut where it is long."""
+    name = escape_control(name)
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-def in_markdown(text: object) -> str:
+def escape_markdown(text: object) -> str:
     r"""Return text that Markdown shows as it is, on one line, in a table and at the start of a line too.
 
     No HTML, link, picture, formula, emphasis, heading or list comes of it, and no role or directive of MyST.
 
     Examples
     --------
-    >>> from peka_lite._core.names import in_markdown
-    >>> print(in_markdown("<b>|a* [x](y) snake_case"))
+    >>> from peka_lite._core.names import escape_markdown
+    >>> print(escape_markdown("<b>|a* [x](y) snake_case"))
     \<b>\|a\* \[x](y) snake_case
     """
-    text = visible(" ".join(str(text).splitlines())).strip()
+    text = escape_control(" ".join(str(text).splitlines())).strip()
     text = re.sub(r"[\\`*<|\[{$~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
     return _LINE_START.sub(lambda at: f"{at[0]}\\" if at[0].isdigit() else f"\\{at[0]}", text)
 
 
-def in_code(text: object) -> str:
+def inline_code(text: object) -> str:
     """Return text as Markdown's inline code, on one line, whatever backticks it holds.
 
     Examples
     --------
-    >>> from peka_lite._core.names import in_code
-    >>> in_code("tau=2"), in_code("a`b")
+    >>> from peka_lite._core.names import inline_code
+    >>> inline_code("tau=2"), inline_code("a`b")
     ('`tau=2`', '``a`b``')
     """
-    text = visible(text) or " "
+    text = escape_control(text) or " "
     fence = _fence(text, 1)
     blank = " " if text[0] in "` " or text[-1] in "` " else ""
     return f"{fence}{blank}{text}{blank}{fence}"
 
 
-def in_fence(code: str, language: str) -> str:
+def fenced_code(code: str, language: str) -> str:
     """Return code as a fenced block of Markdown, whatever backticks it holds."""
     fence = _fence(code, 3)
-    return f"{fence}{language}\n{visible(code, lines=True).rstrip()}\n{fence}"
+    return f"{fence}{language}\n{escape_control(code, lines=True).rstrip()}\n{fence}"
 
 
-def in_html(text: object) -> str:
+def escape_html(text: object) -> str:
     """Return text that HTML shows as it is, between tags and in quoted attributes."""
-    return html.escape(visible(text))
+    return html.escape(escape_control(text))
 
 
-def in_cell(value: object) -> object:
+def escape_formula(value: object) -> object:
     """Return a value as a table for spreadsheets holds it: text that would be a formula gets an apostrophe before it.
 
     Examples
     --------
-    >>> from peka_lite._core.names import in_cell
-    >>> in_cell("=1+1"), in_cell("-x;@y"), in_cell("-0.5"), in_cell(-0.5), in_cell("HLA-A")
+    >>> from peka_lite._core.names import escape_formula
+    >>> escape_formula("=1+1"), escape_formula("-x;@y"), escape_formula("-0.5"), escape_formula(-0.5), escape_formula("HLA-A")
     ("'=1+1", "'-x;'@y", '-0.5', -0.5, 'HLA-A')
     """
-    return _FORMULA.sub(r"\1\2'", visible(value)) if isinstance(value, str) else value
+    return _FORMULA.sub(r"\1\2'", escape_control(value)) if isinstance(value, str) else value
 
 
-def write_cells(table: pd.DataFrame, path: str | os.PathLike, *, index: bool) -> None:
-    """Write a table as CSV for spreadsheets, its text, index and columns as `in_cell`; numbers stay as they are."""
+def write_spreadsheet_csv(table: pd.DataFrame, path: str | os.PathLike, *, index: bool) -> None:
+    """Write a table as CSV for spreadsheets, its text, index and columns as `escape_formula`; numbers stay as they are."""
     import pandas as pd
 
     texts = [column for column, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
     table = table.copy()
     for column in texts:
-        table.isetitem(column, table.iloc[:, column].map(in_cell))
-    table.rename(index=in_cell if index else None, columns=in_cell).to_csv(path, index=index)
+        table.isetitem(column, table.iloc[:, column].map(escape_formula))
+    table.rename(index=escape_formula if index else None, columns=escape_formula).to_csv(path, index=index)
 
 
 def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -166,23 +166,23 @@ def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """
     returns = table["gene"].str.contains("\r", regex=False).any()  # which only quotes keep from ending a line
     text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
-    write_whole(path, text.encode())
+    write_file_atomically(path, text.encode())
 
 
 def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = None) -> pd.DataFrame:
     """Read a run's ``metrics.csv``, its known columns; a gene that is called NA, nan or 1e5 keeps its name.
 
-    `within` is as in `own_file`.
+    `within` is as in `file_inside`.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `own_file`, and a ValueError for what is no such table.
+        As `file_inside`, and a ValueError for what is no such table.
     """
     import pandas as pd
 
     path = Path(path)
-    path = own_file(path.parent, path.name, within=within, largest=_LARGEST_METRICS)
+    path = file_inside(path.parent, path.name, within=within, largest=_LARGEST_METRICS)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             first = file.readline(2**16)
@@ -208,7 +208,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     Examples
     --------
-    >>> did_you_mean("Bonne", METHODS), did_you_mean("dora", ["none"])
+    >>> did_you_mean("Bonne", ["bone", "lora"]), did_you_mean("dora", ["none"])
     ("; did you mean 'bone'?", '')
     """
     near = difflib.get_close_matches(name.lower(), known, n=1)

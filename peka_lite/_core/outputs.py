@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from peka_lite._core.io import writing
-from peka_lite._core.locks import alone, partial_of, put_new
+from peka_lite._core.io import report_full_disk
+from peka_lite._core.locks import lock, move_if_absent, partial_path
 
 LONGEST = 200  # bytes of an output's name, to which that of a file in preparation adds some
 _UNMARKED = (".svgz", ".raw", ".rgba")  # nothing may follow their content
@@ -67,7 +67,7 @@ def check_file(
         )
 
 
-def link_in(folder: Path) -> Path | None:
+def find_link(folder: Path) -> Path | None:
     """Return a symbolic link at or in a folder to go on with, through which a file elsewhere would be written."""
     return next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
 
@@ -87,44 +87,44 @@ def check_work(work: Path, names: Iterable[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def output(
+def write_output(
     out: Path, by: str, *, inputs: Iterable[str | os.PathLike] = (), own: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
     """Hold a file to be written (`check_file`) and give where to write it; it takes its place when all is written."""
     inputs = tuple(inputs)
     check_file(out, by, inputs=inputs, own=own)
-    with alone(out):
+    with lock(out):
         check_file(out, by, inputs=inputs, own=own)  # before the work; another process may have been first
         partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
         try:
             yield partial
-            put_file(partial, out, by, inputs=inputs, own=own)
+            place_file(partial, out, by, inputs=inputs, own=own)
         finally:
             partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def write_output_folder(out: Path) -> Iterator[Path]:
     """Hold a folder to be made (`check_free`) and give an empty one, which takes its place when all is written."""
-    with alone(out):
+    with lock(out):
         check_free(out)
-        work = partial_of(out, held=False)
+        work = partial_path(out, held=False)
         work.mkdir()
         try:
             yield work
-            put_new(work, out)
+            move_if_absent(work, out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def put_file(
+def place_file(
     partial: Path, out: Path, by: str, *, inputs: Iterable[str | os.PathLike] = (),
     own: Callable[[Path], bool] | None = None,
 ) -> None:  # fmt: skip
     """Mark a file that is written, and move it to its place where that is still free (`check_file`)."""
     if own is None and out.suffix.lower() not in _UNMARKED:
         size = partial.stat().st_size
-        with writing(out), partial.open("ab") as file:
+        with report_full_disk(out), partial.open("ab") as file:
             file.write(_mark(out, by, size))
     check_file(out, by, inputs=inputs, own=own)
     os.replace(partial, out)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from peka_lite._core.names import visible
+from peka_lite._core.names import escape_control
 
 EVERY = 30.0  # seconds between two lines
 
@@ -114,10 +114,12 @@ class Stage:
             return line
         each = (self.moved - self.begun) / (self.done - self.before)
         left = each * (self.total - self.done) - (time.monotonic() - self.moved)
-        return f"{line}, about {clock(left)} left" if left >= 1 else line
+        return f"{line}, about {format_duration(left)} left" if left >= 1 else line
 
 
-def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total: int | None = None, **options):
+def progress_bar(
+    items: Iterable | None = None, *, desc: str, enabled: bool | None, total: int | None = None, **options
+):
     """Return tqdm's bar in a terminal or a notebook, elsewhere a `Stage` that reports; for a ``with`` block or a loop.
 
     Parameters are tqdm's, and `enabled`: True, False (nothing is shown), or None (a bar in a terminal alone, elsewhere
@@ -130,14 +132,14 @@ def bar(items: Iterable | None = None, *, desc: str, enabled: bool | None, total
 
     around = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
     disable = _in_notebook() if enabled is None else not enabled  # a widget in a page's output needs the network
-    return tqdm(items, total=total, desc=visible(", ".join([*around, desc])), disable=disable, **options)
+    return tqdm(items, total=total, desc=escape_control(", ".join([*around, desc])), disable=disable, **options)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on stderr where a stage reports; work goes on where nobody reads it any more."""
     if any(stage.reports for stage in list(_open)):
         with suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
-            sys.stderr.write(f"{visible(text)}\n")
+            sys.stderr.write(f"{escape_control(text)}\n")
             sys.stderr.flush()
 
 
@@ -153,13 +155,13 @@ def _in_notebook() -> bool:
     return type(sys.stderr).__module__.startswith("ipykernel")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as a reader says it.
 
     Examples
     --------
-    >>> from peka_lite._core.progress import clock
-    >>> clock(8), clock(75), clock(7300)
+    >>> from peka_lite._core.progress import format_duration
+    >>> format_duration(8), format_duration(75), format_duration(7300)
     ('8 s', '1 min 15 s', '2 h 1 min')
     """
     seconds = round(seconds)
@@ -192,4 +194,4 @@ def _print_lines(stop: threading.Event) -> None:
     while not stop.wait(EVERY):
         if stages := list(_open):  # without the lock, which a process that forks now would hold for ever
             line = "; ".join(part for stage in stages if (part := stage.line()))
-            say(f"[{clock(time.monotonic() - stages[0].begun)}] {line or 'at work'}")
+            print_line(f"[{format_duration(time.monotonic() - stages[0].begun)}] {line or 'at work'}")

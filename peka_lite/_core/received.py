@@ -15,7 +15,7 @@ DEEPEST = 32  # nested lists and mappings of a record
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def own_file(
+def file_inside(
     folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int | None = None
 ) -> Path:
     """Return the path of a file of a folder, after a look that it is one and lies inside.
@@ -42,10 +42,10 @@ def own_file(
     Examples
     --------
     >>> from pathlib import Path
-    >>> from peka_lite._core.received import own_file
+    >>> from peka_lite._core.received import file_inside
     >>> Path("run").mkdir()
     >>> Path("run/metrics.csv").symlink_to("/etc/hostname")
-    >>> own_file("run", "metrics.csv")
+    >>> file_inside("run", "metrics.csv")
     Traceback (most recent call last):
     ValueError: run/metrics.csv is a link that leads out of run; put the file itself there
     """
@@ -58,17 +58,19 @@ def own_file(
     return path
 
 
-def own_folder(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None) -> Path:
-    """Return the path of a folder inside a folder; parameters and errors are those of `own_file`."""
+def folder_inside(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None) -> Path:
+    """Return the path of a folder inside a folder; parameters and errors are those of `file_inside`."""
     path, real = _located(folder, names, within)
     if not real.is_dir():
         raise ValueError(f"{path} is no folder")
     return path
 
 
-def own_json(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**24):
-    """Read a JSON file of a folder, after `own_file` and `check_values`."""
-    path = own_file(folder, *names, within=within, largest=largest)
+def read_json_inside(
+    folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**24
+):
+    """Read a JSON file of a folder, after `file_inside` and `check_values`."""
+    path = file_inside(folder, *names, within=within, largest=largest)
     try:
         found = parse_json(path.read_text("utf-8"))
         check_values(found)
@@ -77,9 +79,11 @@ def own_json(folder: str | os.PathLike, *names: str, within: str | os.PathLike |
     return found
 
 
-def own_yaml(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**20):
-    """Read a YAML file of a folder, after `own_file` and `check_values`."""
-    path = own_file(folder, *names, within=within, largest=largest)
+def read_yaml_inside(
+    folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int = 2**20
+):
+    """Read a YAML file of a folder, after `file_inside` and `check_values`."""
+    path = file_inside(folder, *names, within=within, largest=largest)
     found = read_yaml(path, largest=largest)
     try:
         check_values(found)

@@ -31,7 +31,7 @@ class GradientCheck:
         self._others = [p for p in self._learn if id(p) not in adapters]
 
     def _judged(self, layer: nn.Module) -> list[nn.Parameter]:
-        # AdaLoRA's regulariser gives A and B a gradient whether or not the layer is used; E has one only through it.
+        # AdaLoRA's regularizer gives A and B a gradient whether or not the layer is used; E has one only through it.
         only = "lora_E" if self.adapter.method == "adalora" else ""
         return [p for name, p in layer.named_parameters() if p.requires_grad and only in name]
 

@@ -51,7 +51,7 @@ def adapt(
     targets
         Name of the attention sub-layer.
     total_steps
-        Optimiser steps to come; AdaLoRA needs it for its rank schedule.
+        Optimizer steps to come; AdaLoRA needs it for its rank schedule.
     seed
         Decides the random starts of LoRA, AdaLoRA and MiSS; Bone starts at zero.
 
@@ -201,7 +201,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.M
 
 
 def orthogonal_term(model: nn.Module) -> torch.Tensor:
-    """Return AdaLoRA's regulariser (arXiv:2303.10512, eq. 4): mean distance of P'P and QQ' from the identity."""
+    """Return AdaLoRA's regularizer (arXiv:2303.10512, eq. 4): mean distance of P'P and QQ' from the identity."""
     distances = []
     for name, p in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -232,7 +232,7 @@ def _inject_peft(model, method, pattern, *, r, alpha, dropout, total_steps):
         config = MissConfig(r=r, miss_dropout=dropout, target_modules=pattern)
     else:
         if not total_steps:
-            raise ValueError("adalora needs total_steps, the optimiser steps to come, for its rank schedule")
+            raise ValueError("adalora needs total_steps, the optimizer steps to come, for its rank schedule")
         if r < 2:
             raise ValueError(f"adalora prunes its starting rank to half, so r must be at least 2, not {r}")
         config = AdaLoraConfig(

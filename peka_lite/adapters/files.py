@@ -14,7 +14,7 @@ from peka_lite import __version__
 from peka_lite._core._tensor_files import (
     check_record,
     is_finite,
-    is_whole,
+    is_whole_number,
     read_record,
     read_tensors,
     require_name,
@@ -36,10 +36,10 @@ _RECORD = {
     **dict.fromkeys(("options", "data"), _SETS),
 }
 _OPTIONS = {
-    "r": (is_whole, "a whole number above 0"),
+    "r": (is_whole_number, "a whole number above 0"),
     "alpha": (is_finite, "a number"),
     "dropout": (lambda value: is_finite(value) and 0 <= value < 1, "a number from 0 to below 1"),
-    "total_steps": (is_whole, "a whole number above 0"),
+    "total_steps": (is_whole_number, "a whole number above 0"),
 }
 _OF_METHOD = {
     "bone": ("r",), "lora": ("r", "alpha", "dropout"), "adalora": tuple(_OPTIONS), "miss": ("r", "dropout")
@@ -123,7 +123,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all"
     name
         Of this set of tensors: ``"all"``, or the fold it was taught for, ``"fold0"``, ...
     data
-        `fingerprint` of the cohort that taught it.
+        `hash_cohort` of the cohort that taught it.
 
     Raises
     ------

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PREFIX = "package/"  # begins the `source` of such a row; the file's name in ``weights`` follows
 
 
-def packaged(spec: Backbone) -> Path | None:
+def find_packaged(spec: Backbone) -> Path | None:
     """Return the file of the package that holds a row's weights; None where they come from elsewhere.
 
     Raises
@@ -25,7 +25,7 @@ def packaged(spec: Backbone) -> Path | None:
     Examples
     --------
     >>> from peka_lite.backbones.registry import BACKBONES
-    >>> packaged(BACKBONES["mini"]).name, packaged(BACKBONES["uni"])
+    >>> find_packaged(BACKBONES["mini"]).name, find_packaged(BACKBONES["uni"])
     ('mini_student.safetensors', None)
     """
     if spec.source is None or not spec.source.startswith(PREFIX):
@@ -39,6 +39,6 @@ def packaged(spec: Backbone) -> Path | None:
     return path
 
 
-def origin(path: Path) -> str:
+def describe_file(path: Path) -> str:
     """Return a file of the package in words that change with its content: name and first digits of the SHA-256."""
     return f"package {path.name}, sha256 {sha256(path)[:12]}"

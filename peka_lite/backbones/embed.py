@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from peka_lite._core.device import default_device
-from peka_lite._core.progress import bar
-from peka_lite.backbones.load import normalised, pooled, precision_for, registry_row
-from peka_lite.backbones.own import check_statistic
+from peka_lite._core.progress import progress_bar
+from peka_lite.backbones.custom import check_statistic
+from peka_lite.backbones.load import extract_features, normalize_pixels, precision_for, registry_row
 from peka_lite.backbones.registry import IMAGENET, Backbone
 
 AHEAD = 2  # batches read before they are asked for
@@ -84,7 +84,7 @@ class Batches:
         return batch
 
 
-def turned(tiles: torch.Tensor, turns: np.ndarray | torch.Tensor) -> torch.Tensor:
+def flip_tiles(tiles: torch.Tensor, turns: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Mirror and turn each tile into one of the eight ways a square can lie: tissue has no up.
 
     Parameters
@@ -98,7 +98,7 @@ def turned(tiles: torch.Tensor, turns: np.ndarray | torch.Tensor) -> torch.Tenso
     Examples
     --------
     >>> tile = torch.tensor([[1, 2], [3, 4]]).view(1, 2, 2, 1)
-    >>> [turned(tile, np.array([k])).flatten().tolist() for k in (0, 1, 2, 5)]
+    >>> [flip_tiles(tile, np.array([k])).flatten().tolist() for k in (0, 1, 2, 5)]
     [[1, 2, 3, 4], [2, 1, 4, 3], [3, 4, 1, 2], [2, 4, 1, 3]]
     """
     if tiles.shape[1] != tiles.shape[2]:
@@ -164,8 +164,8 @@ def embed_tiles(
 
     from peka_lite._core.device import default_device
     from peka_lite._core.progress import bar
-    from peka_lite.backbones.load import normalised, pooled, precision_for, registry_row
-    from peka_lite.backbones.own import check_statistic
+    from peka_lite.backbones.load import normalized, pooled, precision_for, registry_row
+    from peka_lite.backbones.custom import check_statistic
     from peka_lite.backbones.registry import IMAGENET, Backbone
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> pk.embed_tiles(net, tiles[:8], mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), input_size=64).shape
@@ -188,13 +188,13 @@ def embed_tiles(
     dtype = kind if spec is None else precision_for(spec, device)
     rows = [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
     batches = Batches(tiles, rows, device=device)
-    batches = bar(batches, desc="embed tiles", unit=" batches", enabled=progress, leave=False)
+    batches = progress_bar(batches, desc="embed tiles", unit=" batches", enabled=progress, leave=False)
     done = None  # fetched one batch late, so that the GPU has the next to work on meanwhile
     with _in_eval_mode(model):
         for at, batch in zip(rows, batches, strict=True):
             try:
                 with torch.autocast(device.type, dtype, enabled=spec is not None and dtype != torch.float32):
-                    features = pooled(model, normalised(_pixels(batch), **looks).to(kind))
+                    features = extract_features(model, normalize_pixels(_pixels(batch), **looks).to(kind))
             except torch.OutOfMemoryError as error:
                 raise MemoryError(
                     f"{device} ran out of memory embedding {len(batch)} tiles of {name} at once; "
@@ -212,7 +212,7 @@ def embed_tiles(
 
 
 def _looks(spec: Backbone | None, mean, std, input_size) -> dict:
-    """Return `normalised`'s options: what is given, else a student's own, else ImageNet's at the tiles' size."""
+    """Return `normalize_pixels`'s options: what is given, else a student's own, else ImageNet's at the tiles' size."""
     own = (*IMAGENET, None) if spec is None else (spec.mean, spec.std, spec.input_size)
     looks = dict(zip(("mean", "std", "input_size"), own, strict=True))
     for name, value in (("mean", mean), ("std", std)):
@@ -229,7 +229,7 @@ def _looks(spec: Backbone | None, mean, std, input_size) -> dict:
 def _pixels(batch: torch.Tensor) -> torch.Tensor:
     """Return tiles as uint8, and refuse what is not RGB on a scale of 0 to 255."""
     if batch.ndim != 4 or batch.shape[-1] != 3:
-        raise ValueError(f"tiles are RGB, (n, H, W, 3) with the colours last, not {tuple(batch.shape)}")
+        raise ValueError(f"tiles are RGB, (n, H, W, 3) with the colors last, not {tuple(batch.shape)}")
     if batch.dtype == torch.uint8:
         return batch
     whole = not batch.is_floating_point() and not batch.is_complex() and batch.dtype != torch.bool

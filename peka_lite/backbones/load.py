@@ -18,18 +18,14 @@ from torch import nn
 from peka_lite._core._file_kinds import file_kind
 from peka_lite._core._torch_files import OPTIONS, read_torch_file
 from peka_lite._core.device import compute_dtype
-from peka_lite._core.lazy import Late
+from peka_lite._core.lazy import LazyMapping
 from peka_lite._core.names import did_you_mean
-from peka_lite.backbones._packaged import origin, packaged
-from peka_lite.backbones.own import PACKAGE, backbone_row, check_architecture
-from peka_lite.backbones.registry import BACKBONES, IMAGENET, Backbone, page_of
-from peka_lite.data._choices import closed_gate
-from peka_lite.data.download import is_published, located, read_manifest
+from peka_lite.backbones._packaged import describe_file, find_packaged
+from peka_lite.backbones.custom import PACKAGE, backbone_row, check_architecture
+from peka_lite.backbones.registry import BACKBONES, Backbone, hub_page
+from peka_lite.data._choices import explain_gate
+from peka_lite.data.download import find_fetched, is_published, read_manifest
 
-__all__ = [
-    "BACKBONES", "IMAGENET", "Backbone", "ConvStem", "build", "load_backbone", "pooled", "precision_for",
-    "preprocess",
-]  # fmt: skip
 MOST_WEIGHTS = 20_000_000_000  # the largest network of timm has 7e9
 MOST_PATCHES = 65_536  # of a tile; 1,024 pixels in patches of 4
 
@@ -111,7 +107,7 @@ def load_backbone(
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
-            model = build(spec)
+            model = build_network(spec)
         came = f"random, seed {seed}"
     else:
         path, came = _published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
@@ -119,7 +115,7 @@ def load_backbone(
             raise FileNotFoundError(f"{path}: no such weights file for {spec.name}; give a file, 'hub' or 'random'")
         state = _read_weights(plan, spec, path)
         _load(plan, state, spec, path)
-        model = build(spec)
+        model = build_network(spec)
         _load(model, state, spec, path)
     model.spec, model.weights_origin = spec, came
     return model.eval().to(device or "cpu")
@@ -131,12 +127,12 @@ def precision_for(spec: Backbone, device: str | torch.device) -> torch.dtype:
 
 
 def preprocess(tiles: torch.Tensor, spec: Backbone) -> torch.Tensor:
-    """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, input_size, input_size) on their device."""
-    return normalised(tiles, mean=spec.mean, std=spec.std, input_size=spec.input_size)
+    """Turn uint8 tiles (B, H, W, 3) into normalized float32 (B, 3, input_size, input_size) on their device."""
+    return normalize_pixels(tiles, mean=spec.mean, std=spec.std, input_size=spec.input_size)
 
 
-def normalised(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int | None) -> torch.Tensor:
-    """Turn uint8 tiles (B, H, W, 3) into normalised float32 (B, 3, H', W'), resized unless `input_size` is None."""
+def normalize_pixels(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int | None) -> torch.Tensor:
+    """Turn uint8 tiles (B, H, W, 3) into normalized float32 (B, 3, H', W'), resized unless `input_size` is None."""
     x = tiles.permute(0, 3, 1, 2).float().div_(255)
     if input_size is not None and x.shape[-2:] != (input_size, input_size):
         x = F.interpolate(x, (input_size, input_size), mode="bilinear", antialias=True, align_corners=False)
@@ -144,14 +140,14 @@ def normalised(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int 
     return (x - mean) / std
 
 
-def pooled(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the output (B, D_s) for normalised images (B, 3, H, W), pooled as the student's registry row says.
+def extract_features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the output (B, D_s) for normalized images (B, 3, H, W), pooled as the student's registry row says.
 
     A network without such a row gives what it gives.
     """
     spec = registry_row(model)
     pooling = "network" if spec is None else spec.pooling
-    if pooling in ("network", own_pooling(model)) or not hasattr(model, "num_prefix_tokens"):
+    if pooling in ("network", timm_pooling(model)) or not hasattr(model, "num_prefix_tokens"):
         return model(x)
     tokens = model.forward_features(x)  # (B, prefix + patches, width)
     if tokens.ndim != 3:
@@ -161,7 +157,7 @@ def pooled(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([norm(parts[part]()) for part in pooling.split("+")], dim=-1)
 
 
-def own_pooling(model: nn.Module) -> str:
+def timm_pooling(model: nn.Module) -> str:
     """Return how a network of timm pools by itself: ``"token"``, ``"avg"`` or another name, empty where it has none."""
     if hasattr(model, "dist_token"):  # DeiT
         return "mean of class and distillation token"
@@ -177,13 +173,13 @@ def registry_row(model: nn.Module) -> Backbone | None:
     return spec if isinstance(spec, Backbone) else None
 
 
-def build(spec: Backbone) -> nn.Module:
+def build_network(spec: Backbone) -> nn.Module:
     """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
     try:
         check_architecture(spec.arch)
         if not timm.is_model(spec.arch):
             raise ValueError(f"it knows no such architecture{did_you_mean(spec.arch, timm.list_models())}")
-        model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **Late(spec.options))
+        model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **LazyMapping(spec.options))
     except Exception as error:  # not with these options: each network of timm fails in its own way
         reason = f"{error}" if str(error) else type(error).__name__
         raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({reason})") from None
@@ -209,11 +205,11 @@ def planned(spec: Backbone) -> nn.Module:
     Raises
     ------
     ValueError
-        As `build`, for more than `MOST_WEIGHTS` weights, and for a tile of more than `MOST_PATCHES` patches.
+        As `build_network`, for more than `MOST_WEIGHTS` weights, and for a tile of more than `MOST_PATCHES` patches.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = build(spec)
+        model = build_network(spec)
     if (n := _size(model)) > MOST_WEIGHTS:
         raise ValueError(
             f"backbone {spec.name!r}: {n:,} weights are more than a student here can have ({MOST_WEIGHTS:,}); lower "
@@ -245,7 +241,7 @@ def _check_memory(plan: nn.Module, spec: Backbone) -> None:
 
 def _check_pooling(model: nn.Module, spec: Backbone) -> None:
     """Refuse a pooling that the network cannot give, with one that it can."""
-    tokens, own = hasattr(model, "num_prefix_tokens"), own_pooling(model)
+    tokens, own = hasattr(model, "num_prefix_tokens"), timm_pooling(model)
     has_class = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
     if "token" in spec.pooling and not (has_class if tokens else own == spec.pooling):
         why, fit = "has no class token", "avg" if tokens or own in ("", "avg") else "network"
@@ -258,12 +254,12 @@ def _check_pooling(model: nn.Module, spec: Backbone) -> None:
 
 def _published(spec: Backbone) -> tuple[Path, str]:
     """Return the file of a row's published weights, and where it comes from in words."""
-    if (path := packaged(spec)) is not None:
-        return path, origin(path)
+    if (path := find_packaged(spec)) is not None:
+        return path, describe_file(path)
     return _from_hub(spec), f"hub {spec.source}"
 
 
-def cached_weights(spec: Backbone) -> Path | None:
+def find_cached_weights(spec: Backbone) -> Path | None:
     """Return the file of a row's published weights where it is in the hub's cache on this machine, else None."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -283,7 +279,7 @@ def _repository(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
 def _from_hub(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
-    if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := located(spec.name)):
+    if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := find_fetched(spec.name)):
         return fetched
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -304,8 +300,8 @@ def _from_hub(spec: Backbone) -> Path:
         except (HfHubHTTPError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
-                page = spec.gate or page_of(f"datasets/{repo}" if kind == "dataset" else repo)
-                raise PermissionError(closed_gate(spec.name, page, spec.access)) from error
+                page = spec.gate or hub_page(f"datasets/{repo}" if kind == "dataset" else repo)
+                raise PermissionError(explain_gate(spec.name, page, spec.access)) from error
             raise _unreachable(spec, repo, error) from error
     if isinstance(missing, LocalEntryNotFoundError):
         raise _unreachable(spec, repo, missing) from missing

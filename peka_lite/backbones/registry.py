@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from peka_lite._core.device import PRECISION
-from peka_lite._core.lazy import Late
+from peka_lite._core.lazy import LazyMapping
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ class Backbone:
         Default block size for Bone; None where only method ``"none"`` is accepted.
     precision
         Compute type by device.
-    licence, gate
-        Licence of the weights; page to ask for access, None where nobody has to.
+    license, gate
+        License of the weights; page to ask for access, None where nobody has to.
     access
         How it is granted there: ``"automatic"``, ``"manual"`` or ``"institution"``; None where that is not known.
 
@@ -62,7 +62,7 @@ class Backbone:
     --------
     >>> import peka_lite as pk
     >>> uni = pk.backbones.BACKBONES["uni"]
-    >>> uni.dim, uni.pooling, uni.bone_r, uni.licence
+    >>> uni.dim, uni.pooling, uni.bone_r, uni.license
     (1024, 'token', 256, 'CC-BY-NC-ND-4.0')
     >>> names = "resnet50", "uni", "mini"
     >>> [name for name in names if pk.backbones.BACKBONES[name].gate is None]  # no access request needed
@@ -75,7 +75,7 @@ class Backbone:
     dim: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    licence: str
+    license: str
     gate: str | None = None
     revision: str | None = None
     input_size: int = 224
@@ -92,7 +92,7 @@ _CC_NC = "CC-BY-NC-ND-4.0"
 _CTRANSPATH = "datasets/MahmoodLab/hest-bench/fm_v1/ctranspath/CHIEF_CTransPath.pth"
 
 
-def page_of(repo: str) -> str:
+def hub_page(repo: str) -> str:
     """Return a hub repository's page."""
     return f"https://huggingface.co/{repo}"
 
@@ -101,26 +101,26 @@ _ROWS = (
     Backbone("resnet50", "resnet50.tv_in1k", "timm/resnet50.tv_in1k", 2048, *IMAGENET, "BSD-3-Clause",
              pooling="avg", bone_r=None),
     Backbone("ctranspath", "swin_tiny_patch4_window7_224", _CTRANSPATH, 768, *IMAGENET, "AGPL-3.0",
-             pooling="avg", bone_r=None, options=Late({"embed_layer": "peka_lite.backbones:ConvStem"})),
-    Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, page_of("MahmoodLab/UNI"),
+             pooling="avg", bone_r=None, options=LazyMapping({"embed_layer": "peka_lite.backbones:ConvStem"})),
+    Backbone("uni", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, *IMAGENET, _CC_NC, hub_page("MahmoodLab/UNI"),
              access="institution", pooling="token", options={"init_values": 1e-5, "dynamic_img_size": True}),
     Backbone("h-optimus-0", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", 1536, *BIOPTIMUS, "Apache-2.0",
-             page_of("bioptimus/H-optimus-0"), access="automatic", pooling="token", options=_VIT_G),
+             hub_page("bioptimus/H-optimus-0"), access="automatic", pooling="token", options=_VIT_G),
     Backbone("uni2-h", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, *IMAGENET, _CC_NC,
-             page_of("MahmoodLab/UNI2-h"), access="institution", pooling="token",
-             options=Late({**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536,
+             hub_page("MahmoodLab/UNI2-h"), access="institution", pooling="token",
+             options=LazyMapping({**_VIT_G, **_SWIGLU, "depth": 24, "num_heads": 24, "embed_dim": 1536,
                            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8,
                            "dynamic_img_size": True})),
     Backbone("h0-mini", "vit_base_patch14_reg4_dinov2", "bioptimus/H0-mini", 768, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H0-mini"), access="manual", pooling="token", bone_r=128,
-             options=Late({**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"})),
+             hub_page("bioptimus/H0-mini"), access="manual", pooling="token", bone_r=128,
+             options=LazyMapping({**_VIT_G, **_SWIGLU, "mlp_ratio": 2.66667 * 2, "global_pool": "token"})),
     Backbone("h-optimus-1", "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", 1536, *BIOPTIMUS, _CC_NC,
-             page_of("bioptimus/H-optimus-1"), access="manual", pooling="token", options=_VIT_G),
+             hub_page("bioptimus/H-optimus-1"), access="manual", pooling="token", options=_VIT_G),
     Backbone("virchow2", "vit_huge_patch14_224", "paige-ai/Virchow2", 2560, *IMAGENET, _CC_NC,
-             page_of("paige-ai/Virchow2"), pooling="token+avg",
-             options=Late({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
+             hub_page("paige-ai/Virchow2"), pooling="token+avg",
+             options=LazyMapping({**_VIT_G, **_SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "dynamic_img_size": True})),
     Backbone("gigapath", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, *IMAGENET, "Apache-2.0",
-             page_of("prov-gigapath/prov-gigapath"), access="manual", pooling="token",
+             hub_page("prov-gigapath/prov-gigapath"), access="manual", pooling="token",
              options={**_VIT_G, "patch_size": 16, "mlp_ratio": 5.33334}),
     Backbone("mini", "vit_tiny_patch16_224", "package/mini_student.safetensors", 192, *BIOPTIMUS, "BSD-3-Clause",
              input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),

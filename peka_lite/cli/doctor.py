@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from peka_lite._core.names import visible
+from peka_lite._core.names import escape_control
 
 TORCH, PEFT = (2, 6), (0, 18)  # the oldest that pyproject.toml takes
 PEFT_NAMES = ("AdaLoraConfig", "AdaLoraModel", "LoraConfig", "MissConfig", "inject_adapter_in_model")
@@ -70,8 +70,8 @@ def report(checks: Iterable[Check]) -> str:
           fix: set HF_TOKEN
     """
     return "\n".join(
-        f"{check.status:<6}{check.name:<12}{visible(check.line)}"
-        + (f"\n      fix: {visible(check.fix)}" if check.fix else "")
+        f"{check.status:<6}{check.name:<12}{escape_control(check.line)}"
+        + (f"\n      fix: {escape_control(check.fix)}" if check.fix else "")
         for check in checks
     )
 
@@ -259,15 +259,15 @@ def _ask_the_hub(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str
 
 
 def _artifacts():
-    from peka_lite.backbones._packaged import packaged
+    from peka_lite.backbones._packaged import find_packaged
     from peka_lite.backbones.registry import BACKBONES
     from peka_lite.data._fetch import PARTIAL
-    from peka_lite.data.download import cache_dir, located, read_manifest
+    from peka_lite.data.download import cache_dir, find_fetched, read_manifest
 
     names = list(read_manifest())
-    here = [name for name in names if located(name) is not None]
+    here = [name for name in names if find_fetched(name) is not None]
     line = f"{len(here)} of {len(names)} fetched: {', '.join(here) or 'the default pages need none'}"
-    line += f"; in the package: {', '.join(row.name for row in BACKBONES.values() if packaged(row))}"
+    line += f"; in the package: {', '.join(row.name for row in BACKBONES.values() if find_packaged(row))}"
     if begun := sorted(folder.parent.name for folder in cache_dir().glob(f"*/*/{PARTIAL}")):
         return "note", f"{line}; broken off: {', '.join(begun)}", f"`peka-lite fetch {begun[0]}` goes on with it"
     if not here:

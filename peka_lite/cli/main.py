@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from peka_lite._core._signals import ended_by_signals
-from peka_lite._core.io import full_disk
-from peka_lite._core.names import shown, visible
+from peka_lite._core._signals import exit_on_signals
+from peka_lite._core.io import as_full_disk
+from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.progress import Stage
 from peka_lite.cli.options import parser
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export, "sweep": _sweep,
         "report": _report, "fetch": _fetch, "doctor": _doctor,
     }[name]  # fmt: skip
-    with ended_by_signals():
+    with exit_on_signals():
         try:
             with warnings.catch_warnings(), Stage(name, reports=True):
                 _print_warnings_plainly()
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain("stopped; what was finished is kept, and the same command goes on")
             return 128 + getattr(stop, "number", signal.SIGINT)
         except Exception as error:
-            full = full_disk(error)
+            full = as_full_disk(error)
             if full is None and not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
                 raise
             _complain(full or error)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(what: object) -> None:
     with suppress(OSError):  # of a terminal that was closed
-        print(f"peka-lite: {shown(str(what).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
+        print(f"peka-lite: {short_name(str(what).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
 
 
 def _print_warnings_plainly() -> None:
@@ -58,24 +58,27 @@ def _print_warnings_plainly() -> None:
 
     def plainly(message, category, *place, **options):
         if category is UserWarning:
-            print(f"peka-lite: {visible(message)}", file=sys.stderr)
+            print(f"peka-lite: {escape_control(message)}", file=sys.stderr)
         else:
-            plain = visible(message, lines=True)
+            plain = escape_control(message, lines=True)
             show(message if plain == str(message) else plain, category, *place, **options)
 
     warnings.showwarning = plainly
 
 
 def _say(*lines: object) -> None:
-    """Print lines of a result; what a terminal obeys is an escape in them (`visible`), for names may be received."""
+    """Print lines of a result; what a terminal obeys is an escape in them (`escape_control`), for names may be received."""
     for line in lines:
-        print(visible(line))
+        print(escape_control(line))
 
 
 def _run(*, out: str, maps: bool, **options) -> int:
-    from peka_lite.experiments.run import RunConfig, run
+    from peka_lite.experiments.config import RunConfig
 
-    summary = run(RunConfig(**options), out, maps=maps, progress=True)
+    config = RunConfig(**options)  # before PyTorch is imported, so that a wrong setting is refused at once
+    from peka_lite.experiments.run import run
+
+    summary = run(config, out, maps=maps, progress=True)
     if not summary:  # another process than the first
         return 0
     _say(
@@ -88,10 +91,11 @@ def _run(*, out: str, maps: bool, **options) -> int:
 
 
 def _train(*, out: str, fold: int | None, **options) -> int:
-    from peka_lite.experiments._train import train
     from peka_lite.experiments.config import RunConfig
 
     config = RunConfig(**options)
+    from peka_lite.experiments._train import train
+
     summary = train(config, out, fold=fold, progress=True)
     if summary:
         how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
@@ -129,7 +133,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
 
 def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.experiments._predict_from import predict_from
-    from peka_lite.probe._ranges import say_outside
+    from peka_lite.probe._ranges import describe_outside
 
     predicted = predict_from(model, slide, out, progress=True, **options)
     told = predicted.uns["peka_lite"]
@@ -139,7 +143,7 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
         where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
     model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
     _say(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
-    _say(say_outside(predicted))
+    _say(describe_outside(predicted))
     return 0
 
 
@@ -153,10 +157,10 @@ def _map(*, predictions: str, gene: str | None, out: str) -> int:
 
 def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> int:
     from peka_lite.data._space_ranger import read_counts
-    from peka_lite.data.visium import add_slide, next_step
+    from peka_lite.data.visium import add_slide, describe_next_step
 
     _say(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
-    _say(next_step(cohort))
+    _say(describe_next_step(cohort))
     return 0
 
 
@@ -179,9 +183,9 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
     asked = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
     out = out or f"sweeps/{asked.name}"
     if dry_run:
-        from peka_lite.experiments.sweeps.points import plan
+        from peka_lite.experiments.sweeps.points import plan_sweep
 
-        _say(*plan(asked, out).split("\n"))
+        _say(*plan_sweep(asked, out).split("\n"))
         return 0
     from peka_lite.experiments.sweeps.run import run_sweep
     from peka_lite.reports.page import write_report
@@ -194,11 +198,11 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
 
 
 def _fetch(*, name: str | None, root: str | None) -> int:
-    from peka_lite.data.download import fetch, located, read_manifest
+    from peka_lite.data.download import fetch, find_fetched, read_manifest
 
     if name is None:
         for entry in read_manifest().values():
-            _say(f"{entry.name:<20}{entry.kind:<12}{'fetched' if located(entry.name) else '':<9}{entry.title}")
+            _say(f"{entry.name:<20}{entry.kind:<12}{'fetched' if find_fetched(entry.name) else '':<9}{entry.title}")
         return 0
     _say(fetch(name, root=root))
     return 0

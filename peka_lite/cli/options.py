@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 
 from peka_lite import __version__
-from peka_lite._core.names import visible
+from peka_lite._core.names import escape_control
 
 _HELP = {
     "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
     "slides": "comma-separated slide ids; all by default",
     "patients": "CSV file with columns id,patient, where nothing else names them",
     "protocol": "paper (its released code's folds), hest or strict: split, normalization, alpha, what sees which rows",
-    "features": "student, frozen+student, projector, or a control: teacher, colour, coordinates, depth",
+    "features": "student, frozen+student, projector, or a control: teacher, color, coordinates, depth",
     "teacher": "pca, scfoundation or scfoundation-mini (small, in the package)",
     "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
     "teacher_genes": "its gene list; the one beside the checkpoint or the fetched one by default",
@@ -160,7 +160,7 @@ def _add_settings(experiment: argparse.ArgumentParser) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        super().error(visible(message))  # which repeats what was given, names of a shell's pattern too
+        super().error(escape_control(message))  # which repeats what was given, names of a shell's pattern too
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

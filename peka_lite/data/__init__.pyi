@@ -3,15 +3,15 @@ from .cohorts import cohort_root as cohort_root, open_cohort as open_cohort
 from .download import (
     cache_dir as cache_dir,
     fetch as fetch,
-    located as located,
+    find_fetched as find_fetched,
     patients_of as patients_of,
     read_manifest as read_manifest,
 )
 from .expression import (
     align_genes as align_genes,
+    expression_targets as expression_targets,
     normalize as normalize,
     qc as qc,
-    targets as targets,
     top_hvg as top_hvg,
 )
 from .hest import (

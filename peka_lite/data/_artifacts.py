@@ -43,7 +43,7 @@ class Sample:
         As in the table; `spots` counts those under tissue.
     patient, patient_basis
         Who the tissue came from, and how that is known: ``"table"``, ``"title"``, ``"alone"`` or ``"joined"``.
-    licence
+    license
         Of the slide's own source; None where the table is silent.
     tissue
         Where it is not just the cohort's organ.
@@ -58,7 +58,7 @@ class Sample:
     patient_basis: str
     disease_state: str
     oncotree: str | None
-    licence: str | None
+    license: str | None
     tissue: str | None = None
     same_as: str | None = None
 
@@ -83,8 +83,8 @@ class Artifact:
         Address of what is not on the hub.
     files, any_of
         What to fetch; where `any_of`, only the first of them that the repository holds.
-    licence, gate
-        Licence, None where the source has to tell it; page to ask for access, None where nobody has to.
+    license, gate
+        License, None where the source has to tell it; page to ask for access, None where nobody has to.
     access
         How it is granted there, a key of `registry.ACCESS`; None where that is not known.
     about, paper, note
@@ -97,7 +97,7 @@ class Artifact:
     kind: str
     title: str
     files: tuple[File, ...]
-    licence: str | None
+    license: str | None
     gate: str | None
     access: str | None = None
     any_of: bool = False
@@ -211,9 +211,10 @@ def _build(cls: type, where: str, fields: dict):
 def _fields(value, known=None) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"named fields are wanted here, not {value!r}")
+    value = {"license" if key == "licence" else key: item for key, item in value.items()}  # version 0.1 spelled it so
     if known is not None and (unknown := value.keys() - set(known)):
         raise ValueError(f"unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(sorted(known))}")
-    return dict(value)
+    return value
 
 
 def _list(field: str, value) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+MINI_FORMAT = 2  # of the embedded cohort; raise it when the same seed would give other bytes
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
 
 #: How access is granted where one has to ask.
@@ -12,7 +13,7 @@ ACCESS = {
 }
 
 
-def closed_gate(what: str, gate: str | None, access: str | None) -> str:
+def explain_gate(what: str, gate: str | None, access: str | None) -> str:
     """Say what to do at a closed gate: where to ask, and how access is granted."""
     ask = f"{what} is gated: ask for access at {gate}" if gate else f"{what} is gated: ask its owner for access"
     how = f"; {ACCESS[access]}" if access else ""

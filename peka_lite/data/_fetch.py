@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._core._file_kinds import file_kind, parse_json, read_text
-from peka_lite._core.io import WHY, DiskFull, size_in_words, write_whole, writing
-from peka_lite._core.outputs import check_work, link_in
+from peka_lite._core.io import WHY, DiskFull, format_size, report_full_disk, write_file_atomically
+from peka_lite._core.outputs import check_work, find_link
 from peka_lite._core.progress import Stage, draws_bars
-from peka_lite.data._choices import closed_gate
+from peka_lite.data._choices import explain_gate
 
 if TYPE_CHECKING:
     from peka_lite.data._artifacts import Artifact, File
@@ -54,15 +54,15 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = P
 
     `partial` names the folder inside that downloads go through, which no other process uses at the time.
     """
-    commit, licence, files = _announced(artifact, artifact.revision or record.get("commit"))
+    commit, license, files = _announced(artifact, artifact.revision or record.get("commit"))
     recorded = {f["path"]: f for f in record.get("files", ())} if record.get("commit") == commit else {}
     hashes = {file.path: _kept(root / file.path, file, recorded.get(file.path)) for file in files}
     missing = [file for file in files if hashes[file.path] is None]
     check_work(root / partial)
-    if link_in(root / partial):
+    if find_link(root / partial):
         shutil.rmtree(root / partial)  # it is not what a stopped fetch leaves
     parts = root / partial / (commit or "url")  # what was begun of another commit is not gone on with
-    _check_disk(root, artifact, parts, missing, licence, progress)
+    _check_disk(root, artifact, parts, missing, license, progress)
     try:
         for file in _coming(artifact, missing, root, parts, progress):
             part, place = parts / file.path, root / file.path
@@ -73,7 +73,7 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = P
             if not recorded:  # a record of another commit must not vouch for this file
                 (root / RECORD).unlink(missing_ok=True)
             os.replace(part, place)
-        _write_record(root, root / partial, artifact, commit, licence, hashes)
+        _write_record(root, root / partial, artifact, commit, license, hashes)
     except Exception:  # not KeyboardInterrupt: what was begun then is gone on with
         shutil.rmtree(root / partial, ignore_errors=True)
         raise
@@ -135,7 +135,7 @@ def hub_error(error: Exception, *, what: str, gate: str | None, access: str | No
             f"there, remove {RECORD} to take the newest"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # GatedRepoError is one of them
-        return PermissionError(closed_gate(what, gate, access))
+        return PermissionError(explain_gate(what, gate, access))
     if status == 404:
         return FileNotFoundError(f"{what} is not at its address any more ({error}); correct the address")
     if status is not None:
@@ -152,9 +152,9 @@ def hub_error(error: Exception, *, what: str, gate: str | None, access: str | No
 
 
 def _announced(artifact: Artifact, revision: str | None) -> tuple[str | None, str | None, list[File]]:
-    """Ask for the commit, the licence, and each file's size and hash; nothing is downloaded yet."""
+    """Ask for the commit, the license, and each file's size and hash; nothing is downloaded yet."""
     if artifact.url:
-        return None, artifact.licence, list(artifact.files)
+        return None, artifact.license, list(artifact.files)
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=_endpoint(), library_name="peka_lite")
@@ -169,14 +169,14 @@ def _announced(artifact: Artifact, revision: str | None) -> tuple[str | None, st
             f"{artifact.repo} on the hub does not hold {', '.join(lost[:3])}{', ...' if lost[3:] else ''} of "
             f"{artifact.name} (commit {info.sha[:8]}); pin a revision that does"
         )
-    licence = next((tag.partition(":")[2] for tag in info.tags or () if tag.startswith("license:")), None)
+    license = next((tag.partition(":")[2] for tag in info.tags or () if tag.startswith("license:")), None)
     told = []
     for file in artifact.files:
         if entry := held.get(file.path):
             sha256 = file.sha256 or (entry.lfs.sha256 if entry.lfs else None)
             told.append(dataclasses.replace(file, size=file.size or entry.size, sha256=sha256))
     told = told[:1] if artifact.any_of else told
-    return info.sha, artifact.licence or licence, told
+    return info.sha, artifact.license or license, told
 
 
 def _kept(place: Path, file: File, recorded: dict | None) -> str | None:
@@ -192,22 +192,22 @@ def _kept(place: Path, file: File, recorded: dict | None) -> str | None:
     return found if found == file.sha256 else None
 
 
-def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File], licence, progress: bool) -> None:
+def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File], license, progress: bool) -> None:
     begun = sum((parts / file.path).stat().st_size for file in missing if (parts / file.path).is_file())
     needed = max(0, sum(file.size or 0 for file in missing) - begun)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if progress:
-        size = f"{size_in_words(needed)}" if all(file.size for file in missing) else "size not known"
+        size = f"{format_size(needed)}" if all(file.size for file in missing) else "size not known"
         print(
-            f"fetching {artifact.name}: {len(missing)} files, {size}; {size_in_words(free)} free in {there}; "
-            f"licence {licence or 'not stated: see the source'}",
+            f"fetching {artifact.name}: {len(missing)} files, {size}; {format_size(free)} free in {there}; "
+            f"license {license or 'not stated: see the source'}",
             file=sys.stderr,
         )
     if needed + HEADROOM > free:
         raise OSError(
-            f"{artifact.name} needs {size_in_words(needed)} and {size_in_words(HEADROOM)} to spare, but {there} has "
-            f"{size_in_words(free)} free; free some space, or give another root"
+            f"{artifact.name} needs {format_size(needed)} and {format_size(HEADROOM)} to spare, but {there} has "
+            f"{format_size(free)} free; free some space, or give another root"
         )
 
 
@@ -237,7 +237,12 @@ def _from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress:
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
     asked = _sentences(_what(artifact, file), artifact.gate or _page(artifact), artifact.access)
-    with asked, _bars(progress), writing(part), _Download(part, "ab", file.size, _what(artifact, file)) as data:
+    with (
+        asked,
+        _bars(progress),
+        report_full_disk(part),
+        _Download(part, "ab", file.size, _what(artifact, file)) as data,
+    ):
         if data.tell() < file.size:
             http_get(url, data, resume_size=data.tell(), headers=headers, displayed_filename=file.path)
 
@@ -246,7 +251,7 @@ def _from_url(artifact: Artifact, _commit: None, file: File, part: Path, progres
     import pooch
 
     asked = _sentences(_what(artifact, file), artifact.gate, artifact.access)
-    with asked, writing(part), _Download(part, "wb", file.size, _what(artifact, file)) as data:
+    with asked, report_full_disk(part), _Download(part, "wb", file.size, _what(artifact, file)) as data:
         pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=30)(artifact.url, data, None)
 
 
@@ -303,18 +308,18 @@ def _bars(progress: bool):
         enable_progress_bars()
 
 
-def _write_record(root: Path, work: Path, artifact: Artifact, commit: str | None, licence, hashes: dict) -> None:
+def _write_record(root: Path, work: Path, artifact: Artifact, commit: str | None, license, hashes: dict) -> None:
     files = [{"path": path, "size": (root / path).stat().st_size, "sha256": sha} for path, sha in hashes.items()]
     record = {
         "name": artifact.name,
         "source": artifact.url or f"{artifact.repo_type} {artifact.repo}",
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "licence": licence,
+        "license": license,
         "files": files,
     }
     (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(root / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_file_atomically(root / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _endpoint() -> str | None:

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from peka_lite._core._file_kinds import misfit, parse_json, read_bytes, read_text
+from peka_lite._core._file_kinds import describe_mismatch, parse_json, read_bytes, read_text
 from peka_lite._core.hdf5 import Hdf5Error, check_compressed, check_sizes, open_hdf5, read_anndata
-from peka_lite._core.io import new_file
-from peka_lite.data.tiles import TILE_SHAPE, tiles_of
+from peka_lite._core.io import open_new_file
+from peka_lite.data.tiles import TILE_SHAPE, open_tiles
 
 # What is read of a slide beside X, obs, var and uns["spatial"]; all but the first two is the embedded cohort's.
 PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
@@ -46,7 +46,7 @@ class HestFormatError(ValueError):
 
 
 def read_spots(path: Path) -> ad.AnnData:
-    """Read raw counts (N, G) as CSR float32, with unique barcodes, whole counts and finite pixel centres."""
+    """Read raw counts (N, G) as CSR float32, with unique barcodes, whole counts and finite pixel centers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Observation|Variable) names are not unique")
         return check_spots(read_h5ad(path), path)
@@ -83,14 +83,14 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
         if bad.any():
             raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", raw)
     adata.X = X.astype(np.float32)
-    pixel_centres(adata, path)
+    pixel_centers(adata, path)
     # A symbol that names two genes (two Ensembl ids) keeps both columns, told apart as scanpy does.
     adata.var_names_make_unique()
     return adata
 
 
-def pixel_centres(adata: ad.AnnData, path) -> np.ndarray:
-    """Return the centres of spots, (N, 2) float64, x first."""
+def pixel_centers(adata: ad.AnnData, path) -> np.ndarray:
+    """Return the centers of spots, (N, 2) float64, x first."""
     try:
         spatial = np.asarray(adata.obsm["spatial"])
         if spatial.dtype.kind not in "cV" and (np.abs(spatial[:, [0, 1]].astype(float)) < FARTHEST).all():
@@ -98,7 +98,7 @@ def pixel_centres(adata: ad.AnnData, path) -> np.ndarray:
     except (KeyError, IndexError, TypeError, ValueError):
         pass
     raise HestFormatError(
-        path, "obsm['spatial'] is missing or not finite, or lies 1e9 pixels away", "It must hold (N, 2) pixel centres"
+        path, "obsm['spatial'] is missing or not finite, or lies 1e9 pixels away", "It must hold (N, 2) pixel centers"
     )
 
 
@@ -117,7 +117,7 @@ def read_tile_barcodes(path: Path) -> pd.Index:
     try:
         with open_hdf5(path) as file:
             key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
-            img = tiles_of(file, path)
+            img = open_tiles(file, path)
             if key is None:
                 what = "dataset 'barcode' is missing"
                 raise HestFormatError(path, what, "Tiles join spots on it; 'barcodes' will do")
@@ -143,7 +143,7 @@ def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str]
     """Write a patches file: tiles (224, 224, 3) uint8 one by one, the barcode and upper left corner (x, y) of each."""
     one = (1, *TILE_SHAPE)
     least = len(barcodes) * int(np.prod(TILE_SHAPE)) // 10  # bytes; tissue is compressed to about two thirds
-    with new_file(path, least, of=of) as opened, h5py.File(opened, "w") as file:
+    with open_new_file(path, least, of=of) as opened, h5py.File(opened, "w") as file:
         image = file.create_dataset("img", (len(barcodes), *TILE_SHAPE), "u1", chunks=one, compression="gzip")
         for row, tile in enumerate(tiles):
             image[row] = tile
@@ -229,7 +229,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         cells += [""] * (len(names) - len(cells))  # spreadsheets leave blanks at the end out
         yield line, {column: cells[names.index(column)] for column in columns}
     if not n_rows:
-        seen = misfit(path, {"text", "empty"})
+        seen = describe_mismatch(path, {"text", "empty"})
         raise HestFormatError(
             path,
             f"columns {' and '.join(columns)} are missing" + (f" ({seen})" if seen else ""),
@@ -242,7 +242,7 @@ def read_metadata(path: Path) -> dict:
     try:
         fields = parse_json(read_text(path))
     except ValueError as error:
-        seen = misfit(path, {"text", "pickle"}) or _reason(path, error)
+        seen = describe_mismatch(path, {"text", "pickle"}) or _reason(path, error)
         raise HestFormatError(path, f"not valid JSON ({seen})", "Download the file again") from None
     if not isinstance(fields, dict):
         raise HestFormatError(path, f"holds a {type(fields).__name__}", "It must hold one object of named fields")

@@ -27,7 +27,7 @@ _NO_GENE = re.compile(
 )
 
 
-def of_one_kind(slides: Sequence[Slide], place: Path) -> tuple[list[Slide], dict[str, str]]:
+def keep_one_naming(slides: Sequence[Slide], place: Path) -> tuple[list[Slide], dict[str, str]]:
     """Keep the slides that name their genes alike; whatever their order, the same ones.
 
     Two slides are alike where at least half of the names of the one with fewer are names of the other too, controls of

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 
-from peka_lite._core.names import in_html
+from peka_lite._core.names import escape_html
 
 _THUMBNAIL_PX = 220
 
@@ -15,7 +15,7 @@ _THUMBNAIL_PX = 220
 def slide_html(slide) -> str:
     """Thumbnail with spots, one tile and the facts of a slide, as self-contained HTML."""
     pictures = "".join(
-        f'<img src="data:image/png;base64,{png}" alt="{in_html(alt)}" '
+        f'<img src="data:image/png;base64,{png}" alt="{escape_html(alt)}" '
         f'style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
         for png, alt in ((_thumbnail(slide), f"Slide {slide.id} with its spots"), (_tile(slide), "One tile"))
         if png
@@ -30,10 +30,10 @@ def slide_html(slide) -> str:
         **{f"dropped: {why}": n for why, n in slide.dropped.items()},
     }
     rows = "".join(
-        f"<tr><th style='text-align:left'>{in_html(k)}</th><td>{in_html(v)}</td></tr>" for k, v in facts.items()
+        f"<tr><th style='text-align:left'>{escape_html(k)}</th><td>{escape_html(v)}</td></tr>" for k, v in facts.items()
     )
     note = "<p><em>Synthetic data.</em></p>" if slide.metadata.get("synthetic") else ""
-    return f"<div><strong>Slide {in_html(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
+    return f"<div><strong>Slide {escape_html(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
 
 
 def cohort_html(cohort) -> str:
@@ -42,7 +42,7 @@ def cohort_html(cohort) -> str:
     rows = "".join(
         "<tr>"
         + "".join(
-            f"<td>{in_html(v)}</td>"
+            f"<td>{escape_html(v)}</td>"
             for v in (
                 s.id,
                 s.patient or "unknown",
@@ -55,7 +55,7 @@ def cohort_html(cohort) -> str:
         + "</tr>"
         for s in cohort.slides
     )
-    out = "".join(f"<li>left out {in_html(i)}: {in_html(why)}</li>" for i, why in cohort.left_out.items())
+    out = "".join(f"<li>left out {escape_html(i)}: {escape_html(why)}</li>" for i, why in cohort.left_out.items())
     synthetic = any(s.metadata.get("synthetic") for s in cohort.slides)
     title = f"{len(cohort.slides)} slides, {len(cohort)} spots, {len(cohort.genes)} shared genes"
     return (

@@ -84,7 +84,7 @@ def _cannot_hold(what: str, size: int) -> str:
     return f"it declares {what}, more than is read from a file of {size:,} bytes"
 
 
-def files_of(path: Path) -> list[Path]:
+def slide_files(path: Path) -> list[Path]:
     """Return the files of a slide: one, or those beside it that its index names.
 
     Raises

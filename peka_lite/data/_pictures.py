@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import openslide
     from tifffile import TiffFile, TiffPage, TiffPageSeries
 
-MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes with colours of 8 bits
+MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes with colors of 8 bits
 RGB, YCBCR = 2, 6  # TIFF's PhotometricInterpretation
-BRIGHT = 1  # grey whose highest value is the brightest
-GREYS = (0, BRIGHT, 4)  # the first has it the other way about, the last is a mask
+BRIGHT = 1  # gray whose highest value is the brightest
+GRAYS = (0, BRIGHT, 4)  # the first has it the other way about, the last is a mask
 JPEG = (6, 7)  # TIFF's Compression; its decoder turns YCbCr into RGB
-IGNORED, PREMULTIPLIED = 0, 1  # TIFF's ExtraSamples: of no stated meaning; alpha that colours are multiplied by
+IGNORED, PREMULTIPLIED = 0, 1  # TIFF's ExtraSamples: of no stated meaning; alpha that colors are multiplied by
 UNITS = {2: "inch", 3: "centimeter"}  # TIFF's ResolutionUnit
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras write into 16
 ROWS = 512  # converted at once, to spare memory
@@ -35,7 +35,7 @@ BLOCK = 2048  # pixels of a side read at once
 SCANS = 200  # of a progressive JPEG; programs write about 10
 PLAIN = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # no EPS, which runs a program
 OF_OTHERS = ("lsm", "mmstack", "ndtiff", "fluoview", "stk", "sis", "avs", "eer", "scanimage", "nih", "mdgel")
-NUMBERED = r"(c|ch|channel|band|plane|sample|image)?[\s:_/#-]*(\d+[\s:_/#-]*)*"  # names that say nothing of colours
+NUMBERED = r"(c|ch|channel|band|plane|sample|image)?[\s:_/#-]*(\d+[\s:_/#-]*)*"  # names that say nothing of colors
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -108,19 +108,19 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
                 return _read_plain(path)
             except (OSError, SyntaxError):  # of a compression that Pillow does not know
                 pass
-        colours_are = _code(page.photometric)
-        in_rgb = colours_are == RGB or (colours_are == YCBCR and _code(page.compression) in JPEG)
+        colors_are = _code(page.photometric)
+        in_rgb = colors_are == RGB or (colors_are == YCBCR and _code(page.compression) in JPEG)
         if order is None and not in_rgb:
-            raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
+            raise PictureError(f"its colors are no plain RGB ({_describe(chosen)})")
         array = _channels_last(chosen, path)  # (h, w, channels)
         if not array.size or array.shape[-1] < 3:
-            raise PictureError(f"its colours are no plain RGB ({_describe(chosen)})")
+            raise PictureError(f"its colors are no plain RGB ({_describe(chosen)})")
         has_alpha = order is None and extra and extra[0] != IGNORED and array.shape[-1] > 3
         alpha = array[..., 3] if has_alpha else None
         if alpha is not None and not alpha.any():  # nothing of the picture would be seen: it was never filled in
             alpha = None
-        colours = array[..., list(order or (0, 1, 2))]
-        image = Image.fromarray(_to_8_bits(colours, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
+        colors = array[..., list(order or (0, 1, 2))]
+        image = Image.fromarray(_to_8_bits(colors, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
         properties = {f"tiff.{axis}Resolution": _tag(page, tag, None) for axis, tag in (("X", 282), ("Y", 283))}
         pairs = {name: value for name, value in properties.items() if isinstance(value, tuple) and len(value) == 2}
         properties = {name: str(above / below) for name, (above, below) in pairs.items() if below}
@@ -135,7 +135,7 @@ def _read_plain(path: Path) -> Picture:
     try:
         with _of_any_size(), Image.open(path, formats=PLAIN) as image:
             if image.mode not in MODES:
-                raise PictureError(f"its pixels are of mode {image.mode}, not 8-bit colours")
+                raise PictureError(f"its pixels are of mode {image.mode}, not 8-bit colors")
             declared = 4 * image.width * image.height
             copies = 1 if image.mode == "RGB" and image.format != "JPEG2000" else 4
             check_in_memory(declared, path, needed=copies * declared)
@@ -180,32 +180,32 @@ def _choose(series: list[TiffPageSeries], tiff: TiffFile) -> tuple[TiffPageSerie
     largest = [s for s in series if np.prod(_size(s)) == most]
     width, height = _size(largest[0])
     flat = [s for s in largest if all(n == 1 or axis in "YXCS" for axis, n in zip(s.axes, s.shape, strict=True))]
-    coloured = [s for s in flat if _code(s.keyframe.photometric) not in GREYS and _count(s, "C") == 1]
-    several = len(coloured) > 1 or any(_code(s.keyframe.photometric) not in GREYS for s in largest if s not in coloured)
-    if several or (not coloured and len(largest) > 1):
+    colored = [s for s in flat if _code(s.keyframe.photometric) not in GRAYS and _count(s, "C") == 1]
+    several = len(colored) > 1 or any(_code(s.keyframe.photometric) not in GRAYS for s in largest if s not in colored)
+    if several or (not colored and len(largest) > 1):
         seen = "; ".join(_describe(s) for s in largest)
         raise PictureError(
             f"it holds more than one picture of {width} x {height} px, its largest size ({seen})",
             "Give a file with the one H&E image that is meant, in RGB",
         )
-    if coloured:
-        return coloured[0], None
+    if colored:
+        return colored[0], None
     only = largest[0]
     names = _channel_names(tiff, series.index(only))
     bright = flat and _code(only.keyframe.photometric) == BRIGHT
     order = _order(names, _count(only, "C") * _count(only, "S")) if bright else None
     if order is None:
         named = f", channels {', '.join(names)}" if any(names) else ""
-        raise PictureError(f"its largest picture, {width} x {height} px, is not in colours ({_describe(only)}{named})")
+        raise PictureError(f"its largest picture, {width} x {height} px, is not in colors ({_describe(only)}{named})")
     return only, order
 
 
 def _order(names: list[str], n: int) -> tuple[int, ...] | None:
     """Return the places of red, green and blue among `n` channels: by their names, or as they stand where none says."""
     known = [name.strip().lower() for name in names]
-    for colours in (("red", "green", "blue"), ("r", "g", "b")):
-        if all(known.count(colour) == 1 for colour in colours) and len(known) == n:
-            return tuple(known.index(colour) for colour in colours)
+    for colors in (("red", "green", "blue"), ("r", "g", "b")):
+        if all(known.count(color) == 1 for color in colors) and len(known) == n:
+            return tuple(known.index(color) for color in colors)
     return (0, 1, 2) if n == 3 and all(re.fullmatch(NUMBERED, name) for name in known) else None
 
 
@@ -328,16 +328,16 @@ def _check_segments(level: TiffPageSeries, path: Path) -> None:
                 raise PictureError(f"it holds {own[0]} x {own[1]} px in a tile of {width} x {height}")
 
 
-def _to_8_bits(colours: np.ndarray, alpha: np.ndarray | None, depth: int, *, premultiplied: bool) -> np.ndarray:
-    """Scale (h, w, 3) colours to uint8, over white where `alpha` (h, w) lets it through."""
-    full = _full_scale(colours, depth)
-    if alpha is None and full == 255 and colours.dtype == np.uint8:
-        return np.ascontiguousarray(colours)
+def _to_8_bits(colors: np.ndarray, alpha: np.ndarray | None, depth: int, *, premultiplied: bool) -> np.ndarray:
+    """Scale (h, w, 3) colors to uint8, over white where `alpha` (h, w) lets it through."""
+    full = _full_scale(colors, depth)
+    if alpha is None and full == 255 and colors.dtype == np.uint8:
+        return np.ascontiguousarray(colors)
     opaque = None if alpha is None else _full_scale(alpha, depth)
-    image = np.empty(colours.shape, dtype=np.uint8)
+    image = np.empty(colors.shape, dtype=np.uint8)
     for start in range(0, len(image), ROWS):
         rows = slice(start, start + ROWS)
-        part = colours[rows] / np.float32(full)
+        part = colors[rows] / np.float32(full)
         if opaque is not None:
             cover = (alpha[rows] / np.float32(opaque))[..., None]
             part = (part if premultiplied else part * cover) + 1 - cover

@@ -1,4 +1,4 @@
-"""Counts of a Visium slide as Space Ranger wrote them, with the centres of their spots."""
+"""Counts of a Visium slide as Space Ranger wrote them, with the centers of their spots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE = 64  # bytes of a line of matrix.mtx, more than two numbers and a count ev
 
 
 def read_counts(path: str | os.PathLike) -> ad.AnnData:
-    """Read counts and centres of spots: an ``.h5ad`` file, or the ``outs`` folder that Space Ranger wrote.
+    """Read counts and centers of spots: an ``.h5ad`` file, or the ``outs`` folder that Space Ranger wrote.
 
     Of `outs` the filtered matrix (HDF5, else the folder of that name) and the table of positions are read, nothing
     else; of features that are not gene expression, such as antibodies, none is kept.

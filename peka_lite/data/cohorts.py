@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data._fetch import read_record
-from peka_lite.data.download import cache_dir, located, patients_of, read_manifest
-from peka_lite.data.mini.cohort import MINI_FORMAT
+from peka_lite.data.download import cache_dir, find_fetched, patients_of, read_manifest
 
 # What reads or writes a cohort is imported where that is done: to look up where one is takes none of it.
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def find_cohort(name: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"{name}: no such cohort folder; give one in HEST-1k's layout, 'mini', or one to fetch: {', '.join(known)}"
         )
-    if (found := located(name)) is None:
+    if (found := find_fetched(name)) is None:
         raise FileNotFoundError(f"cohort {name!r} is not here yet: run `peka-lite fetch {name}`")
     return found
 

@@ -1,4 +1,4 @@
-"""Outside artifacts: what to fetch, from where, under which licence, and whether what came is what was meant."""
+"""Outside artifacts: what to fetch, from where, under which license, and whether what came is what was meant."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import os
 import secrets
 from pathlib import Path
 
-from peka_lite._core.locks import alone
+from peka_lite._core.locks import lock
 from peka_lite.data._artifacts import Artifact, File, Manifest, Sample, parse_manifest
 from peka_lite.data._fetch import PARTIAL, RECORD, fetch_into, read_record
 
-__all__ = ["Artifact", "File", "Manifest", "Sample", "cache_dir", "fetch", "located", "patients_of", "read_manifest"]
+__all__ = [
+    "Artifact",
+    "File",
+    "Manifest",
+    "Sample",
+    "cache_dir",
+    "fetch",
+    "find_fetched",
+    "patients_of",
+    "read_manifest",
+]
 
 _FOLDERS = {"cohort": "cohorts", "checkpoint": "models", "student": "models", "genes": "genes"}
 
@@ -39,13 +49,13 @@ def read_manifest(path: str | os.PathLike | None = None) -> Manifest:
     >>> manifest = pk.data.read_manifest()
     >>> [name for name, entry in manifest.items() if entry.kind == "cohort"]
     ['breast', 'kidney', 'liver', 'lung']
-    >>> manifest["breast"].licence, len(manifest["breast"].slides)
+    >>> manifest["breast"].license, len(manifest["breast"].slides)
     ('CC-BY-NC-SA-4.0', 8)
     """
     return _shipped() if path is None else parse_manifest(Path(path))
 
 
-def located(name: str | Artifact, *, root: str | os.PathLike | None = None) -> Path | None:
+def find_fetched(name: str | Artifact, *, root: str | os.PathLike | None = None) -> Path | None:
     """Return where a fetched artifact is: a cohort's folder, else the file. None where it is absent or incomplete.
 
     What `fetch` recorded is trusted, as far as the files are there with their sizes and the manifest says nothing else.
@@ -65,7 +75,7 @@ def located(name: str | Artifact, *, root: str | os.PathLike | None = None) -> P
     Examples
     --------
     >>> import peka_lite as pk
-    >>> print(pk.data.located("scfoundation", root="not_fetched_yet"))
+    >>> print(pk.data.find_fetched("scfoundation", root="not_fetched_yet"))
     None
     """
     artifact = _artifact(name)
@@ -110,7 +120,7 @@ def patients_of(name: str | Artifact) -> dict[str, str]:
 
 
 def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progress: bool = True) -> Path:
-    """Fetch an artifact, check it, and return where it is, as `located` does; what is there already is not fetched.
+    """Fetch an artifact, check it, and return where it is, as `find_fetched` does; what is there already is not fetched.
 
     Size and hash of each file come from the manifest, else from the hub. A file that passed is put in place at once,
     so a cohort that breaks off keeps its finished files. ``fetched.json`` beside them records commit, sizes and
@@ -123,7 +133,7 @@ def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progre
     root
         Folder to put it in; by default its own in the cache (`cache_dir`).
     progress
-        Say on stderr what is fetched, how large it is and under which licence.
+        Say on stderr what is fetched, how large it is and under which license.
 
     Raises
     ------
@@ -149,15 +159,15 @@ def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progre
     """
     artifact = _artifact(name)
     folder = _root(artifact, root)
-    if (place := located(artifact, root=folder)) is not None:
+    if (place := find_fetched(artifact, root=folder)) is not None:
         return place
     if (other := read_record(folder).get("name", artifact.name)) != artifact.name:
         raise ValueError(f"{folder} holds {other} already; give {artifact.name} a folder of its own")
-    with alone(folder / RECORD) as held:
-        if (place := located(artifact, root=folder)) is None:  # another process may have been first
+    with lock(folder / RECORD) as held:
+        if (place := find_fetched(artifact, root=folder)) is None:  # another process may have been first
             own = PARTIAL if held else f"{PARTIAL}.{secrets.token_hex(4)}"
             fetch_into(folder, artifact, record=read_record(folder), partial=own, progress=progress)
-            place = located(artifact, root=folder)
+            place = find_fetched(artifact, root=folder)
     return place
 
 

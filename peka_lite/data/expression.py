@@ -1,4 +1,4 @@
-"""Counts: which spots are good enough, how they are normalised, which genes are predicted."""
+"""Counts: which spots are good enough, how they are normalized, which genes are predicted."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
 
 
 def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_matrix:
-    """Normalise raw counts.
+    """Normalize raw counts.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
      [0.   0.  ]]
     """
     if method not in NORMALIZATIONS:
-        raise ValueError(f"unknown normalisation {method!r}; known: {', '.join(NORMALIZATIONS)}")
+        raise ValueError(f"unknown normalization {method!r}; known: {', '.join(NORMALIZATIONS)}")
     # A copy: with another type alone scipy shares the indices, and log1p sorts them in place.
     X = sparse.csr_matrix(adata.X, dtype=np.float64, copy=True)
     if method == "log1p-cp10k":
@@ -115,7 +115,7 @@ def top_hvg(
     rows
         Training rows (indices or mask); None means all.
     method
-        Normalisation before ranking, as in `normalize`.
+        Normalization before ranking, as in `normalize`.
     min_spots
         Smallest share of rows in which a gene is seen.
 
@@ -149,7 +149,7 @@ def top_hvg(
             f"{seen.sum()} genes are seen in at least {min_spots:.0%} of {X.shape[0]} spots: fewer than n={n}. "
             "Lower n or min_spots."
         )
-    # Normalise over all genes first: the filter must not change a spot's total.
+    # Normalize over all genes first: the filter must not change a spot's total.
     work = ad.AnnData(normalize(train, method=method)[:, seen], var=pd.DataFrame(index=adata.var_names[seen]))
     work.uns["log1p"] = {"base": None}
     with warnings.catch_warnings():
@@ -163,8 +163,8 @@ def top_hvg(
     return genes
 
 
-def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> np.ndarray:
-    """Return what the probe predicts: normalised expression of `genes`, (N, len(genes)) float32.
+def expression_targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> np.ndarray:
+    """Return what the probe predicts: normalized expression of `genes`, (N, len(genes)) float32.
 
     Totals are taken over all genes of `adata`, before the selection.
 
@@ -172,9 +172,9 @@ def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp1
     --------
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
-    >>> pk.data.targets(adata, ["KRT8", "CD8A"]).shape
+    >>> pk.data.expression_targets(adata, ["KRT8", "CD8A"]).shape
     (190, 2)
-    >>> pk.data.targets(adata, ["KRT8", "CD8"])
+    >>> pk.data.expression_targets(adata, ["KRT8", "CD8"])
     Traceback (most recent call last):
         ...
     KeyError: 'genes not in the data: CD8'
@@ -184,7 +184,7 @@ def targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp1
     return normalize(adata, method=method)[:, adata.var_names.get_indexer(genes)].toarray()
 
 
-def in_memory(adata: ad.AnnData) -> ad.AnnData:
+def load_in_memory(adata: ad.AnnData) -> ad.AnnData:
     """Return data with X in memory; one that lies on disk (``backed``) is read, one without X is refused."""
     if adata.X is None:
         raise ValueError("X is empty; it must hold expression (`adata.X = adata.layers[...]` puts a layer there)")
@@ -228,7 +228,7 @@ def align_genes(
     genes = pd.Index(genes)
     if not genes.is_unique:
         raise ValueError(f"gene {genes[genes.duplicated()][0]!r} stands more than once in the wanted order")
-    X = sparse.csr_matrix(in_memory(adata).X, dtype=np.float64)
+    X = sparse.csr_matrix(load_in_memory(adata).X, dtype=np.float64)
     to = genes.get_indexer(adata.var_names if names is None else pd.Index(names))  # (G,), -1 where not wanted
     known = np.flatnonzero(to >= 0)
     pick = sparse.csr_matrix((np.ones(len(known)), (known, to[known])), shape=(len(to), len(genes)))
@@ -238,9 +238,9 @@ def align_genes(
     return sparse.csr_matrix(X @ pick, dtype=np.float32), coverage
 
 
-def counts_digest(adata: ad.AnnData) -> str:
+def hash_counts(adata: ad.AnnData) -> str:
     """Hash counts with their barcodes and gene names; 16 hex digits."""
-    X = sparse.csr_matrix(in_memory(adata).X)
+    X = sparse.csr_matrix(load_in_memory(adata).X)
     digest = hashlib.sha256("\n".join([*map(str, adata.obs_names), *map(str, adata.var_names)]).encode())
     for part in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data.astype(np.float32)):
         digest.update(part)

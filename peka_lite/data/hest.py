@@ -28,7 +28,7 @@ from peka_lite.data._format import (
     read_spots,
     read_tile_barcodes,
 )
-from peka_lite.data._gene_names import ONE_KIND, of_one_kind
+from peka_lite.data._gene_names import ONE_KIND, keep_one_naming
 from peka_lite.data.tiles import TileStore
 
 IMAGE_KEY = "downscaled_fullres"
@@ -43,7 +43,7 @@ class Slide:
     id
         HEST sample id.
     adata
-        Raw counts (N, G) as CSR float32, all genes of the slide; ``obsm["spatial"]`` holds (N, 2) pixel centres.
+        Raw counts (N, G) as CSR float32, all genes of the slide; ``obsm["spatial"]`` holds (N, 2) pixel centers.
     tiles
         `TileStore` of N tiles; row i is the tile of spot i.
     patient
@@ -288,7 +288,7 @@ def read_cohort(
     -----
     UserWarning
         For each slide left out, for each whose genes another column of ``var`` names as the other slides do, and where
-        the slides share fewer than half of the genes of the smallest (`of_one_kind`).
+        the slides share fewer than half of the genes of the smallest (`keep_one_naming`).
 
     Examples
     --------
@@ -315,7 +315,7 @@ def read_cohort(
         raise ValueError(
             f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
         )
-    slides, left_out = of_one_kind([read_slide(root, i, patient=who.get(i)) for i in ids], root / "st")
+    slides, left_out = keep_one_naming([read_slide(root, i, patient=who.get(i)) for i in ids], root / "st")
 
     median = np.median([s.adata.n_vars for s in slides])
     targeted = {} if keep_targeted else {s.id: s.adata.n_vars for s in slides if s.adata.n_vars < median / 2}
@@ -354,7 +354,7 @@ def read_cohort(
 def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
     """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the part with tissue.
 
-    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centres and two diameters around them. Where
+    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centers and two diameters around them. Where
     tiles of a grid were predicted it is the whole image: tissue that no tile covers is a part of it.
     """
     library = next(iter(adata.uns["spatial"].values()))

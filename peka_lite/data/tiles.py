@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 
 from peka_lite._core.hdf5 import Hdf5Error, Rows, check_storage, open_hdf5
-from peka_lite._core.io import writing
-from peka_lite._core.outputs import output
+from peka_lite._core.io import report_full_disk
+from peka_lite._core.outputs import write_output
 from peka_lite._core.progress import Stage
 
 TILE_SHAPE = (224, 224, 3)
@@ -112,8 +112,8 @@ class TileStore:
             raise ValueError(f"{path}: a memory map of tiles is a .npy file; give a name that ends in .npy")
         # Read by a memory map, not written by one: where a disk is full, that ends the process.
         with (
-            writing(path, int(np.prod(self.shape))),
-            output(path, "TileStore.to_memmap", inputs=self.paths) as partial,
+            report_full_disk(path, int(np.prod(self.shape))),
+            write_output(path, "TileStore.to_memmap", inputs=self.paths) as partial,
             partial.open("wb") as file,
         ):
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
@@ -128,7 +128,7 @@ class TileStore:
         if key not in self._open:
             path = self.paths[part]
             self._open[key] = (
-                np.load(path, mmap_mode="r") if path.suffix == ".npy" else Rows(tiles_of(open_hdf5(path), path), path)
+                np.load(path, mmap_mode="r") if path.suffix == ".npy" else Rows(open_tiles(open_hdf5(path), path), path)
             )
         return self._open[key]
 
@@ -136,7 +136,7 @@ class TileStore:
         return {**self.__dict__, "_open": {}}
 
 
-def tiles_of(file: h5py.File, path: Path) -> h5py.Dataset:
+def open_tiles(file: h5py.File, path: Path) -> h5py.Dataset:
     """Return the tiles (n, 224, 224, 3) uint8 of an open patches file, after a look at how they are stored."""
     img = file.get("img")
     if not isinstance(img, h5py.Dataset):

@@ -18,10 +18,10 @@ DARK = 45  # brightest channel of a scanner's border or black ink
 INK = 20  # by how much green exceeds red: in H&E it is the weaker of the two, in blue and green ink it is not
 LEAST_SATURATION = 0.05  # glass stays below
 APART = 0.05  # difference in mean saturation between tissue and glass, where both are there
-GREY = 200  # weakest channel of anything but glass
+GRAY = 200  # weakest channel of anything but glass
 GLASS = 0.01  # least share of glass where it is what tissue is told from
 DENSE = 0.1  # mean optical density that glass does not reach
-COLOURED = 0.01  # least share of what is not black that is more saturated than glass; of H&E's tissue it is above 0.9
+COLORED = 0.01  # least share of what is not black that is more saturated than glass; of H&E's tissue it is above 0.9
 BLACK = 30  # weakest channel of pictures on a black ground; in H&E, stained on bright glass, it is above 100
 
 
@@ -80,7 +80,7 @@ def tissue_tiles(slide: WholeSlide, *, min_tissue: float = 0.5) -> TissueTiles:
         raise ValueError(f"min_tissue is a share above 0 and at most 1, not {min_tissue}")
     picture, scale = slide.thumbnail()
     mask = find_tissue(picture, um_per_px=float(np.sqrt(np.prod(slide.mpp))) / scale)
-    glass = picture.min(-1) > GREY
+    glass = picture.min(-1) > GRAY
     check_stain(slide, picture[mask] if mask.any() and glass.mean() > GLASS else picture[~glass])
     if not mask.any():
         raise SlideError(
@@ -104,7 +104,7 @@ def tissue_tiles(slide: WholeSlide, *, min_tissue: float = 0.5) -> TissueTiles:
 
 
 def check_stain(slide: WholeSlide, pixels: np.ndarray) -> None:
-    """Refuse colours that H&E cannot have: none, those of a picture on black ground, inverted ones.
+    """Refuse colors that H&E cannot have: none, those of a picture on black ground, inverted ones.
 
     Parameters
     ----------
@@ -116,23 +116,23 @@ def check_stain(slide: WholeSlide, pixels: np.ndarray) -> None:
     Raises
     ------
     SlideError
-        With the colours that were seen.
+        With the colors that were seen.
     """
     pixels = pixels[pixels.max(-1) > DARK].astype(int) if (pixels > DARK).any() else pixels.astype(int)
     if not len(pixels):
         return
     red, green, blue = pixels.T
     high, low = pixels.max(-1), pixels.min(-1)
-    coloured = 1 - low / np.maximum(high, 1) > LEAST_SATURATION  # (n,)
+    colored = 1 - low / np.maximum(high, 1) > LEAST_SATURATION  # (n,)
     seen = None
-    if coloured.mean() < COLOURED:
+    if colored.mean() < COLORED:
         seen = (
-            f"red, green and blue differ by {np.median(high - low):.0f} of 255 where tissue should be: it has no colour"
+            f"red, green and blue differ by {np.median(high - low):.0f} of 255 where tissue should be: it has no color"
         )
-    elif np.median(low[coloured]) < BLACK:
-        seen = f"the weakest colour of its tissue is {np.median(low[coloured]):.0f} of 255: it lies on black ground"
-    elif np.median((green - np.maximum(red, blue))[coloured]) > INK:
-        seen = "green is the strongest colour of its tissue: it looks inverted"
+    elif np.median(low[colored]) < BLACK:
+        seen = f"the weakest color of its tissue is {np.median(low[colored]):.0f} of 255: it lies on black ground"
+    elif np.median((green - np.maximum(red, blue))[colored]) > INK:
+        seen = "green is the strongest color of its tissue: it looks inverted"
     if seen:
         raise SlideError(
             slide.path, f"{seen}, unlike H&E", "Give the H&E image at full scale in RGB, with 8 bits a channel"
@@ -143,7 +143,7 @@ def find_tissue(image: np.ndarray, *, um_per_px: float) -> np.ndarray:
     """Tell tissue from glass on a thumbnail of an H&E slide.
 
     Tissue is more saturated than Otsu's threshold (Otsu 1979, doi:10.1109/TSMC.1979.4310076), or dense and at least
-    faintly coloured: that keeps pale stroma, and all of a slide with little or no glass. Black borders and ink in
+    faintly colored: that keeps pale stroma, and all of a slide with little or no glass. Black borders and ink in
     black, blue or green are left out, and do not move the threshold; red ink passes for tissue. Specks below half a
     tile are removed, holes below four tiles filled.
 

@@ -1,4 +1,4 @@
-"""A slide of one's own in HEST-1k's layout: counts with the centres of their spots, and the image they lie on."""
+"""A slide of one's own in HEST-1k's layout: counts with the centers of their spots, and the image they lie on."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pandas.api.types import is_numeric_dtype
 from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
 
-from peka_lite._core._signals import signals_put_off
+from peka_lite._core._signals import defer_signals
 from peka_lite._core.io import write_file, write_h5ad
-from peka_lite._core.locks import workplace
+from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_work
-from peka_lite._core.progress import Stage, bar, say
+from peka_lite._core.progress import Stage, print_line, progress_bar
 from peka_lite.data._format import (
     PLACES,
     HestFormatError,
     check_sparse,
     check_spots,
     patient_name,
-    pixel_centres,
+    pixel_centers,
     read_metadata,
     write_tiles,
 )
-from peka_lite.data.expression import in_memory
+from peka_lite.data.expression import load_in_memory
 from peka_lite.data.hest import IMAGE_KEY, Slide, read_slide
 from peka_lite.data.tiles import TILE_SHAPE
 from peka_lite.data.tissue import check_stain
@@ -41,8 +41,8 @@ from peka_lite.data.wsi import ResolutionError, SlideError, WholeSlide, open_sli
 
 FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
 MOVING = "moving.json"  # in the draft: what the three files are known by, wherever they are
-PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: centre to centre, diameter
-NAMES_OF_GENES = {  # columns of var in small letters, by which `of_one_kind` may read the genes of another slide
+PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: center to center, diameter
+NAMES_OF_GENES = {  # columns of var in small letters, by which `keep_one_naming` may read the genes of another slide
     "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
     "symbols", "hgnc_symbol", "feature_id", "feature_name", "ensembl", "ensembl_id", "ensembl_ids", "ensembl_gene_id",
     "ensg", "original_name", "name", "id",
@@ -75,7 +75,7 @@ def add_slide(
     slide_id
         Name of the slide, new to the folder.
     counts
-        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centres, x first, in
+        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centers, x first, in
         pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` give them. Spots whose
         ``obs["in_tissue"]`` is 0 are left out. Kept are: of ``obs`` in_tissue, array_row and array_col, of ``var`` what
         names the genes in another way (`NAMES_OF_GENES`, such as gene_ids), no layers and no other tables.
@@ -106,10 +106,10 @@ def add_slide(
     FileExistsError
         If the folder holds a file of that slide, or when another process that adds it is through.
     HestFormatError
-        For counts that are not raw, duplicate barcodes, missing coordinates, and centres that do not fit the image.
+        For counts that are not raw, duplicate barcodes, missing coordinates, and centers that do not fit the image.
     FileNotFoundError, SlideError
         As `open_slide`, also where no resolution is known, for an image that is turned by an Orientation tag, and for
-        one that is grey, fluorescent or inverted where the spots are.
+        one that is gray, fluorescent or inverted where the spots are.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def add_slide(
     _check_names(root, slide_id, metadata)
     if not spot_um > 0:
         raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
-    with workplace(root / slide_id) as draft:
+    with lock_work_folder(root / slide_id) as draft:
         check_work(draft, (*FILES, Path(MOVING).stem))
         _undo(draft, root, slide_id)
         _check_place(root, slide_id)
@@ -147,8 +147,8 @@ def _add(
     """Do `add_slide`'s work in a folder `draft`, which is not there yet."""
     spots = _spots_of(counts, f"counts of {slide_id}")
     off_tissue = counts.n_obs - spots.n_obs
-    centres = spots.obsm["spatial"]  # (N, 2)
-    distance = spot_distance(centres) if len(centres) > 1 else None  # px
+    centers = spots.obsm["spatial"]  # (N, 2)
+    distance = spot_distance(centers) if len(centers) > 1 else None  # px
     if isinstance(mpp, str):
         mpp = _from_spots(mpp, distance)
         embedded = None
@@ -164,19 +164,19 @@ def _add(
         if slide.orientation != 1:
             raise SlideError(
                 image,
-                f"its Orientation tag, {slide.orientation}, turns or mirrors it, and nothing says whether centres are "
+                f"its Orientation tag, {slide.orientation}, turns or mirrors it, and nothing says whether centers are "
                 "counted on the image as it is stored or as it is shown",
                 "Save it as Space Ranger read it, without the tag",
             )
-        _check_centres(centres, slide, slide_id)
+        _check_centers(centers, slide, slide_id)
         if technology == "Visium" and distance is not None:
             _check_distance(distance, slide, slide_id)
         half = np.array(slide.tile) / 2
-        inside = ((centres - half >= 0) & (centres + half <= slide.size)).all(1)  # (N,)
+        inside = ((centers - half >= 0) & (centers + half <= slide.size)).all(1)  # (N,)
         if not inside.any():
-            raise HestFormatError(slide.path, f"none of {len(centres)} tiles of 112 um lies in it", "Is it cut close?")
+            raise HestFormatError(slide.path, f"none of {len(centers)} tiles of 112 um lies in it", "Is it cut close?")
         picture, scale = slide.thumbnail(1000)
-        check_stain(slide, _around(picture, centres[inside] * scale, half * scale))
+        check_stain(slide, _around(picture, centers[inside] * scale, half * scale))
         fields = _fields(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
         fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
         factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
@@ -187,7 +187,7 @@ def _add(
     return dataclasses.replace(made, dropped=dropped)
 
 
-def next_step(root: str | os.PathLike) -> str:
+def describe_next_step(root: str | os.PathLike) -> str:
     """Say what a folder of added slides is ready for, with the command."""
     root = Path(root)
     people = [
@@ -210,8 +210,8 @@ def _counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def spot_distance(centres: np.ndarray) -> float:
-    """Return how far neighbouring spots lie apart, centre to centre, in the unit of `centres` (N, 2).
+def spot_distance(centers: np.ndarray) -> float:
+    """Return how far neighboring spots lie apart, center to center, in the unit of `centers` (N, 2).
 
     Examples
     --------
@@ -221,8 +221,8 @@ def spot_distance(centres: np.ndarray) -> float:
     >>> pk.data.spot_distance(np.column_stack([x.ravel(), y.ravel()]))
     20.0
     """
-    n = min(7, len(centres))  # itself and six on a hexagonal grid
-    near = NearestNeighbors(n_neighbors=n).fit(centres).kneighbors(centres)[0][:, 1:]  # (N, n - 1)
+    n = min(7, len(centers))  # itself and six on a hexagonal grid
+    near = NearestNeighbors(n_neighbors=n).fit(centers).kneighbors(centers)[0][:, 1:]  # (N, n - 1)
     return float(np.median(near[near <= 1.2 * np.median(near[:, 0])]))
 
 
@@ -274,9 +274,9 @@ def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
         raise HestFormatError(
             name,
             "obsm['spatial'] is missing",
-            "Read them with squidpy.read.visium, or put the (N, 2) pixel centres there",
+            "Read them with squidpy.read.visium, or put the (N, 2) pixel centers there",
         )
-    spatial = pixel_centres(counts, name)
+    spatial = pixel_centers(counts, name)
     rows = np.ones(counts.n_obs, dtype=bool)
     if "in_tissue" in counts.obs:
         rows = pd.to_numeric(counts.obs["in_tissue"].astype(object), errors="coerce").to_numpy(float) == 1
@@ -284,7 +284,7 @@ def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
         raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 there")
     elsewhere = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
     if counts.X is not None:
-        counts = in_memory(counts)
+        counts = load_in_memory(counts)
         check_sparse(counts.X, name)  # before rows of it are taken
     kept = ad.AnnData(
         sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
@@ -292,7 +292,7 @@ def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
         var=counts.var[[c for c in counts.var if str(c).lower() in NAMES_OF_GENES]].copy(),
         obsm={"spatial": spatial[rows]},
     )
-    return check_spots(kept, name, raw=f"X must hold raw counts, neither normalised nor logarithms.{elsewhere}")
+    return check_spots(kept, name, raw=f"X must hold raw counts, neither normalized nor logarithms.{elsewhere}")
 
 
 def _from_spots(mpp: str, distance: float | None) -> float:
@@ -303,14 +303,14 @@ def _from_spots(mpp: str, distance: float | None) -> float:
     return PITCH_UM / distance
 
 
-def _check_centres(centres: np.ndarray, slide: WholeSlide, slide_id: str) -> None:
-    outside = ((centres < 0) | (centres > slide.size)).any(1)
+def _check_centers(centers: np.ndarray, slide: WholeSlide, slide_id: str) -> None:
+    outside = ((centers < 0) | (centers > slide.size)).any(1)
     if outside.any():
         width, height = slide.size
-        x, y = centres.max(0)
+        x, y = centers.max(0)
         raise HestFormatError(
             f"counts of {slide_id}",
-            f"{outside.sum()} of {len(centres)} centres lie outside {slide.path.name}, {width} x {height} px "
+            f"{outside.sum()} of {len(centers)} centers lie outside {slide.path.name}, {width} x {height} px "
             f"(they reach x={x:.0f}, y={y:.0f})",
             "obsm['spatial'] counts pixels of the full-resolution image: give the image that Space Ranger was given",
         )
@@ -327,10 +327,10 @@ def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
         )
 
 
-def _around(picture: np.ndarray, centres: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Return the pixels (n, 3) of a picture that lie on any tile, given the tiles' centres and half their sides."""
+def _around(picture: np.ndarray, centers: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Return the pixels (n, 3) of a picture that lie on any tile, given the tiles' centers and half their sides."""
     covered = np.zeros(picture.shape[:2], dtype=bool)
-    for (left, top), (right, bottom) in zip((centres - half).astype(int), (centres + half).astype(int), strict=True):
+    for (left, top), (right, bottom) in zip((centers - half).astype(int), (centers + half).astype(int), strict=True):
         covered[top : bottom + 1, left : right + 1] = True
     return picture[covered]
 
@@ -357,8 +357,8 @@ def _write(
     root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, draft: Path, progress: bool
 ) -> None:
     """Write three files in a folder of their own, then move them to their places; on an error nothing stays."""
-    centres, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
-    corners = np.rint(centres - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
+    centers, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
+    corners = np.rint(centers - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
     factor = slide.tile[0] / side
     attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
     attributes["pixel_size"] = slide.mpp[0]
@@ -366,8 +366,11 @@ def _write(
     draft.mkdir()
     places, moved = _places(root, slide_id), []
     try:
-        with Stage("", reports=progress), bar(centres, desc="cut tiles", unit=" tiles", enabled=progress) as shown:
-            say(f"plan: {len(centres):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
+        with (
+            Stage("", reports=progress),
+            progress_bar(centers, desc="cut tiles", unit=" tiles", enabled=progress) as shown,
+        ):
+            print_line(f"plan: {len(centers):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
             tiles = (slide.read_around(x, y) for x, y in shown)
             at = {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
             names = spots.obs_names[rows]
@@ -379,7 +382,7 @@ def _write(
             (root / folder).mkdir(exist_ok=True)
         _check_place(root, slide_id)  # a slide that came here meanwhile, by other means, stays
         write_file(draft / MOVING, json.dumps({folder: _stat(draft / folder) for folder in FILES}).encode())
-        with signals_put_off():
+        with defer_signals():
             try:
                 places["patches"].open("x").close()  # without locks, the first to come here has the slide
             except FileExistsError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from peka_lite.data._picture_limits import AGAIN, PictureError, check_slide, check_tags, files_of
+from peka_lite.data._picture_limits import AGAIN, PictureError, check_slide, check_tags, slide_files
 from peka_lite.data._pictures import read_picture
 from peka_lite.data.tiles import TILE_SHAPE
 
@@ -113,7 +113,7 @@ class WholeSlide:
         return self._read(col * width, row * height, width, height, (TILE, TILE))
 
     def read_around(self, x: float, y: float) -> np.ndarray:
-        """Read the tile whose centre is at (x, y); otherwise as `read_tile`."""
+        """Read the tile whose center is at (x, y); otherwise as `read_tile`."""
         width, height = self.tile
         return self._read(x - width / 2, y - height / 2, width, height, (TILE, TILE))
 
@@ -256,7 +256,7 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     again, handle, properties, why, orientation = functools.partial(openslide.OpenSlide, path), None, {}, "", 1
     try:
         check_tags(path)
-        files = files_of(path)
+        files = slide_files(path)
         try:
             handle = again()
             properties = dict(handle.properties)

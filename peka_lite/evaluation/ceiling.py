@@ -16,7 +16,9 @@ from scipy import sparse
 from peka_lite.data.expression import normalize
 
 
-def ceiling_of(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> tuple[pd.Series, str]:
+def expression_ceiling(
+    adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k"
+) -> tuple[pd.Series, str]:
     """Return the ceiling of each gene and where it comes from.
 
     Parameters
@@ -31,29 +33,29 @@ def ceiling_of(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-
     Returns
     -------
     pandas.Series
-        As `estimated_ceiling`; NaN for a gene whose rate or count does not vary.
+        As `estimate_ceiling`; NaN for a gene whose rate or count does not vary.
     str
         ``"known"`` where ``layers["rate"]`` holds the true rates, as in the mini cohort
         (`peka_lite.evaluation.noise_ceiling`);
-        otherwise ``"count splitting"`` (`estimated_ceiling`).
+        otherwise ``"count splitting"`` (`estimate_ceiling`).
 
     Examples
     --------
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
-    >>> ceiling, source = pk.evaluation.ceiling_of(adata, ["KRT8", "CD8A"])
+    >>> ceiling, source = pk.evaluation.expression_ceiling(adata, ["KRT8", "CD8A"])
     >>> ceiling.round(2).to_dict(), source
     ({'KRT8': 0.86, 'CD8A': 0.78}, 'known')
     >>> del adata.layers["rate"]  # real data have none
-    >>> pk.evaluation.ceiling_of(adata, ["KRT8", "CD8A"])[1]
+    >>> pk.evaluation.expression_ceiling(adata, ["KRT8", "CD8A"])[1]
     'count splitting'
     """
     if "rate" not in adata.layers:
-        return estimated_ceiling(adata, genes, method=method), "count splitting"
+        return estimate_ceiling(adata, genes, method=method), "count splitting"
     return noise_ceiling(adata, method=method).iloc[_columns(adata, genes)].rename("ceiling"), "known"
 
 
-def estimated_ceiling(
+def estimate_ceiling(
     adata: ad.AnnData,
     genes: Sequence[str] | None = None,
     *,
@@ -116,7 +118,7 @@ def estimated_ceiling(
     >>> rng = np.random.default_rng(0)
     >>> rate = rng.uniform(0.2, 1.8, size=(500, 1)) * [2, 20]  # 500 spots, two genes of one pattern
     >>> counts = ad.AnnData(rng.poisson(rate).astype(np.float32), var=pd.DataFrame(index=["shallow", "deep"]))
-    >>> pk.evaluation.estimated_ceiling(counts, method="log1p").round(1).to_dict()
+    >>> pk.evaluation.estimate_ceiling(counts, method="log1p").round(1).to_dict()
     {'shallow': 0.5, 'deep': 0.9}
     """
     genes = adata.var_names if genes is None else genes
@@ -168,7 +170,7 @@ def _whole_counts(adata: ad.AnnData) -> sparse.csr_matrix:
     if wrong.any():
         raise ValueError(
             f"count splitting needs raw counts, but X holds {X.data[wrong][0]:g} for gene "
-            f"{adata.var_names[X.indices[wrong][0]]!r}; give whole numbers of 0 or more, not normalised expression"
+            f"{adata.var_names[X.indices[wrong][0]]!r}; give whole numbers of 0 or more, not normalized expression"
         )
     return X
 
@@ -226,7 +228,7 @@ def noise_ceiling(adata, *, method="log1p-cp10k"):
     {'invisible': 0.6, 'noise': 0.1, 'visible': 0.6}
     """
     if method not in ("log1p-cp10k", "log1p"):
-        raise ValueError(f"unknown normalisation {method!r}; known: log1p-cp10k, log1p")
+        raise ValueError(f"unknown normalization {method!r}; known: log1p-cp10k, log1p")
     counts = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)
     rate = np.asarray(adata.layers["rate"])
     if method == "log1p-cp10k":

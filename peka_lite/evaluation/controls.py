@@ -1,4 +1,4 @@
-"""Simple features that a student has to beat: colour and texture of a tile, the place on the slide, and depth."""
+"""Simple features that a student has to beat: color and texture of a tile, the place on the slide, and depth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from skimage.color import hed_from_rgb
 from skimage.feature import local_binary_pattern
 
-from peka_lite._core.progress import bar
+from peka_lite._core.progress import progress_bar
 
 PERCENTILES = (10, 50, 90)
 WORKING_SIZE = 112  # px: a 224 px tile is averaged over 2 x 2 pixels before anything is measured
@@ -14,13 +14,13 @@ BRIGHT = 220  # of 255: a pixel brighter than this in every channel is glass, no
 DEGREE = 5  # of the polynomials in x and y: (5 + 1)(5 + 2) / 2 = 21 terms
 
 
-def colour_texture(tiles, *, progress: bool = False) -> np.ndarray:
+def color_features(tiles, *, progress: bool = False) -> np.ndarray:
     """Describe each tile by its stain, brightness and texture, without a network.
 
     Every tile is measured by itself, on its own averaged to about 112 px a side. The columns are mean, standard
     deviation and 10th, 50th and 90th percentile of red, green and blue (15) and of the haematoxylin and eosin optical
     densities after Ruifrok and Johnston 2001 (10); the share of bright pixels (1); mean and standard deviation of the
-    grey gradient at three scales (6); and the histograms of uniform local binary patterns of the grey image at two
+    gray gradient at three scales (6); and the histograms of uniform local binary patterns of the gray image at two
     scales (Ojala et al. 2002; 20).
 
     Parameters
@@ -43,10 +43,10 @@ def colour_texture(tiles, *, progress: bool = False) -> np.ndarray:
     Examples
     --------
     >>> import numpy as np
-    >>> from peka_lite.evaluation.controls import colour_texture
+    >>> from peka_lite.evaluation.controls import color_features
     >>> tiles = np.full((2, 224, 224, 3), 255, np.uint8)
     >>> tiles[1] = (200, 120, 180)
-    >>> X = colour_texture(tiles)
+    >>> X = color_features(tiles)
     >>> X.shape, X[:, 25].tolist()  # the share of bright pixels
     ((2, 52), [1.0, 0.0])
     """
@@ -54,17 +54,17 @@ def colour_texture(tiles, *, progress: bool = False) -> np.ndarray:
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or min(shape[1:3]) < 16:
         raise ValueError(f"tiles must be uint8 (N, H, W, 3) of at least 16 px a side, not {dtype} {shape}")
     out = np.empty((len(tiles), 52), dtype=np.float32)
-    for start in bar(
-        range(0, len(tiles), 16), desc="colour and texture", unit=" batches", enabled=progress, leave=False
+    for start in progress_bar(
+        range(0, len(tiles), 16), desc="color and texture", unit=" batches", enabled=progress, leave=False
     ):
         out[start : start + 16] = _describe(np.asarray(tiles[start : start + 16]))
     return out
 
 
-def coordinates(cohort) -> np.ndarray:
+def coordinate_features(cohort) -> np.ndarray:
     """Describe each spot by its place on the slide alone: polynomials up to degree 5 in x and y, 21 terms.
 
-    The spot centres of ``obsm["spatial"]`` are scaled to [-1, 1] by slide and axis. The first 21 columns hold the terms
+    The spot centers of ``obsm["spatial"]`` are scaled to [-1, 1] by slide and axis. The first 21 columns hold the terms
     for all slides together. Each slide then has 21 columns of its own, zero for every other slide. When spots of one
     slide lie on both sides of a split, its own columns are fitted and show what interpolation within a known slide
     gives. A slide that no training spot comes from has only the shared columns, which hold little beyond its outline.
@@ -77,8 +77,8 @@ def coordinates(cohort) -> np.ndarray:
     Examples
     --------
     >>> import peka_lite as pk
-    >>> from peka_lite.evaluation.controls import coordinates
-    >>> coordinates(pk.open_cohort("mini", slides=["MINI1", "MINI2"])).shape
+    >>> from peka_lite.evaluation.controls import coordinate_features
+    >>> coordinate_features(pk.open_cohort("mini", slides=["MINI1", "MINI2"])).shape
     (395, 63)
     """
     sizes = [s.n_spots for s in cohort.slides]
@@ -93,7 +93,7 @@ def coordinates(cohort) -> np.ndarray:
     return out
 
 
-def depth(cohort) -> np.ndarray:
+def depth_features(cohort) -> np.ndarray:
     """Describe each spot by how much was sequenced: log1p of its total count over the cohort's shared genes.
 
     It is measured together with the expression, so no tile can be given it: a score it reaches is one that counts
@@ -108,9 +108,9 @@ def depth(cohort) -> np.ndarray:
     --------
     >>> import numpy as np
     >>> import peka_lite as pk
-    >>> from peka_lite.evaluation.controls import depth
+    >>> from peka_lite.evaluation.controls import depth_features
     >>> cohort = pk.open_cohort("mini", slides=["MINI1"])
-    >>> np.allclose(np.expm1(depth(cohort)), cohort.adata.X.sum(1))
+    >>> np.allclose(np.expm1(depth_features(cohort)), cohort.adata.X.sum(1))
     True
     """
     total = np.asarray(cohort.adata.X.sum(1, dtype=np.float64)).reshape(-1, 1)
@@ -122,15 +122,15 @@ def _describe(tiles: np.ndarray) -> np.ndarray:
     rgb = _pool(tiles.astype(np.float32), max(1, min(tiles.shape[1:3]) // WORKING_SIZE))  # (n, h, w, 3) in 0 to 255
     # Optical density is the negative log of transmitted light; the added 1 keeps a black pixel finite.
     stains = -np.log((rgb + 1) / 256) @ hed_from_rgb[:, :2].astype(np.float32)  # (n, h, w, 2)
-    grey = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    half = _pool(grey[..., None], 2)[..., 0]
+    gray = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    half = _pool(gray[..., None], 2)[..., 0]
     quarter = _pool(half[..., None], 2)[..., 0]
     parts = [
         _summary(rgb),
         _summary(stains),
         (rgb.min(3) > BRIGHT).mean((1, 2))[:, None],
-        *(_gradient(image) for image in (grey, half, quarter)),
-        *(_patterns(image) for image in (grey, half)),
+        *(_gradient(image) for image in (gray, half, quarter)),
+        *(_patterns(image) for image in (gray, half)),
     ]
     return np.concatenate(parts, axis=1)
 
@@ -151,17 +151,17 @@ def _summary(image: np.ndarray) -> np.ndarray:
     return np.concatenate([flat.mean(2), flat.std(2), *percentiles], axis=1)
 
 
-def _gradient(grey: np.ndarray) -> np.ndarray:
+def _gradient(gray: np.ndarray) -> np.ndarray:
     """Mean and standard deviation of the gradient's magnitude of (n, h, w); (n, 2)."""
-    down, right = grey[:, 1:, :-1] - grey[:, :-1, :-1], grey[:, :-1, 1:] - grey[:, :-1, :-1]
+    down, right = gray[:, 1:, :-1] - gray[:, :-1, :-1], gray[:, :-1, 1:] - gray[:, :-1, :-1]
     size = np.sqrt(down**2 + right**2)
     return np.stack([size.mean((1, 2)), size.std((1, 2))], axis=1)
 
 
-def _patterns(grey: np.ndarray) -> np.ndarray:
-    """Histogram of the uniform patterns of 8 neighbours at 1 px, of (n, h, w); (n, 10), rows sum to 1."""
-    # Whole grey levels: rounding must not decide which of two equal neighbours is brighter.
-    codes = [local_binary_pattern(image, 8, 1, method="uniform") for image in np.rint(grey).astype(np.uint8)]
+def _patterns(gray: np.ndarray) -> np.ndarray:
+    """Histogram of the uniform patterns of 8 neighbors at 1 px, of (n, h, w); (n, 10), rows sum to 1."""
+    # Whole gray levels: rounding must not decide which of two equal neighbors is brighter.
+    codes = [local_binary_pattern(image, 8, 1, method="uniform") for image in np.rint(gray).astype(np.uint8)]
     return np.stack([np.bincount(c.astype(np.int64).ravel(), minlength=10) / c.size for c in codes])
 
 

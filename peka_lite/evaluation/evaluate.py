@@ -13,8 +13,8 @@ import pandas as pd
 
 from peka_lite._core.hashing import row_ids
 from peka_lite._core.progress import Stage
-from peka_lite.data.expression import NORMALIZATIONS, targets, top_hvg
-from peka_lite.evaluation.leaks import LeakError, require_apart, require_known
+from peka_lite.data.expression import NORMALIZATIONS, expression_targets, top_hvg
+from peka_lite.evaluation.leaks import LeakError, require_allowed, require_disjoint
 from peka_lite.evaluation.protocols import ALPHAS, Protocol
 from peka_lite.evaluation.scores import slide_moments
 from peka_lite.probe.moments import alpha_path, components, gather
@@ -28,13 +28,13 @@ class Evaluation:
     Attributes
     ----------
     moments
-        `slide_moments` of every normalisation and fold, with columns normalization and fold.
+        `slide_moments` of every normalization and fold, with columns normalization and fold.
     predicted
-        Fold -> (test rows, genes, measured, predicted) for the protocol's own normalisation.
+        Fold -> (test rows, genes, measured, predicted) for the protocol's own normalization.
     probes
-        Fold -> (`PCARidge` for the protocol's own normalisation, genes); predicts in the genes' units.
+        Fold -> (`PCARidge` for the protocol's own normalization, genes); predicts in the genes' units.
     alphas
-        Normalisation -> penalty of each fold.
+        Normalization -> penalty of each fold.
     n_components
         Columns after PCA in the last fold.
     """
@@ -83,26 +83,26 @@ def evaluate(
     --------
     >>> import peka_lite as pk
     >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI3", "MINI5"])
-    >>> colour = cohort.tiles[:][:, ::8, ::8].mean((1, 2))  # (N, 3): mean red, green and blue of a tile
-    >>> student = pk.experiments.Student(colour, {}, None, {}, None)  # it learned from no row
+    >>> color = cohort.tiles[:][:, ::8, ::8].mean((1, 2))  # (N, 3): mean red, green and blue of a tile
+    >>> student = pk.experiments.Student(color, {}, None, {}, None)  # it learned from no row
     >>> splits, protocol = pk.folds(cohort, "patient", 3, 0), pk.evaluation.PROTOCOLS["hest"]
     >>> done = pk.evaluate(cohort, splits, lambda left_out: student, protocol=protocol, n_genes=10)
     >>> own = done.moments[done.moments["normalization"] == "log1p"]
-    >>> pk.evaluation.pooled(own).groupby("fold")["pcc"].mean().round(2).to_dict()
+    >>> pk.evaluation.pool_pcc(own).groupby("fold")["pcc"].mean().round(2).to_dict()
     {0: 0.28, 1: 0.24, 2: 0.31}
     """
     fold_of = np.empty(len(cohort), dtype=np.int64)
     for i, (_, test) in enumerate(folds):
         fold_of[test] = i
     use = np.ones(len(cohort), dtype=bool) if taught_by is None else np.asarray(taught_by)
-    judge = Judge(cohort, folds, protocol)
+    judge = LeakChecker(cohort, folds, protocol)
     genes = []
     for i, (train, _) in enumerate(Stage("choosing genes: fold", folds)):
         rows = None if protocol.genes == "all" else train[use[train]]
         genes.append(top_hvg(cohort.adata, n=n_genes, rows=rows, method=protocol.normalization))
         judge.genes(genes[i], i)
     union = list(dict.fromkeys(g for names in genes for g in names))
-    Y = np.hstack([targets(cohort.adata, union, method=m) for m in NORMALIZATIONS])  # (N, 2 * len(union))
+    Y = np.hstack([expression_targets(cohort.adata, union, method=m) for m in NORMALIZATIONS])  # (N, 2 * len(union))
     column = {g: k for k, g in enumerate(union)}
     columns = {
         (i, m): np.array([column[g] for g in genes[i]]) + NORMALIZATIONS.index(m) * len(union)
@@ -187,8 +187,16 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, judge) -> dict[s
     return {m: [ALPHAS[int(np.nanargmax(np.mean(scores[i, m], axis=0)))] for i in range(n)] for m in NORMALIZATIONS}
 
 
-def penalty_inside(
-    left: tuple[int, ...], n_folds: int, features, judge: Judge, *, Y, cells, standardize: bool, n_components: int = 256
+def choose_alpha(
+    left: tuple[int, ...],
+    n_folds: int,
+    features,
+    judge: LeakChecker,
+    *,
+    Y,
+    cells,
+    standardize: bool,
+    n_components: int = 256,
 ) -> float:
     """Return the penalty of `ALPHAS` that scores best over the folds not left out, each on a student that missed it.
 
@@ -213,7 +221,7 @@ def penalty_inside(
     return ALPHAS[int(np.nanargmax(np.mean(scores, axis=0)))]
 
 
-class Judge:
+class LeakChecker:
     """Compares what each step recorded with the rows that the protocol allows it.
 
     Making one checks the folds themselves, before anything learns: a group or a section on both sides is a `LeakError`,
@@ -236,7 +244,7 @@ class Judge:
         if protocol.split != "spot":
             groups = cohort.obs[protocol.split].to_numpy().astype(str)
             for i, (train, test) in enumerate(folds):
-                require_apart(groups, self.counts, train, test, where=f"fold {i}")
+                require_disjoint(groups, self.counts, train, test, where=f"fold {i}")
         if not np.array_equal(np.sort(np.concatenate(self.test)), np.arange(len(cohort))):
             raise ValueError("the folds' test rows must hold each row of the cohort once")
 
@@ -255,7 +263,7 @@ class Judge:
         """Refuse a `GeneList` that rows outside the fold's training rows helped to choose, unless all rows may."""
         if self.protocol.genes == "train":
             allowed = self.counts[self._allowed((fold,))]
-            require_known("the choice of genes", genes.fitted_on_, allowed=allowed, where=f"fold {fold}")
+            require_allowed("the choice of genes", genes.fitted_on_, allowed=allowed, where=f"fold {fold}")
 
     def student(self, student, left_out: tuple[int, ...]) -> None:
         """Refuse a `Student` whose teacher, clusters or weights learned from the test rows of a fold left out."""
@@ -268,7 +276,7 @@ class Judge:
             "student": lambda: self.cohort.tiles.ids[allowed],
         }
         for step, learned_from in student.learned_from.items():
-            require_known(f"the {step}", learned_from, allowed=known[step](), where=where)
+            require_allowed(f"the {step}", learned_from, allowed=known[step](), where=where)
 
     def probe(self, rows: np.ndarray, left_out: tuple[int, ...]) -> None:
         """Refuse sums that hold test rows of a fold left out; `rows` are cohort indices."""

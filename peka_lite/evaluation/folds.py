@@ -10,7 +10,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from peka_lite.evaluation.leaks import LeakError
 from peka_lite.evaluation.protocols import SPLITS
 
-SAYS = {"slide": "tells nothing about a new patient", "spot": "scores neighbours of training spots: too high"}
+SAYS = {"slide": "tells nothing about a new patient", "spot": "scores neighbors of training spots: too high"}
 
 
 def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -23,7 +23,7 @@ def folds(cohort, by: str = "patient", n_splits: int = 5, seed: int = 0) -> list
     by
         ``"patient"``: people are held out, what a new patient would see. ``"slide"``: sections are held out; two
         sections of one person may stand on both sides. ``"spot"``: random spots, as in the authors' released code
-        (protocol ``"paper"``); neighbours of a test spot are in training.
+        (protocol ``"paper"``); neighbors of a test spot are in training.
     n_splits
         Number of folds. With fewer groups than folds, each group is one fold, and a warning says so.
     seed

@@ -15,7 +15,8 @@ class LeakError(ValueError):
     >>> E = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32)
     >>> clusters = pk.PseudoLabeler("kmeans", n_clusters=3).fit(E)  # on all rows
     >>> train = pk.evaluation.row_ids(E[:80])
-    >>> pk.evaluation.leaks.require_known("the clusters", clusters.fitted_on_, allowed=train, where="fold 0")
+    >>> from peka_lite.evaluation.leaks import require_allowed
+    >>> require_allowed("the clusters", clusters.fitted_on_, allowed=train, where="fold 0")
     ... # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
@@ -23,7 +24,7 @@ class LeakError(ValueError):
     """
 
 
-def require_known(step: str, learned_from: np.ndarray | None, *, allowed: np.ndarray, where: str) -> None:
+def require_allowed(step: str, learned_from: np.ndarray | None, *, allowed: np.ndarray, where: str) -> None:
     """Refuse a step that learned from any row outside the allowed ones.
 
     Parameters
@@ -52,7 +53,9 @@ def require_known(step: str, learned_from: np.ndarray | None, *, allowed: np.nda
         )
 
 
-def require_apart(groups: np.ndarray, counts: np.ndarray, train: np.ndarray, test: np.ndarray, *, where: str) -> None:
+def require_disjoint(
+    groups: np.ndarray, counts: np.ndarray, train: np.ndarray, test: np.ndarray, *, where: str
+) -> None:
     """Refuse a fold with one group, or the very same spots, on both sides.
 
     Parameters

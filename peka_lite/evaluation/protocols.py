@@ -27,7 +27,7 @@ class Protocol:
     genes
         Rows that choose the highly variable genes: ``"train"`` or ``"all"``.
     normalization
-        Of the targets that the score is about; the other normalisation is reported beside it.
+        Of the targets that the score is about; the other normalization is reported beside it.
     alpha
         Ridge penalty: a number, ``"hest"`` (`PCARidge`) or ``"inner"``: chosen from `ALPHAS` on inner folds, each
         scored with a student, teacher and clusters that saw neither the inner nor the outer test rows.

@@ -45,7 +45,7 @@ def slide_moments(
     return pd.concat(parts, ignore_index=True)
 
 
-def pooled(moments: pd.DataFrame) -> pd.DataFrame:
+def pool_pcc(moments: pd.DataFrame) -> pd.DataFrame:
     """Return the PCC over all test spots of a fold: normalization, fold, gene, pcc (NaN where a side is constant).
 
     Examples
@@ -57,7 +57,7 @@ def pooled(moments: pd.DataFrame) -> pd.DataFrame:
     >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second is predicted worse
     >>> who = np.repeat(["A", "B", "C"], 30)
     >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
-    >>> pk.evaluation.pooled(moments.assign(normalization="log1p", fold=0)).round(2)
+    >>> pk.evaluation.pool_pcc(moments.assign(normalization="log1p", fold=0)).round(2)
       normalization  fold  gene   pcc
     0         log1p     0  KRT8  0.90
     1         log1p     0  CD8A  0.67
@@ -67,13 +67,13 @@ def pooled(moments: pd.DataFrame) -> pd.DataFrame:
     return sums.index.to_frame(index=False).assign(pcc=_pcc(sums.to_numpy().T))
 
 
-def by_slide(moments: pd.DataFrame) -> pd.DataFrame:
+def pcc_by_slide(moments: pd.DataFrame) -> pd.DataFrame:
     """Return the PCC within each slide's test spots of each fold: normalization, fold, slide, patient, gene, pcc."""
     keys = ["normalization", "fold", "slide", "patient", "gene"]
     return moments[keys].assign(pcc=_pcc(_sums(moments).to_numpy().T)).reset_index(drop=True)
 
 
-def interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
+def bootstrap_interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
     """Mean PCC of one set of targets with a 95% confidence interval: bootstrap over patients and genes, Student's t.
 
     Spots are never resampled; with one patient slides are, and ``unit`` says so. The standard error comes from a
@@ -102,22 +102,22 @@ def interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, 
     >>> P = Y + 0.5 * rng.normal(size=Y.shape)
     >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
     >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
-    >>> found = pk.evaluation.interval(moments.assign(normalization="log1p", fold=0))
+    >>> found = pk.evaluation.bootstrap_interval(moments.assign(normalization="log1p", fold=0))
     >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")], found["unit"], found["n_units"]
     ([0.9, 0.86, 0.94], 'patient', 6)
     """
-    return difference(moments, None, how=how, n_boot=n_boot, seed=seed)
+    return bootstrap_difference(moments, None, how=how, n_boot=n_boot, seed=seed)
 
 
-def difference(
+def bootstrap_difference(
     a: pd.DataFrame, b: pd.DataFrame | None, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0
 ) -> dict:
-    """Mean PCC of `a` minus that of `b`, as `interval`: the same patients and genes are drawn for both.
+    """Mean PCC of `a` minus that of `b`, as `bootstrap_interval`: the same patients and genes are drawn for both.
 
     Raises
     ------
     ValueError
-        If the two do not score the same folds, slides and genes, or hold several normalisations.
+        If the two do not score the same folds, slides and genes, or hold several normalizations.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def difference(
     >>> of = {"slides": who, "patients": who, "genes": ["KRT8", "CD8A"]}
     >>> a = pk.evaluation.scores.slide_moments(Y, Y + 0.5 * noise, **of).assign(normalization="log1p", fold=0)
     >>> b = pk.evaluation.scores.slide_moments(Y, Y + 1.0 * noise, **of).assign(normalization="log1p", fold=0)
-    >>> found = pk.evaluation.difference(a, b)
+    >>> found = pk.evaluation.bootstrap_difference(a, b)
     >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")]
     [0.17, 0.1, 0.24]
     """
@@ -171,7 +171,7 @@ class _Cube:
 
     def __init__(self, moments: pd.DataFrame):
         if moments["normalization"].nunique() != 1:
-            raise ValueError("give the moments of one normalisation")
+            raise ValueError("give the moments of one normalization")
         known = moments["patient"].ne("unknown").all() and moments["patient"].nunique() > 1
         self.unit = "patient" if known else "slide"
         cells = pd.MultiIndex.from_frame(moments[["fold", "slide"]])

@@ -10,10 +10,11 @@ import pandas as pd
 
 from peka_lite import __version__
 from peka_lite._core._yaml import yaml_text
-from peka_lite._core.names import in_fence, in_markdown, visible
+from peka_lite._core.names import escape_control, escape_markdown, fenced_code
 from peka_lite.backbones._packaged import PREFIX
-from peka_lite.backbones.load import Backbone, own_pooling
-from peka_lite.backbones.own import LAYER_TYPES, row_fields
+from peka_lite.backbones.custom import LAYER_TYPES, row_fields
+from peka_lite.backbones.load import timm_pooling
+from peka_lite.backbones.registry import Backbone
 from peka_lite.data.download import read_manifest
 from peka_lite.experiments.model import TrainedModel
 
@@ -21,7 +22,7 @@ TAGS = ["timm", "pathology", "histology", "spatial-transcriptomics", "gene-expre
 HELD_OUT = {
     "patient": "whole patients",
     "slide": "whole slides, of which one patient may have several",
-    "spot": "single spots, whose neighbours on the same slide were learned from: scores for a new slide will be lower",
+    "spot": "single spots, whose neighbors on the same slide were learned from: scores for a new slide will be lower",
 }
 POOLING = {
     "token": "the class token",
@@ -29,14 +30,14 @@ POOLING = {
     "token+avg": "the class token, then the mean of the patch tokens",
     "network": "as timm's model gives it",
 }
-OTHER_LICENCE = "Read it before you share weights made from them."
-LICENCES = {
+OTHER_LICENSE = "Read it before you share weights made from them."
+LICENSES = {
     "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
     "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
-    "GPL-3.0": "Who shares weights made from them does so under the same licence.",
-    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same licence.",
-    "Apache-2.0": "Changed weights may be shared, with the licence, the notices and a word that they were changed.",
-    "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the licence.",
+    "GPL-3.0": "Who shares weights made from them does so under the same license.",
+    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same license.",
+    "Apache-2.0": "Changed weights may be shared, with the license, the notices and a word that they were changed.",
+    "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the license.",
 }
 
 
@@ -50,23 +51,23 @@ def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> st
     ValueError
         For a value of the run that is no literal of its type, as a seed that is no number.
     """
-    spec, method = trained.student.spec, in_markdown(trained.config.method)
+    spec, method = trained.student.spec, escape_markdown(trained.config.method)
     taught = "" if trained.config.method == "none" else f", taught gene expression with {method}"
     parts = [
         f"---\n{yaml_text(_front_matter(trained))}---",
-        f"# {in_markdown(spec.name)}{taught}",
-        f"A pathology image model ({in_markdown(spec.arch)}) and a linear probe that predicts {len(trained.genes)} "
-        f"genes ({in_markdown(trained.normalization)}) from an H&E tile, made with peka_lite after PEKA "
+        f"# {escape_markdown(spec.name)}{taught}",
+        f"A pathology image model ({escape_markdown(spec.arch)}) and a linear probe that predicts {len(trained.genes)} "
+        f"genes ({escape_markdown(trained.normalization)}) from an H&E tile, made with peka_lite after PEKA "
         "(arXiv:2504.07061). "
         + ("The image model is the parent, unchanged." if not taught else "The adapters are merged into the weights."),
         f"## Use\n\nTiles are RGB, uint8, and show as many micrometres as those of the cohort (HEST-1k: 112). They "
-        f"are resized to {_whole(spec.input_size)} x {spec.input_size} pixels, scaled to 0 to 1 and normalised with "
+        f"are resized to {_whole(spec.input_size)} x {spec.input_size} pixels, scaled to 0 to 1 and normalized with "
         f"mean {_three(spec.mean)} and standard deviation {_three(spec.std)}. Pooling: {POOLING[spec.pooling]}.",
-        f"{in_fence(usage(trained), 'python')}\n\nGenes: {', '.join(map(in_markdown, trained.genes))}.",
+        f"{fenced_code(usage(trained), 'python')}\n\nGenes: {', '.join(map(escape_markdown, trained.genes))}.",
         f"## Data\n\n{_data(trained)}",
         f"## Protocol\n\n{_protocol(trained)}",
         f"## Scores\n\n{_scores(trained, metrics)}",
-        f"## Licence\n\n{_licence(trained)}",
+        f"## License\n\n{_license(trained)}",
         "## Limits\n\nFor research only, not for diagnosis or treatment. Predictions are estimates from the image; "
         "they replace no measurement. How it does on other organs, stains and scanners than those named is not known.",
         f"## Versions\n\n{_versions(trained)}",
@@ -78,7 +79,7 @@ def usage(trained: TrainedModel) -> str:
     """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
     spec, config, out = trained.student.spec, trained.config, "model(x)"
     imports, options = _options(spec)
-    by_itself = {"network", own_pooling(trained.student)}
+    by_itself = {"network", timm_pooling(trained.student)}
     if spec.pooling == "token+avg" or (hasattr(trained.student, "num_prefix_tokens") and spec.pooling not in by_itself):
         parts = {"token": "t[:, 0]", "avg": "t[:, model.num_prefix_tokens :].mean(1)"}
         norm = "model.fc_norm" if hasattr(trained.student, "fc_norm") else ""
@@ -138,10 +139,10 @@ def _options(spec: Backbone) -> tuple[list[str], str]:
 def _front_matter(trained: TrainedModel) -> dict:
     spec, front = trained.student.spec, {}
     ours = spec.source is None or spec.source.startswith(PREFIX)
-    if ours or not random_start(trained):
-        front["license"] = visible(spec.licence.lower())  # the Hub's ids of the registry's licences
-    if not ours and not random_start(trained) and not spec.source.startswith("datasets/"):
-        front["base_model"] = visible(spec.source)
+    if ours or not starts_random(trained):
+        front["license"] = escape_control(spec.license.lower())  # the Hub's ids of the registry's licenses
+    if not ours and not starts_random(trained) and not spec.source.startswith("datasets/"):
+        front["base_model"] = escape_control(spec.source)
     entry = read_manifest().artifacts.get(trained.config.cohort)
     if entry is not None and entry.repo_type == "dataset":
         front["datasets"] = [entry.repo]
@@ -152,15 +153,15 @@ def _data(trained: TrainedModel) -> str:
     about, entry = trained.summary, read_manifest().artifacts.get(trained.config.cohort)
     slides = _kept(about, "slides", list)
     lines = [
-        f"- Cohort: {in_markdown(Path(trained.config.cohort).name)}"
-        + (f", {entry.title} ({entry.licence})" if entry else "")
+        f"- Cohort: {escape_markdown(Path(trained.config.cohort).name)}"
+        + (f", {entry.title} ({entry.license})" if entry else "")
     ]
     if about.get("synthetic"):
         lines.append("- **Synthetic: drawn by a program. This model knows nothing of real tissue.**")
     lines += [
-        f"- Slides ({len(slides)}): {', '.join(map(in_markdown, slides))}",
-        f"- Spots: {in_markdown(about.get('n_spots', 'not recorded'))}",
-        f"- Fingerprint of the data: {in_markdown(about.get('data_fingerprint', 'not recorded'))}",
+        f"- Slides ({len(slides)}): {', '.join(map(escape_markdown, slides))}",
+        f"- Spots: {escape_markdown(about.get('n_spots', 'not recorded'))}",
+        f"- Fingerprint of the data: {escape_markdown(about.get('data_fingerprint', 'not recorded'))}",
     ]
     return "\n".join(lines)
 
@@ -169,7 +170,7 @@ def _protocol(trained: TrainedModel) -> str:
     protocol = trained.config.settled_protocol()
     if trained.fold is None:
         return "Nothing was held out: the whole cohort was there to learn from."
-    lines = [f"Protocol {in_markdown(repr(protocol.name))}. Held out: {HELD_OUT[protocol.split]}."]
+    lines = [f"Protocol {escape_markdown(repr(protocol.name))}. Held out: {HELD_OUT[protocol.split]}."]
     if trained.config.method != "none":
         learned = "every spot, those held out included" if protocol.student == "all" else "training spots only"
         lines.append(f"Teacher, pseudo-labels and student learned from {learned}.")
@@ -188,13 +189,13 @@ def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
         rows = metrics[metrics["fold"] == fold] if metrics is not None else ()
         sizes = [str(rows[c].iloc[0]) if len(rows) and c in rows else "" for c in ("n_train", "n_test")]
         mark = " (this model)" if fold == trained.fold else ""
-        lines.append(f"| {fold}{mark} | {' | '.join(map(in_markdown, sizes))} | {_number(pcc):.3f} |")
+        lines.append(f"| {fold}{mark} | {' | '.join(map(escape_markdown, sizes))} | {_number(pcc):.3f} |")
     low, high, mean = (_number(about.get(name)) for name in ("ci_low", "ci_high", "mean_pcc"))
-    unit = in_markdown(about.get("unit"))
+    unit = escape_markdown(about.get("unit"))
     known = math.isfinite(low) and math.isfinite(high)
     reach = f"95% interval {low:.3f} to {high:.3f}" if known else f"no interval: there is one {unit}"
     lines.append(f"| all | | | {mean:.3f} ({reach}) |")
-    kind = in_markdown(trained.config.normalization)
+    kind = escape_markdown(trained.config.normalization)
     return "\n".join(lines) + (
         f"\n\nPCC: Pearson correlation of predicted and measured {kind} expression over a fold's test spots. The "
         "confidence interval is Student's t times a bootstrap standard error, which resamples "
@@ -202,30 +203,34 @@ def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
     )
 
 
-def _licence(trained: TrainedModel) -> str:
+def _license(trained: TrainedModel) -> str:
     spec = trained.student.spec
-    if random_start(trained):
+    if starts_random(trained):
         return (
-            f"There are no parent weights: the image model started from {in_markdown(trained.student.weights_origin)}. "
-            "No licence is inherited, and no knowledge of tissue either: this is a model to test with."
+            f"There are no parent weights: the image model started from {escape_markdown(trained.student.weights_origin)}. "
+            "No license is inherited, and no knowledge of tissue either: this is a model to test with."
         )
-    means = LICENCES.get(spec.licence, OTHER_LICENCE)
-    text = f"Parent weights: {in_markdown(trained.student.weights_origin)}, {in_markdown(spec.licence)}. {means}"
+    means = LICENSES.get(spec.license, OTHER_LICENSE)
+    text = (
+        f"Parent weights: {escape_markdown(trained.student.weights_origin)}, {escape_markdown(spec.license)}. {means}"
+    )
     if spec.name == "ctranspath":
         text += " The authors' README adds that they are for non-commercial academic purposes."
     if spec.gate:
-        text += f" Access to them is granted at {in_markdown(spec.gate)}, on terms that bind whoever was granted it."
-    if "-ND" in spec.licence:
+        text += (
+            f" Access to them is granted at {escape_markdown(spec.gate)}, on terms that bind whoever was granted it."
+        )
+    if "-ND" in spec.license:
         text = "> [!WARNING]\n> " + text
     if trained.config.teacher == "scfoundation" and trained.config.method != "none":
-        licence = read_manifest()["scfoundation"].licence
-        text += f"\n\nIts teacher was scFoundation, whose weights are under the {licence}."
-    return text + "\n\nThe licence of the data above may ask for more."
+        license = read_manifest()["scfoundation"].license
+        text += f"\n\nIts teacher was scFoundation, whose weights are under the {license}."
+    return text + "\n\nThe license of the data above may ask for more."
 
 
 def _versions(trained: TrainedModel) -> str:
     made = _kept(trained.summary, "versions", dict).items()
-    lines = [f"- Made with: {in_markdown(', '.join(f'{name} {v}' for name, v in made)) or 'not recorded'}"]
+    lines = [f"- Made with: {escape_markdown(', '.join(f'{name} {v}' for name, v in made)) or 'not recorded'}"]
     lines += [f"- Exported with: peka_lite {__version__}", f"- Fingerprint of the model: {trained.fingerprint}"]
     return "\n".join(lines)
 
@@ -233,14 +238,14 @@ def _versions(trained: TrainedModel) -> str:
 def _kept(about: dict, name: str, kind: type):
     """Return a list or mapping of a summary; an empty one where there is none."""
     if not isinstance(found := about.get(name) or kind(), kind):
-        raise ValueError(f"{name} in summary.json is {visible(found)!r}: a card cannot be written of this model")
+        raise ValueError(f"{name} in summary.json is {escape_control(found)!r}: a card cannot be written of this model")
     return found
 
 
 def _whole(value: object) -> str:
     """Return a whole number as Python code."""
     if type(value) is not int:
-        raise ValueError(f"{visible(value)!r} is no whole number: a card cannot be written of this model")
+        raise ValueError(f"{escape_control(value)!r} is no whole number: a card cannot be written of this model")
     return _literal(value)
 
 
@@ -254,7 +259,7 @@ def _literal(value: bool | int | float | str | list | None) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if not isinstance(value, bool | int | float | str | None):
-        raise ValueError(f"{visible(value)!r} is no plain value: a card cannot be written of this model")
+        raise ValueError(f"{escape_control(value)!r} is no plain value: a card cannot be written of this model")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no literal: a card cannot be written of this model")
     return repr(value)
@@ -262,10 +267,10 @@ def _literal(value: bool | int | float | str | list | None) -> str:
 
 def _number(value: object) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{visible(value)!r} is no number: a card cannot be written of this model")
+        raise ValueError(f"{escape_control(value)!r} is no number: a card cannot be written of this model")
     return value
 
 
-def random_start(trained: TrainedModel) -> bool:
+def starts_random(trained: TrainedModel) -> bool:
     """Say whether the student started from random weights."""
     return trained.config.weights == "random"

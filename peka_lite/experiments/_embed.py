@@ -12,11 +12,11 @@ import pandas as pd
 
 from peka_lite import __version__
 from peka_lite._core.io import write_h5ad
-from peka_lite._core.outputs import check_file, output
-from peka_lite._core.progress import Stage, say
+from peka_lite._core.outputs import check_file, write_output
+from peka_lite._core.progress import Stage, print_line
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.data.hest import Cohort
-from peka_lite.experiments.folder import fingerprint, storable
+from peka_lite.experiments.folder import hash_cohort, to_h5ad_values
 
 
 def write_features(
@@ -83,20 +83,20 @@ def write_features(
     name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
     looks = {"mean": mean, "std": std, "input_size": input_size}
     with Stage("", reports=progress):
-        say(f"plan: {len(cohort):,} tiles to embed by {name}")
+        print_line(f"plan: {len(cohort):,} tiles to embed by {name}")
         X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()
     obs = obs.fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names
     spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
     spec = getattr(student, "spec", None)
-    said = {"backbone": getattr(spec, "name", type(student).__name__), "data_fingerprint": fingerprint(cohort)}
+    said = {"backbone": getattr(spec, "name", type(student).__name__), "data_fingerprint": hash_cohort(cohort)}
     said |= {"weights": getattr(student, "weights_origin", "a network in memory")}
     said |= {name: list(map(float, np.atleast_1d(value))) for name, value in looks.items() if value is not None}
     said |= {"versions": {"peka_lite": __version__}} | (source or {})
     names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
-    adata.uns["peka_lite"] = storable(said)
-    with output(out, **at) as partial:
+    adata.uns["peka_lite"] = to_h5ad_values(said)
+    with write_output(out, **at) as partial:
         write_h5ad(adata, partial, of=out)
     return adata

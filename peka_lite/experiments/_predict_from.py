@@ -12,7 +12,7 @@ from peka_lite._core.hdf5 import read_obs
 from peka_lite.data.cohorts import cohort_root
 from peka_lite.data.hest import read_slide
 from peka_lite.experiments.model import load_trained, read_run
-from peka_lite.experiments.predict import check_place, predict_slide, predict_spots
+from peka_lite.experiments.predict import check_prediction_file, predict_slide, predict_spots
 
 
 def predict_from(
@@ -78,7 +78,7 @@ def predict_from(
     """
     folder = Path(model)
     read = [slide, *([] if weights is None else [weights]), *(folder.iterdir() if folder.is_dir() else ())]
-    check_place(Path(out), inputs=read)
+    check_prediction_file(Path(out), inputs=read)
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():
         if cohort is not None:
@@ -92,7 +92,7 @@ def predict_from(
         some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         cohort = cohort or config.cohort
         raise FileNotFoundError(f"{slide}: no such image file, and no slide of the cohort {cohort}, which has {some}")
-    check_place(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
+    check_prediction_file(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
     if mpp is not None:
         raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
     own = cohort is None or root == _root_of(config.cohort)

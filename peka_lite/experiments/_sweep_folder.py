@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peka_lite._core._yaml import read_yaml
-from peka_lite._core.names import in_code, in_markdown
-from peka_lite._core.received import check_name, check_values, own_file, own_folder, own_json
+from peka_lite._core.names import escape_markdown, inline_code
+from peka_lite._core.received import check_name, check_values, file_inside, folder_inside, read_json_inside
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
 LONGEST_NAME = 240  # bytes of a folder's name, of which `.partial` leaves so many
@@ -72,7 +72,7 @@ class SweepFolder:
         Raises
         ------
         ValueError
-            For a file that is no JSON, or no mapping, and as `own_file`.
+            For a file that is no JSON, or no mapping, and as `file_inside`.
         """
         for point in self.finished if self.notebook is not None else ():
             for here, names in _below(self.folder / point):
@@ -85,7 +85,7 @@ class SweepFolder:
         groups = {"missing": [], "unfinished": [], "failed": []}
         for point, state in self.missing.items():
             kind, _, line = state.partition(": ")
-            groups[kind].append(in_code(point) + (f" ({in_markdown(line)})" if line else ""))
+            groups[kind].append(inline_code(point) + (f" ({escape_markdown(line)})" if line else ""))
         return "; ".join([words, *(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)]) + "."
 
 
@@ -117,7 +117,7 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     '1 of 2 points finished; missing: `features=coordinates`.'
     """
     folder = Path(folder)
-    path = own_file(folder, "sweep.yml")
+    path = file_inside(folder, "sweep.yml")
     try:
         asked = read_yaml(path)
         title, notebook, varied = asked["title"], asked["notebook"], tuple(asked["varied"])
@@ -143,7 +143,7 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
         record = _record(folder, name)
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
-        if (folder / name).is_dir() and _is_finished(own_folder(folder, name), notebook):
+        if (folder / name).is_dir() and _is_finished(folder_inside(folder, name), notebook):
             finished.append(name)
         elif record.get("state") == "failed":
             missing[name] = f"failed: {record.get('last_line', '')}"
@@ -172,18 +172,18 @@ def _record(folder: Path, point: str) -> dict:
     """Return what is on record of a point's last attempt; nothing where its writing was cut short."""
     if not os.path.lexists(folder / "log" / f"{point}.json"):
         return {}
-    own_file(folder, "log", f"{point}.json")
+    file_inside(folder, "log", f"{point}.json")
     try:
-        found = own_json(folder, "log", f"{point}.json", largest=2**20)
+        found = read_json_inside(folder, "log", f"{point}.json", largest=2**20)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _scalars(folder: Path, *, within: Path) -> dict:
-    path = own_file(folder, "summary.json", within=within)
+    path = file_inside(folder, "summary.json", within=within)
     try:
-        summary = own_json(folder, "summary.json", within=within)
+        summary = read_json_inside(folder, "summary.json", within=within)
         found = {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
     except (ValueError, AttributeError):
         raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it anew") from None

@@ -15,7 +15,7 @@ import numpy as np
 from peka_lite import __version__
 from peka_lite._core.hashing import row_ids
 from peka_lite._core.io import save_array, write_file
-from peka_lite._core.locks import RECORD, alone, partial_of, put
+from peka_lite._core.locks import RECORD, lock, move_into_place, partial_path
 from peka_lite._core.progress import Stage
 from peka_lite.data.download import cache_dir
 from peka_lite.teachers.load import embed_cohort
@@ -26,7 +26,7 @@ CLUSTERED_BY = ("igraph", "leidenalg", "umap-learn", "pynndescent")
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """What a student learns from the rows that teach.
 
     Attributes
@@ -48,7 +48,7 @@ class Lesson:
     ids: dict[str, np.ndarray | None]
 
 
-def embedding(
+def embed_teacher(
     teacher, cohort, rows: np.ndarray, *, data: str, device: str, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the teacher's embedding of every spot, from the cache where the same was made before.
@@ -61,7 +61,7 @@ def embedding(
     rows
         Training rows.
     data
-        `fingerprint` of the cohort.
+        `hash_cohort` of the cohort.
 
     Returns
     -------
@@ -84,7 +84,9 @@ def embedding(
     return _kept(_folder(teacher, cohort, rows, data, device), teacher, cohort, rows, device, progress)
 
 
-def lesson(config, cohort, rows: np.ndarray, *, teacher, data: str, device: str, progress: bool = False) -> Lesson:
+def make_targets(
+    config, cohort, rows: np.ndarray, *, teacher, data: str, device: str, progress: bool = False
+) -> TeacherTargets:
     """Return what the given rows teach: their embedding and its clusters, from the cache where the same was made.
 
     Parameters
@@ -92,7 +94,7 @@ def lesson(config, cohort, rows: np.ndarray, *, teacher, data: str, device: str,
     config
         `RunConfig`, for its `labeler`.
     teacher, rows, data
-        As in `embedding`; the clusters see the embedding of these rows alone.
+        As in `embed_teacher`; the clusters see the embedding of these rows alone.
 
     Notes
     -----
@@ -104,7 +106,7 @@ def lesson(config, cohort, rows: np.ndarray, *, teacher, data: str, device: str,
     key = [folder.name, _name(labeler), _digest(rows), _versions(CLUSTERED_BY)]
     folder = cache_dir() / "labels" / _hash(key)
     if not (folder / RECORD).is_file():
-        with alone(folder):
+        with lock(folder):
             if not (folder / RECORD).is_file():
                 with Stage(f"clustering {len(mine):,} spots"):
                     labeler.fit(mine)
@@ -112,18 +114,18 @@ def lesson(config, cohort, rows: np.ndarray, *, teacher, data: str, device: str,
                 _keep(folder, arrays, {"labeler": repr(labeler), "n_labels": labeler.n_labels_})
     ids = {"teacher": taught, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
     n_labels = json.loads((folder / RECORD).read_text())["n_labels"]
-    return Lesson(mine, np.load(folder / "labels.npy"), n_labels, ids)
+    return TeacherTargets(mine, np.load(folder / "labels.npy"), n_labels, ids)
 
 
 def missing_embeddings(teacher, cohort, rows: Iterable[np.ndarray], *, data: str, device: str) -> int:
-    """Return how many embeddings the cache lacks of those that `embedding` would return for these sets of rows."""
+    """Return how many embeddings the cache lacks of those that `embed_teacher` would return for these sets of rows."""
     folders = {_folder(teacher, cohort, chosen, data, device) for chosen in rows}
     return sum(not (folder / RECORD).is_file() for folder in folders)
 
 
 def _kept(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.ndarray, np.ndarray | None]:
     if not (folder / RECORD).is_file():
-        with alone(folder):
+        with lock(folder):
             if not (folder / RECORD).is_file():
                 _embed(teacher, cohort, rows, folder, device, progress)
     pretrained = json.loads((folder / RECORD).read_text())["pretrained"]
@@ -145,13 +147,13 @@ def _embed(teacher, cohort, rows, folder, device, progress) -> None:
 
 def _keep(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
     """Write a folder whole, unless another writer was first: then his is kept, and is what all of them read."""
-    work = partial_of(folder, held=False)
+    work = partial_path(folder, held=False)
     work.mkdir()
     try:
         for name, array in arrays.items():
             save_array(work / f"{name}.npy", array)
         write_file(work / RECORD, json.dumps(record).encode())
-        put(work, folder)
+        move_into_place(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

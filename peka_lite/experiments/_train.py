@@ -16,12 +16,12 @@ from peka_lite._core.device import default_device
 from peka_lite._core.io import write_file
 from peka_lite._core.progress import Stage
 from peka_lite.data.cohorts import open_cohort
-from peka_lite.data.expression import targets, top_hvg
-from peka_lite.evaluation.evaluate import Judge, penalty_inside
+from peka_lite.data.expression import expression_targets, top_hvg
+from peka_lite.evaluation.evaluate import LeakChecker, choose_alpha
 from peka_lite.evaluation.folds import protocol_folds
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.features import FeatureSource, taught_by
-from peka_lite.experiments.folder import begin, made_with, work_on
+from peka_lite.experiments.features import FeatureSource, training_spots
+from peka_lite.experiments.folder import lock_run_folder, record_environment, start_run_folder
 from peka_lite.probe.files import save_probes
 from peka_lite.probe.moments import gather
 from peka_lite.probe.pca_ridge import PCARidge
@@ -74,7 +74,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         raise ValueError(f"features {config.features!r} have no student to train: take 'student' or 'frozen+student'")
     device = config.device or default_device()
     processes = Processes(device)
-    with work_on(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
+    with lock_run_folder(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
         at = {"device": device, "processes": processes, "stage": stage}
         return _train(config, work, **at, fold=fold, progress=progress)
 
@@ -86,12 +86,12 @@ def _train(
     begun = time.perf_counter()
     quality = {"min_genes": config.min_genes, "max_mito": config.max_mito}
     cohort = open_cohort(config.cohort, slides=config.slides, patients=config.patients, **quality)
-    protocol, use = config.settled_protocol(), taught_by(cohort, config.train_share, config.seed)
+    protocol, use = config.settled_protocol(), training_spots(cohort, config.train_share, config.seed)
     inner = protocol.alpha == "inner"
     splits, left, fold_of = [], () if fold is None else (fold,), np.zeros(len(cohort), dtype=np.int64)
     if inner or left:
         splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
-        judge = Judge(cohort, splits, protocol)
+        judge = LeakChecker(cohort, splits, protocol)
         for i, (_, test) in enumerate(splits):
             fold_of[test] = i
     if left and not 0 <= fold < len(splits):
@@ -99,7 +99,7 @@ def _train(
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = source.coverage()
     if processes.first:
-        begin(config, work, "train" if fold is None else f"train --fold {fold}")
+        start_run_folder(config, work, "train" if fold is None else f"train --fold {fold}")
     others = [j for j in range(len(splits)) if j not in left] if inner else []
     stage.text = ""
     source.prepare([left, *(tuple(sorted((*left, j))) for j in others)])
@@ -111,11 +111,11 @@ def _train(
         cohort.adata, n=config.n_genes, rows=None if protocol.genes == "all" else np.flatnonzero(keep),
         method=protocol.normalization,
     )  # fmt: skip
-    Y = targets(cohort.adata, genes, method=protocol.normalization)
+    Y = expression_targets(cohort.adata, genes, method=protocol.normalization)
     cells = np.where(use, fold_of, -1)
     alpha = protocol.alpha
     if inner:
-        alpha = penalty_inside(left, len(splits), source, judge, Y=Y, cells=cells, standardize=protocol.standardize)
+        alpha = choose_alpha(left, len(splits), source, judge, Y=Y, cells=cells, standardize=protocol.standardize)
     stage.text = "fitting the probe"
     student = source(left)
     moments = gather(student.features, Y, np.where(keep, 0, -1)).over([0])
@@ -141,7 +141,7 @@ def _train(
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None), "teacher_coverage": coverage,
         **record, "n_spots": len(cohort), "n_taught": int(keep.sum()), "slides": [s.id for s in cohort.slides],
         "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
-        "data_fingerprint": source.data, "seconds": round(time.perf_counter() - begun, 1), **made_with(device),
+        "data_fingerprint": source.data, "seconds": round(time.perf_counter() - begun, 1), **record_environment(device),
     }  # fmt: skip
     write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(work / "scratch", ignore_errors=True)

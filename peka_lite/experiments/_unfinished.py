@@ -10,8 +10,8 @@ from pathlib import Path
 
 from peka_lite._core.locks import PARTIAL
 from peka_lite._core.names import did_you_mean
-from peka_lite._core.received import own_file, own_yaml
-from peka_lite.backbones.own import FILE as BACKBONE
+from peka_lite._core.received import file_inside, read_yaml_inside
+from peka_lite.backbones.custom import FILE as BACKBONE
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
 from peka_lite.experiments.config import RunConfig
@@ -20,7 +20,7 @@ COMMAND = Path("scratch", "command")  # in a folder at work; scratch goes at the
 SETTINGS, SUMMARY = "config.yml", "summary.json"
 
 
-def refusal(folder: Path, *, needs: Sequence[str], what: str) -> str:
+def explain_missing(folder: Path, *, needs: Sequence[str], what: str) -> str:
     """Say in one sentence what a folder is in place of a finished run, and what to do.
 
     Parameters
@@ -38,7 +38,7 @@ def refusal(folder: Path, *, needs: Sequence[str], what: str) -> str:
         work = folder if folder.name.endswith(PARTIAL) else at_work
         if not (work / SETTINGS).is_file():
             return f"{said}, only what a stopped command left in {work}: give that command again, or remove the folder"
-        return f"{said}, it was stopped before its end ({work}): finish it with `{command(work)}`"
+        return f"{said}, it was stopped before its end ({work}): finish it with `{remake_command(work)}`"
     if folder.is_file():
         return f"{said}, it is a file: give the folder that `peka-lite run` or `peka-lite train` made"
     if not folder.exists():
@@ -64,11 +64,11 @@ def refusal(folder: Path, *, needs: Sequence[str], what: str) -> str:
         and (folder / "probe.safetensors").is_file()
         and not (folder / "metrics.csv").is_file()
     ):
-        return f"{said}, a training is not scored: score its settings with `{command(folder, 'run', out='NEW_FOLDER')}`"
-    return f"{said}: remove the folder and give `{command(folder)}`, or leave it out"
+        return f"{said}, a training is not scored: score its settings with `{remake_command(folder, 'run', out='NEW_FOLDER')}`"
+    return f"{said}: remove the folder and give `{remake_command(folder)}`, or leave it out"
 
 
-def command(folder: Path, name: str | None = None, *, out: str | None = None) -> str:
+def remake_command(folder: Path, name: str | None = None, *, out: str | None = None) -> str:
     """Return the command that makes what a folder was to be, from the settings that it holds.
 
     `name` is ``"run"`` or ``"train"``; None is the one that the folder notes, and ``"run"`` where it notes none.
@@ -76,7 +76,7 @@ def command(folder: Path, name: str | None = None, *, out: str | None = None) ->
     name = name or _noted(folder)
     out = out or str(folder.with_name(folder.name.removesuffix(PARTIAL)))
     try:
-        words = _options(own_yaml(folder, SETTINGS), folder)
+        words = _options(read_yaml_inside(folder, SETTINGS), folder)
     except (OSError, ValueError, AttributeError, TypeError):
         words = ["OPTIONS"]
     return " ".join(["peka-lite", name, *words, "--out", shlex.quote(out)])
@@ -84,7 +84,7 @@ def command(folder: Path, name: str | None = None, *, out: str | None = None) ->
 
 def _noted(folder: Path) -> str:
     try:
-        name = own_file(folder, *COMMAND.parts, largest=32).read_text("utf-8")
+        name = file_inside(folder, *COMMAND.parts, largest=32).read_text("utf-8")
     except (OSError, ValueError):
         return "run"
     return name if re.fullmatch(r"run|train( --fold \d{1,9})?", name) else "run"

@@ -19,18 +19,18 @@ from safetensors.torch import load_file, save_file
 from peka_lite import __version__
 from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import sha256
-from peka_lite._core.io import new_array, new_file, write_file, writing
-from peka_lite._core.locks import RECORD, put, workplace
+from peka_lite._core.io import new_array, open_new_file, report_full_disk, write_file
+from peka_lite._core.locks import RECORD, lock_work_folder, move_into_place
 from peka_lite._core.progress import Stage
 from peka_lite.adapters.adapt import adapt, adapted_share, merge
 from peka_lite.adapters.files import backbone_fingerprint, save_adapter
-from peka_lite.backbones._packaged import packaged
+from peka_lite.backbones._packaged import find_packaged
+from peka_lite.backbones.custom import PACKAGE, row_fields
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import load_backbone
-from peka_lite.backbones.own import PACKAGE, row_fields
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data.download import cache_dir
-from peka_lite.experiments._teacher_labels import Lesson, lesson
+from peka_lite.experiments._teacher_labels import TeacherTargets, make_targets
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.model import NotFinite, TransferModel, mlp
 
@@ -84,7 +84,7 @@ class Student:
     folder: Path
 
 
-def taught_student(
+def train_student(
     config, cohort, tiles, rows, *, teacher, data: str, device: str, processes: Processes, progress: bool = False
 ) -> Student:
     """Return the student that the given rows taught, from the cache where the same was made before.
@@ -98,9 +98,9 @@ def taught_student(
     rows
         Training rows; None for a frozen student (method ``"none"``).
     teacher
-        From `load_teacher`; what it says comes from `lesson`.
+        From `load_teacher`; what it says comes from `make_targets`.
     data
-        `fingerprint` of the cohort.
+        `hash_cohort` of the cohort.
     processes
         Those that make it together: each asks for the same students in the same order.
 
@@ -117,7 +117,7 @@ def taught_student(
         return processes.same(not (folder / RECORD).is_file())
 
     if missing():
-        with workplace(folder) if processes.first else nullcontext(folder) as work:
+        with lock_work_folder(folder) if processes.first else nullcontext(folder) as work:
             if missing():
                 work = folder.with_name(processes.same(work.name))
                 if processes.first:
@@ -125,7 +125,7 @@ def taught_student(
                     _take_over(folder, work)
                 _make(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
                 if processes.first:
-                    put(work, folder)
+                    move_into_place(work, folder)
                 processes.wait()
     learned = dict(np.load(folder / "learned_from.npz"))
     embedding_ids = learned.pop("embedding", None)
@@ -139,12 +139,12 @@ def student_folder(config, rows, *, teacher, data: str, device: str) -> Path:
     return cache_dir() / "students" / _key(config, data, rows, teacher, device)
 
 
-def optimiser_steps(config, n: int) -> int:
+def optimizer_steps(config, n: int) -> int:
     """Return how many steps a training on `n` tiles takes."""
     return config.epochs * -(-n // config.batch_size)
 
 
-def projection(student: Student) -> np.ndarray:
+def project_features(student: Student) -> np.ndarray:
     """Return what a taught student's projector makes of its features: S of the paper's equation 4, (N, D_t) float32."""
     state = load_file(student.folder / PROJECTOR)
     hidden, dim = state["0.weight"].shape
@@ -163,7 +163,7 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
     if rows is not None:
         if not processes.first:
             processes.wait()  # the first makes the lesson, and the others find it
-        taught = lesson(config, cohort, rows, teacher=teacher, data=data, device=device, progress=progress)
+        taught = make_targets(config, cohort, rows, teacher=teacher, data=data, device=device, progress=progress)
         if processes.first:
             processes.wait()
         ids |= taught.ids
@@ -173,13 +173,13 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
         if processes.first:
             write_file(work / "training.csv", history.to_csv(index=False).encode())
             save_adapter(student, work / "adapter.safetensors", data=data)
-            with writing(work / PROJECTOR):
+            with report_full_disk(work / PROJECTOR):
                 save_file({name: p.detach().cpu() for name, p in projector.named_parameters()}, work / PROJECTOR)
         student = merge(student)
     _embed(student, tiles, work / "features.npy", device, processes, progress)
     if processes.first:
         pretrained = [step for step, learned in ids.items() if learned is None]
-        with new_file(work / "learned_from.npz") as file:
+        with open_new_file(work / "learned_from.npz") as file:
             np.savez(file, **{step: learned for step, learned in ids.items() if learned is not None})
         (work / "student.pt").unlink(missing_ok=True)
         write_file(work / RECORD, json.dumps(record | {"pretrained": pretrained}).encode())
@@ -195,7 +195,7 @@ def _take_over(folder: Path, work: Path) -> None:
     with suppress(FileNotFoundError):  # whoever it belongs to has just finished
         left = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
         if newest := max(left, key=lambda path: path.stat().st_mtime, default=None):
-            with newest.open("rb") as left, new_file(work / "student.pt.copy", newest.stat().st_size) as copy:
+            with newest.open("rb") as left, open_new_file(work / "student.pt.copy", newest.stat().st_size) as copy:
                 shutil.copyfileobj(left, copy)
             os.replace(work / "student.pt.copy", work / "student.pt")
 
@@ -211,13 +211,13 @@ def _embed(student, tiles, path: Path, device, processes: Processes, progress) -
         mine = tiles.select(np.arange(start, stop)) if processes.count > 1 else tiles
         features = np.ascontiguousarray(embed_tiles(student, mine, device=device, progress=progress), np.float32)
         # Not by a memory map: where a disk without room meets one, the process dies.
-        with writing(path), path.open("r+b") as file:
+        with report_full_disk(path), path.open("r+b") as file:
             file.seek(np.load(path, mmap_mode="r").offset + start * features[0].nbytes)
             file.write(features)
     processes.wait()
 
 
-def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, progress):
+def _teach(config, student, tiles, lesson: TeacherTargets, cohort, rows, work, device, progress):
     E, labels, n_labels = lesson.embedding, lesson.labels, lesson.n_labels
     if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
         order = np.random.default_rng(config.seed).permutation(len(E))
@@ -227,7 +227,7 @@ def _teach(config, student, tiles, lesson: Lesson, cohort, rows, work, device, p
         config.method,
         r=config.block_size,
         targets=config.layers,
-        total_steps=optimiser_steps(config, len(E)),
+        total_steps=optimizer_steps(config, len(E)),
         seed=config.seed,
     )
     model = TransferModel(
@@ -257,7 +257,7 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "versions": [4, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
-    file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)
+    file = find_packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)
     if file is not None and file.is_file():
         settings["weights"] = sha256(file)
     if config.backbone not in PACKAGE:

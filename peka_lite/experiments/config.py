@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from peka_lite._core._yaml import is_line
 from peka_lite._core.names import did_you_mean
 from peka_lite.adapters._choices import LAYERS, METHODS
-from peka_lite.backbones._packaged import packaged
-from peka_lite.backbones.own import backbone_row, is_file
+from peka_lite.backbones._packaged import find_packaged
+from peka_lite.backbones.custom import backbone_row, is_backbone_file
 from peka_lite.backbones.registry import BACKBONES, check_block_size
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.data.cohorts import find_cohort
-from peka_lite.data.download import cache_dir, located
+from peka_lite.data.download import cache_dir, find_fetched
 from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS, Protocol
-from peka_lite.probe._choices import check_penalty
+from peka_lite.probe._choices import check_alpha
 from peka_lite.teachers._choices import LABEL_METHODS, TEACHERS
 from peka_lite.transfer._choices import KD_SPACES
 
@@ -28,10 +28,9 @@ from peka_lite.transfer._choices import KD_SPACES
 if TYPE_CHECKING:
     from peka_lite.teachers.pseudolabels import PseudoLabeler
 
-FEATURES = ("student", "frozen+student", "projector", "teacher", "colour", "coordinates", "depth")
-
+FEATURES = ("student", "frozen+student", "projector", "teacher", "color", "coordinates", "depth")
 WITH_STUDENT = FEATURES[:3]
-
+OLD_FEATURES = {"backbone": "student", "colour": "color"}  # words of earlier versions, still read
 
 _TYPES = {
     "str": ((str,), "text (str)"),
@@ -42,7 +41,7 @@ _TYPES = {
     "None": ((NoneType,), "None"),
 }
 _NAMES = {
-    "protocol": PROTOCOLS, "features": (*FEATURES, "backbone"), "teacher": TEACHERS, "method": METHODS,
+    "protocol": PROTOCOLS, "features": FEATURES, "teacher": TEACHERS, "method": METHODS,
     "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
     "normalization": NORMALIZATIONS,
 }  # fmt: skip
@@ -73,7 +72,7 @@ class RunConfig:
         What the probe reads: ``"student"`` (``"backbone"`` is another word for it), the backbone's pooled output;
         ``"frozen+student"``, the frozen student's features beside the taught one's; ``"projector"``, an ablation: what
         the projector that was taught beside the adapters makes of them, in the teacher's space; or a control
-        without a student: ``"colour"`` and texture of the tile, ``"coordinates"`` on the slide,
+        without a student: ``"color"`` and texture of the tile, ``"coordinates"`` on the slide,
         ``"depth"`` (total count), and ``"teacher"``, which sees the expression itself: the upper line.
     teacher, backbone, method
         Names known to `load_teacher`, `BACKBONES` and `adapt`. A YAML file is a backbone too (`read_backbone`): its row
@@ -99,7 +98,7 @@ class RunConfig:
     micro_batch, recompute, compile
         How `fit` uses memory and compiler; the results stay the same up to rounding.
     normalization, n_genes
-        Targets: how counts are normalised, and how many highly variable genes are predicted.
+        Targets: how counts are normalized, and how many highly variable genes are predicted.
     alpha
         The probe's ridge penalty: ``"hest"`` or a number (`PCARidge`), or ``"inner"``, chosen on inner folds. Never
         choose a number by looking at test scores.
@@ -164,8 +163,7 @@ class RunConfig:
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
         self._settle_protocol()
-        if self.features == "backbone":
-            object.__setattr__(self, "features", "student")
+        object.__setattr__(self, "features", OLD_FEATURES.get(self.features, self.features))
         if self.features not in WITH_STUDENT and self.method != "none":
             raise ValueError(f"features {self.features!r} take no student: give method 'none' with them")
         if self.method == "none" and (self.features in ("frozen+student", "projector") or self.shuffle_teacher):
@@ -184,7 +182,7 @@ class RunConfig:
         if self.method == "bone":
             check_block_size(spec, self.block_size)
         if self.weights == "hub":
-            packaged(spec)  # raises where the package should hold them and does not
+            find_packaged(spec)  # raises where the package should hold them and does not
         if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
@@ -194,7 +192,7 @@ class RunConfig:
                 raise ValueError(f"{field} belongs to teacher 'scfoundation', not {self.teacher!r}")
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file for {field}")
-        if self.teacher == "scfoundation" and self.teacher_checkpoint is None and located("scfoundation") is None:
+        if self.teacher == "scfoundation" and self.teacher_checkpoint is None and find_fetched("scfoundation") is None:
             raise FileNotFoundError(
                 "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"
             )
@@ -288,8 +286,10 @@ def check_field(field: str, value) -> None:
         return
     if isinstance(value, str) and value and not is_line(value):
         raise ValueError(f"{field} is text of one line, not {repr(value)[:120]}")
-    if field == "backbone" and not is_file(value):
+    if field == "backbone" and not is_backbone_file(value):
         backbone_row(value)
+    if field == "features":
+        value = OLD_FEATURES.get(value, value)
     if field in _NAMES and value not in _NAMES[field]:
         known = _NAMES[field]
         raise ValueError(f"unknown {field} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")
@@ -304,7 +304,7 @@ def check_field(field: str, value) -> None:
     if field in _SHARES and not 0 < value <= 1:
         raise ValueError(f"{field} is above 0 and at most 1, not {value}")
     if field == "alpha":
-        check_penalty(value, names=("hest", "inner"))
+        check_alpha(value, names=("hest", "inner"))
 
 
 @functools.cache

@@ -9,9 +9,9 @@ from pathlib import Path
 from peka_lite._core._tensor_files import write_tensors
 from peka_lite._core.io import write_file
 from peka_lite._core.names import read_metrics
-from peka_lite._core.outputs import check_free, new_folder
-from peka_lite._core.progress import say
-from peka_lite.experiments._card import model_card, random_start
+from peka_lite._core.outputs import check_free, write_output_folder
+from peka_lite._core.progress import print_line
+from peka_lite.experiments._card import model_card, starts_random
 from peka_lite.experiments.model import load_trained
 from peka_lite.probe.files import save_probes
 
@@ -45,7 +45,7 @@ def export(
     Warns
     -----
     UserWarning
-        When the licence of the parent weights forbids sharing what was written.
+        When the license of the parent weights forbids sharing what was written.
 
     Examples
     --------
@@ -62,19 +62,19 @@ def export(
     check_free(out)
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
-    say(f"plan: {n:,} merged weights to write, with their probe and a model card")
+    print_line(f"plan: {n:,} merged weights to write, with their probe and a model card")
     table = trained.folder / "metrics.csv"
     metrics = read_metrics(table) if table.exists() else None
     try:
         card = model_card(trained, metrics)
     except ValueError as error:
         raise ValueError(f"{trained.folder}, summary.json or config.yml: {error}") from None
-    with new_folder(out) as work:
+    with write_output_folder(out) as work:
         write_tensors(work / "model.safetensors", trained.student.state_dict(), trained.describe(), kind="student")
         probes = {trained.name: (trained.probe, trained.genes)}
         save_probes(work / "probe.safetensors", probes, normalization=trained.normalization)
         write_file(work / "README.md", card.encode())
-    licence = trained.student.spec.licence
-    if "-ND" in licence and not random_start(trained):
-        warnings.warn(f"{out} must not be shared: the parent weights are {licence}; see its README.md", stacklevel=2)
+    license = trained.student.spec.license
+    if "-ND" in license and not starts_random(trained):
+        warnings.warn(f"{out} must not be shared: the parent weights are {license}; see its README.md", stacklevel=2)
     return out

@@ -14,16 +14,16 @@ from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import row_ids
 from peka_lite._core.io import write_file
 from peka_lite._core.locks import RECORD
-from peka_lite._core.progress import Stage, say
+from peka_lite._core.progress import Stage, print_line
 from peka_lite.adapters.files import join_adapters
 from peka_lite.data.tiles import TileStore
-from peka_lite.evaluation.controls import colour_texture, coordinates, depth
-from peka_lite.experiments._teacher_labels import embedding, missing_embeddings
-from peka_lite.experiments.cache import Student, optimiser_steps, projection, student_folder, taught_student
-from peka_lite.experiments.folder import fingerprint
+from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
+from peka_lite.experiments._teacher_labels import embed_teacher, missing_embeddings
+from peka_lite.experiments.cache import Student, optimizer_steps, project_features, student_folder, train_student
+from peka_lite.experiments.folder import hash_cohort
 
 
-def taught_by(cohort, share: float, seed: int) -> np.ndarray:
+def training_spots(cohort, share: float, seed: int) -> np.ndarray:
     """Choose the spots that may teach, the same share of every slide; (N,) bool."""
     use = np.ones(len(cohort), dtype=bool)
     if share < 1:
@@ -52,7 +52,7 @@ class FeatureSource:
         self.scratch, self.device, self.progress = scratch, device, progress
         self.taught = config.method != "none"
         self.teacher = config.load_teacher() if self.taught or config.features == "teacher" else None
-        self.data = fingerprint(cohort)
+        self.data = hash_cohort(cohort)
         self.processes = Processes(device)
         self._sees_all = config.settled_protocol().student == "all"
         self._made: dict[str, Student] = {}  # students by name, kept as long as no other is asked for
@@ -60,7 +60,7 @@ class FeatureSource:
     def __call__(self, left_out: tuple[int, ...]) -> Student:
         """Return a `Student` (features and what they learned from)."""
         kind = self.config.features
-        if kind in ("colour", "coordinates", "depth"):
+        if kind in ("color", "coordinates", "depth"):
             return self._once(kind, self._control)
         who = "all" if self._sees_all else "-".join(map(str, left_out))
         if not self.taught and kind == "student":
@@ -87,12 +87,12 @@ class FeatureSource:
             asked[self._folder(None)] = None
         missing = [folds for folder, folds in asked.items() if not (folder / RECORD).is_file()]
         missing = self.processes.same(missing)  # a job beside this one may be through with one of them meanwhile
-        say(f"plan: {self._plan(missing, cached=len(asked) - len(missing), sets=left_out)}")
+        print_line(f"plan: {self._plan(missing, cached=len(asked) - len(missing), sets=left_out)}")
         for folds in Stage("training", [folds for folds in missing if folds is not None]):
             self._student(self._rows(folds))
         if None in missing:
             self._student(None)
-        if self.config.features == "colour":
+        if self.config.features == "color":
             self._tiles  # noqa: B018 - the processes write it together
         self.processes = Processes(self.device, alone=True)
 
@@ -105,8 +105,8 @@ class FeatureSource:
             counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
             told = [f"{count} {words}" if count < len(trainings) else words for words, count in counts.items() if count]
             parts[0] += f" ({', '.join(told)})"
-            steps = sum(optimiser_steps(self.config, len(self._rows(folds))) for folds in trainings)
-            parts.append(f"{steps:,} optimiser steps")
+            steps = sum(optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
+            parts.append(f"{steps:,} optimizer steps")
         if cached:
             parts.append(f"{cached} more from the cache" if missing else f"{cached} from the cache")
         asked = sets if self.config.features == "teacher" else trainings
@@ -116,7 +116,7 @@ class FeatureSource:
         if missing:
             each = f" ({n:,} after each training)" if len(trainings) > 1 else ""
             parts.append(f"{len(missing) * n:,} tiles to embed{each}")
-        if self.config.features == "colour":
+        if self.config.features == "color":
             parts.append(f"{n:,} tiles to measure")
         return ", ".join(parts)
 
@@ -178,7 +178,7 @@ class FeatureSource:
         return student_folder(self.config, rows, teacher=self.teacher, data=self.data, device=self.device)
 
     def _student(self, rows: np.ndarray | None) -> Student:
-        return taught_student(
+        return train_student(
             self.config,
             self.cohort,
             lambda: self._tiles,
@@ -196,18 +196,18 @@ class FeatureSource:
 
     def _projected(self, rows: np.ndarray) -> Student:
         taught = self._student(rows)
-        return replace(taught, features=projection(taught))
+        return replace(taught, features=project_features(taught))
 
     def _embedding(self, rows: np.ndarray) -> Student:
         at = {"data": self.data, "device": self.device, "progress": self.progress}
-        E, learned_from = embedding(self.teacher, self.cohort, rows, **at)
+        E, learned_from = embed_teacher(self.teacher, self.cohort, rows, **at)
         return Student(E, {"teacher": learned_from}, row_ids(E), {}, None)
 
     def _control(self) -> Student:
         name = self.config.features
         X = {
-            "colour": lambda: colour_texture(self._tiles, progress=self.progress),
-            "coordinates": lambda: coordinates(self.cohort),
-            "depth": lambda: depth(self.cohort),
+            "color": lambda: color_features(self._tiles, progress=self.progress),
+            "coordinates": lambda: coordinate_features(self.cohort),
+            "depth": lambda: depth_features(self.cohort),
         }[name]()
         return Student(X, {}, None, {}, None)

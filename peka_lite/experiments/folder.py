@@ -19,17 +19,17 @@ import pandas as pd
 from peka_lite import __version__
 from peka_lite._core._processes import Processes
 from peka_lite._core._yaml import read_yaml, yaml_text
-from peka_lite._core.io import figure_bytes, write_file, write_whole
-from peka_lite._core.locks import put_new, work_folder
-from peka_lite._core.outputs import check_free, check_work, link_in
+from peka_lite._core.io import figure_bytes, write_file, write_file_atomically
+from peka_lite._core.locks import lock_output_folder, move_if_absent
+from peka_lite._core.outputs import check_free, check_work, find_link
 from peka_lite._core.progress import Stage
-from peka_lite.backbones.own import save_backbone
-from peka_lite.data.expression import counts_digest
+from peka_lite.backbones.custom import save_backbone
+from peka_lite.data.expression import hash_counts
 from peka_lite.data.hest import Cohort
-from peka_lite.experiments._unfinished import COMMAND, command
+from peka_lite.experiments._unfinished import COMMAND, remake_command
 
 
-def fingerprint(cohort: Cohort) -> str:
+def hash_cohort(cohort: Cohort) -> str:
     """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits.
 
     Examples
@@ -39,20 +39,20 @@ def fingerprint(cohort: Cohort) -> str:
     >>> stricter = pk.open_cohort("mini", slides=["MINI3"], min_genes=450)
     >>> len(cohort), len(stricter)
     (156, 151)
-    >>> a, b, c = (pk.experiments.fingerprint(data) for data in (cohort, same, stricter))
+    >>> a, b, c = (pk.experiments.hash_cohort(data) for data in (cohort, same, stricter))
     >>> a == b, a == c
     (True, False)
     """
     digest = hashlib.sha256()
     for slide in Stage("hashing the data: slide", cohort.slides):
-        digest.update(f"{slide.id} {counts_digest(slide.adata)}".encode())
+        digest.update(f"{slide.id} {hash_counts(slide.adata)}".encode())
         sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
         digest.update(slide.tiles[sample].tobytes())
     return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
+def lock_run_folder(config, out: Path, processes: Processes) -> Iterator[Path]:
     """Hold a folder to be made, and give the one to work in, which becomes it at the end; refuse as `claim`.
 
     The first process alone holds it. The others wait until it does, and raise what it raises there.
@@ -66,7 +66,7 @@ def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         try:
             check_free(out)
-            work = held.enter_context(work_folder(out))
+            work = held.enter_context(lock_output_folder(out))
             claim(config, out, work)
         except Exception as error:
             processes.same(error)
@@ -74,28 +74,28 @@ def work_on(config, out: Path, processes: Processes) -> Iterator[Path]:
         processes.same(work)
         with removed_on_error(work):
             yield work
-            put_new(work, out)
+            move_if_absent(work, out)
 
 
 def claim(config, out: Path, work: Path) -> None:
     """Refuse a folder that is there, or a ``work`` folder of another config."""
     check_free(out)
     check_work(work)
-    if link := link_in(work):
+    if link := find_link(work):
         raise FileExistsError(f"{work} holds a link ({link}), which no command makes: remove that folder")
     left = work / "config.yml"
     if left.is_file() and read_yaml(left) != config.as_dict():
         raise FileExistsError(
             f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
-            f"with `{command(work)}`"
+            f"with `{remake_command(work)}`"
         )
 
 
-def begin(config, work: Path, name: str) -> None:
-    """Make the folder to work in, with the settings and the name of the command that began it (`command`)."""
+def start_run_folder(config, work: Path, name: str) -> None:
+    """Make the folder to work in, with the settings and the name of the command that began it (`remake_command`)."""
     (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(work / COMMAND, name.encode())
-    write_whole(work / "config.yml", yaml_text(config.as_dict()).encode())
+    write_file_atomically(work / COMMAND, name.encode())
+    write_file_atomically(work / "config.yml", yaml_text(config.as_dict()).encode())
     save_backbone(config.backbone, work)
 
 
@@ -111,7 +111,7 @@ def removed_on_error(work: Path):
         raise
 
 
-def made_with(device: str) -> dict:
+def record_environment(device: str) -> dict:
     """Return the device and the versions that a summary names."""
     import torch
 
@@ -123,10 +123,10 @@ def made_with(device: str) -> dict:
     return {"device": name, "versions": versions}
 
 
-def storable(value):
+def to_h5ad_values(value):
     """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
     if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
-        return {k: storable(v) for k, v in value.items()}
+        return {k: to_h5ad_values(v) for k, v in value.items()}
     if isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, list | tuple) and value:
@@ -163,14 +163,14 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
     """
     import matplotlib.pyplot as plt
 
-    from peka_lite._core.names import file_name
+    from peka_lite._core.names import unique_file_name
     from peka_lite.data.hest import IMAGE_KEY
     from peka_lite.maps.local_pcc import pcc_map
-    from peka_lite.maps.tissue import expression_map, flat_in_words
+    from peka_lite.maps.tissue import describe_constant, expression_map
 
     folder.mkdir(exist_ok=True)
     given = {}
-    local = {slide.id: file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
+    local = {slide.id: unique_file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
     for slide in Stage("maps: slide", cohort.slides):
         library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
         if IMAGE_KEY not in library.get("images", {}):
@@ -184,10 +184,10 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
         if scores.empty:
             warnings.warn(f"{slide.id}: no gene was predicted at all of its spots: no maps", stacklevel=3)
             continue
-        varies = [gene for gene in scores.index if flat_in_words(here[:, gene].X, "spots") is None]
+        varies = [gene for gene in scores.index if describe_constant(here[:, gene].X, "spots") is None]
         best = (scores[varies] if varies else scores).idxmax()
         j = here.var_names.get_loc(best)
-        name = file_name(f"{slide.id}_{best}", given, of=(slide.id, best))
+        name = unique_file_name(f"{slide.id}_{best}", given, of=(slide.id, best))
         figures = {name: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
         if shown.sum() >= 3 and slide.n_spots > 18:
             figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])

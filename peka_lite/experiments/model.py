@@ -19,15 +19,15 @@ from peka_lite._core._file_kinds import parse_json, read_text
 from peka_lite._core._yaml import LARGEST, is_line, read_yaml
 from peka_lite._core.device import default_device
 from peka_lite._core.names import read_metrics
-from peka_lite._core.received import own_file
+from peka_lite._core.received import file_inside
 from peka_lite.adapters.adapt import adapter_state, merge
 from peka_lite.adapters.files import backbone_fingerprint, load_adapter, read_adapter_info
-from peka_lite.backbones._packaged import packaged
+from peka_lite.backbones._packaged import find_packaged
+from peka_lite.backbones.custom import FILE, PACKAGE, is_backbone_file, restore_backbone
 from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import cached_weights, load_backbone
-from peka_lite.backbones.own import FILE, PACKAGE, is_file, restore_backbone
+from peka_lite.backbones.load import find_cached_weights, load_backbone
 from peka_lite.backbones.registry import BACKBONES
-from peka_lite.experiments._unfinished import PARTIAL, command, refusal
+from peka_lite.experiments._unfinished import PARTIAL, explain_missing, remake_command
 from peka_lite.experiments.config import RunConfig, check_field
 from peka_lite.probe.files import TENSORS, Probes, load_probes
 from peka_lite.probe.pca_ridge import PCARidge
@@ -105,7 +105,7 @@ class TrainedModel:
         return _name(self.fold)
 
     def predict(self, tiles, *, batch_size: int = 64, device: str | None = None, progress: bool = False) -> np.ndarray:
-        """Predict normalised expression (n, genes) float32 from tiles.
+        """Predict normalized expression (n, genes) float32 from tiles.
 
         Parameters
         ----------
@@ -209,7 +209,7 @@ def load_trained(
             f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' "
             "alone; give a run with one of these"
         )
-    probes = load_probes(own_file(folder, "probe.safetensors"))
+    probes = load_probes(file_inside(folder, "probe.safetensors"))
     fold = _fold(folder, probes, fold)
     probe, genes = probes.probes[_name(fold)]
     _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
@@ -257,9 +257,9 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     """Return settings and summary of a finished run or training, wherever its cohort and teacher are now."""
     needs = ("config.yml", "summary.json")
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
-        raise FileNotFoundError(refusal(folder, needs=needs, what="run or training"))
+        raise FileNotFoundError(explain_missing(folder, needs=needs, what="run or training"))
     restore_backbone(folder)
-    fields, summary = (_read(own_file(folder, name, largest=2**24)) for name in needs)
+    fields, summary = (_read(file_inside(folder, name, largest=2**24)) for name in needs)
     known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
     if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):
         what = f"unknown settings {', '.join(sorted(odd))}" if isinstance(fields, dict) else "no settings"
@@ -271,7 +271,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     for name, value in (known | fields).items():
         try:
             check_field(name, value)
-            if name == "backbone" and is_file(value):
+            if name == "backbone" and is_backbone_file(value):
                 raise ValueError(f"backbone is a name, whose row is in {FILE} beside it, not a file: {value!r}")
         except ValueError as error:
             raise ValueError(f"{folder / 'config.yml'}: {error}") from None
@@ -285,9 +285,9 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
 def _where(folder: Path, config: RunConfig) -> str | Path:
     """Return where a run's frozen weights are; a row that came with the folder fetches nothing unasked."""
     row = BACKBONES[config.backbone]
-    if config.weights != "hub" or row.source is None or row.name in PACKAGE or packaged(row) is not None:
+    if config.weights != "hub" or row.source is None or row.name in PACKAGE or find_packaged(row) is not None:
         return config.weights
-    if (path := cached_weights(row)) is None:
+    if (path := find_cached_weights(row)) is None:
         raise ValueError(
             f"{folder / FILE} names weights of another's hub repository ({row.source}), which are not on this machine: "
             "--weights hub (weights='hub') fetches them from there, --weights FILE takes a copy"
@@ -302,7 +302,7 @@ def _read(path: Path):
         return parse_json(read_text(path, longest=LARGEST))
     except ValueError:
         raise ValueError(
-            f"{path} is cut short or damaged; remove its folder and give `{command(path.parent)}`"
+            f"{path} is cut short or damaged; remove its folder and give `{remake_command(path.parent)}`"
         ) from None
 
 
@@ -320,7 +320,7 @@ def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
 
 def _adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module, fold: int | None) -> nn.Module:
     """Put on the adapter of a fold, or that of all where one student serves every fold."""
-    path = own_file(folder, "adapter.safetensors")
+    path = file_inside(folder, "adapter.safetensors")
     info = read_adapter_info(path)
     name = "all" if config.settled_protocol().student == "all" else _name(fold)
     student = load_adapter(student, path, name=name)

@@ -21,14 +21,14 @@ from peka_lite._core._stream import open_partial
 from peka_lite._core.device import default_device
 from peka_lite._core.hdf5 import FACTORS, PICTURES, read_anndata
 from peka_lite._core.io import write_h5ad
-from peka_lite._core.locks import workplace
-from peka_lite._core.outputs import check_file, put_file
-from peka_lite._core.progress import Stage, bar, say
+from peka_lite._core.locks import lock_work_folder
+from peka_lite._core.outputs import check_file, place_file
+from peka_lite._core.progress import Stage, print_line, progress_bar
 from peka_lite.data._format import PLACES
 from peka_lite.data.hest import IMAGE_KEY, Slide
 from peka_lite.data.tissue import tissue_tiles
 from peka_lite.data.wsi import TILE, TILE_MPP, open_slide
-from peka_lite.experiments.folder import storable
+from peka_lite.experiments.folder import to_h5ad_values
 from peka_lite.probe._ranges import HIGH, LOW, shares_outside
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def predict_slide(
         As read from `out`. ``X`` (N, genes) float32; ``var`` pcc, how well the model's own run predicted each gene on
         spots it had held out (NaN where none were), train_min and train_max, the range of its training targets (NaN
         where the model is of an older version that did not keep it); ``obs`` array_row, array_col and tissue_share;
-        ``obsm["spatial"]`` (N, 2) centres in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
+        ``obsm["spatial"]`` (N, 2) centers in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
         thumbnail and its scale, so that `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial` draw it;
         ``uns["peka_lite"]`` where it comes from, and outside_training_range, the share of the values in ``X`` that lie
         outside their gene's range (NaN where it is unknown).
@@ -193,7 +193,7 @@ def predict_spots(
     )
 
 
-def check_place(out: Path, *, inputs: Iterable[str | os.PathLike] = ()) -> None:
+def check_prediction_file(out: Path, *, inputs: Iterable[str | os.PathLike] = ()) -> None:
     """Refuse a place where predictions cannot be written, or where another file is or one that is read."""
     if out.suffix != ".h5ad" or out.is_dir():
         raise ValueError(f"{out}: predictions are one AnnData file; give a name that ends in .h5ad")
@@ -202,7 +202,7 @@ def check_place(out: Path, *, inputs: Iterable[str | os.PathLike] = ()) -> None:
 
 def _checked(out: str | os.PathLike, batch_size: int, workers: int, *, inputs: Iterable[str | os.PathLike]) -> Path:
     out = Path(out)
-    check_place(out, inputs=inputs)
+    check_prediction_file(out, inputs=inputs)
     for name, value in {"batch_size": batch_size, "workers": workers}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -228,15 +228,15 @@ def _predict(
     # The last digits of a prediction depend on device and batch: with them in the key, a resumed job repeats no others.
     parts = (__version__, key, model.fingerprint, genes, str(device), batch_size)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    with workplace(out) as work:
+    with lock_work_folder(out) as work:
         check_file(out, BY)  # once more before the work: another process may have been first
         rows, done = open_partial(work, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
         n, before = adata.n_obs, int(done.sum())
-        shown = bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
+        shown = progress_bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
         with Stage("", reports=progress), shown:
-            say(
+            print_line(
                 f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
                 + (f"; {before:,} tiles were done before" if before else "")
             )
@@ -265,13 +265,13 @@ def _predict(
                     "tile_mpp": TILE_MPP,
                     "model_fingerprint": model.fingerprint,
                     "outside_training_range": outside,
-                    "model": storable(model.describe()),
+                    "model": to_h5ad_values(model.describe()),
                 },
             },
         )
         with Stage(f"writing {out.name}"):
             write_h5ad(whole, work / "whole.h5ad", compression="gzip", of=out)
-        put_file(work / "whole.h5ad", out, BY)
+        place_file(work / "whole.h5ad", out, BY)
         del rows, done, whole
         shutil.rmtree(work)
     return read_anndata(out, uns=("spatial", "peka_lite"))

@@ -19,20 +19,26 @@ from peka_lite._core.hdf5 import read_anndata
 from peka_lite._core.io import write_file, write_h5ad
 from peka_lite._core.names import read_metrics, write_metrics
 from peka_lite._core.progress import Stage
-from peka_lite._core.received import own_file
-from peka_lite.backbones._packaged import origin, packaged
+from peka_lite._core.received import file_inside
+from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data.cohorts import open_cohort
 from peka_lite.data.expression import NORMALIZATIONS
 from peka_lite.data.hest import Cohort
-from peka_lite.evaluation.ceiling import ceiling_of
-from peka_lite.evaluation.evaluate import Judge, evaluate, left_out_sets
+from peka_lite.evaluation.ceiling import expression_ceiling
+from peka_lite.evaluation.evaluate import LeakChecker, evaluate, left_out_sets
 from peka_lite.evaluation.folds import protocol_folds
-from peka_lite.evaluation.scores import interval, pooled
-from peka_lite.experiments._unfinished import refusal
+from peka_lite.evaluation.scores import bootstrap_interval, pool_pcc
+from peka_lite.experiments._unfinished import explain_missing
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.features import FeatureSource, taught_by
-from peka_lite.experiments.folder import begin, draw_maps, held_out_predictions, made_with, work_on
+from peka_lite.experiments.features import FeatureSource, training_spots
+from peka_lite.experiments.folder import (
+    draw_maps,
+    held_out_predictions,
+    lock_run_folder,
+    record_environment,
+    start_run_folder,
+)
 from peka_lite.experiments.model import read_run
 from peka_lite.probe.files import save_probes
 
@@ -50,11 +56,11 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     out
         Folder to make. It appears when the run is complete: ``config.yml``, ``metrics.csv`` (tidy: method, backbone,
         split, protocol, features, normalization, fold, gene, pcc, n_train, n_test; the protocol's own targets, PCC
-        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalisations, from which
+        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalizations, from which
         every score follows), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
         among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` where the backbone is one's own,
         and where a student was taught ``training.csv`` and ``adapter.safetensors`` (one set of tensors a fold, or one
-        for all). Until then the work is in ``{out}.partial``. Taught students are kept in the cache (`taught_student`),
+        for all). Until then the work is in ``{out}.partial``. Taught students are kept in the cache (`train_student`),
         so running the same again after an interruption goes on from there. Where a student is judged,
         ``probe.safetensors`` holds each fold's probe, and `load_trained` makes of the folder a model to predict with.
     maps
@@ -90,7 +96,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     out = Path(out)
     device = config.device or default_device()
     processes = Processes(device)
-    with work_on(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
+    with lock_run_folder(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
         at = {"device": device, "processes": processes, "stage": stage}
         return _run(config, work, **at, maps=maps, progress=progress)
 
@@ -110,13 +116,13 @@ def _run(
     protocol = config.settled_protocol()
     stage.text = "checking the folds"
     splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
-    use = taught_by(cohort, config.train_share, config.seed)
+    use = training_spots(cohort, config.train_share, config.seed)
     # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
-    Judge(cohort, splits, protocol)
+    LeakChecker(cohort, splits, protocol)
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = source.coverage()
     if processes.first:
-        begin(config, work, "run")
+        start_run_folder(config, work, "run")
     stage.text = ""
     source.prepare(left_out_sets(len(splits), inner=protocol.alpha == "inner"))
     if not processes.first:
@@ -139,7 +145,7 @@ def _run(
         draw_maps(cohort, predictions, table, work / "maps")
     own = done.moments[done.moments["normalization"] == protocol.normalization]
     scores = {
-        m: {how: interval(moments, how=how, seed=config.seed) for how in ("pooled", "slides")}
+        m: {how: bootstrap_interval(moments, how=how, seed=config.seed) for how in ("pooled", "slides")}
         for m, moments in done.moments.groupby("normalization", sort=False)
     }
     score, lost = scores[protocol.normalization]["pooled"], table[table["pcc"].isna()]
@@ -175,7 +181,7 @@ def _run(
         "pca_components": done.n_components,
         "data_fingerprint": source.data,
         "seconds": round(time.perf_counter() - begun, 1),
-        **made_with(device),
+        **record_environment(device),
     }
     write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(work / "scratch", ignore_errors=True)
@@ -201,10 +207,10 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     """
     out = Path(out)
     if not (out / "summary.json").is_file():
-        raise FileNotFoundError(refusal(out, needs=("config.yml", "summary.json"), what="run"))
+        raise FileNotFoundError(explain_missing(out, needs=("config.yml", "summary.json"), what="run"))
     config, summary = read_run(out)
     config = RunConfig(**config.as_dict())
-    predictions = read_anndata(own_file(out, "predictions.h5ad"), layers=("measured",))
+    predictions = read_anndata(file_inside(out, "predictions.h5ad"), layers=("measured",))
     return config, read_metrics(out / "metrics.csv"), summary, predictions
 
 
@@ -252,15 +258,17 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     made_by = loaded[2].get("teacher_fingerprint")
     if made_by is not None and config.load_teacher().fingerprint != made_by:
         raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run anew")
-    file = packaged(BACKBONES[config.backbone]) if config.weights == "hub" else None
-    if file is not None and (used := loaded[2].get("weights")) not in (None, origin(file)):
-        raise FileExistsError(f"{out} holds a run with weights {used!r}, now {origin(file)!r}; remove it to run anew")
+    file = find_packaged(BACKBONES[config.backbone]) if config.weights == "hub" else None
+    if file is not None and (used := loaded[2].get("weights")) not in (None, describe_file(file)):
+        raise FileExistsError(
+            f"{out} holds a run with weights {used!r}, now {describe_file(file)!r}; remove it to run anew"
+        )
     return loaded
 
 
 def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
     """Return the result table of the protocol's own targets."""
-    table = pooled(moments[moments["normalization"] == protocol.normalization])
+    table = pool_pcc(moments[moments["normalization"] == protocol.normalization])
     sizes = {i: (int(use[train].sum()), len(test)) for i, (train, test) in enumerate(splits)}
     names = {"method": config.method, "backbone": config.backbone, "split": protocol.split}
     names |= {"protocol": protocol.name, "features": config.features, "normalization": protocol.normalization}
@@ -278,7 +286,7 @@ def _ceiling(cohort: Cohort, done, splits) -> dict:
     for m in NORMALIZATIONS:
         means, basis = [], None
         for i, (_, test) in enumerate(splits):
-            values, basis = ceiling_of(cohort.adata[test], done.predicted[i][1], method=m)
+            values, basis = expression_ceiling(cohort.adata[test], done.predicted[i][1], method=m)
             means.append(float(values.mean()))
         found[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
     return found

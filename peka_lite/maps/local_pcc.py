@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from peka_lite.maps.tissue import draw_spots
 from peka_lite.probe.metrics import pearson
 
-OVER = ("neighbours", "genes")
+OVER = ("neighbors", "genes")
 
 
 def local_pcc(
@@ -23,7 +23,7 @@ def local_pcc(
     measured: np.ndarray,
     predicted: np.ndarray,
     *,
-    over: str = "neighbours",
+    over: str = "neighbors",
     n_neighbors: int = 18,
 ) -> np.ndarray:
     """Pearson correlation between measured and predicted expression at every spot.
@@ -31,12 +31,12 @@ def local_pcc(
     Parameters
     ----------
     coords
-        (N, 2) spot centres, any unit.
+        (N, 2) spot centers, any unit.
     measured, predicted
-        (N, G) normalised expression. With ``over="genes"`` each gene is first centred and scaled over the spots,
+        (N, G) normalized expression. With ``over="genes"`` each gene is first centered and scaled over the spots,
         or genes that are high everywhere would decide.
     over
-        ``"neighbours"``: per gene over the spot and its `n_neighbors` nearest neighbours, then the mean over genes
+        ``"neighbors"``: per gene over the spot and its `n_neighbors` nearest neighbors, then the mean over genes
         (18 are the two rings around a spot on Visium's hexagons). ``"genes"``: over genes at the spot alone.
 
     Returns
@@ -74,15 +74,15 @@ def local_pcc(
 def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:
     """Draw where on the slide a prediction holds: `local_pcc` over neighbourhoods and over genes, beside the H&E.
 
-    `measured` and `predicted` are (N, G) normalised expression at the slide's spots.
+    `measured` and `predicted` are (N, G) normalized expression at the slide's spots.
 
     Examples
     --------
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
-    >>> measured = pk.data.targets(adata, ["KRT8", "CD8A", "ACACB"])
+    >>> measured = pk.data.expression_targets(adata, ["KRT8", "CD8A", "ACACB"])
     >>> figure = pk.maps.pcc_map(adata, measured, measured + 1)
-    >>> [ax.get_ylabel() for ax in figure.axes]  # three panels, two colour bars
+    >>> [ax.get_ylabel() for ax in figure.axes]  # three panels, two color bars
     ['', '', '', 'PCC', 'PCC']
     """
     coords = np.asarray(adata.obsm["spatial"])[:, :2]
@@ -90,7 +90,7 @@ def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n
     draw_spots(axes[0], adata, None, title="H&E")
     shared = {"cmap": "RdBu_r", "norm": Normalize(-1, 1), "label": "PCC"}
     for ax, over, words in (
-        (axes[1], "neighbours", "neighbourhoods"),
+        (axes[1], "neighbors", "neighbourhoods"),
         (axes[2], "genes", "genes"),
     ):
         values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)

@@ -8,7 +8,7 @@ STYLE = "peka_lite.maps.peka"  # peka.mplstyle beside this file, by the name tha
 def use_style() -> None:
     """Draw from now on in the project's matplotlib style; in Jupyter, as vector graphics.
 
-    The style is ``peka_lite/maps/peka.mplstyle``, in the colour-blind-safe colours of Okabe and Ito.
+    The style is ``peka_lite/maps/peka.mplstyle``, in the color-blind-safe colors of Okabe and Ito.
     ``plt.style.use("peka_lite.maps.peka")`` sets it alone.
 
     Examples

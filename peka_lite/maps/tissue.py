@@ -18,24 +18,24 @@ from matplotlib.figure import Figure
 
 from peka_lite._core.hdf5 import read_anndata
 from peka_lite._core.io import figure_bytes, write_file
-from peka_lite._core.names import as_written, did_you_mean, shown
-from peka_lite._core.outputs import check_file, output
+from peka_lite._core.names import did_you_mean, disable_mathtext, short_name
+from peka_lite._core.outputs import check_file, write_output
 from peka_lite.data.hest import IMAGE_KEY, tissue_window
-from peka_lite.probe._ranges import say_outside, unit_of
+from peka_lite.probe._ranges import describe_outside, spot_or_tile
 from peka_lite.probe.metrics import pearson
 
 UNITS = {"log1p-cp10k": "log1p of counts per 10,000", "log1p": "log1p of counts"}
 
 
 def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, gene: str) -> Figure:
-    """Draw one gene on the slide's H&E: measured, predicted (one colour scale) and residual, side by side.
+    """Draw one gene on the slide's H&E: measured, predicted (one color scale) and residual, side by side.
 
     Parameters
     ----------
     adata
         A slide's AnnData, with ``obsm["spatial"]`` and the image in ``uns["spatial"]``.
     measured, predicted
-        (N,) normalised expression at the slide's spots.
+        (N,) normalized expression at the slide's spots.
     gene
         Name for the titles.
 
@@ -47,7 +47,7 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     --------
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
-    >>> measured = pk.data.targets(adata, ["KRT8"])[:, 0]
+    >>> measured = pk.data.expression_targets(adata, ["KRT8"])[:, 0]
     >>> figure = pk.expression_map(adata, measured, measured / 2, gene="KRT8")
     >>> [ax.get_title() for ax in figure.axes[:3]]
     ['KRT8: measured', 'KRT8: predicted (PCC 1.00)', 'measured minus predicted']
@@ -55,18 +55,18 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
     pcc = pearson(measured[:, None], predicted[:, None])[0]
     residual = measured - predicted
-    reach = residual_reach(residual)
+    reach = residual_limit(residual)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    same = {"cmap": "viridis", "norm": Normalize(*colour_limits(measured, predicted)), "label": "log1p expression"}
-    draw_spots(axes[0], adata, measured, title=f"{shown(gene)}: measured", **same)
-    draw_spots(axes[1], adata, predicted, title=f"{shown(gene)}: predicted (PCC {pcc:.2f})", **same)
+    same = {"cmap": "viridis", "norm": Normalize(*color_limits(measured, predicted)), "label": "log1p expression"}
+    draw_spots(axes[0], adata, measured, title=f"{short_name(gene)}: measured", **same)
+    draw_spots(axes[1], adata, predicted, title=f"{short_name(gene)}: predicted (PCC {pcc:.2f})", **same)
     draw_spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-reach, reach),
            label="log1p difference")  # fmt: skip
     flat = [f"What is {kind} {words}." for kind, values in (("measured", measured), ("predicted", predicted))
-            if (words := flat_in_words(values, "spots"))]  # fmt: skip
+            if (words := describe_constant(values, "spots"))]  # fmt: skip
     if flat:
         fig.supxlabel(" ".join(flat), fontsize=8)
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) -> Figure:
@@ -108,15 +108,15 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     )  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="", ylabel="PCC on held-out spots", title=f"PCC per gene (the {len(genes)} best of {order_by})")
-    ax.set_xticks(range(len(genes)), [shown(gene) for gene in genes], rotation=90)
+    ax.set_xticks(range(len(genes)), [short_name(gene) for gene in genes], rotation=90)
     ax.legend(title="", frameon=False)
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     """Draw what a model predicts of one gene, beside the H&E; the line below says which model, and what it is not for.
 
-    Colours span the 1st to the 99th percentile of the prediction on this slide (`colour_limits`), values below 0
+    Colors span the 1st to the 99th percentile of the prediction on this slide (`color_limits`), values below 0
     included, which no count can have: a linear probe does not know that counts end there. A prediction that does not
     vary on this slide, or that lies below 0 everywhere, is drawn with a sentence that says so. Where tiles of a grid
     were predicted, the whole image is shown, and tissue without a tile stays uncoloured.
@@ -144,7 +144,7 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
     >>> predictions = adata[:, ["KRT8", "CD8A"]].copy()  # as if `predict_slide` had made them
-    >>> predictions.X = pk.data.targets(adata, ["KRT8", "CD8A"])
+    >>> predictions.X = pk.data.expression_targets(adata, ["KRT8", "CD8A"])
     >>> predictions.var["pcc"] = [0.3, 0.6]
     >>> figure = pk.maps.predicted_map(predictions)
     >>> print(figure.axes[1].get_title())
@@ -162,10 +162,10 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
         raise ValueError(f"the slide has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}] to draw on")
     values, pcc = _values(adata, gene), _pcc(adata)
     model = adata.uns.get("peka_lite", {}).get("model", {})
-    title = f"{shown(gene)}: predicted"
+    title = f"{short_name(gene)}: predicted"
     if np.isfinite(pcc[gene]):
         title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
-    low, high = colour_limits(values)
+    low, high = color_limits(values)
     label = UNITS.get(model.get("normalization"), "predicted expression")
     if low < 0 and _of_counts(adata):
         label += "; no count is below 0"
@@ -177,7 +177,7 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     shape = "square" if "tissue_share" in adata.obs else "circle"  # tiles of a grid touch
     draw_spots(axes[1], adata, values, title=title, norm=Normalize(low, high), label=label, shape=shape)
     fig.supxlabel(words, fontsize=8)
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 def default_gene(adata: ad.AnnData) -> str:
@@ -196,16 +196,16 @@ def default_gene(adata: ad.AnnData) -> str:
     return adata.var_names[0]
 
 
-def colour_limits(*values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of one colour scale for all values: their 1st and 99th percentile, never one number twice.
+def color_limits(*values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of one color scale for all values: their 1st and 99th percentile, never one number twice.
 
     Where these meet, as of a gene that is high at one spot alone, they are the least and the greatest value; where all
     is one value, half a unit to either side of it. What is not finite is left out.
 
     Examples
     --------
-    >>> from peka_lite.maps.tissue import colour_limits
-    >>> colour_limits([0.0] * 999 + [4.0]), colour_limits([-2.0, -2.0])
+    >>> from peka_lite.maps.tissue import color_limits
+    >>> color_limits([0.0] * 999 + [4.0]), color_limits([-2.0, -2.0])
     ((0.0, 4.0), (-2.5, -1.5))
     """
     finite = _finite(np.concatenate([np.ravel(part) for part in values]))
@@ -218,14 +218,14 @@ def colour_limits(*values: np.ndarray) -> tuple[float, float]:
     return low - 0.5, high + 0.5
 
 
-def residual_reach(residual: np.ndarray) -> float:
+def residual_limit(residual: np.ndarray) -> float:
     """Return where a scale around 0 ends: the 99th percentile of the sizes, else the greatest, else half a unit."""
     sizes = np.abs(_finite(residual))
     ends = [float(np.percentile(sizes, cut)) for cut in (99, 100)] if sizes.size else []
     return next((end for end in ends if end > 1e-9), 0.5)
 
 
-def flat_in_words(values: np.ndarray, unit: str) -> str | None:
+def describe_constant(values: np.ndarray, unit: str) -> str | None:
     """Say that values do not vary over a slide, and what they are, or that none is finite; None where they vary."""
     finite = _finite(values)
     if not finite.size:
@@ -238,16 +238,20 @@ def flat_in_words(values: np.ndarray, unit: str) -> str | None:
 
 def remarks(adata: ad.AnnData, gene: str) -> list[str]:
     """Say in a sentence each what a map of a gene does not show by itself."""
-    values, unit, said = _values(adata, gene), unit_of(adata), []
+    values, unit, said = _values(adata, gene), spot_or_tile(adata), []
     finite = _finite(values)
-    if flat := flat_in_words(values, unit):
-        said.append(f"The prediction of {shown(gene)} {flat}.")
+    if flat := describe_constant(values, unit):
+        said.append(f"The prediction of {short_name(gene)} {flat}.")
     elif len(finite) < len(values):
-        said.append(f"The prediction of {shown(gene)} is not finite on {len(values) - len(finite)} {unit}: uncoloured.")
+        said.append(
+            f"The prediction of {short_name(gene)} is not finite on {len(values) - len(finite)} {unit}: uncoloured."
+        )
     if finite.size and finite.max() < 0 and _of_counts(adata):
-        said.append(f"{shown(gene)} is predicted below 0 on all {unit}, and no count is: do not read it as expression.")
+        said.append(
+            f"{short_name(gene)} is predicted below 0 on all {unit}, and no count is: do not read it as expression."
+        )
     if "peka_lite" in adata.uns:
-        said.append(say_outside(adata, gene))
+        said.append(describe_outside(adata, gene))
     return said
 
 
@@ -317,7 +321,7 @@ def save_predicted_map(
     except ValueError as error:
         raise ValueError(f"{predictions}: {error}") from None
     try:
-        with output(out, "peka-lite map", inputs=[predictions]) as partial:
+        with write_output(out, "peka-lite map", inputs=[predictions]) as partial:
             write_file(partial, figure_bytes(figure, kind=kind, dpi=150), of=out)
     finally:
         plt.close(figure)
@@ -325,7 +329,7 @@ def save_predicted_map(
 
 
 def draw_spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None, shape="circle") -> None:
-    """One panel: the slide's image cut to its tissue, and spots coloured by values where there are any."""
+    """One panel: the slide's image cut to its tissue, and spots colored by values where there are any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # squidpy's import warns of its own dependencies
         import squidpy as sq

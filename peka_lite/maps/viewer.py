@@ -20,11 +20,11 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from peka_lite._core.io import write_file
-from peka_lite._core.names import in_html
-from peka_lite._core.outputs import output
+from peka_lite._core.names import escape_html
+from peka_lite._core.outputs import write_output
 from peka_lite.data.hest import IMAGE_KEY, tissue_window
 from peka_lite.maps.local_pcc import local_pcc
-from peka_lite.maps.tissue import colour_limits, flat_in_words, residual_reach
+from peka_lite.maps.tissue import color_limits, describe_constant, residual_limit
 from peka_lite.probe.metrics import pearson
 
 IMAGE_PX, JPEG_QUALITY = 1000, 80
@@ -65,8 +65,8 @@ class SlideViewer:
         A file that is there is replaced where this wrote it and nobody changed it since, else it is a FileExistsError.
         """
         path = Path(path)
-        with output(path, "SlideViewer.save") as partial:
-            write_file(partial, PAGE.format(title=in_html(self.title), viewer=self.html).encode(), of=path)
+        with write_output(path, "SlideViewer.save") as partial:
+            write_file(partial, PAGE.format(title=escape_html(self.title), viewer=self.html).encode(), of=path)
         return path
 
 
@@ -86,7 +86,7 @@ def slide_viewer(
     adata
         A slide's AnnData, with ``obsm["spatial"]`` and the image in ``uns["spatial"]``.
     measured, predicted
-        (N, G) normalised expression at the slide's spots.
+        (N, G) normalized expression at the slide's spots.
     genes
         The G names. They are offered in the order of their PCC on this slide.
     n_neighbors
@@ -106,7 +106,7 @@ def slide_viewer(
     Notes
     -----
     The page holds expression in 256 steps from a gene's least to its greatest value, measured and predicted on the
-    same steps, and correlations in steps of 1/127. Colours span the 1st to the 99th percentile, as in `expression_map`,
+    same steps, and correlations in steps of 1/127. Colors span the 1st to the 99th percentile, as in `expression_map`,
     and a gene whose prediction does not vary is said to.
 
     Examples
@@ -144,7 +144,7 @@ def slide_viewer(
     picture.save(jpeg := io.BytesIO(), format="JPEG", quality=JPEG_QUALITY, optimize=True)
     title = title or f"{len(names)} genes at {len(xy)} spots"
     parts = {
-        "title": f'<p class="peka-title">{in_html(title)}</p>',
+        "title": f'<p class="peka-title">{escape_html(title)}</p>',
         "image": f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}",
         "width": str(picture.width),
         "height": str(picture.height),
@@ -156,7 +156,7 @@ def slide_viewer(
 
 
 def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> dict:
-    """Return what the spots are coloured by, and what turns its bytes back into numbers."""
+    """Return what the spots are colored by, and what turns its bytes back into numbers."""
     both = np.concatenate([Y, P])  # (2N, G)
     low, step = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-9) / 255
     # `local_pcc` gene by gene, all in one call: (k + 1, N * G) columns.
@@ -170,9 +170,9 @@ def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> d
         "over": _base64(_pcc_codes(over)),
         "low": low.tolist(),
         "step": step.tolist(),
-        "scale": [colour_limits(values) for values in both.T],
-        "reach": [residual_reach(residual) for residual in (Y - P).T],
-        "flat": [flat_in_words(values, "spots") for values in P.T],
+        "scale": [color_limits(values) for values in both.T],
+        "reach": [residual_limit(residual) for residual in (Y - P).T],
+        "flat": [describe_constant(values, "spots") for values in P.T],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peka_lite._core.names import did_you_mean
 
 
-def check_penalty(alpha, *, names: tuple[str, ...] = ("hest",)) -> None:
+def check_alpha(alpha, *, names: tuple[str, ...] = ("hest",)) -> None:
     """Refuse what is no ridge penalty: neither one of the names nor a number of at least 0."""
     meant = ""
     if isinstance(alpha, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 
-from peka_lite._core.names import shown
+from peka_lite._core.names import short_name
 
 LOW, HIGH = "train_min", "train_max"  # columns of a file of predictions: each gene's range among the training targets
 ROUNDING = 1e-5  # of a prediction in float32, in units of the targets
@@ -31,7 +31,7 @@ def shares_outside(X: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np
     return np.where(unknown, np.nan, below / len(X)), np.where(unknown, np.nan, above / len(X))
 
 
-def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
+def describe_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
     """Say in one sentence which share of the predicted values lies outside the range of the training targets.
 
     Of `gene` it is the share of tiles (or spots); of None the share of all values, one a tile and gene.
@@ -42,18 +42,18 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
             "model: train it again, then predict."
         )
     part = predictions if gene is None else predictions[:, [gene]]
-    X, unit = part.to_df(), unit_of(predictions)  # (N, genes)
+    X, unit = part.to_df(), spot_or_tile(predictions)  # (N, genes)
     low, high = part.var[LOW].to_numpy(dtype=float), part.var[HIGH].to_numpy(dtype=float)
     below, above = (float(np.nanmean(shares)) for shares in shares_outside(X.to_numpy(), low, high))
     if gene is not None:
         ends = f"the range of its training targets ({low[0]:.2f} to {high[0]:.2f})"
         if not below + above:
-            return f"{shown(gene)} lies within {ends} on all {len(X)} {unit}."
+            return f"{short_name(gene)} lies within {ends} on all {len(X)} {unit}."
         if not (below and above):
             side, share = ("below", below) if below else ("above", above)
             where = f"all {len(X)} {unit}" if share == 1 else f"{_percent(share)} of the {unit}"
-            return f"{shown(gene)} lies {side} {ends} on {where}."
-        return f"{shown(gene)} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
+            return f"{short_name(gene)} lies {side} {ends} on {where}."
+        return f"{short_name(gene)} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
     if not below + above:
         return "All predicted values lie within the range of their gene's training targets."
     least, most = X.min().to_numpy(), X.max().to_numpy()
@@ -61,12 +61,12 @@ def say_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
     return (
         f"Of the predicted values ({len(X)} {unit} x {len(low)} genes) {_percent(below)} lie below and "
         f"{_percent(above)} above the range of their gene's training targets; furthest out is "
-        f"{shown(part.var_names[worst])}, {least[worst]:.2f} to {most[worst]:.2f} where training had "
+        f"{short_name(part.var_names[worst])}, {least[worst]:.2f} to {most[worst]:.2f} where training had "
         f"{low[worst]:.2f} to {high[worst]:.2f}."
     )
 
 
-def unit_of(predictions: ad.AnnData) -> str:
+def spot_or_tile(predictions: ad.AnnData) -> str:
     """Return what a row of predictions is: one of the tiles of a grid, or one of a slide's spots."""
     return "tiles" if "tissue_share" in predictions.obs else "spots"
 

@@ -13,7 +13,7 @@ from peka_lite import __version__
 from peka_lite._core._tensor_files import (
     check_record,
     is_finite,
-    is_whole,
+    is_whole_number,
     read_record,
     read_tensors,
     require_name,
@@ -39,11 +39,11 @@ _PROBE = {
     "options": (lambda value: isinstance(value, dict), "a mapping"),
 }
 _OPTIONS = {
-    "n_components": (lambda value: value is None or is_whole(value), "a whole number above 0 or null"),
+    "n_components": (lambda value: value is None or is_whole_number(value), "a whole number above 0 or null"),
     "alpha": (lambda value: value == "hest" or (is_finite(value) and value >= 0), "'hest' or a number of at least 0"),
     "standardize": _FLAG,
     "fit_intercept": _FLAG,
-    "width": (is_whole, "a whole number above 0"),
+    "width": (is_whole_number, "a whole number above 0"),
 }
 
 

@@ -1,7 +1,7 @@
 """One pass over features gathers sums per cell; every fold, penalty and held-out group follows from them.
 
 A cell is a set of rows that always stay together: a fold's test rows, a slide, a patient. Each has its count, means and
-centred scatter matrices; those of any union of cells are their sum plus what lies between the means (Chan, Golub and
+centered scatter matrices; those of any union of cells are their sum plus what lies between the means (Chan, Golub and
 LeVeque, 1983), so that no row outside the union takes part, not even by rounding.
 """
 
@@ -201,7 +201,7 @@ def _not_finite(name: str, block: np.ndarray, rows: np.ndarray) -> ValueError:
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of standardised training features, and how the targets go along with them.
+    """Principal components of standardized training features, and how the targets go along with them.
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ class Components:
 
 
 def components(moments: Moments, n_components: int | None = 256, *, standardize: bool = True) -> Components:
-    """Standardise and reduce by PCA, from sums alone.
+    """Standardize and reduce by PCA, from sums alone.
 
     A column without variance, as scikit-learn's StandardScaler judges it, is not scaled and carries nothing.
 

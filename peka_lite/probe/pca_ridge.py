@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from peka_lite.probe._choices import check_penalty
+from peka_lite.probe._choices import check_alpha
 from peka_lite.probe.metrics import fold_table
 from peka_lite.probe.moments import Moments, components, gather
 
@@ -18,7 +18,7 @@ MOST_BYTES = 4 * 2**30  # of the sums that cross_validate holds
 
 
 class PCARidge:
-    """Standardise, reduce by PCA, predict all genes at once by ridge.
+    """Standardize, reduce by PCA, predict all genes at once by ridge.
 
     Parameters
     ----------
@@ -60,13 +60,13 @@ class PCARidge:
     ):
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
-        check_penalty(alpha)
+        check_alpha(alpha)
         if n_components is not None and n_components < 1:
             raise ValueError(f"n_components must be at least 1 or None, not {n_components}")
         if fit_intercept and solver == "hest-bench":
             raise ValueError("HEST-bench fits no intercept; use solver='exact' with fit_intercept=True")
         if not standardize and solver == "hest-bench":
-            raise ValueError("HEST-bench standardises; use solver='exact' with standardize=False")
+            raise ValueError("HEST-bench standardizes; use solver='exact' with standardize=False")
         self.n_components, self.alpha, self.solver = n_components, alpha, solver
         self.standardize, self.fit_intercept = standardize, fit_intercept
 
@@ -116,7 +116,7 @@ class PCARidge:
                 stacklevel=3,
             )
         self.n_components_, self.mean_, self.scale_ = width, reduced.mean, reduced.scale
-        # Features are centred, so ridge on the scores with or without intercept has these coefficients.
+        # Features are centered, so ridge on the scores with or without intercept has these coefficients.
         self.coef_ = reduced.vectors @ reduced.weights(self._alpha(width, len(moments.mean_y)))
         self.range_ = np.stack([moments.low_y, moments.high_y])
         self.intercept_ = moments.mean_y if self.fit_intercept else np.zeros_like(moments.mean_y)
@@ -133,7 +133,7 @@ class PCARidge:
                 f"HEST-bench cannot reduce {n} rows of {d} features to {self.n_components} components; "
                 f"use n_components <= {min(n, d)}, or solver='exact', which caps it"
             )
-        # Without a reduction HEST-bench neither scales nor centres: the features go in as they are.
+        # Without a reduction HEST-bench neither scales nor centers: the features go in as they are.
         self.steps_ = []
         if self.n_components is not None:
             scaler = StandardScaler().fit(X)

@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peka_lite._core.names import as_written
-from peka_lite.reports._settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words
+from peka_lite._core.names import disable_mathtext
+from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings
 from peka_lite.reports.figures import MARKERS
-from peka_lite.reports.points import setting_columns, told_apart
+from peka_lite.reports.points import describe_distinction, setting_columns
 from peka_lite.reports.runs import BACKBONES, CONTROLS, METHODS, PROTOCOLS
 
 _GAP = 0.7  # of a row's height, between rows
@@ -81,7 +81,7 @@ def sweep_figure(points: pd.DataFrame) -> Figure:
         axes[-1, 0].set_xlabel("mean PCC, pooled over a fold's test spots")
         ends = np.array([ax.get_xlim() for ax in axes.flat])
         plt.setp(axes.flat, xlim=(ends[:, 0].min(), ends[:, 1].max()))
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 def effects_figure(table: pd.DataFrame) -> Figure:
@@ -96,7 +96,7 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     >>> for share in (1.0, 0.25):
     ...     config = pk.RunConfig(train_share=share, protocol="paper", **small)
     ...     _ = pk.load_or_run(config, f"spots_{share:.0%}", maps=False)
-    >>> reference, others, told = pk.reports.by_settings(pk.reports.read_runs(["spots_100%", "spots_25%"]))
+    >>> reference, others, told = pk.reports.split_by_settings(pk.reports.read_runs(["spots_100%", "spots_25%"]))
     >>> figure = pk.reports.effects_figure(pk.reports.effects_table(others, reference))
     >>> [text.get_text() for text in figure.axes[0].get_yticklabels()], figure.axes[0].get_xlabel()
     (['train_share=0.25'], 'PCC minus that of the reference settings, same features (right: better)')
@@ -120,11 +120,11 @@ def effects_figure(table: pd.DataFrame) -> Figure:
     told = table.attrs["title"].split(" · ", 1)[1], f"reference: {table.attrs['reference']}"
     where = "\n".join(textwrap.fill(part, 110) for part in told)
     fig.suptitle(f"{what}; bars: {'paired ' if paired else ''}95% intervals\n{where}", fontsize=10)
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 class _Style:
-    """One colour and marker for each label, the same in every panel; labels in the order of tables."""
+    """One color and marker for each label, the same in every panel; labels in the order of tables."""
 
     def __init__(self, labels: pd.Series):
         import seaborn as sns
@@ -149,10 +149,10 @@ def _numeric_axis(panels: Sequence[pd.DataFrame], names: Sequence[str]) -> str |
     """Return the one setting that is a number of three or more values in every panel, if most runs lie along it."""
     found = set()
     for here in panels:
-        felt = here[~here["label"].isin(UNTAUGHT)]
+        felt = here[~here["label"].isin(UNTRAINED)]
         axes = []
         for name in names:
-            column = (felt if name in TAUGHT else here)[name]
+            column = (felt if name in TRAINED else here)[name]
             number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
             if number and column.notna().all() and column.nunique() >= 3:
                 axes.append(name)
@@ -171,13 +171,13 @@ def _series(here: pd.DataFrame, axis: str, names: Sequence[str]) -> pd.DataFrame
     several = here["backbone"].dropna().nunique() > 1
     parts, values = [], sorted(here[axis].dropna().unique())
     for _, run in here.iterrows():
-        untaught = run["label"] in UNTAUGHT
+        untaught = run["label"] in UNTRAINED
         words = [run["label"]] + (
             [BACKBONES.get(run["backbone"], run["backbone"])] if several and run["backbone"] else []
         )
-        felt = {k: run[k] for k in rest if not (untaught and k in TAUGHT)}
-        words += [in_words(felt)] if felt else []
-        for x in values if untaught and axis in TAUGHT else [run[axis]]:
+        felt = {k: run[k] for k in rest if not (untaught and k in TRAINED)}
+        words += [format_settings(felt)] if felt else []
+        for x in values if untaught and axis in TRAINED else [run[axis]]:
             parts.append((x, run["mean_pcc"], run["ci_low"], run["ci_high"], " · ".join(words), run.get("seed")))
     table = pd.DataFrame(parts, columns=["x", "pcc", "low", "high", "label", "seed"])
     return table.drop_duplicates(ignore_index=True)
@@ -185,7 +185,7 @@ def _series(here: pd.DataFrame, axis: str, names: Sequence[str]) -> pd.DataFrame
 
 def _settled(here: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Return x, low, high, row (settings in words) and label of a panel of rows, in order."""
-    rows, base = told_apart(here, [name for name in names if name not in OF_PROTOCOL])
+    rows, base = describe_distinction(here, [name for name in names if name not in OF_PROTOCOL])
     table = here[["mean_pcc", "ci_low", "ci_high", "label"]].set_axis(["x", "low", "high", "label"], axis=1)
     table = table.assign(row=rows, seed=here.get("seed", 0)).drop_duplicates(ignore_index=True)
     known = sorted(dict.fromkeys(rows), key=lambda row: _place(row) if row in set(here["label"]) else (-1, ""))
@@ -218,7 +218,7 @@ def _draw_rows(ax: Axes, here: pd.DataFrame, style: _Style) -> None:
         if k % 2:
             ax.axhspan(row["min"] - (1 + _GAP) / 2, row["max"] + (1 + _GAP) / 2, color="0.95", linewidth=0, zorder=0)
     shown = [name for name in style.palette if name in set(here["label"])]
-    named = len(middle) == len(shown) and set(middle.index) == set(shown)  # rows say what colours would
+    named = len(middle) == len(shown) and set(middle.index) == set(shown)  # rows say what colors would
     ax.hlines(here["y"], here["low"], here["high"], colors=here["label"].map(style.palette), linewidth=1.4)
     sns.scatterplot(
         here, x="x", y="y", hue="label", style="label", hue_order=shown, style_order=shown, palette=style.palette,

@@ -11,9 +11,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from peka_lite._core.names import as_written
-from peka_lite.evaluation.scores import pooled
-from peka_lite.reports.runs import HELD_OUT, PROTOCOLS, TARGETS, Run, label, panels, require_shared, title
+from peka_lite._core.names import disable_mathtext
+from peka_lite.evaluation.scores import pool_pcc
+from peka_lite.reports.runs import (
+    HELD_OUT,
+    PROTOCOLS,
+    TARGETS,
+    Run,
+    require_shared,
+    row_label,
+    split_panels,
+    table_title,
+)
 from peka_lite.reports.tables import leak_table
 
 MARKERS = "osD^vPX<>*hp"
@@ -52,7 +61,7 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
     names = table.index.unique("features")
     steps = list(pairwise(shown))
     header = f"{'PCC lost from':<28}" + "".join(f"{f'{a} to {b}':>16}" for a, b in steps)
-    colours = sns.color_palette("colorblind", 8)
+    colors = sns.color_palette("colorblind", 8)
     heights = (3.6, 0.3 + 0.2 * len(names))
     size = (6.6 * len(TARGETS), sum(heights) + 1.6)
     fig, axes = plt.subplots(2, len(TARGETS), figsize=size, sharey="row", height_ratios=heights, layout="constrained")
@@ -65,7 +74,7 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
             ax.errorbar(
                 np.arange(len(shown)) + (k - (len(names) - 1) / 2) * min(0.09, 0.6 / len(names)), pcc,
                 yerr=np.nan_to_num(np.stack([pcc - low, high - pcc])), marker=MARKERS[k % len(MARKERS)],
-                color=colours[k % 8], linestyle="-" if k < 8 else "--", linewidth=1.3, elinewidth=0.9, capsize=2,
+                color=colors[k % 8], linestyle="-" if k < 8 else "--", linewidth=1.3, elinewidth=0.9, capsize=2,
                 label=f"{name:<28}{costs}",
             )  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.8)
@@ -78,7 +87,7 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
     whiskers = "" if table.filter(like=" low").isna().all(axis=None) else "; whiskers: 95% intervals"
     where = table.attrs["title"].split(" · ", 1)[1]
     fig.suptitle(f"What leaks are worth: the same data under each protocol{whiskers}\n{where}")
-    return as_written(fig)
+    return disable_mathtext(fig)
 
 
 def figure2(runs: Sequence[Run]) -> Figure:
@@ -102,7 +111,7 @@ def figure2(runs: Sequence[Run]) -> Figure:
 
     if len(protocols := {run.summary["protocol"] for run in runs}) != 1:
         raise ValueError(f"Figure 2 takes runs of one protocol, not of {', '.join(sorted(protocols)) or 'none'}")
-    grouped = {name: require_shared(here) for name, here in panels(runs).items()}
+    grouped = {name: require_shared(here) for name, here in split_panels(runs).items()}
     heights = [1.1 + 0.42 * len(here) for here in grouped.values()]
     fig, axes = plt.subplots(
         len(grouped), 1, figsize=(8.5, 0.7 + sum(heights)), height_ratios=heights, sharex=True, squeeze=False,
@@ -112,10 +121,10 @@ def figure2(runs: Sequence[Run]) -> Figure:
         own = here[0].summary["normalization"]
         parts = []
         for run in here:
-            genes = pooled(run.moments[run.moments["normalization"] == own]).groupby("gene")["pcc"].mean()
-            parts.append(pd.DataFrame({"features": label(run), "pcc": genes.dropna().to_numpy()}))
+            genes = pool_pcc(run.moments[run.moments["normalization"] == own]).groupby("gene")["pcc"].mean()
+            parts.append(pd.DataFrame({"features": row_label(run), "pcc": genes.dropna().to_numpy()}))
         tidy = pd.concat(parts)
-        rows = {"x": "pcc", "y": "features", "order": [label(run) for run in here], "ax": ax}
+        rows = {"x": "pcc", "y": "features", "order": [row_label(run) for run in here], "ax": ax}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # seaborn calls matplotlib by an argument that will go
             sns.boxplot(tidy, **rows, color="0.9", width=0.6, linewidth=0.9, showfliers=False)
@@ -123,9 +132,9 @@ def figure2(runs: Sequence[Run]) -> Figure:
         ax.axvline(0, color="black", linewidth=0.8)
         ax.grid(axis="x", color="0.9")
         ax.set_axisbelow(True)
-        head, rest = title(here, normalization=own).split(" · ", 1)[1].rsplit(" · ", 2)[:2]
+        head, rest = table_title(here, normalization=own).split(" · ", 1)[1].rsplit(" · ", 2)[:2]
         ax.set_title(f"{head} · {rest}", fontsize=10)
         ax.set(ylabel="", xlabel="")
     axes[-1, 0].set_xlabel("PCC of a gene on held-out spots (mean over the folds that predicted it)")
     fig.suptitle(f"PCC over genes · {protocols.pop()} protocol")
-    return as_written(fig)
+    return disable_mathtext(fig)

@@ -7,7 +7,7 @@ from importlib import resources
 
 import pandas as pd
 
-from peka_lite.reports.runs import BACKBONES, COHORTS, METHODS, PROTOCOLS, Run, group, require_shared
+from peka_lite.reports.runs import BACKBONES, COHORTS, METHODS, PROTOCOLS, Run, group_runs, require_shared
 
 PAPER = "PEKA, arXiv:2504.07061"
 FOLDS = (
@@ -20,7 +20,7 @@ LIVER = (
 )
 
 
-def published() -> pd.DataFrame:
+def read_published() -> pd.DataFrame:
     """Return the paper's mean PCCs (PEKA, arXiv:2504.07061): table (1, 2), cohort, backbone, method, pcc.
 
     The paper says 5-fold cross-validation and not of what; its released code holds out random spots, and the values may
@@ -30,7 +30,7 @@ def published() -> pd.DataFrame:
     Examples
     --------
     >>> import peka_lite as pk
-    >>> pk.reports.published().query("table == 2 and cohort == 'breast' and backbone == 'uni'")
+    >>> pk.reports.read_published().query("table == 2 and cohort == 'breast' and backbone == 'uni'")
         table  cohort backbone   method    pcc
     20      2  breast      uni     none  0.617
     21      2  breast      uni     lora  0.668
@@ -69,12 +69,12 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
             column["PEKA (best)"] = top.score()["pcc"]
             best.append(f"{cohort}: {BACKBONES.get(top.backbone, top.backbone)}, the best of {len(bone)}")
         ours[cohort] = column
-    theirs = published().query("table == 1")
+    theirs = read_published().query("table == 1")
     theirs = theirs.assign(row=theirs["backbone"].where(theirs["backbone"] != "", theirs["method"]))
     table = _beside(theirs.pivot(index="row", columns="cohort", values="pcc"), ours, protocol)
     rows = [*BACKBONES, *sorted(set(table.index) - {*BACKBONES, "PEKA (best)"}), "PEKA (best)"]
     table = table.loc[rows].rename(index=BACKBONES).rename_axis("features")
-    note = f"{comparability(runs)} {FOLDS} {LIVER}"
+    note = f"{describe_comparability(runs)} {FOLDS} {LIVER}"
     if best:
         note += f" Our PEKA (best) is chosen by the very score it shows ({'; '.join(best)})."
     table.attrs = {"title": f"Table 1 · {protocol} protocol beside published values ({PAPER})", "note": note}
@@ -104,18 +104,18 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
         }
         for cohort, here in by_cohort.items()
     }
-    theirs = published().query("table == 2").pivot(index=["backbone", "method"], columns="cohort", values="pcc")
+    theirs = read_published().query("table == 2").pivot(index=["backbone", "method"], columns="cohort", values="pcc")
     table = _beside(theirs, ours, protocol)
     backbones = [*BACKBONES, *sorted(set(table.index.get_level_values(0)) - set(BACKBONES))]
     rows = [(b, m) for b in backbones for m in METHODS if (b, m) in table.index]
     table = table.loc[rows].rename(index=BACKBONES, level=0)
     table = table.rename(index=METHODS | {"bone": "Bone (PEKA)"}, level=1)
-    note = f"{comparability(runs)} {FOLDS} {LIVER}"
+    note = f"{describe_comparability(runs)} {FOLDS} {LIVER}"
     table.attrs = {"title": f"Table 2 · {protocol} protocol beside published values ({PAPER})", "note": note}
     return table
 
 
-def comparability(runs: Sequence[Run]) -> str:
+def describe_comparability(runs: Sequence[Run]) -> str:
     """Say in one sentence why these runs' values may not be compared with published ones, naming what differs.
 
     Examples
@@ -123,7 +123,7 @@ def comparability(runs: Sequence[Run]) -> str:
     >>> import peka_lite as pk
     >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
     >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
-    >>> for part in pk.reports.comparability(pk.reports.read_runs(["student"])).split("; "):
+    >>> for part in pk.reports.describe_comparability(pk.reports.read_runs(["student"])).split("; "):
     ...     print(part)
     Published and our values may not be compared: the protocol is custom and not paper
     cohort mini MINI3 (synthetic) is not in the paper
@@ -159,10 +159,10 @@ def comparability(runs: Sequence[Run]) -> str:
 
 
 def _one_protocol(runs: Sequence[Run], what: str) -> tuple[str, dict[str, list[Run]]]:
-    by_protocol = group(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
+    by_protocol = group_runs(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
     if len(by_protocol) != 1:
         raise ValueError(f"{what} takes runs of one protocol, not of {', '.join(by_protocol) or 'none'}")
-    by_cohort = group(runs, lambda run: run.cohort, order=COHORTS)
+    by_cohort = group_runs(runs, lambda run: run.cohort, order=COHORTS)
     return next(iter(by_protocol)), {k: require_shared(here, backbones=True) for k, here in by_cohort.items()}
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._core.io import write_file, writing
-from peka_lite._core.names import read_metrics, write_cells
-from peka_lite.evaluation.scores import pooled
+from peka_lite._core.io import report_full_disk, write_file
+from peka_lite._core.names import read_metrics, write_spreadsheet_csv
+from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.experiments._sweep_folder import SweepFolder
-from peka_lite.reports._settings import OF_PROTOCOL, ROW, TAUGHT, UNTAUGHT, in_words, word
-from peka_lite.reports.runs import BACKBONES, ELSEWHERE, INTERVALS, Run, label
+from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings, format_value
+from peka_lite.reports.runs import BACKBONES, ELSEWHERE, INTERVALS, Run, row_label
 
 _OWN = ("protocol", "backbone", *ELSEWHERE)  # settings that have a column anyway, or decide no number
 
@@ -99,7 +99,7 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
         if path and path.is_file():
             table = read_metrics(path, within=run.within)
         else:
-            table = pooled(run.moments[run.moments["normalization"] == run.summary["normalization"]])
+            table = pool_pcc(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]
         first = pd.DataFrame([_identity(run, names)], dtype=object)
         first = first.loc[first.index.repeat(len(table))].reset_index(drop=True)
@@ -114,14 +114,14 @@ def setting_columns(points: pd.DataFrame) -> list[str]:
 
 
 def write_tidy(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a table as parquet, and as CSV for spreadsheets (`write_cells`); `path` is without suffix."""
+    """Write a table as parquet, and as CSV for spreadsheets (`write_spreadsheet_csv`); `path` is without suffix."""
     path = Path(path)
-    with writing(path.with_name(f"{path.name}.csv")):
-        write_cells(table, path.with_name(f"{path.name}.csv"), index=False)
+    with report_full_disk(path.with_name(f"{path.name}.csv")):
+        write_spreadsheet_csv(table, path.with_name(f"{path.name}.csv"), index=False)
     write_file(path.with_name(f"{path.name}.parquet"), table.to_parquet(index=False))
 
 
-def told_apart(points: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], str]:
+def describe_distinction(points: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], str]:
     """Say in words what sets each row of one protocol and cohort apart, of the settings `names`.
 
     Returns
@@ -133,20 +133,22 @@ def told_apart(points: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], s
         The usual settings, those of most taught students; empty where no more than two vary.
     """
     vary = [name for name in names if points[name].nunique(dropna=False) > 1]
-    taught = points[~points["label"].isin(UNTAUGHT)]
+    taught = points[~points["label"].isin(UNTRAINED)]
     usual = {k: (points if taught.empty else taught)[k].mode(dropna=False).iloc[0] for k in vary if len(vary) > 2}
     several, words = points["backbone"].dropna().nunique() > 1, []
     for row in points.to_dict("records"):
-        felt = {k: row[k] for k in vary if not (row["label"] in UNTAUGHT and k in TAUGHT)}
-        told = in_words({k: v for k, v in felt.items() if k not in usual or word(v) != word(usual[k])})
+        felt = {k: row[k] for k in vary if not (row["label"] in UNTRAINED and k in TRAINED)}
+        told = format_settings(
+            {k: v for k, v in felt.items() if k not in usual or format_value(v) != format_value(usual[k])}
+        )
         backbone = (
             BACKBONES.get(row["backbone"], row["backbone"]) if several and isinstance(row["backbone"], str) else ""
         )
         words.append(", ".join(filter(None, (backbone, told))) or ("base" if usual and felt else row["label"]))
-    return words, in_words(usual)
+    return words, format_settings(usual)
 
 
-def for_page(points: pd.DataFrame) -> pd.DataFrame:
+def shorten_for_page(points: pd.DataFrame) -> pd.DataFrame:
     """Return `points_table` as a page shows it: no column that says nothing new; many settings as one, in words."""
     shown = points.copy()
     if "label" not in shown:
@@ -157,10 +159,13 @@ def for_page(points: pd.DataFrame) -> pd.DataFrame:
     others = [k for k in names if k not in (*told, "seed")]
     shown = shown.drop(columns=told if len(others) < 4 else [*told, *others])
     if len(others) > 3:
-        words = [pd.Series(told_apart(here, others)[0], here.index) for _, here in runs.groupby(["protocol", "cohort"])]
+        words = [
+            pd.Series(describe_distinction(here, others)[0], here.index)
+            for _, here in runs.groupby(["protocol", "cohort"])
+        ]
         shown.insert(list(shown).index("label"), "settings", pd.concat(words))
     for name in set(names) & set(shown):
-        shown[name] = ["" if pd.isna(value) else word(value) for value in points[name]]
+        shown[name] = ["" if pd.isna(value) else format_value(value) for value in points[name]]
     if shown["point"].isna().all() or shown["point"].equals(shown["run"]):
         shown = shown.drop(columns="point")
     else:
@@ -185,7 +190,7 @@ def _identity(run: Run, names: Iterable[str]) -> dict:
     row = {"point": "; ".join(run.points) or None, "run": run.name}
     row |= {name: _plain(given[name]) if name in given else None for name in names}
     return row | {
-        "label": label(run), "protocol": run.summary["protocol"], "cohort": run.named_cohort, "backbone": run.backbone
+        "label": row_label(run), "protocol": run.summary["protocol"], "cohort": run.named_cohort, "backbone": run.backbone
     }  # fmt: skip
 
 
@@ -194,7 +199,7 @@ def _hashable(value):
 
 
 def _plain(value):
-    return word(value) if value is None or isinstance(value, list | tuple | dict) else value
+    return format_value(value) if value is None or isinstance(value, list | tuple | dict) else value
 
 
 def _of_one_type(table: pd.DataFrame) -> pd.DataFrame:
@@ -213,5 +218,5 @@ def _of_one_type(table: pd.DataFrame) -> pd.DataFrame:
         elif not any(truths) and all(isinstance(value, int | float) for value in known):
             columns[name] = pd.to_numeric(column)
         else:
-            columns[name] = pd.Series([None if v is None or v != v else word(v) for v in column], dtype=object)
+            columns[name] = pd.Series([None if v is None or v != v else format_value(v) for v in column], dtype=object)
     return pd.DataFrame(columns, index=table.index)

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._core.names import shown
-from peka_lite._core.received import own_file, own_folder, own_json, own_yaml
+from peka_lite._core.names import short_name
+from peka_lite._core.received import file_inside, folder_inside, read_json_inside, read_yaml_inside
 from peka_lite.evaluation.scores import MOMENTS
 from peka_lite.experiments._sweep_folder import RUN_FILES, is_sweep, read_sweep_folder
-from peka_lite.experiments._unfinished import PARTIAL, SETTINGS, SUMMARY, command, refusal
-from peka_lite.experiments.config import FEATURES, WITH_STUDENT
+from peka_lite.experiments._unfinished import PARTIAL, SETTINGS, SUMMARY, explain_missing, remake_command
+from peka_lite.experiments.config import FEATURES, OLD_FEATURES, WITH_STUDENT
 
 PROTOCOLS = ("paper", "hest", "strict", "custom")
 TARGETS = ("log1p-cp10k", "log1p")
 COHORTS = ("breast", "kidney", "liver", "lung")
 BACKBONES = {"resnet50": "ResNet-50", "ctranspath": "CTransPath", "uni": "UNI", "h-optimus-0": "H-optimus-0"}
 METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA", "miss": "MiSS"}
-CONTROLS = {"colour": "colour and texture", "coordinates": "coordinates", "depth": "total count"}
+CONTROLS = {"color": "color and texture", "coordinates": "coordinates", "depth": "total count"}
 INTERVALS = "95% confidence intervals: Student's t times a bootstrap standard error over patients (or slides) and genes"
 HELD_OUT = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
 _UNITS = ("slide", "patient")
@@ -54,7 +54,7 @@ class Run:
     varied
         What these points set, and set alike.
     parts
-        Of a mean over seeds (`over_seeds`), the run of each seed.
+        Of a mean over seeds (`average_seeds`), the run of each seed.
     within
         Folder that links in `folder` may lead to: the one that was given.
     """
@@ -165,7 +165,7 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     return list(runs.values())
 
 
-def label(run: Run) -> str:
+def row_label(run: Run) -> str:
     """Return a run's row name: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ...
 
     Examples
@@ -174,7 +174,7 @@ def label(run: Run) -> str:
     >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
     >>> for features in ("depth", "student"):
     ...     _ = pk.load_or_run(pk.RunConfig(features=features, **small), features, maps=False)
-    >>> [pk.reports.label(run) for run in pk.reports.read_runs(["depth", "student"])]
+    >>> [pk.reports.row_label(run) for run in pk.reports.read_runs(["depth", "student"])]
     ['total count', 'frozen']
     """
     features, method = run.summary["features"], METHODS[run.summary["method"]]
@@ -186,7 +186,7 @@ def label(run: Run) -> str:
     return f"{name}, shuffled teacher" if run.summary["shuffled"] else name
 
 
-def in_order(runs: Iterable[Run]) -> list[Run]:
+def sort_rows(runs: Iterable[Run]) -> list[Run]:
     """Sort runs as rows: controls, shuffled teachers, frozen, methods, concatenations, the teacher last."""
 
     def place(run):
@@ -220,7 +220,7 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
         came = [run for run in students if run.config["weights"] != "random"]
         checks += [("backbone", students), ("weights", students), ("backbone_fingerprint", came)]
     checks += [(field, taught) for field in ("epochs", "teacher")]
-    most = widest(runs)
+    most = widest_seeds(runs)
     for field, group in checks:
         values = [(run.summary | run.config | {"seed": seeds_among(run, most)}).get(field) for run in group]
         for run, value in zip(group, values, strict=True):
@@ -231,17 +231,17 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
                 )
     rows = {}
     for run in runs:
-        other = rows.setdefault((label(run), run.backbone, run.summary["protocol"]), run)
+        other = rows.setdefault((row_label(run), run.backbone, run.summary["protocol"]), run)
         if other is not run:
             fields = [k for k in run.config if k not in ELSEWHERE and run.config[k] != other.config.get(k)]
             raise ValueError(
-                f"{other.name} and {run.name} would both be the row {label(run)!r}; they differ in "
+                f"{other.name} and {run.name} would both be the row {row_label(run)!r}; they differ in "
                 f"{', '.join(fields)}: report them apart"
             )
-    return in_order(runs)
+    return sort_rows(runs)
 
 
-def widest(runs: Sequence[Run]) -> tuple[int, ...]:
+def widest_seeds(runs: Sequence[Run]) -> tuple[int, ...]:
     """Return the seeds of the run that is the mean over most; of the first such."""
     return max((run.seeds for run in runs), key=len)
 
@@ -251,7 +251,7 @@ def seeds_among(run: Run, most: tuple[int, ...]) -> str:
     return "+".join(map(str, most if set(run.seeds) <= set(most) else run.seeds))
 
 
-def title(runs: Sequence[Run], *, normalization: str) -> str:
+def table_title(runs: Sequence[Run], *, normalization: str) -> str:
     """Return what a table of one protocol holds, in words: protocol, cohort, who is held out, targets, intervals."""
     summary, moments = runs[0].summary, runs[0].moments
     moments = moments[moments["normalization"] == normalization]
@@ -260,12 +260,12 @@ def title(runs: Sequence[Run], *, normalization: str) -> str:
         held_out = f"one patient, {held_out}"
     n, unit = moments[summary["unit"]].nunique(), summary["unit"]
     over = f"intervals over {n} {unit}s and {moments['gene'].nunique()} genes" if n > 1 else f"no intervals: one {unit}"
-    if len(seeds := widest(runs)) > 1:
+    if len(seeds := widest_seeds(runs)) > 1:
         over += f", mean over {len(seeds)} seeds"
-    return f"{summary['protocol']} protocol · {where(runs)} · {held_out} · {normalization} targets · {over}"
+    return f"{summary['protocol']} protocol · {describe_cohort(runs)} · {held_out} · {normalization} targets · {over}"
 
 
-def where(runs: Sequence[Run]) -> str:
+def describe_cohort(runs: Sequence[Run]) -> str:
     """Return cohort and student, in words."""
     words = runs[0].named_cohort
     if student := next((run for run in runs if run.backbone), None):
@@ -275,10 +275,10 @@ def where(runs: Sequence[Run]) -> str:
     return words if share == 1 else f"{words} · {share:.0%} of the training spots"
 
 
-def panels(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def split_panels(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs by cohort and, where there are several, backbone; controls read no student and join each."""
     groups = {}
-    for cohort, here in group(runs, lambda run: run.cohort).items():
+    for cohort, here in group_runs(runs, lambda run: run.cohort).items():
         backbones = sorted({run.backbone for run in here} - {None})
         for backbone in backbones if len(backbones) > 1 else [None]:
             name = cohort if backbone is None else f"{cohort}, {BACKBONES.get(backbone, backbone)}"
@@ -286,7 +286,7 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def group(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ()) -> dict[str, list[Run]]:
+def group_runs(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ()) -> dict[str, list[Run]]:
     """Group runs by `key`, first those of `order`, in that order."""
     grouped = {name: [] for name in order}
     for run in runs:
@@ -300,22 +300,25 @@ def _is_run(folder: Path) -> bool:
 
 def _read(folder: Path, within: Path) -> Run:
     if folder != within:
-        own_folder(folder, within=within)
+        folder_inside(folder, within=within)
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
-        raise FileNotFoundError(refusal(folder, needs=RUN_FILES, what="run"))
+        raise FileNotFoundError(explain_missing(folder, needs=RUN_FILES, what="run"))
     for name in (*RUN_FILES, "metrics.csv"):
         if name in RUN_FILES or (folder / name).exists():
-            own_file(folder, name, within=within)
+            file_inside(folder, name, within=within)
     try:
-        summary = own_json(folder, "summary.json", within=within)
-        config = own_yaml(folder, "config.yml", within=within)
-        moments = _moments(own_file(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
+        summary = read_json_inside(folder, "summary.json", within=within)
+        config = read_yaml_inside(folder, "config.yml", within=within)
+        moments = _moments(file_inside(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
         if not (isinstance(summary, dict) and isinstance(config, dict)):
             raise ValueError("no settings or no summary in it")
+        for values in (summary, config):
+            if isinstance(values.get("features"), str):
+                values["features"] = OLD_FEATURES.get(values["features"], values["features"])
     except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: a file of this run cannot be read ({why}); remove the folder and give `{command(folder)}`"
+            f"{folder}: a file of this run cannot be read ({why}); remove the folder and give `{remake_command(folder)}`"
         ) from None
     if missing := [field for field in _FIELDS if field not in summary]:
         raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
@@ -403,7 +406,7 @@ def _odd(config: dict, summary: dict, moments: pd.DataFrame) -> str | None:
 
 
 def _cut(value: object) -> str:
-    return shown(repr(value), longest=80)
+    return short_name(repr(value), longest=80)
 
 
 def _is_a(value: object, kind) -> bool:

@@ -7,9 +7,19 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from peka_lite.evaluation.scores import difference
-from peka_lite.reports._settings import sd_over_seeds, seed_scores
-from peka_lite.reports.runs import INTERVALS, PROTOCOLS, TARGETS, Run, label, require_shared, title, where, widest
+from peka_lite.evaluation.scores import bootstrap_difference
+from peka_lite.reports._settings import seed_scores, seed_sd
+from peka_lite.reports.runs import (
+    INTERVALS,
+    PROTOCOLS,
+    TARGETS,
+    Run,
+    describe_cohort,
+    require_shared,
+    row_label,
+    table_title,
+    widest_seeds,
+)
 
 CAUTION = {
     "paper": "Random spots are held out, as in PEKA's released code (the paper does not say of what its folds are), "
@@ -31,7 +41,7 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     Returns
     -------
     pandas.DataFrame
-        One row a run (`label`): mean PCC pooled over a fold's test spots and its interval, the same by slides, the
+        One row a run (`row_label`): mean PCC pooled over a fold's test spots and its interval, the same by slides, the
         pooled PCC's share of the ceiling that counting noise sets, and the pooled PCC of each fold; of means over seeds
         instead that of each seed, and their standard deviation. ``attrs`` holds title and note.
 
@@ -64,21 +74,21 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
         pooled, slides = (run.score(how, normalization=normalization) for how in ("pooled", "slides"))
         row = _scores("PCC", pooled, slides)
         row["share of ceiling"] = pooled["pcc"] / run.summary["ceiling"][normalization]["pcc"]
-        if len(widest(runs)) > 1:
-            row["sd over seeds"] = sd_over_seeds(run, normalization=normalization)
+        if len(widest_seeds(runs)) > 1:
+            row["sd over seeds"] = seed_sd(run, normalization=normalization)
             row |= {f"seed {s}": pcc for s, pcc in seed_scores(run, normalization=normalization).items()}
         else:
             row |= {f"fold {i}": pcc for i, pcc in enumerate(pooled["per_fold"])}
         rows.append(row)
-    table = pd.DataFrame(rows, index=pd.Index([label(run) for run in runs], name="features"))
+    table = pd.DataFrame(rows, index=pd.Index([row_label(run) for run in runs], name="features"))
     basis = runs[0].summary["ceiling"][normalization]["basis"]
     note = f"{CAUTION[runs[0].summary['protocol']]} Mean PCC over genes, then over folds (pooled) or slides; "
     note += f"{INTERVALS}. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
-    if few := [label(run) for run in runs if len(run.seeds) < len(widest(runs))]:
+    if few := [row_label(run) for run in runs if len(run.seeds) < len(widest_seeds(runs))]:
         note += f" Of fewer seeds: {', '.join(few)}."
     if normalization != own:
         note += f" The protocol's own targets are {own}; its genes were chosen for those."
-    table.attrs = {"title": title(runs, normalization=normalization), "note": note}
+    table.attrs = {"title": table_title(runs, normalization=normalization), "note": note}
     return table
 
 
@@ -87,7 +97,7 @@ def difference_table(
 ) -> pd.DataFrame:
     """Subtract the reference's mean PCC from every other run's, paired by patient (or slide) and gene.
 
-    Parameters and errors are those of `protocol_table`; `reference` is a row's `label`. Columns: difference of the
+    Parameters and errors are those of `protocol_table`; `reference` is a row's `row_label`. Columns: difference of the
     pooled PCC and its 95% interval, and the same by slides; NaN for a mean over other seeds than the reference's.
 
     Examples
@@ -105,7 +115,7 @@ def difference_table(
     high                      0.45
     """
     runs = require_shared(runs)
-    named = {label(run): run for run in runs}
+    named = {row_label(run): run for run in runs}
     if reference not in named or len(named) == 1:
         raise ValueError(f"no differences to {reference!r}: the runs are {', '.join(named)}")
     normalization = normalization or runs[0].summary["normalization"]
@@ -113,7 +123,7 @@ def difference_table(
     against, rows, unpaired = moments.pop(reference), [], []
     for name, here in moments.items():
         if named[name].seeds == named[reference].seeds:
-            scores = [difference(here, against, how=how) for how in ("pooled", "slides")]
+            scores = [bootstrap_difference(here, against, how=how) for how in ("pooled", "slides")]
         else:
             scores = [dict.fromkeys(("pcc", "ci_low", "ci_high"), math.nan)] * 2
             unpaired.append(name)
@@ -122,7 +132,7 @@ def difference_table(
     note = f"Differences of the mean PCC, paired; {INTERVALS}, each for itself and not for all rows together."
     if unpaired:
         note += f" None for {', '.join(unpaired)}: not the seeds of {reference}."
-    table.attrs = {"title": f"minus {reference} · {title(runs, normalization=normalization)}", "note": note}
+    table.attrs = {"title": f"minus {reference} · {table_title(runs, normalization=normalization)}", "note": note}
     return table
 
 
@@ -132,7 +142,7 @@ def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per targets and `label`: pooled mean PCC by protocol, the cost of either step (positive where PCC is
+        One row per targets and `row_label`: pooled mean PCC by protocol, the cost of either step (positive where PCC is
         lost), then the intervals. NaN where no run is.
 
     Raises
@@ -165,14 +175,14 @@ def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
     for target in TARGETS:
         for run in runs:
             score, name = run.score(normalization=target), run.summary["protocol"]
-            row = rows.setdefault((target, label(run)), {})
+            row = rows.setdefault((target, row_label(run)), {})
             row |= {name: score["pcc"], f"{name} low": score["ci_low"], f"{name} high": score["ci_high"]}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["targets", "features"])
     table = table.reindex(columns=[f"{p}{end}" for end in ("", " low", " high") for p in PROTOCOLS[:3]])
     table.insert(3, f"cost of holding {who} out", table["paper"] - table["hest"])
     table.insert(4, "cost of the rest", table["hest"] - table["strict"])
-    table.attrs["title"] = f"one protocol a column, never one for another · {where(runs)} · pooled PCC"
+    table.attrs["title"] = f"one protocol a column, never one for another · {describe_cohort(runs)} · pooled PCC"
     table.attrs["note"] = (
         f"From paper to hest {who} are held out from student and probe, and the penalty changes; from hest to strict "
         "genes and penalty are chosen on training rows too, and a better penalty can make that cost negative. "

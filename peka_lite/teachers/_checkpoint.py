@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from peka_lite._core._torch_files import read_torch_file
-from peka_lite.data.download import is_published, located
+from peka_lite.data.download import find_fetched, is_published
 from peka_lite.teachers._encoder import Encoder, EncoderConfig
 
 _OURS = ("token_emb.", "pos_emb.", "encoder.")  # the rest of the file rebuilds expression
@@ -30,7 +30,7 @@ def read_encoder(path: Path, *, key: str) -> Encoder:
 def find_genes(path: Path) -> Path:
     """Return the gene list that lies beside a checkpoint, or else the one in the cache."""
     beside = next((path.with_name(name) for name in _GENES if path.with_name(name).is_file()), None)
-    if found := beside or located("scfoundation-genes"):
+    if found := beside or find_fetched("scfoundation-genes"):
         return found
     raise FileNotFoundError(
         f"no gene list beside {path} ({' or '.join(_GENES)}) nor in the cache: give one, or run "

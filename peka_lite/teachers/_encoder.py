@@ -52,7 +52,7 @@ class EncoderConfig:
         if encoder["module_type"] != "transformer" or encoder.get("norm_first"):
             raise ValueError(
                 f"encoder {encoder['module_type']!r} with norm_first={encoder.get('norm_first')} is not supported; "
-                "scFoundation's is a 'transformer' that normalises last"
+                "scFoundation's is a 'transformer' that normalizes last"
             )
         return cls(
             **{name: int(encoder[name]) for name in ("hidden_dim", "depth", "heads")},

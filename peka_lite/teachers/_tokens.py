@@ -20,7 +20,7 @@ class Tokens:
     Attributes
     ----------
     values
-        (n_tokens,) float32, all above zero: log-normalised expression, then T, then S.
+        (n_tokens,) float32, all above zero: log-normalized expression, then T, then S.
     positions
         (n_tokens,) int64: index of the gene in the vocabulary; T and S follow the last gene.
     indptr
@@ -59,7 +59,7 @@ def tokenize(
     Parameters
     ----------
     X
-        (N, G), columns in the vocabulary's order: raw counts (`pre_normalized` F) or log-normalised values (T, A).
+        (N, G), columns in the vocabulary's order: raw counts (`pre_normalized` F) or log-normalized values (T, A).
     total
         (N,) raw total counts; needed for A, where S is their log10.
     resolution
@@ -152,9 +152,9 @@ def check_values(values: np.ndarray, *, pre_normalized: str, input_type: str) ->
         raise ValueError("expression holds NaN, infinite or negative values")
     whole = not np.any(values != np.rint(values))
     if pre_normalized == "F" and input_type == "singlecell" and not whole:
-        raise ValueError("pre_normalized='F' takes raw counts, and these are not whole; log-normalised data are 'T'")
+        raise ValueError("pre_normalized='F' takes raw counts, and these are not whole; log-normalized data are 'T'")
     if pre_normalized != "F" and whole and values.any():
-        raise ValueError(f"pre_normalized={pre_normalized!r} takes log-normalised values, and these are whole counts")
+        raise ValueError(f"pre_normalized={pre_normalized!r} takes log-normalized values, and these are whole counts")
 
 
 def _refuse(names: np.ndarray, bad: np.ndarray, what: str, fix: str) -> None:

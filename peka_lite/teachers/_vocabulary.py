@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from peka_lite._core._file_kinds import misfit, parse_json, read_text
+from peka_lite._core._file_kinds import describe_mismatch, parse_json, read_text
 from peka_lite.data.expression import align_genes
 
 # Columns of HGNC's complete set (genenames.org), the more binding name first.
@@ -43,7 +43,7 @@ def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
             names = _read_list(path) if path.suffix == ".json" else _read_order(path)
         except (ValueError, KeyError) as error:
             wanted = (*_TEXT, "packed") if path.suffix == ".gz" else _TEXT
-            seen = misfit(path, wanted) or str(error).removeprefix(f"{path}: ")
+            seen = describe_mismatch(path, wanted) or str(error).removeprefix(f"{path}: ")
             raise ValueError(
                 f"{path}: no gene list ({seen}); it is a TSV file with columns gene_name and index, or a JSON list"
             ) from error
@@ -75,7 +75,7 @@ def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such gene mapping; `peka-lite fetch hgnc` fetches HGNC's complete set")
-    if other := misfit(path, _TEXT):
+    if other := describe_mismatch(path, _TEXT):
         raise ValueError(f"{path}: no gene mapping: {other}")
     rows = _read_genes(path)
     known = set(vocabulary)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from peka_lite._core.locks import alone
-from peka_lite.data.download import cache_dir, located
+from peka_lite._core.locks import lock
+from peka_lite.data.download import cache_dir, find_fetched
 from peka_lite.teachers._choices import TEACHERS
 
 
@@ -24,7 +24,7 @@ def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options)
     """Make scFoundation from a checkpoint, by default the fetched one."""
     from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
 
-    checkpoint = checkpoint or located("scfoundation")
+    checkpoint = checkpoint or find_fetched("scfoundation")
     if checkpoint is None:
         raise FileNotFoundError(
             "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or give a file"
@@ -118,7 +118,7 @@ def embed_cohort(
     for slide in cohort.slides:
         file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, **options)}.npy"
         if not file.is_file():
-            with alone(file.with_suffix("")):  # `embed` itself holds the file
+            with lock(file.with_suffix("")):  # `embed` itself holds the file
                 if not file.is_file():
                     teacher.embed(slide.adata, batch_size=batch_size, out=file, progress=progress, **options)
         parts.append(np.load(file))

@@ -1,4 +1,4 @@
-"""The stand-in teacher: principal components of normalised counts."""
+"""The stand-in teacher: principal components of normalized counts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from peka_lite.data.expression import normalize, top_hvg
 
 
 class PCATeacher:
-    """PCA of log-normalised counts over highly variable genes, fitted on training spots.
+    """PCA of log-normalized counts over highly variable genes, fitted on training spots.
 
-    Each slide is normalised over all of its own genes. The scores are divided by one number, their standard
+    Each slide is normalized over all of its own genes. The scores are divided by one number, their standard
     deviation over the training spots: distances keep their proportions, and a softmax temperature means the same
     for every teacher.
 
@@ -28,7 +28,7 @@ class PCATeacher:
     n_genes
         How many highly variable genes enter; capped at the number of genes.
     seed
-        Sign and order are fixed by the data; the seed is for the randomised solver on large cohorts.
+        Sign and order are fixed by the data; the seed is for the randomized solver on large cohorts.
 
     Attributes
     ----------

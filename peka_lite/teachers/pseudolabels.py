@@ -16,7 +16,7 @@ from peka_lite.teachers._choices import LABEL_METHODS as METHODS
 class PseudoLabeler:
     """Cluster teacher embeddings into pseudo-labels.
 
-    ``"knn-leiden"`` builds the k-nearest-neighbour graph of the embedding and clusters it by Leiden: the paper's
+    ``"knn-leiden"`` builds the k-nearest-neighbor graph of the embedding and clusters it by Leiden: the paper's
     words (arXiv:2504.07061). ``"kmeans"`` with 100 clusters is what the authors' code runs.
 
     Parameters
@@ -26,7 +26,7 @@ class PseudoLabeler:
     seed
         Decides ties and starts.
     **options
-        ``n_neighbors`` (15, both: also how many neighbours vote in `predict`), ``resolution`` (1.0, knn-leiden),
+        ``n_neighbors`` (15, both: also how many neighbors vote in `predict`), ``resolution`` (1.0, knn-leiden),
         ``n_clusters`` (100, kmeans). An option of the other method is refused.
 
     Attributes
@@ -72,7 +72,7 @@ class PseudoLabeler:
         E = _check(E)
         k = self.options["n_neighbors"]
         if len(E) <= k:
-            raise ValueError(f"{len(E)} spots cannot have {k} neighbours each; lower n_neighbors")
+            raise ValueError(f"{len(E)} spots cannot have {k} neighbors each; lower n_neighbors")
         labels = self._leiden(E) if self.method == "knn-leiden" else self._kmeans(E)
         # Number clusters by size, so that label 0 is the largest whatever the method.
         order = np.argsort(-np.bincount(labels), kind="stable")
@@ -83,9 +83,9 @@ class PseudoLabeler:
         return self
 
     def predict(self, E: np.ndarray) -> np.ndarray:
-        """Give new rows (M, D_t) the label most of their nearest fitted neighbours carry; (M,) int64.
+        """Give new rows (M, D_t) the label most of their nearest fitted neighbors carry; (M,) int64.
 
-        A tie goes to the label whose neighbours are nearer: the larger sum of 1 / (1 + distance).
+        A tie goes to the label whose neighbors are nearer: the larger sum of 1 / (1 + distance).
         """
         if not hasattr(self, "labels_"):
             raise RuntimeError("this PseudoLabeler is not fitted; call fit(E) first")

@@ -18,10 +18,10 @@ from scipy import sparse
 from peka_lite import __version__
 from peka_lite._core._stream import BY, finish, open_partial
 from peka_lite._core.device import PRECISION, compute_dtype, default_device
-from peka_lite._core.locks import workplace
+from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_file
-from peka_lite._core.progress import bar
-from peka_lite.data.expression import counts_digest, in_memory
+from peka_lite._core.progress import progress_bar
+from peka_lite.data.expression import hash_counts, load_in_memory
 from peka_lite.teachers._checkpoint import find_genes, read_encoder
 from peka_lite.teachers._encoder import POOLS, Encoder, EncoderConfig, pool_tokens
 from peka_lite.teachers._tokens import Tokens, check_options, check_values, tokenize
@@ -164,7 +164,7 @@ class ScFoundation:
     ) -> Tokens:
         """Align genes to the vocabulary by name and turn spots into tokens; as `tokenize`, whose errors it raises.
 
-        Columns that name one gene are summed (log-normalised values as the counts they stand for). Totals are taken
+        Columns that name one gene are summed (log-normalized values as the counts they stand for). Totals are taken
         over genes of the vocabulary. For `pre_normalized` A the raw totals are ``obs["total_counts"]``, or the last
         column where there is no such entry.
 
@@ -175,7 +175,7 @@ class ScFoundation:
         """
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         check_options(**options)
-        adata, total = in_memory(adata), None
+        adata, total = load_in_memory(adata), None
         if pre_normalized == "A":
             adata, total = _raw_totals(adata, self.genes)
         check_values(sparse.csr_matrix(adata.X).data, pre_normalized=pre_normalized, input_type=input_type)
@@ -250,7 +250,7 @@ class ScFoundation:
             return rows
         key = self.cache_key(adata, device=device, pool=pool, **options)
         check_file(Path(out), BY)
-        with workplace(Path(out)) as work:
+        with lock_work_folder(Path(out)) as work:
             rows, done = open_partial(work, shape=shape, key=key)
             self._fill(rows, done, *run, progress)
             finish(Path(out), rows)
@@ -262,7 +262,7 @@ class ScFoundation:
         settings = {"pool": "all", "resolution": "t4", "pre_normalized": "F", "input_type": "singlecell"} | options
         given = settings["pre_normalized"] == "A" and "total_counts" in adata.obs
         own = adata.obs["total_counts"].tolist() if given else None
-        parts = (__version__, counts_digest(adata), own, self.fingerprint, dtype, sorted(settings.items()))
+        parts = (__version__, hash_counts(adata), own, self.fingerprint, dtype, sorted(settings.items()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
@@ -271,7 +271,7 @@ class ScFoundation:
         # Longest first: memory runs out at once or never, and the bar's time left errs on the long side.
         left = np.flatnonzero(~done)
         left = left[np.argsort(-tokens.lengths[left], kind="stable")]
-        with bar(
+        with progress_bar(
             total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", enabled=progress,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         ) as shown:  # fmt: skip

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from peka_lite._core._torch_files import read_torch_file
-from peka_lite._core.io import writing
+from peka_lite._core.io import report_full_disk
 
 
-def digest(teacher: np.ndarray, labels: np.ndarray) -> str:
+def hash_training_data(teacher: np.ndarray, labels: np.ndarray) -> str:
     """Hash what a student learns from; 16 hex digits."""
     data = hashlib.sha256(np.ascontiguousarray(teacher, dtype=np.float32).tobytes())
     data.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
         stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with writing(path, sum(tensor.nbytes for tensor in tensors)):
+        with report_full_disk(path, sum(tensor.nbytes for tensor in tensors)):
             try:
                 torch.save(state, partial)
             except RuntimeError:

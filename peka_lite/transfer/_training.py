@@ -13,7 +13,7 @@ from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import row_ids
 from peka_lite.adapters._gradients import GradientCheck
 from peka_lite.adapters.adapt import orthogonal_term
-from peka_lite.backbones.embed import Batches, turned
+from peka_lite.backbones.embed import Batches, flip_tiles
 from peka_lite.backbones.load import preprocess
 from peka_lite.transfer.model import NotFinite, transfer_loss
 
@@ -84,7 +84,7 @@ class Epochs:
                     batch = next(arriving)
                     if self._unnamed:
                         self.learned_from[rows] = row_ids(batch.cpu().numpy())
-                    x = preprocess(turned(batch, turns[rows]) if self.augment else batch, self.model.backbone.spec)
+                    x = preprocess(flip_tiles(batch, turns[rows]) if self.augment else batch, self.model.backbone.spec)
                     loss, kd, ce, right, seen = self.losses(x, torch.from_numpy(rows).to(self.device))
                     # A mean over the whole batch, whichever pieces and processes it is cut into.
                     share = len(rows) / in_batch
@@ -111,7 +111,7 @@ class Epochs:
                 "waiting": batches.waited / seconds}  # fmt: skip
 
     def losses(self, x: torch.Tensor, at: torch.Tensor, *, network: nn.Module | None = None) -> tuple:
-        """Return loss, its two parts, which labels were right, and what `_check` needs, for normalised images."""
+        """Return loss, its two parts, which labels were right, and what `_check` needs, for normalized images."""
         if network is None:
             network = self.network if len(x) == self.piece else self.model
         adapter = self.model.backbone.adapter
@@ -143,7 +143,7 @@ class Epochs:
         return pieces
 
     def _update(self, step: int) -> None:
-        """Take one optimiser step, and let AdaLoRA spend its ranks anew."""
+        """Take one optimizer step, and let AdaLoRA spend its ranks anew."""
         adapter = self.model.backbone.adapter
         if adapter.method != "adalora":
             self.scaler.step(self.optimizer)

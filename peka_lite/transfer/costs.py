@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from peka_lite.adapters.adapt import adapt
-from peka_lite.backbones.load import BACKBONES, Backbone, build, pooled, precision_for
+from peka_lite.backbones.load import build_network, extract_features, precision_for
+from peka_lite.backbones.registry import BACKBONES, Backbone
 
 GIB = 2**30
 
@@ -111,7 +112,7 @@ def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[
     }
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = build(spec).eval()
+        model = build_network(spec).eval()
         model.spec = spec
         adapt(model, method, r=r, total_steps=1)
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -126,7 +127,7 @@ def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[
         own = _with_types(model, torch.bfloat16 if half else torch.float32)
         x = torch.empty(tiles, 3, spec.input_size, spec.input_size)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = pooled(model, x)
+            y = extract_features(model, x)
         forward = counter.get_total_flops()
         tokens = model.forward_features(x)
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
@@ -159,7 +160,7 @@ def _with_types(model: nn.Module, dtype: torch.dtype) -> set[int]:
     return {p.untyped_storage()._cdata for p in model.parameters()}
 
 
-def out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompute: bool) -> MemoryError:
+def explain_out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompute: bool) -> MemoryError:
     """Return the error that says which option lowers memory, and to what."""
     where = str(device)
     if device.type == "cuda":

@@ -14,13 +14,13 @@ from torch import nn
 
 from peka_lite._core._processes import Processes
 from peka_lite._core.device import default_device
-from peka_lite._core.progress import Stage, bar
+from peka_lite._core.progress import Stage, progress_bar
 from peka_lite.backbones.load import precision_for
-from peka_lite.transfer._checkpoint import digest, restore_checkpoint, save_checkpoint
+from peka_lite.transfer._checkpoint import hash_training_data, restore_checkpoint, save_checkpoint
 from peka_lite.transfer._choices import KD_SPACES
 from peka_lite.transfer._training import Epochs
-from peka_lite.transfer.costs import out_of_memory
-from peka_lite.transfer.memory import compiled_or_plain, frozen_in, recomputed
+from peka_lite.transfer.costs import explain_out_of_memory
+from peka_lite.transfer.memory import checkpoint_blocks, compile_if_possible, frozen_dtype
 from peka_lite.transfer.model import TransferModel, transfer_loss
 
 __all__ = ["KD_SPACES", "TransferModel", "fit", "transfer_loss"]
@@ -68,11 +68,11 @@ def fit(
     batch_size
         Tiles a step, over all processes.
     augment
-        Mirror and turn every tile at random each time it is seen (`turned`).
+        Mirror and turn every tile at random each time it is seen (`flip_tiles`).
     micro_batch
         Tiles at once on a device; None takes the batch whole. Less memory, the same gradient up to rounding.
     recompute
-        Keep a block's input alone and run it again for its gradient (`recomputed`): far less memory, a third more work.
+        Keep a block's input alone and run it again for its gradient (`checkpoint_blocks`): far less memory, a third more work.
     compile
         Use `torch.compile`; where it fails, a warning says why and training goes on without.
     checkpoint
@@ -129,7 +129,7 @@ def fit(
         "kd_space": model.kd_space, "teacher_dim": T.shape[1], "n_classes": model.n_classes,
         "hidden": model.projector[0].out_features, "batch_size": batch_size, "lr": lr, "tau": tau,
         "kd_weight": kd_weight, "ce_weight": ce_weight, "augment": augment, "seed": seed,
-        "data": digest(teacher, labels),
+        "data": hash_training_data(teacher, labels),
     }  # fmt: skip
     history: list[dict] = []
     if resume and checkpoint is not None and processes.same(Path(checkpoint).is_file()):
@@ -148,14 +148,16 @@ def fit(
     steps = -(-n // batch_size)
     done = {"total": epochs * steps, "initial": len(history) * steps}
     with ExitStack() as stack:
-        shown = stack.enter_context(bar(desc="transfer", unit=" steps", enabled=progress and processes.first, **done))
-        stack.enter_context(frozen_in(model.backbone, dtype))
+        shown = stack.enter_context(
+            progress_bar(desc="transfer", unit=" steps", enabled=progress and processes.first, **done)
+        )
+        stack.enter_context(frozen_dtype(model.backbone, dtype))
         if recompute:
-            stack.enter_context(recomputed(model.backbone))
+            stack.enter_context(checkpoint_blocks(model.backbone))
         try:
             if compile and len(history) < epochs:
                 with Stage("compiling"):
-                    loop.network = compiled_or_plain(model, loop.trial)
+                    loop.network = compile_if_possible(model, loop.trial)
             for epoch in range(len(history), epochs):
                 history.append(loop.run(epoch, shown))
                 if epoch == epochs - 1:  # fewer steps than the check waits for are judged before they are kept
@@ -164,7 +166,7 @@ def fit(
                 if checkpoint is not None and processes.first:
                     save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(model.backbone, device, tiles=loop.piece, recompute=recompute) from error
+            raise explain_out_of_memory(model.backbone, device, tiles=loop.piece, recompute=recompute) from error
     adapter.fitted_on = loop.learned_from
     model.eval()
     return pd.DataFrame(history)

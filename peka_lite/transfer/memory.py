@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextlib.contextmanager
-def frozen_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def frozen_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Hold the frozen weights of linear and convolution layers in `dtype`; what they were comes back afterwards.
 
     Autocast casts these weights at every use and keeps each copy for the backward pass; held in the compute type, they
@@ -37,7 +37,7 @@ def frozen_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     """Keep only the input of each transformer block, and run the block again when its gradient is asked for.
 
     Memory falls to about one block's activations; a step takes one more forward pass. Gradients are the same.
@@ -59,7 +59,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def compiled_or_plain(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+def compile_if_possible(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
     """Return `torch.compile` of a model where a whole step works with it, else the model, with a warning that says why.
 
     Parameters

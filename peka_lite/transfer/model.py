@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peka_lite.backbones.load import pooled
+from peka_lite.backbones.load import extract_features
 from peka_lite.transfer._choices import KD_SPACES
 
 
@@ -124,8 +124,8 @@ class TransferModel(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map normalised images (B, 3, H, W) to a projection (B, D_t) and label logits (B, n_classes)."""
-        features = pooled(self.backbone, x)  # (B, D_s)
+        """Map normalized images (B, 3, H, W) to a projection (B, D_t) and label logits (B, n_classes)."""
+        features = extract_features(self.backbone, x)  # (B, D_s)
         z = self.projector(features)
         return z, self.classifier(features if self.kd_space == "embedding" else z)
 

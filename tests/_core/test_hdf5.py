@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 from test_hest import write_slide
-from test_own_slides import picture, sample, save, write_outs
 from test_predict import MeanColour
+from test_visium import picture, sample, save, write_outs
 
 from peka_lite.data._space_ranger import read_counts
 from peka_lite.data.hest import read_slide
@@ -326,7 +326,7 @@ HUGE = {
     "counts": (H5AD, lambda f: replace(f, "X/data", shape=(10**10,), dtype="f4"), "'/X/data' is declared"),
     "indptr": (H5AD, lambda f: replace(f, "X/indptr", shape=(10**10,), dtype="i4"), "'/X/indptr' is declared"),
     "dense bytes": (H5AD, lambda f: replace_dense(f, (4, 10**9)), "'/X' is declared as 4 x 1,000,000,000"),
-    "centres": (H5AD, lambda f: replace(f, "obsm/spatial", shape=(4, 10**9), dtype="f8"), "obsm/spatial"),
+    "centers": (H5AD, lambda f: replace(f, "obsm/spatial", shape=(4, 10**9), dtype="f8"), "obsm/spatial"),
     "chunk": (
         H5AD,
         lambda f: add_column(f, shape=(4,), maxshape=(None,), dtype="u1", chunks=(2**32 - 1,), compression="gzip"),

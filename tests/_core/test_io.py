@@ -13,7 +13,16 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from peka_lite._core.io import DiskFull, full_disk, new_file, require_room, save_array, write_h5ad, write_whole, writing
+from peka_lite._core.io import (
+    DiskFull,
+    as_full_disk,
+    open_new_file,
+    report_full_disk,
+    require_room,
+    save_array,
+    write_file_atomically,
+    write_h5ad,
+)
 from peka_lite.cli.main import main
 from peka_lite.data.tiles import TileStore
 
@@ -41,7 +50,7 @@ def spots(n=60, genes=50):
 def test_hdf5_survives_a_disk_that_is_full_at_any_moment(tmp_path, compression):
     code = f"""
     import contextlib, os
-    from test_disk import spots
+    from test_io import spots
     from peka_lite._core.io import DiskFull, write_h5ad
     adata, path = spots(), Path("a.h5ad")
     write_h5ad(adata, path, compression={compression!r})
@@ -61,7 +70,7 @@ def test_hdf5_survives_a_disk_that_is_full_at_any_moment(tmp_path, compression):
     assert [status for _, status in seen] == [2 if limit < size else 0 for limit, _ in seen], (size, seen)
     print("tried", len(seen))
     """
-    tests = os.path.dirname(os.path.dirname(__file__))
+    tests = os.path.dirname(__file__)
     done = subprocess.run(
         [sys.executable, "-c", "import resource, sys\nfrom pathlib import Path\n" + textwrap.dedent(code)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path_with(tests)},
@@ -225,7 +234,7 @@ def test_no_writer_leaves_half_a_file(tmp_path, limit):
 
 
 def test_a_file_that_is_there_stays_where_the_new_one_finds_no_room(tmp_path, monkeypatch):
-    write_whole(tmp_path / "a", b"old")
+    write_file_atomically(tmp_path / "a", b"old")
 
     def no_room(path, content):
         with open(path, "wb") as file:
@@ -234,7 +243,7 @@ def test_a_file_that_is_there_stays_where_the_new_one_finds_no_room(tmp_path, mo
 
     monkeypatch.setattr("pathlib.Path.write_bytes", no_room)
     with pytest.raises(DiskFull, match=rf"{tmp_path}/a: no room on its disk, at least 3 B needed, .* free; free some"):
-        write_whole(tmp_path / "a", b"new")
+        write_file_atomically(tmp_path / "a", b"new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
 
 
@@ -249,15 +258,18 @@ def test_a_file_that_is_there_stays_where_the_new_one_finds_no_room(tmp_path, mo
     ],
 )
 def test_every_librarys_error_is_one_sentence(tmp_path, error):
-    with pytest.raises(DiskFull, match=r"x: no room .*; free some space there") as caught, writing(tmp_path / "x"):
+    with (
+        pytest.raises(DiskFull, match=r"x: no room .*; free some space there") as caught,
+        report_full_disk(tmp_path / "x"),
+    ):
         raise error
     assert caught.value.__cause__ is error
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(PermissionError, match="no"), writing(tmp_path / "x"):
+    with pytest.raises(PermissionError, match="no"), report_full_disk(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "no")
-    assert full_disk(ValueError("28 genes")) is None
+    assert as_full_disk(ValueError("28 genes")) is None
 
 
 def test_a_path_that_is_not_there_is_asked_of_its_folder(tmp_path):
@@ -275,7 +287,7 @@ def test_a_disk_that_does_not_say_what_is_free_is_tried(tmp_path, monkeypatch):
 
 
 def test_what_fails_in_new_file_for_another_reason_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "a") as file:
+    with pytest.raises(ZeroDivisionError), open_new_file(tmp_path / "a") as file:
         file.write(b"half" * (1 // 0))
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import peka_lite as pk
-from peka_lite._core.names import file_name, in_markdown, read_metrics, write_metrics
+from peka_lite._core.names import escape_markdown, read_metrics, unique_file_name, write_metrics
 from peka_lite.experiments.folder import draw_maps
 from peka_lite.experiments.run import run
 from peka_lite.maps.tissue import save_predicted_map
@@ -143,14 +143,14 @@ def test_metrics_come_back_by_name(tmp_path, strings):
 
 def test_file_names_are_plain_and_never_the_same_for_two_things():
     given = {}
-    names = [file_name(f"S1_{gene}", given, of=gene) for gene in ODD]
+    names = [unique_file_name(f"S1_{gene}", given, of=gene) for gene in ODD]
     assert len({name.casefold() for name in names}) == len(ODD)
     for name in names:
         assert len(name.encode()) <= 160
         assert not set('/\\:*?"<>|\r\n\0') & set(name)
-    assert file_name("S1_ACTB", {}) == "S1_ACTB"
-    assert file_name("S1_ACTB", given, of="ACTB") == names[ODD.index("ACTB")]
+    assert unique_file_name("S1_ACTB", {}) == "S1_ACTB"
+    assert unique_file_name("S1_ACTB", given, of="ACTB") == names[ODD.index("ACTB")]
 
 
 def test_markdown_shows_names_as_they_are():
-    assert in_markdown("a|b\n<i>`x`*") == r"a\|b \<i>\`x\`\*"
+    assert escape_markdown("a|b\n<i>`x`*") == r"a\|b \<i>\`x\`\*"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -20,14 +21,16 @@ from run_folders import write_run_folder
 
 from peka_lite._core import locks
 from peka_lite._core._stream import open_partial
-from peka_lite._core.outputs import check_file, output
+from peka_lite._core.outputs import check_file, write_output
 from peka_lite.backbones.load import load_backbone
 from peka_lite.cli.main import main
-from peka_lite.experiments import _train as teaching, run
+from peka_lite.experiments import _train as teaching
 from peka_lite.experiments._embed import write_features
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import work_on
+from peka_lite.experiments.folder import lock_run_folder
 from peka_lite.maps import tissue as maps
+
+run = importlib.import_module("peka_lite.experiments.run")  # the module: its package offers the function
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
@@ -91,7 +94,7 @@ STEPS = {
     "export": "peka_lite.experiments.export.save_probes",
     "report": "peka_lite.reports.page._add_points",
     "add": "peka_lite.data.visium.write_tiles",
-    "predict": "peka_lite.experiments.predict.put_file",
+    "predict": "peka_lite.experiments.predict.place_file",
     "embed": "peka_lite.experiments._embed.write_h5ad",
 }
 
@@ -248,7 +251,7 @@ def test_load_or_run_reads_what_another_process_has_just_made(words, other, tmp_
 
 
 class Rank:
-    """What `work_on` asks of `Processes`: the first's values reach the others."""
+    """What `lock_run_folder` asks of `Processes`: the first's values reach the others."""
 
     def __init__(self, first, values):
         self.first, self.values = first, values
@@ -261,13 +264,15 @@ class Rank:
 
 def test_of_many_processes_the_first_alone_holds_the_folder_and_all_hear_of_a_refusal(tmp_path, mini_root):
     config, values = RunConfig(cohort=str(mini_root), method="none"), []
-    with work_on(config, tmp_path / "out", Rank(True, values)) as work:
+    with lock_run_folder(config, tmp_path / "out", Rank(True, values)) as work:
         assert work == tmp_path / "out.partial"
-        with work_on(config, tmp_path / "out", Rank(False, values)) as same:  # it would wait for ever for a lock
+        with lock_run_folder(
+            config, tmp_path / "out", Rank(False, values)
+        ) as same:  # it would wait for ever for a lock
             assert same == work
         work.mkdir()
     for first in (True, False):
-        with pytest.raises(FileExistsError, match="out is there already"), work_on(
+        with pytest.raises(FileExistsError, match="out is there already"), lock_run_folder(
             config, tmp_path / "out", Rank(first, values)
         ):  # fmt: skip
             pass
@@ -298,7 +303,7 @@ def test_a_lock_that_is_no_file_is_refused_and_left(tmp_path, kind):
         "pipe": lambda: os.mkfifo(lock),
         "folder": lock.mkdir,
     }[kind]()
-    with pytest.raises(OSError, match=r"out cannot be written: .*\.out\.lock"), locks.alone(tmp_path / "out"):
+    with pytest.raises(OSError, match=r"out cannot be written: .*\.out\.lock"), locks.lock(tmp_path / "out"):
         pass
     assert os.path.lexists(lock)
     assert target.read_text() == "precious"
@@ -443,7 +448,7 @@ def test_what_is_no_place_for_a_result_is_refused_at_once(words, refuse, tmp_pat
 
 def test_what_came_while_a_command_worked_stays(tmp_path):
     def write():
-        with output(tmp_path / "a.html", "SlideViewer.save") as partial:
+        with write_output(tmp_path / "a.html", "SlideViewer.save") as partial:
             partial.write_text("new")
             (tmp_path / "a.html").write_text("mine")
 
@@ -454,7 +459,7 @@ def test_what_came_while_a_command_worked_stays(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match="is there already"):
-        locks.put_new(tmp_path / "work", tmp_path / "b")
+        locks.move_if_absent(tmp_path / "work", tmp_path / "b")
     assert (tmp_path / "b" / "mine").read_text() == "mine"
 
 

@@ -13,7 +13,7 @@ import peka_lite.experiments._teacher_labels
 import peka_lite.experiments.cache
 import peka_lite.experiments.features
 from peka_lite._core import progress
-from peka_lite._core.progress import Stage, bar, say
+from peka_lite._core.progress import Stage, print_line, progress_bar
 from peka_lite.adapters.adapt import adapt
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import load_backbone
@@ -48,7 +48,7 @@ def config(root, **changes):
 @pytest.fixture
 def count(monkeypatch):
     """What was done, in numbers, since the test began."""
-    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "colour_texture"), 0)
+    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "color_texture"), 0)
 
     def counted(room, name, size=lambda *_: 1):
         original = getattr(room, name)
@@ -63,14 +63,14 @@ def count(monkeypatch):
     counted(Epochs, "_update")
     counted(peka_lite.experiments.cache, "embed_tiles", lambda _, tiles: len(tiles))
     counted(peka_lite.experiments._teacher_labels, "embed_cohort", lambda _, cohort: len(cohort))
-    counted(peka_lite.experiments.features, "colour_texture", lambda tiles: len(tiles))
+    counted(peka_lite.experiments.features, "color_texture", lambda tiles: len(tiles))
     return done
 
 
 def planned(err):
     """Return the plan's numbers in the order of `count`."""
     (line,) = [line for line in err.splitlines() if line.startswith("plan: ")]
-    words = ("trainings?", "optimiser steps", "tiles to embed", "spots for the teacher", "tiles to measure")
+    words = ("trainings?", "optimizer steps", "tiles to embed", "spots for the teacher", "tiles to measure")
     found = [re.search(rf"([\d,]+) {word}", line) for word in words]
     return [int(match[1].replace(",", "")) if match else 0 for match in found]
 
@@ -85,7 +85,7 @@ def planned(err):
         ({"protocol": "hest", "features": "frozen+student"}, 3),
         ({"protocol": "strict", "method": "none"}, 0),
         ({"protocol": "strict", "method": "none", "features": "teacher"}, 0),
-        ({"protocol": "strict", "method": "none", "features": "colour"}, 0),
+        ({"protocol": "strict", "method": "none", "features": "color"}, 0),
         ({"protocol": "strict", "method": "none", "features": "depth"}, 0),
     ],
 )
@@ -95,7 +95,7 @@ def test_the_plan_of_a_run_is_what_it_does(mini_root, tmp_path, monkeypatch, cap
     assert planned(capsys.readouterr().err) == list(count.values())
     assert count["fit"] == trainings
     if settings.get("features") not in ("teacher", "depth"):
-        assert count["embed_tiles"] + count["colour_texture"] > 0
+        assert count["embed_tiles"] + count["color_texture"] > 0
     # Once more: what was made is in the cache, and the plan knows.
     before = dict(count)
     run(config(mini_root, **settings), tmp_path / "b", maps=False, progress=True)
@@ -143,7 +143,7 @@ def test_a_step_that_takes_long_is_named_again_and_again(pipe):
     with Stage("run", reports=True):
         for k in Stage("training", ["a", "b", "c"]):
             if k == "b":
-                with bar(desc="transfer", total=1200, initial=100, unit=" steps", enabled=True) as shown:
+                with progress_bar(desc="transfer", total=1200, initial=100, unit=" steps", enabled=True) as shown:
                     shown.update(20)
                     shown.set_postfix(loss="1.2")
                     left = r"(, about [\d smin]+ left)?"
@@ -215,7 +215,7 @@ def test_a_training_that_fails_leaves_no_thread(pipe):
 def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    with bar(desc="transfer", total=380, initial=100, unit=" steps", enabled=None) as shown:
+    with progress_bar(desc="transfer", total=380, initial=100, unit=" steps", enabled=None) as shown:
         assert shown.line() == "transfer: 100 of 380 steps"
         now = 40.0
         shown.update(80)
@@ -238,9 +238,9 @@ def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypat
         monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
     with Stage("run", reports=True):
         assert progress._lines is None
-        say("plan: 3 trainings")
+        print_line("plan: 3 trainings")
         for _ in Stage("training", range(3)):
-            for _ in bar(range(4), desc="embed tiles", enabled=True):
+            for _ in progress_bar(range(4), desc="embed tiles", enabled=True):
                 pass
     assert pipe.getvalue() == "plan: 3 trainings\n"
     assert "training 2 of 3, embed tiles: 100%" in capsys.readouterr().err
@@ -249,12 +249,12 @@ def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypat
 def test_a_bar_for_a_terminal_alone_is_not_shown_in_a_notebook(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
     monkeypatch.setattr("tqdm.auto.tqdm", lambda items, *, disable, **_: disable)  # its stream says it is a terminal
-    assert bar(range(4), desc="draw the synthetic cohort", enabled=None) is True
-    assert bar(range(4), desc="embed tiles", enabled=True) is False
+    assert progress_bar(range(4), desc="draw the synthetic cohort", enabled=None) is True
+    assert progress_bar(range(4), desc="embed tiles", enabled=True) is False
 
 
 def test_who_asks_for_nothing_hears_nothing(mini_root, tmp_path, pipe, capsys):
-    run(config(mini_root, method="none", features="colour"), tmp_path / "a", maps=False)
+    run(config(mini_root, method="none", features="color"), tmp_path / "a", maps=False)
     assert pipe.getvalue() + capsys.readouterr().err == ""
 
 
@@ -262,7 +262,7 @@ def test_of_several_processes_the_first_alone_speaks(pipe, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with Stage("run", reports=True):
         assert progress._lines is None
-        say("plan: 3 trainings")
+        print_line("plan: 3 trainings")
     assert pipe.getvalue() == ""
 
 
@@ -278,7 +278,7 @@ def test_work_goes_on_where_nobody_reads(monkeypatch):
     for stderr in (Closed(), None):
         monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
         with Stage("run", reports=True):
-            say("plan: 3 trainings")
+            print_line("plan: 3 trainings")
             if stderr is not None:
                 assert all(tried.acquire(timeout=60) for _ in range(3))
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import peka_lite.cli.main as cli
-from peka_lite._core._signals import SIGNALS, Stopped, ended_by_signals, signals_put_off
+from peka_lite._core._signals import SIGNALS, Stopped, defer_signals, exit_on_signals
 
 SAID = "peka-lite: stopped; what was finished is kept, and the same command goes on\n"
 
@@ -82,17 +82,17 @@ def test_a_command_runs_in_a_thread_too(report):
 
 def test_other_processes_of_a_run_end_at_once(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with ended_by_signals():
+    with exit_on_signals():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_waits_until_the_file_is_closed():
     steps = []
-    with pytest.raises(Stopped), ended_by_signals(), signals_put_off():  # noqa: PT012
+    with pytest.raises(Stopped), exit_on_signals(), defer_signals():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         steps.append("went on")
     assert steps == ["went on"]
-    with pytest.raises(KeyboardInterrupt), signals_put_off() as let_through:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), defer_signals() as let_through:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         steps.append("on again")
         let_through()

@@ -22,8 +22,8 @@ from peka_lite.adapters.adapt import (
     orthogonal_term,
 )
 from peka_lite.adapters.bone import BoneLinear
-from peka_lite.backbones.load import BACKBONES, build, load_backbone
-from peka_lite.backbones.registry import check_block_size
+from peka_lite.backbones.load import build_network, load_backbone
+from peka_lite.backbones.registry import BACKBONES, check_block_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -149,7 +149,7 @@ def test_default_block_size_fits_each_student(name):
 @pytest.mark.parametrize("name", [name for name, spec in BACKBONES.items() if spec.bone_r])
 def test_the_widths_that_a_block_size_is_checked_against_are_those_of_the_student(name):
     with torch.device("meta"):
-        model = build(BACKBONES[name])
+        model = build_network(BACKBONES[name])
     layers = [module for path, module in model.named_modules() if path.endswith("attn.qkv")]
     wrong = layers[0].in_features - 1
     with pytest.raises(ValueError, match=f"^r={wrong} must divide") as told:
@@ -168,7 +168,7 @@ def test_a_block_size_that_does_not_fit_is_found_without_weights():
 @pytest.mark.parametrize("name", ["uni", "h-optimus-0"])
 def test_bone_adapts_four_to_seven_percent_of_the_papers_students(name):
     with torch.device("meta"):
-        model = adapt(build(BACKBONES[name]), "bone", r=BACKBONES[name].bone_r)
+        model = adapt(build_network(BACKBONES[name]), "bone", r=BACKBONES[name].bone_r)
     assert 0.04 < adapted_share(model) < 0.07
 
 
@@ -207,7 +207,7 @@ def test_merge_gives_a_plain_timm_model_with_the_same_outputs(method):
     before = outputs(model)
     merged = merge(model)
     np.testing.assert_allclose(outputs(merged), before, atol=1e-5)
-    plain = build(TINY).eval()
+    plain = build_network(TINY).eval()
     plain.load_state_dict(merged.state_dict(), strict=True)
     np.testing.assert_allclose(outputs(plain), before, atol=1e-5)
 
@@ -244,7 +244,7 @@ def test_second_adapter_is_refused(method):
 @pytest.mark.parametrize("name", ["resnet50", "ctranspath"])
 def test_convolutional_and_windowed_students_take_only_none(name, method):
     with torch.device("meta"):
-        model = build(BACKBONES[name])
+        model = build_network(BACKBONES[name])
     model.spec = BACKBONES[name]
     with pytest.raises(ValueError, match=f"{name} takes only method 'none'"):
         adapt(model, method, r=16, total_steps=10)
@@ -341,7 +341,7 @@ def test_lora_rank_like_bone_has_at_most_bones_parameters(into, out, r):
 def test_orthogonal_term_equals_pefts_formula():
     model = perturb(adapted("adalora", r=4))
 
-    class Loss(nn.Module):  # peft adds its regulariser to a model output's .loss
+    class Loss(nn.Module):  # peft adds its regularizer to a model output's .loss
         def __init__(self):
             super().__init__()
             self.vit = timm.create_model(TINY.arch, num_classes=0, **TINY.options)
@@ -462,7 +462,7 @@ def test_bone_keeps_its_input_and_the_merged_weight_and_nothing_on_the_way():
 
 def test_bone_under_autocast_keeps_no_float32_copy_where_plain_autograd_does():
     layer, x = random_layer(32, 96, r=16), torch.randn(5, 32, requires_grad=True)
-    layer.base.to(torch.bfloat16)  # as `frozen_in` holds it
+    layer.base.to(torch.bfloat16)  # as `frozen_dtype` holds it
     own = (layer.base.weight, layer.block)
     with torch.autocast("cpu", torch.bfloat16):
         _, mine = kept_bytes(lambda: layer(x), own=own)

@@ -23,9 +23,9 @@ from peka_lite.backbones.load import (
     BACKBONES,
     IMAGENET,
     Backbone,
-    build,
+    build_network,
+    extract_features,
     load_backbone,
-    pooled,
     precision_for,
     preprocess,
 )
@@ -86,9 +86,9 @@ def test_registry_holds_the_students_in_the_order_of_the_paper_and_its_successor
 def test_each_row_builds_and_gives_its_width(name):
     spec = BACKBONES[name]
     with torch.device("meta"):
-        model = build(spec).eval()
+        model = build_network(spec).eval()
         model.spec = spec
-        out = pooled(model, torch.zeros(2, 3, spec.input_size, spec.input_size))
+        out = extract_features(model, torch.zeros(2, 3, spec.input_size, spec.input_size))
     assert out.shape == (2, spec.dim)
 
 
@@ -99,7 +99,7 @@ def test_each_row_builds_and_gives_its_width(name):
 )  # fmt: skip
 def test_each_published_row_has_the_parameters_of_its_model(name, millions):
     with torch.device("meta"):
-        model = build(BACKBONES[name])
+        model = build_network(BACKBONES[name])
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
@@ -158,7 +158,9 @@ def test_weights_that_were_fetched_before_are_not_asked_for_again(tmp_path, monk
     save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
     monkeypatch.setattr(backbones, "PACKAGE", {"tiny"})
-    monkeypatch.setattr(backbones, "located", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None)
+    monkeypatch.setattr(
+        backbones, "find_fetched", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None
+    )
     asked = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
     assert same(load_backbone(TINY), random_model(seed=3))
     assert not asked
@@ -317,7 +319,7 @@ def test_ctranspath_starts_with_convolutions(ctranspath):
     assert kernels == [(3, 3), (3, 3), (1, 1)]
 
 
-def test_pixels_are_normalised_with_the_rows_statistics():
+def test_pixels_are_normalized_with_the_rows_statistics():
     white = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
     x = preprocess(white, TINY)
     assert x.shape == (1, 3, 32, 32)
@@ -496,7 +498,7 @@ def test_too_little_memory_names_the_option(monkeypatch):
 # any network -------------------------------------------------------------------------------------------------------
 
 
-class Colours(torch.nn.Module):
+class Colors(torch.nn.Module):
     """A network without weights: the mean of every channel, and what it saw."""
 
     def forward(self, x):
@@ -505,7 +507,7 @@ class Colours(torch.nn.Module):
 
 
 def test_any_module_embeds_tiles_with_imagenets_statistics_at_their_own_size():
-    net, x = Colours(), tiles(5, 20)
+    net, x = Colors(), tiles(5, 20)
     out = embed_tiles(net, x, device="cpu")
     assert (out.shape, out.dtype) == ((5, 3), np.float32)
     np.testing.assert_allclose(out, (x.mean((1, 2)) / 255 - IMAGENET[0]) / IMAGENET[1], atol=1e-5)
@@ -515,7 +517,7 @@ def test_any_module_embeds_tiles_with_imagenets_statistics_at_their_own_size():
 
 
 def test_any_module_takes_mean_standard_deviation_and_size():
-    net, x = Colours(), np.full((2, 20, 20, 3), 51, dtype=np.uint8)
+    net, x = Colors(), np.full((2, 20, 20, 3), 51, dtype=np.uint8)
     given = {"mean": [0.1, 0.2, 0.5], "std": np.array([0.5, 0.1, 1.0]), "input_size": 8}
     out = embed_tiles(net, x, device="cpu", **given)
     np.testing.assert_allclose(out, [[0.2, 0.0, -0.3]] * 2, atol=1e-5)
@@ -536,7 +538,7 @@ def test_what_is_given_goes_before_what_a_students_row_says():
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_module_computes_in_the_type_of_its_weights(kind):
-    net = torch.nn.Sequential(Colours(), torch.nn.Linear(3, 4, dtype=kind))
+    net = torch.nn.Sequential(Colors(), torch.nn.Linear(3, 4, dtype=kind))
     out = embed_tiles(net, tiles(), device="cpu")
     assert net[0].seen.dtype == kind
     np.testing.assert_allclose(out, embed_tiles(net.float(), tiles(), device="cpu"), atol=0.05)
@@ -549,14 +551,12 @@ def test_a_student_inside_data_parallel_is_the_student():
     np.testing.assert_array_equal(
         embed_tiles(wrapped, tiles(), device="cpu"), embed_tiles(model, tiles(), device="cpu")
     )
-    net = torch.nn.DataParallel(torch.nn.Sequential(Colours()))
-    np.testing.assert_array_equal(
-        embed_tiles(net, tiles(), device="cpu"), embed_tiles(Colours(), tiles(), device="cpu")
-    )
+    net = torch.nn.DataParallel(torch.nn.Sequential(Colors()))
+    np.testing.assert_array_equal(embed_tiles(net, tiles(), device="cpu"), embed_tiles(Colors(), tiles(), device="cpu"))
 
 
 def test_every_part_of_a_network_is_afterwards_in_the_mode_it_was_in():
-    net = torch.nn.Sequential(Colours(), torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(3)).train()
+    net = torch.nn.Sequential(Colors(), torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(3)).train()
     net[2].eval()
     out = embed_tiles(net, tiles(), device="cpu")
     np.testing.assert_allclose(out, embed_tiles(net[0], tiles(), device="cpu"), rtol=1e-4)  # nothing dropped
@@ -581,7 +581,7 @@ def test_every_part_of_a_network_is_afterwards_in_the_mode_it_was_in():
 def test_tiles_may_be_held_in_any_way(tmp_path, source):
     x = source(tiles(), tmp_path / "x.npy")
     expected = np.asarray(x).mean((1, 2)) / 255
-    out = embed_tiles(Colours(), x, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3, device="cpu")
+    out = embed_tiles(Colors(), x, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3, device="cpu")
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -590,17 +590,17 @@ def test_tiles_may_be_held_in_any_way(tmp_path, source):
     [
         (torch.nn.Identity(), tiles(), {}, r"gives \(7, 3, 32, 32\) for 7 tiles; one row of D features a tile"),
         (torch.nn.Flatten(0), tiles(), {}, r"Flatten gives \(21504,\) for 7 tiles"),
-        (Colours(), tiles(1)[0], {}, r"tiles are RGB, \(n, H, W, 3\) with the colours last, not \(32, 32, 3\)"),
-        (Colours(), tiles().transpose(0, 3, 1, 2), {}, r"with the colours last, not \(7, 3, 32, 32\)"),
-        (Colours(), np.zeros((2, 8, 8, 4), np.uint8), {}, r"tiles are RGB.*not \(2, 8, 8, 4\)"),
-        (Colours(), tiles() / 255, {}, r"whole numbers from 0 to 255 \(uint8\), not these float64; .*\(255 \* tiles\)"),
-        (Colours(), tiles().astype(np.uint16) * 257, {}, "not these uint16"),
-        (Colours(), tiles() > 99, {}, "not these bool"),
-        (Colours(), tiles(0), {}, "there are no tiles, so how many features Colours gives is not known"),
-        (Colours(), tiles(), {"mean": 0.5}, "mean is three numbers"),
-        (Colours(), tiles(), {"mean": (123.7, 116.3, 103.5)}, "mean is on a scale of 0 to 1.*divide by 255"),
-        (Colours(), tiles(), {"std": (0.5, 0, 0.5)}, "std is on a scale"),
-        (Colours(), tiles(), {"input_size": (3, 224, 224)}, r"side of a square in pixels.*not \(3, 224, 224\)"),
+        (Colors(), tiles(1)[0], {}, r"tiles are RGB, \(n, H, W, 3\) with the colors last, not \(32, 32, 3\)"),
+        (Colors(), tiles().transpose(0, 3, 1, 2), {}, r"with the colors last, not \(7, 3, 32, 32\)"),
+        (Colors(), np.zeros((2, 8, 8, 4), np.uint8), {}, r"tiles are RGB.*not \(2, 8, 8, 4\)"),
+        (Colors(), tiles() / 255, {}, r"whole numbers from 0 to 255 \(uint8\), not these float64; .*\(255 \* tiles\)"),
+        (Colors(), tiles().astype(np.uint16) * 257, {}, "not these uint16"),
+        (Colors(), tiles() > 99, {}, "not these bool"),
+        (Colors(), tiles(0), {}, "there are no tiles, so how many features Colors gives is not known"),
+        (Colors(), tiles(), {"mean": 0.5}, "mean is three numbers"),
+        (Colors(), tiles(), {"mean": (123.7, 116.3, 103.5)}, "mean is on a scale of 0 to 1.*divide by 255"),
+        (Colors(), tiles(), {"std": (0.5, 0, 0.5)}, "std is on a scale"),
+        (Colors(), tiles(), {"input_size": (3, 224, 224)}, r"side of a square in pixels.*not \(3, 224, 224\)"),
         (lambda x: x, tiles(), {}, "a network is an nn.Module from"),
     ],
 )  # fmt: skip

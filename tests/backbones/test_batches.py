@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from peka_lite.backbones.embed import AHEAD, Batches, turned
+from peka_lite.backbones.embed import AHEAD, Batches, flip_tiles
 
 WAIT = 10  # seconds until a test gives up; none of them takes so long unless it fails
 
@@ -178,7 +178,7 @@ def asymmetric(side=5, seed=0):
 
 def test_the_eight_turns_are_the_eight_of_the_square():
     tile = asymmetric()
-    got = turned(tile.expand(8, -1, -1, -1), np.arange(8)).numpy()
+    got = flip_tiles(tile.expand(8, -1, -1, -1), np.arange(8)).numpy()
     square = tile[0].numpy()
     expected = [np.rot90(side, k) for side in (square, square[:, ::-1]) for k in range(4)]
     assert {a.tobytes() for a in got} == {np.ascontiguousarray(a).tobytes() for a in expected}
@@ -187,32 +187,34 @@ def test_the_eight_turns_are_the_eight_of_the_square():
 
 
 def test_turn_zero_leaves_a_tile_as_it_is():
-    assert torch.equal(turned(asymmetric(), np.array([0])), asymmetric())
+    assert torch.equal(flip_tiles(asymmetric(), np.array([0])), asymmetric())
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_a_turn_moves_pixels_and_keeps_their_colours_together(turn):
-    pixels = [sorted(map(tuple, t.reshape(-1, 3).tolist())) for t in (asymmetric(), turned(asymmetric(), [turn])[0])]
+def test_a_turn_moves_pixels_and_keeps_their_colors_together(turn):
+    pixels = [
+        sorted(map(tuple, t.reshape(-1, 3).tolist())) for t in (asymmetric(), flip_tiles(asymmetric(), [turn])[0])
+    ]
     assert pixels[0] == pixels[1]
 
 
 def test_each_tile_is_turned_by_itself():
     tiles = torch.cat([asymmetric(seed=s) for s in range(16)])
     turns = np.random.default_rng(1).integers(0, 8, 16)
-    alone = torch.cat([turned(tiles[[i]], turns[[i]]) for i in range(16)])
-    assert torch.equal(turned(tiles, turns), alone)
+    alone = torch.cat([flip_tiles(tiles[[i]], turns[[i]]) for i in range(16)])
+    assert torch.equal(flip_tiles(tiles, turns), alone)
 
 
 def test_turning_leaves_the_tiles_given_alone():
     tiles = asymmetric()
-    turned(tiles, [5])
+    flip_tiles(tiles, [5])
     assert torch.equal(tiles, asymmetric())
 
 
 def test_turns_may_be_a_tensor():
-    assert torch.equal(turned(asymmetric(), torch.tensor([6])), turned(asymmetric(), np.array([6])))
+    assert torch.equal(flip_tiles(asymmetric(), torch.tensor([6])), flip_tiles(asymmetric(), np.array([6])))
 
 
 def test_tiles_that_are_not_square_are_refused():
     with pytest.raises(ValueError, match=r"only square tiles can be turned, not \(4, 6\)"):
-        turned(torch.zeros(2, 4, 6, 3, dtype=torch.uint8), np.zeros(2, dtype=int))
+        flip_tiles(torch.zeros(2, 4, 6, 3, dtype=torch.uint8), np.zeros(2, dtype=int))

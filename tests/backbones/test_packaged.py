@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peka_lite.backbones import _packaged
-from peka_lite.backbones._packaged import origin, packaged
-from peka_lite.backbones.load import BACKBONES, build, load_backbone
+from peka_lite.backbones._packaged import describe_file, find_packaged
+from peka_lite.backbones.load import build_network, load_backbone
+from peka_lite.backbones.registry import BACKBONES
 from peka_lite.cli.doctor import doctor
 from peka_lite.data.download import fetch
 from peka_lite.experiments.cache import _key
@@ -33,7 +34,7 @@ FILE = ROOT / "peka_lite" / "backbones" / "weights" / "mini_student.safetensors"
 def put_in_place(monkeypatch, folder):
     """Let the package's data be those of another folder."""
     monkeypatch.setattr(_packaged, "resources", SimpleNamespace(files=lambda name: folder))
-    return folder / "data" / "mini_student.safetensors"
+    return folder / "weights" / "mini_student.safetensors"
 
 
 @pytest.fixture
@@ -48,15 +49,15 @@ def changed(tmp_path, monkeypatch):
 
 
 def test_the_registrys_row_names_a_file_that_is_there_and_small():
-    assert (MINI.source, MINI.licence, MINI.gate) == ("package/mini_student.safetensors", "BSD-3-Clause", None)
-    assert packaged(MINI) == FILE
+    assert (MINI.source, MINI.license, MINI.gate) == ("package/mini_student.safetensors", "BSD-3-Clause", None)
+    assert find_packaged(MINI) == FILE
     assert FILE.stat().st_size <= 8e6
-    assert [name for name, spec in BACKBONES.items() if packaged(spec)] == ["mini"]
-    assert packaged(replace(MINI, source=None)) is None
+    assert [name for name, spec in BACKBONES.items() if find_packaged(spec)] == ["mini"]
+    assert find_packaged(replace(MINI, source=None)) is None
 
 
 def test_the_file_holds_finite_half_precision_weights_of_the_architecture():
-    state, wanted = load_file(FILE), build(MINI).state_dict()
+    state, wanted = load_file(FILE), build_network(MINI).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in wanted.items()}
     assert {v.dtype for v in state.values()} == {torch.float16}
     assert all(v.isfinite().all() for v in state.values())
@@ -81,12 +82,12 @@ def test_another_file_is_another_origin_and_another_student_in_the_cache(changed
         taught, frozen = RunConfig(), RunConfig(method="none")
         return {_key(taught, "d", [0, 1], None, "cpu"), _key(frozen, "d", None, None, "cpu")}
 
-    now, path = names(), packaged(MINI)
+    now, path = names(), find_packaged(MINI)
     assert path == changed
-    assert load_backbone("mini").weights_origin == origin(changed)
+    assert load_backbone("mini").weights_origin == describe_file(changed)
     monkeypatch.undo()
     assert names().isdisjoint(now)
-    assert origin(packaged(MINI)) != origin(changed)
+    assert describe_file(find_packaged(MINI)) != describe_file(changed)
     random = RunConfig(method="none", weights="random")
     assert _key(random, "d", None, None, "cpu") not in names()
 
@@ -96,9 +97,9 @@ def test_a_run_with_other_weights_of_the_package_is_not_taken_for_this_one(mini_
     settings = {"cohort": str(mini_root), "method": "none", "n_splits": 2, "n_genes": 5}
     (tmp_path / "package" / "data").mkdir(parents=True)
     run(RunConfig(**settings), tmp_path / "student", maps=False)
-    run(RunConfig(**settings, features="colour"), tmp_path / "control", maps=False)
+    run(RunConfig(**settings, features="color"), tmp_path / "control", maps=False)
     save_file({"x": torch.zeros(1)}, put_in_place(monkeypatch, tmp_path / "package"))
-    load_or_run(RunConfig(**settings, features="colour"), tmp_path / "control")  # it reads no student
+    load_or_run(RunConfig(**settings, features="color"), tmp_path / "control")  # it reads no student
     with pytest.raises(FileExistsError, match=r"student holds a run with weights 'package .* remove it to run anew"):
         load_or_run(RunConfig(**settings), tmp_path / "student")
 
@@ -141,7 +142,9 @@ def test_a_wheel_holds_all_data_and_stays_small(tmp_path):
         metadata = next(held.read(name) for name in sizes if name.endswith(".dist-info/METADATA")).decode()
     # uv overlooks an upper bound, pip does not.
     assert re.findall("^Requires-Python: (.*)$", metadata, re.M) == ["<3.14,>=3.11"]
-    data = [path for path in (ROOT / "peka_lite" / "data").iterdir() if not path.name.startswith(".")]
-    assert FILE in data
-    assert {f"peka_lite/data/{p.name}": p.stat().st_size for p in data}.items() <= sizes.items()
+    data = [
+        p for p in (ROOT / "peka_lite").rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts
+    ]
+    assert {FILE, ROOT / "peka_lite" / "py.typed", ROOT / "peka_lite" / "probe" / "__init__.pyi"} <= set(data)
+    assert {str(p.relative_to(ROOT)): p.stat().st_size for p in data}.items() <= sizes.items()
     assert wheel.stat().st_size < 15e6

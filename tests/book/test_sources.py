@@ -150,9 +150,9 @@ def test_random_spots_are_said_of_the_released_code():
 def test_published_values_are_shown_with_what_is_known_of_their_folds():
     for what in (pk.evaluation.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
         assert "spot" in what
-    for said_of_it in (FOLDS, CAUTION["paper"], pk.reports.published.__doc__):
+    for said_of_it in (FOLDS, CAUTION["paper"], pk.reports.read_published.__doc__):
         assert re.search(r"released code", " ".join(said_of_it.split()))
-    assert "may have come from other code" in " ".join(pk.reports.published.__doc__.split())
+    assert "may have come from other code" in " ".join(pk.reports.read_published.__doc__.split())
     assert "may have come from other code" in FOLDS
 
 

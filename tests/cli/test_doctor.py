@@ -1,6 +1,7 @@
 """The doctor: one line a subject, a fix exactly where something is amiss, and never an exception or a token."""
 
 import ast
+import importlib
 import inspect
 import os
 import sys
@@ -15,9 +16,10 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import get_token
 
-from peka_lite.adapters import adapt as adapters
 from peka_lite.cli.doctor import PEFT, PEFT_NAMES, TORCH, Check, doctor, report
 from peka_lite.data.download import read_manifest
+
+adapters = importlib.import_module("peka_lite.adapters.adapt")
 
 SUBJECTS = ("python", "torch", "gpu", "precision", "peft", "disk", "token", "gates", "artifacts")
 SECRET = "hf_" + "s" * 34
@@ -262,7 +264,7 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(monkeypatch, tmp_
 
 def test_fetched_artifacts_are_listed(monkeypatch):
     monkeypatch.setattr(
-        "peka_lite.data.download.located", lambda name: Path("/x") if name in ("breast", "hgnc") else None
+        "peka_lite.data.download.find_fetched", lambda name: Path("/x") if name in ("breast", "hgnc") else None
     )
     check = look_at("artifacts")
     assert check.status == "ok"

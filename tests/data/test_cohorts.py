@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import peka_lite.data.cohorts as room
+from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data.cohorts import cohort_root, find_cohort, open_cohort
-from peka_lite.data.mini.cohort import MINI_FORMAT
 from peka_lite.experiments.config import RunConfig
 
 
@@ -65,7 +65,7 @@ def test_a_cohort_that_is_not_fetched_says_how_to_fetch_it():
 
 
 def test_a_fetched_cohort_is_found_by_name(fetched, monkeypatch):
-    monkeypatch.setattr(room, "located", lambda name: fetched if name == "breast" else None)
+    monkeypatch.setattr(room, "find_fetched", lambda name: fetched if name == "breast" else None)
     assert find_cohort("breast") == fetched
     assert RunConfig(cohort="breast", weights="random").cohort == "breast"
 

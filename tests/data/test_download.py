@@ -26,9 +26,9 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from peka_lite._core import locks
-from peka_lite.backbones.load import BACKBONES
+from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data import _fetch
-from peka_lite.data.download import cache_dir, fetch, located, patients_of, read_manifest
+from peka_lite.data.download import cache_dir, fetch, find_fetched, patients_of, read_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -62,7 +62,7 @@ def test_slides_are_those_of_hests_table(name):
     }
     ours = {s.id: (s.spots, s.genes, s.disease_state, s.oncotree) for s in read_manifest()[name].slides}
     assert ours == theirs
-    assert {s.id: s.licence for s in read_manifest()[name].slides} == {r["id"]: r["license"] or None for r in rows}
+    assert {s.id: s.license for s in read_manifest()[name].slides} == {r["id"]: r["license"] or None for r in rows}
     named = {r["id"]: r["patient"].strip() for r in rows if r["patient"].strip()}
     assert {s.id for s in read_manifest()[name].slides if s.patient_basis == "table"} == named.keys()
     assert all(patients_of(name)[i] == f"{name} {who}" for i, who in named.items())
@@ -118,8 +118,8 @@ def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
     assert students.keys() == set(BACKBONES) - {"mini"}
     for name, entry in students.items():
         spec = BACKBONES[name]
-        theirs = (spec.licence, spec.gate, spec.access, spec.revision)
-        assert (entry.licence, entry.gate, entry.access, entry.revision) == theirs, name
+        theirs = (spec.license, spec.gate, spec.access, spec.revision)
+        assert (entry.license, entry.gate, entry.access, entry.revision) == theirs, name
         if entry.any_of:
             assert (spec.source, entry.repo_type) == (entry.repo, "model"), name
             assert [f.path for f in entry.files] == ["model.safetensors", "pytorch_model.bin"], name
@@ -127,14 +127,14 @@ def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
             assert spec.source == f"{entry.repo_type}s/{entry.repo}/{entry.files[0].path}", name
 
 
-def test_the_licences_and_gates_of_the_weights_are_those_that_their_owners_state():
+def test_the_licenses_and_gates_of_the_weights_are_those_that_their_owners_state():
     manifest = read_manifest()
     teacher, ctranspath = manifest["scfoundation"], manifest["ctranspath"]
-    assert teacher.licence == "scFoundation License (non-commercial research)"
+    assert teacher.license == "scFoundation License (non-commercial research)"
     assert teacher.files[0].size == 1_432_587_886
     assert teacher.about == f"{teacher.files[0].size / 2**30:.2f} GiB"
     assert teacher.revision is None or "github" in teacher.note.lower()
-    assert ctranspath.licence == "AGPL-3.0"
+    assert ctranspath.license == "AGPL-3.0"
     assert "CHIEF" in ctranspath.note
     assert "non-commercial academic" in ctranspath.note
     access = {name: manifest[name].access for name in manifest if manifest[name].gate}
@@ -153,7 +153,7 @@ def test_the_gene_lists_hash_is_that_of_the_file():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    for ask in (fetch, located, patients_of):
+    for ask in (fetch, find_fetched, patients_of):
         with pytest.raises(ValueError, match=r"nothing called 'heart' in data_manifest.yml; known: breast, kidney"):
             ask("heart")
     with pytest.raises(KeyError, match="heart"):
@@ -164,12 +164,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 # --- a manifest of one's own, checked ----------------------------------------------------------------------------
 
 SLIDE = {"spots": 3, "genes": 2, "patient": "P", "patient_basis": "alone", "disease_state": "Cancer"}
-SLIDE |= {"oncotree": None, "licence": None}
+SLIDE |= {"oncotree": None, "license": None}
 
 
 def entries():
-    hub = {"repo": "lab/hest", "repo_type": "dataset", "revision": None, "licence": "MIT", "gate": "https://ask.here"}
-    model = {"title": "A model", "repo": "lab/model", "repo_type": "model", "licence": None, "gate": None}
+    hub = {"repo": "lab/hest", "repo_type": "dataset", "revision": None, "license": "MIT", "gate": "https://ask.here"}
+    model = {"title": "A model", "repo": "lab/model", "repo_type": "model", "license": None, "gate": None}
     return {
         "sources": {"hest": hub | {"files": ["st/{id}.h5ad", "patches/{id}.h5", "metadata/{id}.json"]}},
         "cohorts": {"two": {"source": "hest", "title": "Two", "slides": [SLIDE | {"id": "S1"}, SLIDE | {"id": "S2"}]}},
@@ -198,7 +198,7 @@ def edit(where, **fields):
     [
         (edit((), extras={}), "unknown extras; known: checkpoints"),
         (edit(("checkpoints", "big"), sise=3), "checkpoints: big: unknown sise"),
-        (edit(("cohorts", "two"), licence="MIT"), "cohorts: two: licence: given by source hest already"),
+        (edit(("cohorts", "two"), license="MIT"), "cohorts: two: license: given by source hest already"),
         (edit(("cohorts", "two"), source="nest"), "cohorts: two: source 'nest' is not one of hest"),
         (edit(("cohorts", "two"), slides=None), "cohorts: two: slides must be a list"),
         (edit(("cohorts", "two", "slides", 1), id="S1"), "cohorts: two: .* S1.* is given more than once"),
@@ -370,7 +370,7 @@ def mine(tmp_path, hub):
     top = entries()
     genes = {"path": "genes.tsv", "size": None, "sha256": sha(hub.files["genes.tsv"])}
     url = f"{hub.address}/cdn/{COMMIT}/genes.tsv"
-    top["genes"] = {"list": {"title": "Genes", "url": url, "files": [genes], "licence": "MIT", "gate": None}}
+    top["genes"] = {"list": {"title": "Genes", "url": url, "files": [genes], "license": "MIT", "gate": None}}
     return read_manifest(write(tmp_path, top))
 
 
@@ -380,7 +380,7 @@ def names(root):
 
 def test_a_cohort_comes_whole_with_a_record_and_is_not_fetched_twice(tmp_path, hub, mine, capsys):
     root = tmp_path / "deep" / "two"
-    assert located(mine["two"], root=root) is None
+    assert find_fetched(mine["two"], root=root) is None
     assert fetch(mine["two"], root=root, progress=False) == root
     assert capsys.readouterr() == ("", "")
     wanted = [
@@ -391,24 +391,24 @@ def test_a_cohort_comes_whole_with_a_record_and_is_not_fetched_twice(tmp_path, h
     assert names(root) == ["fetched.json", *wanted]
     record = json.loads((root / "fetched.json").read_text())
     assert (record["name"], record["source"], record["commit"]) == ("two", "dataset lab/hest", COMMIT)
-    assert record["licence"] == "MIT"
+    assert record["license"] == "MIT"
     told = {f["path"]: (f["size"], f["sha256"]) for f in record["files"]}
     assert told == {name: (len(hub.files[name]), sha((root / name).read_bytes())) for name in wanted}
 
     hub.seen.clear()
-    assert located(mine["two"], root=root) == fetch(mine["two"], root=root, progress=False) == root
+    assert find_fetched(mine["two"], root=root) == fetch(mine["two"], root=root, progress=False) == root
     assert not hub.seen
 
 
 def test_a_lost_or_cut_file_alone_is_fetched_again_of_the_recorded_commit(tmp_path, hub, mine):
     fetch(mine["two"], root=tmp_path / "two", progress=False)
     (tmp_path / "two/metadata/S2.json").write_text("{}")
-    assert located(mine["two"], root=tmp_path / "two") is None
+    assert find_fetched(mine["two"], root=tmp_path / "two") is None
     (tmp_path / "two/metadata/S2.json").write_bytes(hub.files["metadata/S2.json"])
-    assert located(mine["two"], root=tmp_path / "two") is not None
+    assert find_fetched(mine["two"], root=tmp_path / "two") is not None
     (tmp_path / "two/metadata/S2.json").write_text("{}")
     (tmp_path / "two/st/S1.h5ad").unlink()
-    assert located(mine["two"], root=tmp_path / "two") is None
+    assert find_fetched(mine["two"], root=tmp_path / "two") is None
     hub.seen.clear()
     fetch(mine["two"], root=tmp_path / "two", progress=False)
     assert sorted(hub.downloads()) == ["metadata/S2.json", "st/S1.h5ad"]
@@ -420,11 +420,11 @@ def test_a_lost_or_cut_file_alone_is_fetched_again_of_the_recorded_commit(tmp_pa
 def test_a_pinned_revision_or_hash_is_not_met_by_what_came_before(tmp_path, hub, mine):
     fetch(mine["big"], root=tmp_path / "big", progress=False)
     later = dataclasses.replace(mine["big"], revision=OTHER)
-    assert located(later, root=tmp_path / "big") is None
+    assert find_fetched(later, root=tmp_path / "big") is None
     hub.commit, hub.files["models.ckpt"] = OTHER, b"WEIGHTS" * 999
     assert fetch(later, root=tmp_path / "big", progress=False).read_bytes() == hub.files["models.ckpt"]
     file = dataclasses.replace(later.files[0], sha256=sha(b"weights" * 999))
-    assert located(dataclasses.replace(later, files=(file,)), root=tmp_path / "big") is None
+    assert find_fetched(dataclasses.replace(later, files=(file,)), root=tmp_path / "big") is None
 
 
 def test_a_record_does_not_vouch_for_files_of_another_commit(tmp_path, hub, mine):
@@ -436,7 +436,7 @@ def test_a_record_does_not_vouch_for_files_of_another_commit(tmp_path, hub, mine
     with pytest.raises(OSError, match="truncated"):
         fetch(dataclasses.replace(mine["two"], revision=OTHER), root=root, progress=False)
     assert (root / "st/S1.h5ad").read_bytes() == hub.files["st/S1.h5ad"]
-    assert located(mine["two"], root=root) is None
+    assert find_fetched(mine["two"], root=root) is None
 
 
 def test_bars_are_off_while_nothing_is_to_be_said_and_back_on_afterwards(tmp_path, hub, mine, monkeypatch):
@@ -455,14 +455,14 @@ def test_bars_are_off_while_nothing_is_to_be_said_and_back_on_afterwards(tmp_pat
     assert not are_progress_bars_disabled()
 
 
-def test_one_file_goes_to_the_cache_and_the_hub_tells_its_licence(tmp_path, hub, mine, monkeypatch, capsys):
+def test_one_file_goes_to_the_cache_and_the_hub_tells_its_license(tmp_path, hub, mine, monkeypatch, capsys):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     place = fetch(mine["big"])
-    assert place == cache_dir() / "models" / "big" / "models.ckpt" == located(mine["big"])
-    assert json.loads((place.parent / "fetched.json").read_text())["licence"] == "mit"
+    assert place == cache_dir() / "models" / "big" / "models.ckpt" == find_fetched(mine["big"])
+    assert json.loads((place.parent / "fetched.json").read_text())["license"] == "mit"
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("fetching big: 1 files, 7.0 kB; ")
-    assert line.endswith("licence mit")
+    assert line.endswith("license mit")
 
 
 def test_of_alternatives_the_first_that_the_repository_holds_is_taken(tmp_path, hub, mine):
@@ -480,7 +480,7 @@ def test_the_token_goes_to_the_hub_alone(tmp_path, hub, mine):
 
 def test_a_folder_of_another_artifact_is_left_alone(tmp_path, hub, mine):
     fetch(mine["big"], root=tmp_path / "x", progress=False)
-    assert located(dataclasses.replace(mine["big"], name="other"), root=tmp_path / "x") is None
+    assert find_fetched(dataclasses.replace(mine["big"], name="other"), root=tmp_path / "x") is None
     with pytest.raises(ValueError, match="holds big already; give small a folder of its own"):
         fetch(mine["small"], root=tmp_path / "x", progress=False)
     assert names(tmp_path / "x") == ["fetched.json", "models.ckpt"]
@@ -597,7 +597,7 @@ def test_a_download_of_unknown_size_leaves_room_on_the_disk(tmp_path, hub, mine,
 def test_a_record_of_something_else_is_named(tmp_path, mine, record):
     (tmp_path / "fetched.json").write_text(record)
     with pytest.raises(ValueError, match=r"fetched\.json: .*remove it and fetch again"):
-        located(mine["big"], root=tmp_path)
+        find_fetched(mine["big"], root=tmp_path)
 
 
 @pytest.mark.parametrize("bad", ["short", "other", "page", "gone"])
@@ -616,7 +616,7 @@ def test_a_file_from_an_address_comes_whole_with_a_record(tmp_path, hub, mine):
     place = fetch(mine["list"], root=tmp_path / "genes", progress=False)
     assert place.read_bytes() == hub.files["genes.tsv"]
     record = json.loads((tmp_path / "genes/fetched.json").read_text())
-    assert (record["source"], record["commit"], record["licence"]) == (mine["list"].url, None, "MIT")
+    assert (record["source"], record["commit"], record["license"]) == (mine["list"].url, None, "MIT")
     assert names(tmp_path / "genes") == ["fetched.json", "genes.tsv"]
 
 
@@ -640,7 +640,7 @@ def test_a_cohort_that_fails_keeps_its_finished_files_and_nothing_half_written(t
         fetch(mine["two"], root=root, progress=False)
     assert names(root) == ["metadata/S1.json", "patches/S1.h5", "st/S1.h5ad", "st/S2.h5ad"]
     assert not (root / ".partial").exists()
-    assert located(mine["two"], root=root) is None
+    assert find_fetched(mine["two"], root=root) is None
 
     (root / "st/S1.h5ad").write_bytes(hub.files["st/S1.h5ad"][::-1])  # right size, wrong bytes, no record yet
     hub.bad.clear()
@@ -670,7 +670,7 @@ def test_a_process_that_was_killed_goes_on_where_it_stopped(tmp_path, hub, mine)
         child.kill()
         child.wait()
     begun = part.stat().st_size
-    assert located(mine["big"], root=root) is None
+    assert find_fetched(mine["big"], root=root) is None
 
     hub.bad.clear()
     hub.seen.clear()

@@ -1,4 +1,4 @@
-"""Counts: which spots stay, how they are normalised, and that held-out spots have no say in the genes."""
+"""Counts: which spots stay, how they are normalized, and that held-out spots have no say in the genes."""
 
 import anndata as ad
 import numpy as np
@@ -8,7 +8,7 @@ import scanpy as sc
 from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
-from peka_lite.data.expression import align_genes, counts_digest, normalize, qc, targets, top_hvg
+from peka_lite.data.expression import align_genes, expression_targets, hash_counts, normalize, qc, top_hvg
 from peka_lite.data.hest import Cohort, Slide, read_cohort
 from peka_lite.data.tiles import TileStore
 
@@ -105,7 +105,7 @@ def test_quality_control_leaves_the_cohort_as_it_was():
     assert cohort.slides[0].dropped == {}
 
 
-# --- normalisation -------------------------------------------------------------------------------------------------
+# --- normalization -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,7 +133,7 @@ def test_cp10k_takes_depth_out(seed, depth):
 
 
 @pytest.mark.parametrize("method", ["log1p-cp10k", "log1p"])
-def test_normalisation_is_sparse_float32_and_leaves_the_counts_alone(method):
+def test_normalization_is_sparse_float32_and_leaves_the_counts_alone(method):
     adata = make_adata(random_counts(6, 8))
     before = adata.X.toarray()
     X = normalize(adata, method=method)
@@ -157,8 +157,8 @@ def test_a_spot_without_counts_stays_zero():
     assert normalize(make_adata([[0, 0], [1, 1]])).toarray()[0].tolist() == [0, 0]
 
 
-def test_an_unknown_normalisation_is_refused():
-    with pytest.raises(ValueError, match=r"unknown normalisation 'cpm'; known: log1p-cp10k, log1p"):
+def test_an_unknown_normalization_is_refused():
+    with pytest.raises(ValueError, match=r"unknown normalization 'cpm'; known: log1p-cp10k, log1p"):
         normalize(make_adata([[1]]), method="cpm")
 
 
@@ -263,19 +263,19 @@ def test_real_genes_of_a_training_slide_do_not_depend_on_the_other(her2st):
 
 def test_targets_are_columns_in_the_order_asked_for_with_totals_over_all_genes():
     adata = make_adata([[1, 2, 7], [0, 5, 5]], ["A", "B", "C"])
-    Y = targets(adata, ["C", "A"])
+    Y = expression_targets(adata, ["C", "A"])
     assert Y.dtype == np.float32
     np.testing.assert_allclose(Y, np.log1p([[7000, 1000], [5000, 0]]), rtol=1e-6)
 
 
 def test_targets_can_keep_depth():
-    Y = targets(make_adata([[1, 2], [0, 5]], ["A", "B"]), ["B"], method="log1p")
+    Y = expression_targets(make_adata([[1, 2], [0, 5]], ["A", "B"]), ["B"], method="log1p")
     np.testing.assert_allclose(Y, np.log1p([[2], [5]]), rtol=1e-6)
 
 
 def test_a_target_that_was_not_measured_is_named():
     with pytest.raises(KeyError, match=r"not in the data: X, Y"):
-        targets(make_adata([[1, 2]], ["A", "B"]), ["A", "X", "Y"])
+        expression_targets(make_adata([[1, 2]], ["A", "B"]), ["A", "X", "Y"])
 
 
 names = st.lists(st.sampled_from("ABCDEFGHIJ"), min_size=1)
@@ -335,8 +335,8 @@ def test_a_digest_is_the_same_for_the_same_counts_however_they_are_kept():
     counts = random_counts(5, 7)
     adata, dense = make_adata(counts), make_adata(counts)
     dense.X = counts.astype(np.float64)
-    digest = counts_digest(adata)
-    assert digest == counts_digest(adata.copy()) == counts_digest(dense) == counts_digest(adata[:, :])
+    digest = hash_counts(adata)
+    assert digest == hash_counts(adata.copy()) == hash_counts(dense) == hash_counts(adata[:, :])
     assert len(digest) == 16
     assert int(digest, 16) >= 0
 
@@ -373,11 +373,11 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_digest_tells_other_counts_and_other_names(change):
     adata = make_adata(random_counts(5, 7))
-    assert counts_digest(changed(adata, change)) != counts_digest(adata)
+    assert hash_counts(changed(adata, change)) != hash_counts(adata)
 
 
 def test_a_digest_tells_where_counts_of_the_same_pattern_stand():
     # the same stored values and columns; only the rows differ
     one, other = make_adata([[1, 2], [0, 0]]), make_adata([[1, 0], [0, 2]])
-    assert counts_digest(one) != counts_digest(other)
-    assert counts_digest(make_adata([[1, 0]])) != counts_digest(make_adata([[0, 1]]))
+    assert hash_counts(one) != hash_counts(other)
+    assert hash_counts(make_adata([[1, 0]])) != hash_counts(make_adata([[0, 1]]))

@@ -271,7 +271,7 @@ BAD = {
     "negative": (set_counts(-1), "st/S1.h5ad", "X holds negative.*raw counts"),
     "nan": (set_counts(np.nan), "st/S1.h5ad", "X holds NaN.*raw counts"),
     "infinite": (set_counts(np.inf), "st/S1.h5ad", "X holds NaN or infinite.*raw counts"),
-    "normalised": (set_counts(0.5), "st/S1.h5ad", "X holds non-integer.*raw counts"),
+    "normalized": (set_counts(0.5), "st/S1.h5ad", "X holds non-integer.*raw counts"),
     "no coordinates": (lambda r: edit_spots(r, lambda a: a.obsm.clear()), "st/S1.h5ad", "obsm.'spatial'.*pixel"),
     "nan coordinates": (set_spatial(np.full((4, 2), np.nan)), "st/S1.h5ad", "obsm.'spatial'.*pixel"),
     "one coordinate": (set_spatial(np.ones((4, 1))), "st/S1.h5ad", "obsm.'spatial'.*pixel"),

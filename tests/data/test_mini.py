@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from peka_lite.data.mini import cohort as mini, counts as _mini_genes
-from peka_lite.data.mini.cohort import noise_ceiling, write_mini_cohort
+from peka_lite.data.mini.cohort import write_mini_cohort
+from peka_lite.evaluation import noise_ceiling
 
 SMALL = {"n_patients": 3, "n_slides": 4, "spots_per_slide": (40, 60)}
 NAMES = ("MINI1", "MINI2", "MINI3", "MINI4")
@@ -144,7 +145,7 @@ def test_tiles_match_the_small_image(root, slides, name):
         rows, columns = (slice(round(start * scale), round((start + 224) * scale)) for start in (y, x))
         from_tile.append(tile.mean((0, 1)))
         from_image.append(spatial["images"]["downscaled_fullres"][rows, columns].mean((0, 1)))
-    np.testing.assert_allclose(from_tile, from_image, atol=3)  # grey levels; the crop is off by half a pixel
+    np.testing.assert_allclose(from_tile, from_image, atol=3)  # gray levels; the crop is off by half a pixel
     assert np.std(from_tile, axis=0).min() > 6  # tiles differ by more than that, so a mix-up would show
 
 
@@ -154,7 +155,7 @@ def test_tiles_show_their_domain(root, slides):
         codes, _, tiles = read_patches(root, name)
         mixture = slide[codes].obsm["mixture"]
         darkness = 255 - tiles[..., 0].mean((1, 2))
-        cellular = mixture["tumour"] + mixture["immune"] - mixture["fat"]
+        cellular = mixture["tumor"] + mixture["immune"] - mixture["fat"]
         assert np.corrcoef(darkness, cellular)[0, 1] > 0.6
 
 
@@ -351,14 +352,14 @@ def test_the_test_above_can_fail(many_slides):
 
 def test_domains_and_niches_all_occur(many_slides):
     for slide in many_slides:
-        assert {"tumour", "stroma"} <= set(slide.obs["domain"])
-    for name in ("tumour", "stroma", "immune", "gland", "fat", "necrosis"):
+        assert {"tumor", "stroma"} <= set(slide.obs["domain"])
+    for name in ("tumor", "stroma", "immune", "gland", "fat", "necrosis"):
         assert sum(name in set(slide.obs["domain"]) for slide in many_slides) >= 27
     assert min(slide.obsm["niche"].to_numpy().max(0).min() for slide in many_slides) > 0.5
 
 
 def test_invisible_genes_are_smooth_in_space(slides):
-    """Neighbouring spots agree on a niche far more than two spots drawn at random."""
+    """Neighboring spots agree on a niche far more than two spots drawn at random."""
     for slide in slides.values():
         niche, place = slide.obsm["niche"].to_numpy(), slide.obsm["spatial"]
         distance = np.linalg.norm(place[:, None] - place[None], axis=2)

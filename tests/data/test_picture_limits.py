@@ -55,7 +55,7 @@ def with_size(data, place, form, width=65_500, height=65_500):
 
 
 def png(width, height):
-    """Return a PNG of one colour, whole: a thousand times smaller than its pixels."""
+    """Return a PNG of one color, whole: a thousand times smaller than its pixels."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

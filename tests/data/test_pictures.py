@@ -18,7 +18,7 @@ NAMES = ("DAPI", "CD3", "CK")
 
 
 def stained(width=WIDTH, height=HEIGHT):
-    """Tissue in H&E's colours on glass, no two places alike."""
+    """Tissue in H&E's colors on glass, no two places alike."""
     y, x = np.mgrid[:height, :width] / (height, width)[0]
     image = np.stack([230 - 60 * x, 90 + 50 * y, 180 + 20 * (x - y)], axis=-1)
     image[:30], image[:, -40:] = (243, 241, 244), (243, 241, 244)
@@ -66,8 +66,8 @@ LAYOUTS = {
     "axes.tif": (planes(), {"photometric": "minisblack", "metadata": {"axes": "CYX"}}),
     "jpeg2000.tif": (HE, {"compression": "jpeg2000"}),
     "planar.tif": (planes(), {"planarconfig": "separate"}),
-    "planar-grey.tif": (planes(), {"planarconfig": "separate", "photometric": "minisblack"}),
-    "interleaved-grey.tif": (HE, {"planarconfig": "contig", "photometric": "minisblack"}),
+    "planar-gray.tif": (planes(), {"planarconfig": "separate", "photometric": "minisblack"}),
+    "interleaved-gray.tif": (HE, {"planarconfig": "contig", "photometric": "minisblack"}),
     "alpha-0.tif": (with_alpha(0), {}),
     "alpha-0-associated.tif": (with_alpha(0), {"extrasamples": ["assocalpha"]}),
     "alpha-0-strips.tif": (with_alpha(0), {"tile": None}),
@@ -89,7 +89,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_colours_are_read_from_any_layout(tmp_path, name):
+def test_colors_are_read_from_any_layout(tmp_path, name):
     image, options = LAYOUTS[name]
     tifffile.imwrite(
         tmp_path / name, image, ome=name.endswith(".ome.tif"), **{"photometric": "rgb", **TILED, **options}
@@ -122,7 +122,7 @@ def test_alpha_that_is_0_throughout_is_ignored_in_plain_images_too(tmp_path, nam
     assert np.array_equal(read(tmp_path / name), HE)
 
 
-def test_a_palette_and_a_transparent_colour_are_looked_up(tmp_path):
+def test_a_palette_and_a_transparent_color_are_looked_up(tmp_path):
     image = Image.fromarray(HE).quantize(32)
     for name in ("a.png", "a.tif"):
         image.save(tmp_path / name)
@@ -148,7 +148,7 @@ ORDERS = {
         (HE[..., 0] > 200, {"photometric": "mask", "subfiletype": 4, "tile": None, "compression": None}),
     ),
     "with a label": (FULL, (HE[:60, :300], {"subfiletype": 9})),
-    "a thumbnail of grey": ((SMALL[0][..., 0], {"photometric": "minisblack"}), FULL),
+    "a thumbnail of gray": ((SMALL[0][..., 0], {"photometric": "minisblack"}), FULL),
 }
 
 
@@ -218,26 +218,26 @@ def test_rows_that_become_columns_take_their_resolution_along(tmp_path):
             assert slide.mpp == pytest.approx((1e4 / 19000, 0.5), rel=1e-3)
 
 
-GREY = np.rint(255 * rgb2gray(HE)).astype(np.uint8)
+GRAY = np.rint(255 * rgb2gray(HE)).astype(np.uint8)
 OME = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
 REFUSED = {
-    "grey.tif": ((GREY, {"photometric": "minisblack"}), r"not in colours \(axes YX, 260 x 340, uint8, MINISBLACK\)"),
-    "grey-strips.tif": ((GREY, {"photometric": "minisblack", "tile": None}), "of mode L, not 8-bit colours"),
-    "bilevel.tif": ((GREY > 128, {"photometric": "minisblack", "tile": None, "compression": None}), "of mode 1, not"),
-    "five.ome.tif": ((np.stack([GREY] * 5), OME), "not in colours .*axes CYX, 5 x 260 x 340"),
-    "two.ome.tif": ((np.stack([GREY] * 2), OME), "not in colours .*axes CYX, 2 x"),
-    "stack.ome.tif": ((np.stack([GREY] * 3), OME | {"metadata": {"axes": "ZYX"}}), "not in colours .*axes ZYX"),
+    "gray.tif": ((GRAY, {"photometric": "minisblack"}), r"not in colors \(axes YX, 260 x 340, uint8, MINISBLACK\)"),
+    "gray-strips.tif": ((GRAY, {"photometric": "minisblack", "tile": None}), "of mode L, not 8-bit colors"),
+    "bilevel.tif": ((GRAY > 128, {"photometric": "minisblack", "tile": None, "compression": None}), "of mode 1, not"),
+    "five.ome.tif": ((np.stack([GRAY] * 5), OME), "not in colors .*axes CYX, 5 x 260 x 340"),
+    "two.ome.tif": ((np.stack([GRAY] * 2), OME), "not in colors .*axes CYX, 2 x"),
+    "stack.ome.tif": ((np.stack([GRAY] * 3), OME | {"metadata": {"axes": "ZYX"}}), "not in colors .*axes ZYX"),
     "named.ome.tif": (
-        (np.stack([GREY] * 3), OME | {"metadata": {"axes": "CYX", "Channel": {"Name": NAMES}}}),
-        "not in colours .*channels DAPI, CD3, CK",
+        (np.stack([GRAY] * 3), OME | {"metadata": {"axes": "CYX", "Channel": {"Name": NAMES}}}),
+        "not in colors .*channels DAPI, CD3, CK",
     ),
     "dyes.ome.tif": (
         (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"Fluor": ["DAPI", "FITC", "Cy5"]}}}),
-        "not in colours .*channels DAPI, FITC, Cy5",
+        "not in colors .*channels DAPI, FITC, Cy5",
     ),
     "light.ome.tif": (
         (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"EmissionWavelength": [460, 520, 670]}}}),
-        "not in colours .*channels at 460 nm, at 520 nm",
+        "not in colors .*channels at 460 nm, at 520 nm",
     ),
     "white-is-0.tif": ((planes(255 - HE), {"photometric": "miniswhite", "planarconfig": "separate"}), "MINISWHITE"),
     "signed.tif": ((HE.astype(np.int16), {}), "values are int16 from .* nothing says what is white"),
@@ -262,7 +262,7 @@ def test_a_stack_of_images_is_refused(tmp_path, pages):
 
 
 @pytest.mark.parametrize(("labels", "read_as_it_is"), [(["Red", "Green", "Blue"], True), (list(NAMES), False)])
-def test_imagejs_labels_tell_colours_from_dyes(tmp_path, labels, read_as_it_is):
+def test_imagejs_labels_tell_colors_from_dyes(tmp_path, labels, read_as_it_is):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, planes(), imagej=True, metadata={"axes": "CYX", "Labels": labels})
     if read_as_it_is:
@@ -284,16 +284,16 @@ def test_a_damaged_page_of_16_bits_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "F"])
-def test_a_plain_image_without_colours_is_refused(tmp_path, mode):
+def test_a_plain_image_without_colors_is_refused(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "F" else "a.png")
-    grey = Image.fromarray(GREY)
-    image = Image.fromarray(GREY.astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    gray = Image.fromarray(GRAY)
+    image = Image.fromarray(GRAY.astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
     image.save(path)
-    with pytest.raises(SlideError, match=rf"its pixels are of mode {mode}, not 8-bit colours"):
+    with pytest.raises(SlideError, match=rf"its pixels are of mode {mode}, not 8-bit colors"):
         open_slide(path, mpp=0.5)
 
 
-# --- colours that H&E cannot have ---------------------------------------------------------------------------------
+# --- colors that H&E cannot have ---------------------------------------------------------------------------------
 
 SCENE = np.full((672, 896, 3), (243, 241, 244), np.uint8)
 SCENE[100:600, 100:700] = stained(600, 500)
@@ -301,7 +301,7 @@ SCENE[100:130, 100:700] = SCENE[100:600, 660:700] = (222, 160, 195)
 LIGHT = np.zeros_like(SCENE)
 LIGHT[100:600, 100:700, 2] = np.random.default_rng(0).integers(60, 250, (500, 600))
 UNLIKE = {
-    "grey": (np.dstack([SCENE.mean(-1).astype(np.uint8)] * 3), "no colour"),
+    "gray": (np.dstack([SCENE.mean(-1).astype(np.uint8)] * 3), "no color"),
     "fluorescent": (LIGHT, "black ground"),
     "inverted": (255 - SCENE, "looks inverted"),
 }
@@ -355,7 +355,7 @@ def test_real_tissue_passes_also_when_faint_or_mostly_glass(her2st, share):
         glass = np.full((20 * len(pixels), 3), 243, np.uint8)
         check_stain(SLIDE, pixels)
         check_stain(SLIDE, np.concatenate([pixels, glass]))
-        with pytest.raises(SlideError, match=r"S\.svs: .*no colour"):
+        with pytest.raises(SlideError, match=r"S\.svs: .*no color"):
             check_stain(SLIDE, np.repeat(pixels[:, :1], 3, axis=1))
 
 

@@ -20,28 +20,28 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 from run_folders import write_run_folder, write_sweep_file
-from test_trained import GENES, probe, write_folder
+from test_model import GENES, probe, write_folder
 
 import peka_lite as pk
 from peka_lite._core.names import (
-    in_code,
-    in_fence,
-    in_html,
-    in_markdown,
+    escape_control,
+    escape_html,
+    escape_markdown,
+    fenced_code,
+    inline_code,
     read_metrics,
-    shown,
-    visible,
-    write_cells,
+    short_name,
     write_metrics,
+    write_spreadsheet_csv,
 )
-from peka_lite._core.progress import Stage, say
-from peka_lite._core.received import own_file, own_json
+from peka_lite._core.progress import Stage, print_line
+from peka_lite._core.received import file_inside, read_json_inside
 from peka_lite.cli.doctor import Check, report
 from peka_lite.cli.main import main
 from peka_lite.cli.options import parser
 from peka_lite.experiments._card import model_card
 from peka_lite.experiments._sweep_folder import read_sweep_folder
-from peka_lite.experiments._unfinished import command
+from peka_lite.experiments._unfinished import remake_command
 from peka_lite.experiments.model import load_trained, read_run
 from peka_lite.experiments.sweeps._view import Board
 from peka_lite.probe.files import save_probes
@@ -94,7 +94,7 @@ def all_of(folder):
 def test_a_name_that_is_a_path_is_refused(tmp_path, outside, name):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="is no plain name"):
-        own_file(tmp_path / "run", name)
+        file_inside(tmp_path / "run", name)
 
 
 def test_only_regular_files_inside_are_read(tmp_path, outside):
@@ -103,7 +103,7 @@ def test_only_regular_files_inside_are_read(tmp_path, outside):
     (run / "real.csv").write_text("12345")
     (run / "inside").symlink_to("real.csv")
     (tmp_path / "given").symlink_to(run)  # as the user named it
-    assert own_file(tmp_path / "given", "inside").read_text() == "12345"
+    assert file_inside(tmp_path / "given", "inside").read_text() == "12345"
     (run / "out").symlink_to(outside / "notes.txt")
     (run / "folder").symlink_to(outside)
     (run / "circle").symlink_to("circle")
@@ -115,12 +115,12 @@ def test_only_regular_files_inside_are_read(tmp_path, outside):
         (("pipe",), "no regular file"), (("circle",), "leads nowhere"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
-            own_file(run, *names)
+            file_inside(run, *names)
     for name in ("gone", "missing", "x" * 300):
         with pytest.raises(FileNotFoundError):
-            own_file(run, name)
+            file_inside(run, name)
     with pytest.raises(ValueError, match="5 bytes are more"):
-        own_file(run, "real.csv", largest=4)
+        file_inside(run, "real.csv", largest=4)
 
 
 def test_a_model_in_the_hubs_cache_is_read_through_its_links(tmp_path, outside):
@@ -131,9 +131,9 @@ def test_a_model_in_the_hubs_cache_is_read_through_its_links(tmp_path, outside):
     (repository / "blobs" / "ff").symlink_to(outside / "notes.txt")
     for name, blob in (("config.yml", "0f"), ("notes", "ff")):
         (repository / "snapshots" / "abc" / name).symlink_to(f"../../blobs/{blob}")
-    assert own_file(repository / "snapshots" / "abc", "config.yml").read_text() == "{}"
+    assert file_inside(repository / "snapshots" / "abc", "config.yml").read_text() == "{}"
     with pytest.raises(ValueError, match="leads out of"):
-        own_file(repository / "snapshots" / "abc", "notes")
+        file_inside(repository / "snapshots" / "abc", "notes")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_model_in_the_hubs_cache_is_read_through_its_links(tmp_path, outside):
 def test_a_record_that_no_run_writes_is_refused(tmp_path, text):
     (tmp_path / "summary.json").write_text(text, "latin-1")
     with pytest.raises(ValueError, match=r"summary\.json is no JSON that can be read here"):
-        own_json(tmp_path, "summary.json")
+        read_json_inside(tmp_path, "summary.json")
 
 
 @pytest.mark.parametrize("absolute", [True, False])
@@ -241,14 +241,14 @@ def test_a_command_to_finish_a_run_shows_no_other_file_and_no_option_of_its_own(
     (work / "scratch").mkdir(parents=True)
     (work / "config.yml").write_text(yaml.safe_dump({"cohort": "--out=/x; rm -r y", "weights": "a'b"}))
     (work / "scratch" / "command").symlink_to(outside / "notes.txt")
-    said = command(work)
+    said = remake_command(work)
     assert SECRET not in said
     assert said.startswith("""peka-lite run --cohort='--out=/x; rm -r y' --weights 'a'"'"'b' --out """)
     (work / "scratch" / "command").unlink()
     (work / "scratch" / "command").write_text("train; rm -r y")
-    assert command(work).startswith("peka-lite run ")
+    assert remake_command(work).startswith("peka-lite run ")
     (work / "config.yml").write_text("slides: [1, {a: b}]\nprotocol: [x]\n")
-    assert " OPTIONS " in command(work)
+    assert " OPTIONS " in remake_command(work)
 
 
 def change_json(path, change):
@@ -366,7 +366,7 @@ def text_of(html):
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_is_text_wherever_markdown_shows_it(name):
-    told, words = in_markdown(name), visible(" ".join(name.splitlines())).strip()
+    told, words = escape_markdown(name), escape_control(" ".join(name.splitlines())).strip()
     for around, tags in (("{}", ["p"]), ("# {}", ["h1"]), ("- {}", ["ul", "li"]), ("a {} b", ["p"]), ("{}: x", ["p"])):
         html = rendered(around.format(told))
         assert Page(html).tags == tags
@@ -380,30 +380,30 @@ def test_a_name_is_text_wherever_markdown_shows_it(name):
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_is_code_and_no_more_in_backticks(name):
-    html = rendered(f"missing: {in_code(name)} (x)")
+    html = rendered(f"missing: {inline_code(name)} (x)")
     assert Page(html).tags == ["p", "code"]
-    assert visible(name) in text_of(html)
-    html = rendered(f"{in_fence(f'x = 1  # {name}', 'python')}\n\nend")
+    assert escape_control(name) in text_of(html)
+    html = rendered(f"{fenced_code(f'x = 1  # {name}', 'python')}\n\nend")
     assert Page(html).tags == ["pre", "code", "p"]
 
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_is_text_in_html_and_on_a_terminal(name):
-    page = Page(f"<td title='{in_html(name)}' alt=\"{in_html(name)}\">{in_html(name)}</td>")
+    page = Page(f"<td title='{escape_html(name)}' alt=\"{escape_html(name)}\">{escape_html(name)}</td>")
     assert page.tags == ["td"]
-    assert dict(page.attributes) == {"title": visible(name), "alt": visible(name)}
-    assert not ESCAPES.search(visible(name))
-    assert "\n" not in visible(name)
-    visible(name).encode("utf-8")  # half letters too can be printed
-    assert len(shown(name * 100, longest=40)) == 40
+    assert dict(page.attributes) == {"title": escape_control(name), "alt": escape_control(name)}
+    assert not ESCAPES.search(escape_control(name))
+    assert "\n" not in escape_control(name)
+    escape_control(name).encode("utf-8")  # half letters too can be printed
+    assert len(short_name(name * 100, longest=40)) == 40
 
 
 def test_escapes_keep_a_name_recognisable_and_plain_names_as_they_are():
-    assert visible("a\x1b[2K\u202e\udcff\n") == "a\\x1b[2K\\u202e\\udcff\\n"
+    assert escape_control("a\x1b[2K\u202e\udcff\n") == "a\\x1b[2K\\u202e\\udcff\\n"
     plain = "Größe 大 \N{DNA DOUBLE HELIX} e\u0301 a\u00a0b\u202f\\ HLA-DRB1*15:01"
-    assert visible(plain) == plain
+    assert escape_control(plain) == plain
     for name in ("MINI3", "train_share=0.25, lr=1e-05", "-0.5", "MINI3 (synthetic)", "log1p-cp10k", "a > b: 50%"):
-        assert in_markdown(name) == name
+        assert escape_markdown(name) == name
 
 
 def formulas(text):
@@ -429,7 +429,7 @@ def test_no_cell_of_a_reports_csv_is_a_formula(tmp_path):
         }
     )
     table.index = pd.Index(names, name="row")
-    write_cells(table, tmp_path / "a.csv", index=True)
+    write_spreadsheet_csv(table, tmp_path / "a.csv", index=True)
     text = (tmp_path / "a.csv").read_text("utf-8")
     assert formulas(text) == []
     assert len(text.splitlines()) == len(names) + 1
@@ -504,7 +504,7 @@ def changed(model, *, config=None, summary=None, spec=None, genes=None):
     """The same model with other values in its record, as if none had been checked."""
     student = type("Student", (), {})()
     student.spec = replace(model.student.spec, **(spec or {}))
-    student.weights_origin = (spec or {}).get("licence", model.student.weights_origin)
+    student.weights_origin = (spec or {}).get("license", model.student.weights_origin)
     student.num_prefix_tokens, student.global_pool = 1, "token"
     settings = object.__new__(type(model.config))
     for name, value in (model.config.as_dict() | (config or {})).items():
@@ -544,7 +544,7 @@ def test_a_card_of_nasty_names_holds_no_code(model, name):
         config = {"cohort": f"x{name}", "method": "bone", "normalization": f"y{name}", "weights": "hub"}
         summary = {"slides": [name, name], "data_fingerprint": name, "n_spots": name, "unit": name}
         summary |= {"versions": {name: name, "torch": name}}
-        spec = {"name": name, "arch": name, "licence": name, "gate": name, "source": name}
+        spec = {"name": name, "arch": name, "license": name, "gate": name, "source": name}
         spec["options"] = {"x": name, "y": [1, None]}
         card = model_card(changed(model, config=config, summary=summary, spec=spec, genes=(name, "B")))
         front, _, body = card.removeprefix("---\n").partition("\n---\n")
@@ -553,7 +553,7 @@ def test_a_card_of_nasty_names_holds_no_code(model, name):
     (card, front, page), (plain, plain_front, plain_page) = card_of(name), card_of("plain")
     assert not ESCAPES.search(card)
     assert front.keys() == plain_front.keys()
-    assert front["base_model"] == visible(name)
+    assert front["base_model"] == escape_control(name)
     assert calls(card) == calls(plain)
     assert (page.tags, page.attributes) == (plain_page.tags, plain_page.attributes)
 
@@ -576,13 +576,13 @@ def test_names_reach_a_terminal_without_what_it_obeys(tmp_path, name, capsys):
     folder.mkdir()
     assert main(["report", str(folder)]) == 2
     out, err = capsys.readouterr()
-    assert visible(name) in err
+    assert escape_control(name) in err
     run = write_run_folder(folder / "run", method="none")
     (folder / "bad").mkdir()
     (folder / "bad" / "config.yml").write_text("x")
     assert main(["report", str(folder), "--out", str(folder / "out")]) == 0  # with a warning of what is left out
     with Stage("", reports=True):
-        say(f"plan: {name}")
+        print_line(f"plan: {name}")
     with pytest.raises(SystemExit):
         parser(command="report").parse_args(["report", "x", f"--{name}".replace(" ", "_")])
     point = Point(name, {"a": name}, {})
@@ -601,7 +601,7 @@ def test_names_reach_a_terminal_without_what_it_obeys(tmp_path, name, capsys):
     more_out, more_err = capsys.readouterr()
     said = out + err + more_out + more_err
     assert not ESCAPES.search(said)
-    assert said.count(visible(name)) > 8
+    assert said.count(escape_control(name)) > 8
     assert not any(line.startswith("peka-lite: all is well") for line in said.splitlines())
 
 

@@ -13,11 +13,11 @@ UM = 8.0
 
 
 def scene(*, size=(300, 400), seed=0, noise=2.0, ground=GLASS, parts=()):
-    """Paint rectangles ((y0, y1, x0, x1), colour) on glass, with a scanner's noise."""
+    """Paint rectangles ((y0, y1, x0, x1), color) on glass, with a scanner's noise."""
     image = np.empty((*size, 3))
     image[:] = ground
-    for (y0, y1, x0, x1), colour in parts:
-        image[y0:y1, x0:x1] = colour
+    for (y0, y1, x0, x1), color in parts:
+        image[y0:y1, x0:x1] = color
     noisy = image + np.random.default_rng(seed).normal(0, noise, image.shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
@@ -43,9 +43,9 @@ TISSUE = (80, 220, 100, 300)
 
 
 @pytest.mark.parametrize("um_per_px", [2.0, 8.0, 25.0])
-@pytest.mark.parametrize("colour", [EOSIN, NUCLEI, PALE])
-def test_tissue_is_found_on_glass(colour, um_per_px):
-    found = find_tissue(scene(parts=[(TISSUE, colour)]), um_per_px=um_per_px)
+@pytest.mark.parametrize("color", [EOSIN, NUCLEI, PALE])
+def test_tissue_is_found_on_glass(color, um_per_px):
+    found = find_tissue(scene(parts=[(TISSUE, color)]), um_per_px=um_per_px)
     assert found.dtype == bool
     assert overlap(found, truth(TISSUE)) > 0.97
 
@@ -56,9 +56,9 @@ def test_a_slide_without_tissue_has_none(ground):
     assert not find_tissue(scene(ground=ground, noise=0), um_per_px=UM).any()
 
 
-@pytest.mark.parametrize("colour", [(3, 2, 4), (20, 60, 190), (30, 140, 60), (40, 40, 44)])
-def test_borders_and_ink_are_left_out(colour):
-    image = scene(parts=[(TISSUE, EOSIN), ((0, 300, 0, 40), colour), ((20, 60, 100, 350), colour)])
+@pytest.mark.parametrize("color", [(3, 2, 4), (20, 60, 190), (30, 140, 60), (40, 40, 44)])
+def test_borders_and_ink_are_left_out(color):
+    image = scene(parts=[(TISSUE, EOSIN), ((0, 300, 0, 40), color), ((20, 60, 100, 350), color)])
     found = overlap(find_tissue(image, um_per_px=UM), truth(TISSUE))
     assert found > 0.97
     assert found >= overlap(otsu(image), truth(TISSUE))

@@ -24,7 +24,7 @@ SIDE = 700  # um, of the image
 
 
 def picture(mpp):
-    """Colours that tell the place: red grows to the right, green downwards (um)."""
+    """Colors that tell the place: red grows to the right, green downwards (um)."""
     n = round(SIDE / mpp)
     at = (np.arange(n) + 0.5) * mpp / SIDE
     x, y = np.broadcast_arrays(at[None, :], at[:, None])
@@ -38,7 +38,7 @@ def save(path, image, *, mpp=None, tile=(256, 256)):
 
 
 def sample(mpp, *, first=100.0, genes=8, side=5):
-    """Counts on Visium's grid as a reader gives them: centres in pixels, float64, x first."""
+    """Counts on Visium's grid as a reader gives them: centers in pixels, float64, x first."""
     row, col = np.mgrid[:side, : 2 * side]
     row, col = (a[(row + col) % 2 == 0] for a in (row, col))
     um = np.column_stack([first + 50 * col, first + 50 * np.sqrt(3) * row])  # (N, 2)
@@ -145,14 +145,14 @@ def test_resolution_from_the_spots(tmp_path):
 
 
 def test_the_distance_between_spots_forgives_gaps_and_rounding():
-    centres = sample(0.5).obsm["spatial"].round()
-    keep = np.random.default_rng(0).random(len(centres)) < 0.6
-    assert spot_distance(centres[keep]) == pytest.approx(200, rel=0.005)
+    centers = sample(0.5).obsm["spatial"].round()
+    keep = np.random.default_rng(0).random(len(centers)) < 0.6
+    assert spot_distance(centers[keep]) == pytest.approx(200, rel=0.005)
 
 
 def broken(counts, how):
     counts = counts.copy()
-    if how == "normalised":
+    if how == "normalized":
         counts.layers["counts"] = counts.X.copy()
         counts.X = counts.X.astype(float) / 3
     elif how == "negative":
@@ -178,13 +178,13 @@ def broken(counts, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("normalised", r"counts of S: X holds non-integer counts.*neither normalised.*layers\['counts'\]"),
+        ("normalized", r"counts of S: X holds non-integer counts.*neither normalized.*layers\['counts'\]"),
         ("negative", "X holds negative counts"),
         ("no spatial", r"obsm\['spatial'\] is missing.*squidpy.read.visium"),
         ("nan", "missing or not finite"),
         ("twice", "'SAME-1' stands more than once"),
         ("off", "no spot is on the tissue"),
-        ("beyond", r"centres lie outside full\.tif, 1400 x 1400 px.*the image that Space Ranger was given"),
+        ("beyond", r"centers lie outside full\.tif, 1400 x 1400 px.*the image that Space Ranger was given"),
         ("too close", r"spots lie 25 um apart at 0\.5 um/px, Visium's 100 um.*'visium' as mpp takes 2 um/px"),
         ("edge", r"full\.tif: none of 2 tiles"),
     ],
@@ -455,7 +455,7 @@ def test_the_next_step_counts_slides_and_patients(tmp_path):
     said = []
     for i, patient in enumerate(["P1", "P1", "P2", None]):
         (root / "metadata" / f"S{i}.json").write_text(json.dumps({"patient": patient}))
-        said.append(own_slides.next_step(root))
+        said.append(own_slides.describe_next_step(root))
     run = f"peka-lite run --cohort '{root}' --method none --n-splits 2 --out 'runs/my slides'"
     assert said[0].startswith(f"{root} has 1 slide of 1 patient; next: add a slide of another patient, then `{run}`")
     assert said[1] == (
@@ -474,12 +474,12 @@ def test_one_slide_of_an_unknown_patient_is_not_yet_enough_for_a_run(tmp_path):
     said = []
     for i in range(2):
         (tmp_path / "metadata" / f"S{i}.json").write_text(json.dumps({"patient": None}))
-        said.append(own_slides.next_step(tmp_path))
+        said.append(own_slides.describe_next_step(tmp_path))
     assert "has 1 slide, 1 with no patient named; next: add a slide of another patient, then `peka-lite run" in said[0]
     assert "has 2 slides, 2 with no patient named; next: name the patients" in said[1]
 
 
-def test_an_image_without_colours_is_named(tmp_path):
+def test_an_image_without_colors_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((300, 300), np.uint16), photometric="minisblack")
-    with pytest.raises(SlideError, match=r"deep\.tif: its pixels are of mode I;16, not 8-bit colours"):
+    with pytest.raises(SlideError, match=r"deep\.tif: its pixels are of mode I;16, not 8-bit colors"):
         add_slide(tmp_path / "c", "S", sample(0.5), tmp_path / "deep.tif", mpp=0.5)

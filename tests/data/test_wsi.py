@@ -9,19 +9,19 @@ import tifffile
 from peka_lite.data import wsi
 from peka_lite.data.wsi import SlideError, open_slide
 
-WAVE = 40.0  # um; a shift by one tile pixel (0.5 um) would change a colour by up to 8 of 255
+WAVE = 40.0  # um; a shift by one tile pixel (0.5 um) would change a color by up to 8 of 255
 INSIDE = slice(4, -4)  # at a slide's edge the filter sees the white beyond
 
 
-def colours(x, y):
-    """Colours that tell the place (um): red from x, green from y, blue from both, slowly."""
+def colors(x, y):
+    """Colors that tell the place (um): red from x, green from y, blue from both, slowly."""
     red, green = 127.5 + 100 * np.sin(2 * np.pi * x / WAVE), 127.5 + 100 * np.cos(2 * np.pi * y / WAVE)
     return np.stack(np.broadcast_arrays(red, green, (0.1 * x + 0.2 * y) % 256), axis=-1)
 
 
 def picture(width, height, *, mpp):
     x, y = ((np.arange(n) + 0.5) * um for n, um in zip((width, height), mpp, strict=True))
-    return np.rint(colours(x[None, :], y[:, None])).astype(np.uint8)
+    return np.rint(colors(x[None, :], y[:, None])).astype(np.uint8)
 
 
 def write_tiff(path, image, *, mpp=None, ratios=(), aperio=None, resolution=None, unit="CENTIMETER"):
@@ -42,7 +42,7 @@ def write_tiff(path, image, *, mpp=None, ratios=(), aperio=None, resolution=None
 
 def expected(row, col, *, n=wsi.TILE, um=0.5):
     at = (np.arange(n) + 0.5) * um
-    return colours((col * n * um + at)[None, :], (row * n * um + at)[:, None])
+    return colors((col * n * um + at)[None, :], (row * n * um + at)[:, None])
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +134,7 @@ def test_the_thumbnail_is_bounded_and_to_scale(tmp_path, monkeypatch, ratios):
         x, y = (np.arange(250) + 0.5) * um, (np.arange(168) + 0.5) * um
         for block in (2048, 100):
             monkeypatch.setattr(wsi, "BLOCK", block)
-            error = slide.thumbnail(250)[0] - colours(x[None, :], y[:, None])
+            error = slide.thumbnail(250)[0] - colors(x[None, :], y[:, None])
             assert np.abs(error[INSIDE, INSIDE, :2]).max() < 3
             assert np.abs(error[INSIDE, INSIDE]).mean() < 0.7
         assert slide.thumbnail(5000)[1] == 1

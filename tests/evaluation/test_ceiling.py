@@ -7,8 +7,8 @@ import pytest
 from scipy import sparse
 
 from peka_lite.data.expression import NORMALIZATIONS
-from peka_lite.data.mini.cohort import noise_ceiling
-from peka_lite.evaluation.ceiling import _halves, ceiling_of, estimated_ceiling
+from peka_lite.evaluation import noise_ceiling
+from peka_lite.evaluation.ceiling import _halves, estimate_ceiling, expression_ceiling
 
 N_GENES = 60  # with a pattern; 40 more fill the totals
 
@@ -47,7 +47,7 @@ def counts_of(columns):
 @pytest.mark.parametrize("method", NORMALIZATIONS)
 def test_the_estimate_is_within_two_hundredths_of_the_truth_on_poisson_counts(poisson, method):
     truth = noise_ceiling(poisson, method=method)[patterned(poisson)]
-    error = estimated_ceiling(poisson, patterned(poisson), method=method) - truth
+    error = estimate_ceiling(poisson, patterned(poisson), method=method) - truth
     assert abs(error.mean()) < 0.02
     assert error[truth > 0.5].abs().max() < 0.1
     assert truth.min() < 0.3 < 0.9 < truth.max()
@@ -57,8 +57,8 @@ def test_the_estimate_is_within_two_hundredths_of_the_truth_on_poisson_counts(po
 def test_overdispersed_counts_need_their_dispersion(method):
     adata = simulate(5000, dispersion=0.3)
     truth = noise_ceiling(adata, method=method)
-    given = estimated_ceiling(adata, method=method, dispersion=np.full(adata.n_vars, 0.3)) - truth
-    blind = estimated_ceiling(adata, method=method) - truth
+    given = estimate_ceiling(adata, method=method, dispersion=np.full(adata.n_vars, 0.3)) - truth
+    blind = estimate_ceiling(adata, method=method) - truth
     assert abs(given.iloc[:N_GENES].mean()) < 0.03
     assert blind.iloc[:N_GENES].mean() > 0.1  # an upper bound, as the docstring says
 
@@ -69,20 +69,19 @@ def test_the_mini_cohorts_ceiling_is_found_when_its_dispersion_is_known(mini_coh
     truth = noise_ceiling(adata, method=method)
     told = adata.var["kind"].isin(["visible", "invisible"]).to_numpy()
     dispersion = adata.var["dispersion"]
-    error = (estimated_ceiling(adata, method=method, dispersion=dispersion) - truth)[told]
+    error = (estimate_ceiling(adata, method=method, dispersion=dispersion) - truth)[told]
     assert abs(error.mean()) < bias
     assert error.abs().mean() < 0.1
     strong = truth[told] > 0.5
     assert error[strong].abs().mean() < 0.08
-    blind = (estimated_ceiling(adata, method=method) - truth)[told]
+    blind = (estimate_ceiling(adata, method=method) - truth)[told]
     assert blind.mean() > error.mean() + 0.02
 
 
 @pytest.mark.parametrize("method", NORMALIZATIONS)
 def test_deeper_sequencing_raises_the_ceiling(method):
     means = [
-        estimated_ceiling(a, patterned(a), method=method).mean()
-        for a in (simulate(d) for d in (500, 2000, 8000, 32000))
+        estimate_ceiling(a, patterned(a), method=method).mean() for a in (simulate(d) for d in (500, 2000, 8000, 32000))
     ]
     assert (np.diff(means) > 0.05).all()
 
@@ -91,7 +90,7 @@ def test_a_gene_that_is_only_noise_has_a_ceiling_near_0_and_one_with_hardly_any_
     rng = np.random.default_rng(0)
     noise = rng.poisson(5, (2000, 20))
     signal = rng.poisson(np.exp(rng.normal(8, 1, (2000, 1))))
-    ceiling = estimated_ceiling(counts_of([*noise.T, *signal.T]), method="log1p")
+    ceiling = estimate_ceiling(counts_of([*noise.T, *signal.T]), method="log1p")
     assert ceiling.iloc[:20].mean() < 0.15
     assert ceiling.iloc[20] > 0.99
 
@@ -100,7 +99,7 @@ def test_halves_that_disagree_give_0():
     # One molecule is in one half or the other: the halves avoid each other.
     X = np.zeros((2000, 1))
     X[::2] = 1
-    ceiling = estimated_ceiling(counts_of([X[:, 0], np.full(2000, 50)]), ["0"], method="log1p")
+    ceiling = estimate_ceiling(counts_of([X[:, 0], np.full(2000, 50)]), ["0"], method="log1p")
     assert ceiling.tolist() == [0.0]
 
 
@@ -123,7 +122,7 @@ def test_halves_add_up_to_the_counts_are_alike_and_know_nothing_of_each_other(di
 
 def test_totals_are_taken_over_all_genes_also_when_few_are_asked_for(poisson):
     genes = ["G59", "G30", "G40"]
-    some, every = (estimated_ceiling(poisson, which) for which in (genes, None))
+    some, every = (estimate_ceiling(poisson, which) for which in (genes, None))
     assert list(some.index) == genes
     assert some.dtype == np.float64
     assert list(every.index) == list(poisson.var_names)
@@ -132,13 +131,13 @@ def test_totals_are_taken_over_all_genes_also_when_few_are_asked_for(poisson):
 
 def test_a_gene_that_does_not_vary_is_nan():
     rng = np.random.default_rng(0)
-    ceiling = estimated_ceiling(counts_of([np.zeros(50), np.full(50, 7), rng.poisson(9, 50)]), method="log1p")
+    ceiling = estimate_ceiling(counts_of([np.zeros(50), np.full(50, 7), rng.poisson(9, 50)]), method="log1p")
     assert ceiling.isna().tolist() == [True, True, False]
 
 
 def test_the_same_seed_gives_the_same_estimate(poisson):
     genes = patterned(poisson)
-    first, again, other = (estimated_ceiling(poisson, genes, seed=s, n_splits=2) for s in (3, 3, 4))
+    first, again, other = (estimate_ceiling(poisson, genes, seed=s, n_splits=2) for s in (3, 3, 4))
     pd.testing.assert_series_equal(first, again)
     assert (first != other).any()
 
@@ -146,8 +145,7 @@ def test_the_same_seed_gives_the_same_estimate(poisson):
 def test_more_splits_scatter_less(poisson):
     genes = patterned(poisson)
     few, many = (
-        np.std([estimated_ceiling(poisson, genes, seed=s, n_splits=n) for s in range(4)], axis=0).mean()
-        for n in (1, 12)
+        np.std([estimate_ceiling(poisson, genes, seed=s, n_splits=n) for s in range(4)], axis=0).mean() for n in (1, 12)
     )
     assert many < few / 2
 
@@ -155,23 +153,23 @@ def test_more_splits_scatter_less(poisson):
 def test_an_empty_spot_is_no_trouble():
     X = np.random.default_rng(0).poisson(3, (100, 5))
     X[:10] = 0
-    assert np.isfinite(estimated_ceiling(counts_of(X.T))).all()
+    assert np.isfinite(estimate_ceiling(counts_of(X.T))).all()
 
 
 def test_counts_are_left_as_they_are(poisson):
     before = poisson.X.copy()
-    estimated_ceiling(poisson, n_splits=1)
+    estimate_ceiling(poisson, n_splits=1)
     assert abs(poisson.X - before).max() == 0
 
 
 def test_a_dispersion_of_0_is_poisson_and_a_named_one_finds_its_gene(poisson):
     genes = patterned(poisson)[30:]
-    zero = estimated_ceiling(poisson, genes, dispersion=np.zeros(poisson.n_vars))
-    np.testing.assert_allclose(zero, estimated_ceiling(poisson, genes), atol=0.03)
+    zero = estimate_ceiling(poisson, genes, dispersion=np.zeros(poisson.n_vars))
+    np.testing.assert_allclose(zero, estimate_ceiling(poisson, genes), atol=0.03)
     named = pd.Series(np.linspace(0, 1, poisson.n_vars), index=poisson.var_names)
     pd.testing.assert_series_equal(
-        estimated_ceiling(poisson, genes, dispersion=named[::-1]),
-        estimated_ceiling(poisson, genes, dispersion=named.to_numpy()),
+        estimate_ceiling(poisson, genes, dispersion=named[::-1]),
+        estimate_ceiling(poisson, genes, dispersion=named.to_numpy()),
     )
 
 
@@ -182,14 +180,14 @@ def test_a_dispersion_of_0_is_poisson_and_a_named_one_finds_its_gene(poisson):
 def test_the_true_rates_are_used_where_the_data_have_them(mini_cohort, method):
     adata = mini_cohort.adata
     genes = list(adata.var_names[[30, 4, 11]])
-    ceiling, basis = ceiling_of(adata, genes, method=method)
+    ceiling, basis = expression_ceiling(adata, genes, method=method)
     assert basis == "known"
     pd.testing.assert_series_equal(ceiling, noise_ceiling(adata, method=method)[genes], check_names=False)
     measured = adata.copy()
     del measured.layers["rate"]
-    ceiling, basis = ceiling_of(measured, genes, method=method)
+    ceiling, basis = expression_ceiling(measured, genes, method=method)
     assert basis == "count splitting"
-    pd.testing.assert_series_equal(ceiling, estimated_ceiling(measured, genes, method=method))
+    pd.testing.assert_series_equal(ceiling, estimate_ceiling(measured, genes, method=method))
 
 
 def test_the_known_ceiling_of_raw_counts_is_the_correlation_of_their_logs(mini_cohort):
@@ -212,7 +210,7 @@ def test_what_is_not_a_count_is_refused_by_gene(value):
     adata = counts_of(X.T)
     adata.var_names = ["A", "B", "C"]
     with pytest.raises(ValueError, match=r"raw counts, but X holds .* for gene 'B'"):
-        estimated_ceiling(adata, ["A"])
+        estimate_ceiling(adata, ["A"])
 
 
 @pytest.mark.parametrize("with_rate", [True, False])
@@ -221,19 +219,19 @@ def test_an_unknown_gene_or_method_is_refused(poisson, with_rate):
     if not with_rate:
         del adata.layers["rate"]
     with pytest.raises(KeyError, match="genes not in the data: NOPE"):
-        ceiling_of(adata, ["G1", "NOPE"])
-    with pytest.raises(ValueError, match="unknown normalisation 'sqrt'"):
-        ceiling_of(adata, ["G1"], method="sqrt")
+        expression_ceiling(adata, ["G1", "NOPE"])
+    with pytest.raises(ValueError, match="unknown normalization 'sqrt'"):
+        expression_ceiling(adata, ["G1"], method="sqrt")
     with pytest.raises(ValueError, match="'G1' is asked for more than once"):
-        ceiling_of(adata, ["G1", "G1"])
+        expression_ceiling(adata, ["G1", "G1"])
 
 
 @pytest.mark.parametrize("wrong", [[0.1, 0.1], [-0.1] * 100, [np.nan] * 100, 0.1, pd.Series(0.1, index=["G1"])])
 def test_a_dispersion_that_does_not_fit_the_genes_is_refused(poisson, wrong):
     with pytest.raises(ValueError, match="each of the 100 genes"):
-        estimated_ceiling(poisson, dispersion=wrong)
+        estimate_ceiling(poisson, dispersion=wrong)
 
 
 def test_no_split_is_refused(poisson):
     with pytest.raises(ValueError, match="n_splits must be 1 or more, got 0"):
-        estimated_ceiling(poisson, n_splits=0)
+        estimate_ceiling(poisson, n_splits=0)

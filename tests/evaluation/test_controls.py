@@ -1,4 +1,4 @@
-"""Controls: what colour, place and depth say, in the cohort's row order."""
+"""Controls: what color, place and depth say, in the cohort's row order."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from peka_lite.data.hest import Cohort
-from peka_lite.evaluation.controls import colour_texture, coordinates, depth
+from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
 
 STAINS = slice(15, 25)  # columns of the haematoxylin and eosin densities
 BRIGHT = 25
@@ -20,8 +20,8 @@ def tiles(mini_cohort):
     return mini_cohort.tiles[::5]
 
 
-def plain(*colours, size=224):
-    return np.stack([np.full((size, size, 3), c, dtype=np.uint8) for c in colours])
+def plain(*colors, size=224):
+    return np.stack([np.full((size, size, 3), c, dtype=np.uint8) for c in colors])
 
 
 def replace_slide(cohort, i, **obsm_or_x):
@@ -35,11 +35,11 @@ def replace_slide(cohort, i, **obsm_or_x):
     return Cohort(tuple(slides))
 
 
-# --- colour and texture --------------------------------------------------------------------------------------------
+# --- color and texture --------------------------------------------------------------------------------------------
 
 
 def test_each_tile_has_52_finite_numbers_and_no_column_is_dead_or_said_twice(tiles):
-    features = colour_texture(tiles)
+    features = color_features(tiles)
     assert features.shape == (len(tiles), 52)
     assert features.dtype == np.float32
     assert np.isfinite(features).all()
@@ -48,74 +48,74 @@ def test_each_tile_has_52_finite_numbers_and_no_column_is_dead_or_said_twice(til
 
 
 def test_a_tile_is_described_the_same_in_any_company(tiles):
-    features = colour_texture(tiles)
+    features = color_features(tiles)
     assert len(tiles) > 32  # more than two batches
     order = np.random.default_rng(0).permutation(len(tiles))
-    np.testing.assert_allclose(colour_texture(tiles[order]), features[order], rtol=1e-5)
-    np.testing.assert_allclose(colour_texture(tiles[20:21]), features[20:21], rtol=1e-5)
+    np.testing.assert_allclose(color_features(tiles[order]), features[order], rtol=1e-5)
+    np.testing.assert_allclose(color_features(tiles[20:21]), features[20:21], rtol=1e-5)
 
 
 def test_a_store_and_an_array_agree(mini_cohort):
     rows = np.arange(len(mini_cohort))[::6]
     np.testing.assert_array_equal(
-        colour_texture(mini_cohort.tiles.select(rows)), colour_texture(mini_cohort.tiles[rows])
+        color_features(mini_cohort.tiles.select(rows)), color_features(mini_cohort.tiles[rows])
     )
 
 
-def test_colours_are_means_spreads_and_percentiles_of_red_green_and_blue():
-    colour = np.array([200, 100, 50])
+def test_colors_are_means_spreads_and_percentiles_of_red_green_and_blue():
+    color = np.array([200, 100, 50])
     tile = np.zeros((1, 224, 224, 3), dtype=np.uint8)
-    tile[:, :, 64:192] = colour / 2
-    tile[:, :, 192:] = colour
+    tile[:, :, 64:192] = color / 2
+    tile[:, :, 192:] = color
     share = np.array([64, 128, 32]) / 224  # of levels 0, 1/2 and 1
     mean = share @ [0, 0.5, 1]
     spread = np.sqrt(share @ [0, 0.25, 1] - mean**2)
-    expected = np.outer([mean, spread, 0, 0.5, 1], colour).ravel()
-    np.testing.assert_allclose(colour_texture(tile)[0, :15], expected, rtol=1e-5)
+    expected = np.outer([mean, spread, 0, 0.5, 1], color).ravel()
+    np.testing.assert_allclose(color_features(tile)[0, :15], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("colour", [0, 1, 128, 255, (230, 10, 240)])
-def test_a_tile_of_one_colour_gives_finite_numbers_and_no_texture(colour):
-    features = colour_texture(plain(colour))
+@pytest.mark.parametrize("color", [0, 1, 128, 255, (230, 10, 240)])
+def test_a_tile_of_one_color_gives_finite_numbers_and_no_texture(color):
+    features = color_features(plain(color))
     assert np.isfinite(features).all()
     assert np.abs(features[:, STAINS]).max() < 12  # the darkest of 256 levels has a density of 5.5
     np.testing.assert_allclose(features[:, 3:6], 0, atol=1e-3)
     np.testing.assert_array_equal(features[:, GRADIENTS], 0)
-    # Equal neighbours count as "not darker": all of them in one bin of the pattern, apart from the rim.
+    # Equal neighbors count as "not darker": all of them in one bin of the pattern, apart from the rim.
     assert (features[0, PATTERNS].reshape(2, 10).argmax(1) == 8).all()
 
 
-def test_the_bright_share_counts_glass_and_not_strong_colour():
+def test_the_bright_share_counts_glass_and_not_strong_color():
     tile = plain((230, 10, 240))
     tile[:, :56] = 240
-    assert colour_texture(tile)[0, BRIGHT] == pytest.approx(0.25)
+    assert color_features(tile)[0, BRIGHT] == pytest.approx(0.25)
 
 
 def test_haematoxylin_and_eosin_are_told_apart():
     from skimage.color import rgb_from_hed
 
     stained = [255 * np.exp(-0.8 * rgb_from_hed[i]) for i in (0, 1)]
-    haematoxylin, eosin = colour_texture(plain(*stained))[:, STAINS][:, :2]
+    haematoxylin, eosin = color_features(plain(*stained))[:, STAINS][:, :2]
     np.testing.assert_allclose(haematoxylin, [0.8, 0], atol=0.02)
     np.testing.assert_allclose(eosin, [0, 0.8], atol=0.02)
 
 
-def test_brightness_moves_the_colours_and_a_finer_pattern_the_texture(tiles):
-    before, after = colour_texture(tiles), colour_texture(tiles // 2)
+def test_brightness_moves_the_colors_and_a_finer_pattern_the_texture(tiles):
+    before, after = color_features(tiles), color_features(tiles // 2)
     np.testing.assert_allclose(after[:, :3], before[:, :3] / 2, atol=1)
     assert (after[:, GRADIENTS] < before[:, GRADIENTS]).all()
     stripes = plain(0, 0)
     stripes[0, :, np.arange(224) // 8 % 2 == 1] = 200
     stripes[1, :, np.arange(224) // 56 % 2 == 1] = 200
-    fine, coarse = colour_texture(stripes)
+    fine, coarse = color_features(stripes)
     np.testing.assert_allclose(fine[:15], coarse[:15], rtol=1e-4)
     assert (fine[GRADIENTS][::2] > 3 * coarse[GRADIENTS][::2]).all()
 
 
 def test_tiles_of_another_size_are_described_too(tiles):
-    assert np.isfinite(colour_texture(tiles[:2, :17, :30])).all()
+    assert np.isfinite(color_features(tiles[:2, :17, :30])).all()
     doubled = tiles[:2].repeat(2, axis=1).repeat(2, axis=2)
-    np.testing.assert_allclose(colour_texture(doubled), colour_texture(tiles[:2]), rtol=1e-4)
+    np.testing.assert_allclose(color_features(doubled), color_features(tiles[:2]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,18 @@ def test_tiles_of_another_size_are_described_too(tiles):
 )
 def test_what_is_not_a_stack_of_rgb_tiles_is_refused(wrong):
     with pytest.raises(ValueError, match="tiles must be uint8"):
-        colour_texture(wrong)
+        color_features(wrong)
 
 
 def test_no_tile_gives_no_row():
-    assert colour_texture(plain(0)[:0]).shape == (0, 52)
+    assert color_features(plain(0)[:0]).shape == (0, 52)
 
 
 # --- place ---------------------------------------------------------------------------------------------------------
 
 
 def test_coordinates_are_a_shared_surface_and_one_for_each_slide(mini_cohort):
-    features = coordinates(mini_cohort)
+    features = coordinate_features(mini_cohort)
     assert features.shape == (len(mini_cohort), 21 * 5)
     assert features.dtype == np.float32
     assert np.isfinite(features).all()
@@ -148,7 +148,7 @@ def test_coordinates_are_a_shared_surface_and_one_for_each_slide(mini_cohort):
 
 
 def test_the_surface_spans_every_polynomial_of_degree_5_and_none_beyond(mini_cohort):
-    shared = coordinates(mini_cohort)[mini_cohort.rows_of("MINI1"), :21].astype(np.float64)
+    shared = coordinate_features(mini_cohort)[mini_cohort.rows_of("MINI1"), :21].astype(np.float64)
     xy = mini_cohort.slides[0].adata.obsm["spatial"].astype(np.float64)
     x, y = ((xy - xy.mean(0)) / xy.std(0)).T
 
@@ -162,17 +162,17 @@ def test_the_surface_spans_every_polynomial_of_degree_5_and_none_beyond(mini_coh
 
 
 def test_units_and_offsets_of_one_slide_touch_no_spot(mini_cohort):
-    before = coordinates(mini_cohort)
+    before = coordinate_features(mini_cohort)
     xy = mini_cohort.slides[1].adata.obsm["spatial"]
     np.testing.assert_allclose(
-        coordinates(replace_slide(mini_cohort, 1, spatial=xy * np.array([0.5, 3]) - 1e4)), before, atol=1e-5
+        coordinate_features(replace_slide(mini_cohort, 1, spatial=xy * np.array([0.5, 3]) - 1e4)), before, atol=1e-5
     )
 
 
 def test_another_shape_of_one_slide_moves_its_own_rows_alone(mini_cohort):
-    before = coordinates(mini_cohort)
+    before = coordinate_features(mini_cohort)
     xy = mini_cohort.slides[1].adata.obsm["spatial"].astype(np.float64) ** 2
-    moved = (coordinates(replace_slide(mini_cohort, 1, spatial=xy)) != before).any(1)
+    moved = (coordinate_features(replace_slide(mini_cohort, 1, spatial=xy)) != before).any(1)
     assert moved[mini_cohort.rows_of("MINI2")].sum() > 30
     assert not np.delete(moved, mini_cohort.rows_of("MINI2")).any()
 
@@ -180,7 +180,7 @@ def test_another_shape_of_one_slide_moves_its_own_rows_alone(mini_cohort):
 def test_a_slide_of_one_column_of_spots_has_finite_coordinates(mini_cohort):
     xy = mini_cohort.slides[0].adata.obsm["spatial"].copy()
     xy[:, 0] = 7
-    features = coordinates(replace_slide(mini_cohort, 0, spatial=xy))
+    features = coordinate_features(replace_slide(mini_cohort, 0, spatial=xy))
     assert np.isfinite(features).all()
 
 
@@ -188,7 +188,7 @@ def test_a_slide_of_one_column_of_spots_has_finite_coordinates(mini_cohort):
 
 
 def test_depth_is_the_log_of_each_total_in_row_order(mini_cohort):
-    features = depth(mini_cohort)
+    features = depth_features(mini_cohort)
     assert features.shape == (len(mini_cohort), 1)
     assert features.dtype == np.float32
     totals = np.concatenate([s.adata.X.toarray().sum(1) for s in mini_cohort.slides])
@@ -198,5 +198,7 @@ def test_depth_is_the_log_of_each_total_in_row_order(mini_cohort):
 def test_an_empty_spot_has_depth_0(mini_cohort):
     slide = mini_cohort.slides[0]
     emptied = replace_slide(mini_cohort, 0, X=sparse.csr_matrix(slide.adata.shape, dtype=np.float32))
-    assert (depth(emptied)[: slide.n_spots] == 0).all()
-    np.testing.assert_array_equal(depth(emptied)[slide.n_spots :], depth(mini_cohort)[slide.n_spots :])
+    assert (depth_features(emptied)[: slide.n_spots] == 0).all()
+    np.testing.assert_array_equal(
+        depth_features(emptied)[slide.n_spots :], depth_features(mini_cohort)[slide.n_spots :]
+    )

@@ -7,13 +7,13 @@ import peka_lite.evaluation.evaluate as room
 import peka_lite.experiments._teacher_labels as lessons
 import peka_lite.experiments.cache as students
 from peka_lite._core.hashing import row_ids
-from peka_lite.data.expression import targets, top_hvg
+from peka_lite.data.expression import expression_targets, top_hvg
 from peka_lite.data.hest import Cohort
 from peka_lite.evaluation.evaluate import evaluate
 from peka_lite.evaluation.folds import folds
 from peka_lite.evaluation.leaks import LeakError
 from peka_lite.evaluation.protocols import ALPHAS, PROTOCOLS
-from peka_lite.evaluation.scores import pooled
+from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.experiments.cache import Student
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.run import run
@@ -37,7 +37,7 @@ def splits(mini_cohort):
 def frozen(mini_cohort):
     """Features that know a little about expression, and learned from nothing."""
     genes = mini_cohort.genes[:40]
-    X = targets(mini_cohort.adata, genes) + np.random.default_rng(0).normal(size=(len(mini_cohort), 40))
+    X = expression_targets(mini_cohort.adata, genes) + np.random.default_rng(0).normal(size=(len(mini_cohort), 40))
     student = Student(X.astype(np.float32), {}, None, {}, None)
     return lambda left_out: student
 
@@ -132,7 +132,7 @@ def test_an_inner_student_that_saw_the_inner_test_rows_is_refused(mini_root, tmp
 
 
 def test_a_lie_about_the_rows_does_not_help(mini_cohort, splits):
-    """Nobody is asked for rows: a record made from all embeddings is recognised, whatever its maker meant."""
+    """Nobody is asked for rows: a record made from all embeddings is recognized, whatever its maker meant."""
     E = np.random.default_rng(0).normal(size=(len(mini_cohort), 5)).astype(np.float32)
     labeler = PseudoLabeler("kmeans", n_clusters=4).fit(E)
     student = Student(E, {"clusters": labeler.fitted_on_}, row_ids(E), {}, None)
@@ -173,7 +173,7 @@ def test_the_chosen_penalty_is_the_best_of_the_inner_folds(mini_cohort, splits, 
     done, X = strict(mini_cohort, splits, frozen), frozen(()).features
     for i, (train, _) in enumerate(splits):
         genes = top_hvg(mini_cohort.adata, n=20, rows=train)
-        Y = targets(mini_cohort.adata, genes)
+        Y = expression_targets(mini_cohort.adata, genes)
         scores = np.zeros(len(ALPHAS))
         for j, (_, inner) in enumerate(splits):
             if j != i:
@@ -195,7 +195,7 @@ def test_spots_that_may_not_teach_are_still_scored(mini_cohort, splits, frozen):
 
 def test_moments_agree_with_predictions(mini_cohort, splits, frozen):
     done = strict(mini_cohort, splits, frozen)
-    table = pooled(done.moments).set_index(["normalization", "fold", "gene"])["pcc"]
+    table = pool_pcc(done.moments).set_index(["normalization", "fold", "gene"])["pcc"]
     _, genes, measured, guess = done.predicted[2]
     expected = np.corrcoef(measured[:, 4], guess[:, 4])[0, 1]
     assert table["log1p-cp10k", 2, genes[4]] == pytest.approx(expected, abs=1e-9)

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from peka_lite.data.hest import Cohort, Slide, read_cohort
 from peka_lite.data.tiles import TileStore
-from peka_lite.evaluation.evaluate import Judge
+from peka_lite.evaluation.evaluate import LeakChecker
 from peka_lite.evaluation.folds import folds, protocol_folds
 from peka_lite.evaluation.leaks import LeakError
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
@@ -141,7 +141,7 @@ OWN = Protocol(name="custom", split="patient")
         ([("A", 9), ("A", 9)], STRICT, 5,
          "holds one patient .A., there is none to hold out: give slides of more patients, or --protocol hest with "
          "--split slide"),
-        ([("A", 9)], STRICT, 5, "give slides of more patients, or --protocol paper, which scores neighbours"),
+        ([("A", 9)], STRICT, 5, "give slides of more patients, or --protocol paper, which scores neighbors"),
         ([("A", 9), ("B", 9), ("C", 9)], STRICT, 2, "--n-splits asks for 2: give --n-splits 3, or --protocol hest"),
         ([(None, 9), ("B", 9)], STRICT, 5, "no patient is known for S0, .*give --patients FILE.csv .*or --protocol pa"),
         ([("A", 9)], HEST, 5, "give slides of more patients, or --protocol paper"),
@@ -151,7 +151,7 @@ OWN = Protocol(name="custom", split="patient")
         ([("A", 9)], PAPER, 10, "9 spots cannot make 10 folds: give --n-splits 9"),
         ([("A", 9), ("B", 9)], INNER, 5, "2 patients make 2: .*--alpha hest or a number"),
         ([("A", 9), ("A", 9)], OWN, 5, "holds one patient .*or --split slide, which tells nothing about a new patient"),
-        ([("A", 9)], OWN, 5, "holds one patient .*or --split spot, which scores neighbours of training spots"),
+        ([("A", 9)], OWN, 5, "holds one patient .*or --split spot, which scores neighbors of training spots"),
         ([(None, 9), (None, 9)], OWN, 5, "no patient is known for S0, S1.*--patients FILE.csv .*or --split slide"),
     ],
 )  # fmt: skip
@@ -175,7 +175,7 @@ def test_what_cannot_be_split_names_settings_that_can(layout, protocol, n_splits
             assert re.match("slides of more patients|--patients", way)
             continue
         made = protocol_folds(cohort, chosen, int(wanted[1]) if wanted else n_splits, 0)
-        Judge(cohort_with_counts(cohort), made, chosen)  # the protocol itself has nothing against it
+        LeakChecker(cohort_with_counts(cohort), made, chosen)  # the protocol itself has nothing against it
         tried += 1
     assert tried
 

@@ -6,7 +6,7 @@ from scipy import sparse
 
 from peka_lite._core.hashing import row_ids
 from peka_lite.data.tiles import TileStore
-from peka_lite.evaluation.leaks import LeakError, require_apart, require_known
+from peka_lite.evaluation.leaks import LeakError, require_allowed, require_disjoint
 
 
 def test_counts_have_the_same_ids_however_they_are_stored():
@@ -47,17 +47,17 @@ def test_tiles_keep_their_ids_through_selection_joining_and_a_memory_map(tmp_pat
 
 def test_learning_from_a_row_outside_is_refused_by_name_and_number():
     ids = row_ids(np.arange(12.0).reshape(6, 2))
-    require_known("the clusters", ids[:4], allowed=ids[:4], where="fold 0")
-    require_known("the teacher", None, allowed=ids[:0], where="fold 0")
+    require_allowed("the clusters", ids[:4], allowed=ids[:4], where="fold 0")
+    require_allowed("the teacher", None, allowed=ids[:0], where="fold 0")
     with pytest.raises(LeakError, match=r"fold 3: the clusters learned from 2 of 5 rows outside"):
-        require_known("the clusters", ids[:5], allowed=ids[:3], where="fold 3")
+        require_allowed("the clusters", ids[:5], allowed=ids[:3], where="fold 3")
 
 
 def test_a_group_or_a_spot_on_both_sides_is_refused():
     groups, counts = np.array(["a", "a", "b", "b"]), np.array([1, 2, 3, 4], dtype=np.uint64)
     first, last = np.array([0, 1]), np.array([2, 3])
-    require_apart(groups, counts, first, last, where="fold 0")
+    require_disjoint(groups, counts, first, last, where="fold 0")
     with pytest.raises(LeakError, match="fold 0: a on both sides"):
-        require_apart(groups, counts, np.array([0]), np.array([1, 2]), where="fold 0")
+        require_disjoint(groups, counts, np.array([0]), np.array([1, 2]), where="fold 0")
     with pytest.raises(LeakError, match="under two ids"):
-        require_apart(groups, np.array([1, 2, 3, 2], dtype=np.uint64), first, last, where="fold 0")
+        require_disjoint(groups, np.array([1, 2, 3, 2], dtype=np.uint64), first, last, where="fold 0")

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from peka_lite.evaluation.scores import by_slide, difference, interval, pooled, slide_moments
+from peka_lite.evaluation.scores import bootstrap_difference, bootstrap_interval, pcc_by_slide, pool_pcc, slide_moments
 from peka_lite.probe.metrics import pearson
 
 
 def run(signal=0.5, *, seed=0, patients=6, slides=1, spots=40, genes=12, shift=0.0, effect=0.0, noise_seed=1):
-    """Moments of one normalisation, a fold a patient; patients differ in how well they are predicted by `effect`."""
+    """Moments of one normalization, a fold a patient; patients differ in how well they are predicted by `effect`."""
     rng, other = np.random.default_rng(seed), np.random.default_rng(noise_seed)
     tables, raw = [], {}
     for f in range(patients):
@@ -25,8 +25,8 @@ def run(signal=0.5, *, seed=0, patients=6, slides=1, spots=40, genes=12, shift=0
 
 def test_pooled_and_by_slide_are_the_correlations_of_the_rows():
     moments, raw = run(slides=3)
-    found = pooled(moments).set_index(["fold", "gene"])["pcc"]
-    within = by_slide(moments).set_index(["slide", "gene"])["pcc"]
+    found = pool_pcc(moments).set_index(["fold", "gene"])["pcc"]
+    within = pcc_by_slide(moments).set_index(["slide", "gene"])["pcc"]
     for f, (Y, P) in raw.items():
         np.testing.assert_allclose(found[f], pearson(Y, P), atol=1e-12)
         np.testing.assert_allclose(within[f"s{f}1"], pearson(Y[40:80], P[40:80]), atol=1e-12)
@@ -35,8 +35,8 @@ def test_pooled_and_by_slide_are_the_correlations_of_the_rows():
 def test_predictions_far_from_zero_that_hardly_vary_keep_their_digits():
     moments, raw = run(slides=2, shift=1e6)
     Y, P = raw[0]
-    np.testing.assert_allclose(pooled(moments).query("fold == 0")["pcc"], pearson(Y, P), atol=1e-6)
-    assert np.isfinite(pooled(moments)["pcc"]).all()
+    np.testing.assert_allclose(pool_pcc(moments).query("fold == 0")["pcc"], pearson(Y, P), atol=1e-6)
+    assert np.isfinite(pool_pcc(moments)["pcc"]).all()
 
 
 def test_constant_predictions_have_no_score():
@@ -44,24 +44,24 @@ def test_constant_predictions_have_no_score():
     P = np.stack([np.full(20, 0.1 + 0.2), Y[:, 1]], axis=1)
     table = slide_moments(Y, P, slides=["a"] * 20, patients=["p"] * 20, genes=["g", "h"])
     table = table.assign(normalization="x", fold=0)
-    assert pooled(table)["pcc"].isna().tolist() == [True, False]
-    assert by_slide(table)["pcc"].isna().tolist() == [True, False]
-    assert interval(table)["pcc"] == pytest.approx(1.0)
+    assert pool_pcc(table)["pcc"].isna().tolist() == [True, False]
+    assert pcc_by_slide(table)["pcc"].isna().tolist() == [True, False]
+    assert bootstrap_interval(table)["pcc"] == pytest.approx(1.0)
 
 
 def test_the_mean_is_over_genes_then_folds_or_slides():
     moments, raw = run(slides=2)
-    score = interval(moments)
+    score = bootstrap_interval(moments)
     per_fold = [pearson(*raw[f]).mean() for f in raw]
     assert score["per_fold"] == pytest.approx(per_fold)
     assert score["pcc"] == pytest.approx(np.mean(per_fold))
-    assert interval(moments, how="slides")["pcc"] == pytest.approx(by_slide(moments)["pcc"].mean())
+    assert bootstrap_interval(moments, how="slides")["pcc"] == pytest.approx(pcc_by_slide(moments)["pcc"].mean())
     assert (score["unit"], score["n_units"]) == ("patient", 6)
 
 
 def test_more_spots_of_the_same_people_do_not_narrow_the_interval():
     def width(moments):
-        score = interval(moments)
+        score = bootstrap_interval(moments)
         return score["ci_high"] - score["ci_low"]
 
     few, _ = run(effect=0.4, spots=300)
@@ -76,7 +76,7 @@ def test_intervals_cover_what_they_promise():
     truth, hits = [], 0
     for seed in range(150):
         moments, _ = run(effect=0.3, seed=seed, noise_seed=1000 + seed, patients=6, spots=60, genes=4)
-        score = interval(moments, n_boot=300, seed=seed)
+        score = bootstrap_interval(moments, n_boot=300, seed=seed)
         truth.append((score["pcc"], score["ci_low"], score["ci_high"]))
     mean = np.mean([t[0] for t in truth])
     hits = np.mean([low <= mean <= high for _, low, high in truth])
@@ -86,9 +86,9 @@ def test_intervals_cover_what_they_promise():
 def test_one_patient_is_judged_by_slides_and_says_so():
     moments, _ = run()
     one = moments.assign(patient="p0")
-    assert interval(one)["unit"] == "slide"
-    assert interval(moments.assign(patient="unknown"))["unit"] == "slide"
-    alone = interval(moments[moments["fold"] == 0])
+    assert bootstrap_interval(one)["unit"] == "slide"
+    assert bootstrap_interval(moments.assign(patient="unknown"))["unit"] == "slide"
+    alone = bootstrap_interval(moments[moments["fold"] == 0])
     assert alone["n_units"] == 1
     assert np.isnan(alone["ci_low"])
     assert np.isfinite(alone["pcc"])
@@ -98,34 +98,34 @@ def test_random_spot_folds_are_judged_by_patients_all_the_same():
     """Under random spots every patient is in every fold; the units stay the patients."""
     moments, _ = run(slides=1)
     parts = [moments.assign(fold=k, patient=moments["patient"], slide=moments["slide"]) for k in range(5)]
-    score = interval(pd.concat(parts, ignore_index=True))
+    score = bootstrap_interval(pd.concat(parts, ignore_index=True))
     assert (score["unit"], score["n_units"], len(score["per_fold"])) == ("patient", 6, 5)
 
 
 def test_a_paired_difference_is_steadier_than_its_scores():
     a, _ = run(0.6, effect=0.3)
     b, _ = run(0.5, effect=0.3)
-    gap, score = difference(a, b), interval(a)
-    assert gap["pcc"] == pytest.approx(score["pcc"] - interval(b)["pcc"])
+    gap, score = bootstrap_difference(a, b), bootstrap_interval(a)
+    assert gap["pcc"] == pytest.approx(score["pcc"] - bootstrap_interval(b)["pcc"])
     assert gap["ci_low"] > 0
     assert gap["ci_high"] - gap["ci_low"] < 0.5 * (score["ci_high"] - score["ci_low"])
-    back = difference(b, a)
+    back = bootstrap_difference(b, a)
     assert (back["pcc"], back["ci_low"]) == (pytest.approx(-gap["pcc"]), pytest.approx(-gap["ci_high"]))
 
 
 def test_what_cannot_be_paired_is_refused():
     a, _ = run()
     with pytest.raises(ValueError, match="cannot be paired"):
-        difference(a, run(seed=5)[0])  # other measured values
+        bootstrap_difference(a, run(seed=5)[0])  # other measured values
     with pytest.raises(ValueError, match="cannot be paired"):
-        difference(a, a[a["gene"] != 3])
-    with pytest.raises(ValueError, match="one normalisation"):
-        interval(pd.concat([a, a.assign(normalization="y")]))
+        bootstrap_difference(a, a[a["gene"] != 3])
+    with pytest.raises(ValueError, match="one normalization"):
+        bootstrap_interval(pd.concat([a, a.assign(normalization="y")]))
     with pytest.raises(ValueError, match="unknown way 'spots'"):
-        interval(a, how="spots")
+        bootstrap_interval(a, how="spots")
 
 
 def test_the_same_seed_gives_the_same_interval():
     a, _ = run()
-    assert interval(a, seed=3) == interval(a, seed=3)
-    assert interval(a, seed=3) != interval(a, seed=4)
+    assert bootstrap_interval(a, seed=3) == bootstrap_interval(a, seed=3)
+    assert bootstrap_interval(a, seed=3) != bootstrap_interval(a, seed=4)

@@ -16,7 +16,7 @@ def intervals():
     found = {}
     for name in ("visible", "invisible"):
         genes = kind.index[kind == name]
-        table = pk.cross_validate(features, pk.data.targets(data.adata, genes), folds, genes=genes)
+        table = pk.cross_validate(features, pk.data.expression_targets(data.adata, genes), folds, genes=genes)
         found[name] = pk.evaluation.summarize(table)
     return found
 

@@ -66,7 +66,7 @@ WRONG = [
     ("method", "bonne", "unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?"),
     ("method", "xyz", "unknown method 'xyz'; known: none, bone, lora, adalora, miss"),
     ("protocol", "strickt", "unknown protocol 'strickt'; known: paper, hest, strict; did you mean 'strict'?"),
-    ("features", "color", "projector, teacher, colour, coordinates, depth, backbone; did you mean 'colour'?"),
+    ("features", "colr", "projector, teacher, color, coordinates, depth; did you mean 'color'?"),
     ("teacher", "scFoundation", "known: pca, scfoundation, scfoundation-mini; did you mean 'scfoundation'?"),
     ("backbone", "UNI", "h-optimus-1, virchow2, gigapath, mini; did you mean 'uni'?"),
     ("split", "patients", "unknown split 'patients'; known: patient, slide, spot; did you mean 'patient'?"),

@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 import yaml
-from test_trained import GENES, moved, write_folder
+from test_model import GENES, moved, write_folder
 
-from peka_lite._core.lazy import Late
+from peka_lite._core.lazy import LazyMapping
 from peka_lite.adapters.adapt import merge
-from peka_lite.backbones.load import BACKBONES, build, pooled
-from peka_lite.experiments._card import LICENCES, POOLING, _options, model_card, usage
+from peka_lite.backbones.load import build_network, extract_features
+from peka_lite.backbones.registry import BACKBONES
+from peka_lite.experiments._card import LICENSES, POOLING, _options, model_card, usage
 from peka_lite.experiments.export import export
 from peka_lite.experiments.model import load_trained
 from peka_lite.probe.files import load_probes
@@ -48,7 +49,7 @@ def of(trained, name, *, origin="hub", **changes):
     """The same model under another row of the registry, as if its published weights had been taught."""
     spec = BACKBONES[name]
     with torch.device("meta"):
-        student = build(spec)
+        student = build_network(spec)
     student.spec, student.weights_origin = spec, f"hub {spec.source}" if origin == "hub" else origin
     config = object.__new__(type(trained.config))
     for key, value in (trained.config.as_dict() | {"backbone": name, "weights": origin} | changes).items():
@@ -102,7 +103,7 @@ def test_the_cards_code_names_every_option_of_a_row(name, folder):
 
 
 def test_the_cards_code_names_layers_that_no_row_of_the_package_has(folder):
-    options = Late({"act_layer": "torch.nn:GELU", "mlp_layer": "timm.layers:GluMlp", "img_size": [32, 48]})
+    options = LazyMapping({"act_layer": "torch.nn:GELU", "mlp_layer": "timm.layers:GluMlp", "img_size": [32, 48]})
     imports, written = _options(replace(BACKBONES["mini"], options=options))
     room = {}
     exec("\n".join(imports), room)
@@ -115,12 +116,12 @@ def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
     options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": own, "reg_tokens": 2}
     dim, arch = 96 if "+" in pooling else 48, "vit_tiny_patch16_224"
     row = replace(BACKBONES["mini"], arch=arch, dim=dim, input_size=32, pooling=pooling, options=options)
-    student = build(row).eval()
+    student = build_network(row).eval()
     student.spec = replace(BACKBONES["mini"], pooling=pooling, options=options)
     code, x = usage(replace(load_trained(folder), student=student)), torch.randn(2, 3, 32, 32)
     expression = re.search(r"return (.+)\.numpy\(\)", code)[1]
     got = eval(expression, {"model": student, "torch": torch, "x": x})
-    torch.testing.assert_close(got, pooled(student, x))
+    torch.testing.assert_close(got, extract_features(student, x))
     assert got.shape == (2, dim)
 
 
@@ -131,34 +132,34 @@ def test_the_cards_code_looks_for_no_tokens_where_a_network_has_none(folder):
     x = torch.randn(2, 3, 8, 8)
     expression = re.search(r"return (.+)\.numpy\(\)", code)[1]
     got = eval(expression, {"model": student, "torch": torch, "x": x})
-    torch.testing.assert_close(got, pooled(student, x))
+    torch.testing.assert_close(got, extract_features(student, x))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_card_carries_the_parents_licence(name, folder):
+def test_the_card_carries_the_parents_license(name, folder):
     spec, card = BACKBONES[name], model_card(of(load_trained(folder), name))
     assert front(card)["license"] in {"apache-2.0", "bsd-3-clause", "agpl-3.0", "cc-by-nc-nd-4.0"}  # the Hub's ids
-    assert front(card)["license"] == spec.licence.lower()
+    assert front(card)["license"] == spec.license.lower()
     assert front(card).get("base_model") == (None if name in ("ctranspath", "mini") else spec.source)
-    assert LICENCES[spec.licence] in card
-    assert ("> [!WARNING]" in card) == ("keep this folder to yourself" in card) == (spec.licence == "CC-BY-NC-ND-4.0")
+    assert LICENSES[spec.license] in card
+    assert ("> [!WARNING]" in card) == ("keep this folder to yourself" in card) == (spec.license == "CC-BY-NC-ND-4.0")
     assert (f"granted at {spec.gate}" in card) == (spec.gate is not None)
     assert POOLING[spec.pooling] in card
 
 
 @pytest.mark.parametrize(
-    ("licence", "words"),
+    ("license", "words"),
     [
-        ("GPL-3.0", "does so under the same licence"),
+        ("GPL-3.0", "does so under the same license"),
         ("AGPL-3.0", "over a network"),
         ("MIT", "Read it before you share"),
     ],
 )
-def test_a_backbone_of_ones_own_has_a_card_whatever_its_licence(folder, licence, words):
+def test_a_backbone_of_ones_own_has_a_card_whatever_its_license(folder, license, words):
     trained = of(load_trained(folder), "mini")
-    trained.student.spec = replace(trained.student.spec, name="own", licence=licence)
+    trained.student.spec = replace(trained.student.spec, name="own", license=license)
     card = model_card(trained)
-    assert f"{licence}. " in card
+    assert f"{license}. " in card
     assert words in card
     assert "non-commercial academic" not in card
 
@@ -228,7 +229,7 @@ def test_one_unit_has_no_interval(folder):
 def test_the_papers_protocol_is_named_for_what_it_is(folder):
     paper = of(load_trained(folder), "mini", origin="random", protocol="paper", split="spot")
     card = model_card(paper)
-    assert "single spots, whose neighbours on the same slide were learned from" in card
+    assert "single spots, whose neighbors on the same slide were learned from" in card
     assert "learned from every spot, those held out included" in card
     assert "The genes were chosen on every spot" in card
 
@@ -253,7 +254,7 @@ def test_a_student_that_was_not_taught_is_the_parent(tmp_path):
     assert "pseudo-labels" not in card
 
 
-def test_a_cohort_of_the_manifest_has_its_licence_named(folder):
+def test_a_cohort_of_the_manifest_has_its_license_named(folder):
     card = model_card(of(load_trained(folder), "mini", origin="random", cohort="breast"))
     assert "breast, Breast cancer (HEST-1k, human Visium) (CC-BY-NC-SA-4.0)" in card
     assert front(card)["datasets"] == ["MahmoodLab/hest"]

@@ -236,7 +236,7 @@ def test_a_fold_that_is_not_there_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "colour", "method": "none"}, "features 'colour': models are kept of"),
+        ({"features": "color", "method": "none"}, "features 'color': models are kept of"),
         ({"features": "teacher", "method": "none"}, "features 'teacher': models are kept of"),
         ({"backbone": "vgg"}, "unknown backbone 'vgg'"),
         ({"method": "lora"}, "has method 'bone', the run 'lora': it belongs to another folder"),

@@ -15,25 +15,25 @@ import numpy as np
 import pytest
 import tifffile
 
-from peka_lite._core.locks import partial_of
+from peka_lite._core.locks import partial_path
 from peka_lite.data.hest import IMAGE_KEY, read_slide
 from peka_lite.data.tissue import tissue_tiles
 from peka_lite.data.wsi import SlideError, open_slide
 from peka_lite.experiments import predict
-from peka_lite.experiments.folder import storable
+from peka_lite.experiments.folder import to_h5ad_values
 from peka_lite.experiments.predict import predict_slide, predict_spots
-from peka_lite.probe._ranges import say_outside, shares_outside
+from peka_lite.probe._ranges import describe_outside, shares_outside
 
 GLASS = 245
 
 
 class MeanColour:
-    """Stands for a trained model: its genes are a tile's mean colours, in float64 sums, so exact whatever the batch."""
+    """Stands for a trained model: its genes are a tile's mean colors, in float64 sums, so exact whatever the batch."""
 
     genes = ("RED", "GREEN", "BLUE")
 
     def __init__(self, *, scale=1.0, fail_after=None, fail=None):
-        self.fingerprint, self.scale, self.fail_after, self.fail = f"mean colour {scale}", scale, fail_after, fail
+        self.fingerprint, self.scale, self.fail_after, self.fail = f"mean color {scale}", scale, fail_after, fail
         self.seen = []  # tiles a batch
 
     def predict(self, tiles, *, batch_size, device):
@@ -54,7 +54,7 @@ class MeanColour:
 
     def describe(self):
         return {
-            "backbone": "mean colour", "n": 3, "pcc": {"mean": 0.5, "low": None}, "genes": list(self.genes),
+            "backbone": "mean color", "n": 3, "pcc": {"mean": 0.5, "low": None}, "genes": list(self.genes),
             "shape": [1.5, 2], "none": [], "flag": True,
         }  # fmt: skip
 
@@ -64,7 +64,7 @@ def stop():
 
 
 def paint(rows, cols, *, px=224, edge=1):
-    """Tissue whose colour tells the place: from tile to tile of `px` pixels it gets bluer to the right and down."""
+    """Tissue whose color tells the place: from tile to tile of `px` pixels it gets bluer to the right and down."""
     y, x = np.mgrid[0 : rows * px, 0 : cols * px] / px
     image = np.stack([200 - 0 * x, 110 + 60 * y / rows, 130 + 100 * x / cols], axis=-1)
     image[: edge * px] = image[:, : edge * px] = GLASS
@@ -125,7 +125,7 @@ def test_places_hold_at_any_resolution(tmp_path, um, ratios):
     for i, (row, col) in enumerate((r, c) for r in range(1, 4) for c in range(1, 4)):
         x, y = adata.obsm["spatial"][i]
         assert (x, y) == pytest.approx(((col + 0.5) * side, (row + 0.5) * side))
-        # The colours change linearly, so a tile's mean is the colour of its centre, in pixels of level 0.
+        # The colors change linearly, so a tile's mean is the color of its center, in pixels of level 0.
         if row < 3 and col < 3:  # there a tile of 245.24 px reaches over the slide's edge
             assert adata.X[i] == pytest.approx([200, 110 + 15 * y / px, 130 + 25 * x / px], abs=0.3)
 
@@ -136,9 +136,9 @@ def test_provenance_is_kept(whole, slide_path):
     assert found["mpp"].tolist() == [0.5, 0.5]
     assert (found["tile_px"], found["tile_mpp"]) == (224, 0.5)
     assert found["version"] == predict.__version__
-    assert found["model_fingerprint"] == "mean colour 1.0"
+    assert found["model_fingerprint"] == "mean color 1.0"
     model = found["model"]
-    assert (model["backbone"], model["n"], model["flag"]) == ("mean colour", 3, True)
+    assert (model["backbone"], model["n"], model["flag"]) == ("mean color", 3, True)
     assert (model["pcc"]["mean"], model["pcc"]["low"]) == (0.5, "null")
     assert list(model["genes"]) == ["RED", "GREEN", "BLUE"]
     assert (model["shape"], model["none"]) == ("[1.5, 2]", "[]")
@@ -151,7 +151,7 @@ def test_the_share_outside_the_training_range_is_kept_and_said(whole):
     assert whole.uns["peka_lite"]["outside_training_range"] == pytest.approx(outside.mean())
     assert (whole.var["train_min"].tolist(), whole.var["train_max"].tolist()) == (low, high)
     least, most = whole.X[:, 2].min(), whole.X[:, 2].max()
-    assert say_outside(whole) == (
+    assert describe_outside(whole) == (
         f"Of the predicted values (20 tiles x 3 genes) 0.0% lie below and {outside.mean():.1%} above the range of "
         f"their gene's training targets; furthest out is BLUE, {least:.2f} to {most:.2f} where training had 0.00 to "
         "100.00."
@@ -169,7 +169,7 @@ def test_a_model_without_its_training_range_predicts_and_says_so(slide_path, tmp
 
     adata = predict_slide(slide_path, Older(), tmp_path / "a.h5ad")
     assert np.isnan(adata.uns["peka_lite"]["outside_training_range"])
-    assert "is unknown, for an older version made the model: train it again, then predict." in say_outside(adata)
+    assert "is unknown, for an older version made the model: train it again, then predict." in describe_outside(adata)
 
 
 def test_shares_outside_a_range_are_those_counted_by_hand():
@@ -180,7 +180,7 @@ def test_shares_outside_a_range_are_those_counted_by_hand():
 
 
 def test_a_key_with_a_slash_is_kept_as_text():
-    assert storable({"a/b": {"c": 1}}) == '{"a/b": {"c": 1}}'
+    assert to_h5ad_values({"a/b": {"c": 1}}) == '{"a/b": {"c": 1}}'
 
 
 def test_squidpy_and_scanpy_draw_it_in_place(whole):
@@ -196,8 +196,8 @@ def test_squidpy_and_scanpy_draw_it_in_place(whole):
             scale = whole.uns["spatial"]["slide"]["scalefactors"][f"tissue_{key}_scalef"]
             assert image.get_array().shape[:2] == (5 * 224, 6 * 224)
             bounds = np.array([p.get_extents().extents for p in squares.get_paths()])  # (N, 4)
-            centres = (bounds[:, :2] + bounds[:, 2:]) / 2
-            assert centres == pytest.approx(whole.obsm["spatial"] * scale)
+            centers = (bounds[:, :2] + bounds[:, 2:]) / 2
+            assert centers == pytest.approx(whole.obsm["spatial"] * scale)
             assert bounds[:, 2:] - bounds[:, :2] == pytest.approx(224 * scale)
             plt.close(fig)
         axes = sc.pl.spatial(whole, color="BLUE", show=False)
@@ -224,7 +224,7 @@ def test_a_failed_job_goes_on_where_it_was(slide_path, whole, tmp_path):
         predict_slide(slide_path, model, out, batch_size=4)
     assert model.seen == [4, 4, 4]
     assert not out.exists()
-    assert partial_of(out, held=True).is_dir()
+    assert partial_path(out, held=True).is_dir()
     again = MeanColour()
     adata = predict_slide(slide_path, again, out, batch_size=4)
     assert again.seen == [4, 4]
@@ -263,7 +263,7 @@ predict_slide(sys.argv[2], model, sys.argv[3], batch_size=4)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_killed_job_goes_on_where_it_was(slide_path, whole, tmp_path):
     out = tmp_path / "a.h5ad"
-    here = str(Path(__file__).parents[1])
+    here = str(Path(__file__).parent)
     job = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, here, str(slide_path), str(out)], check=False)
     assert job.returncode == -signal.SIGKILL
     assert not out.exists()
@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path):
         tracemalloc.stop()
         assert sum(model.seen) == (rows - 1) * (cols - 1)
         picture = adata.uns["spatial"][str(rows)]["images"]["hires"].size // 3
-        peaks.append(model.at_most - start - 4 * picture)  # three colours and the mask, bounded on their own
+        peaks.append(model.at_most - start - 4 * picture)  # three colors and the mask, bounded on their own
         assert peaks[-1] > batch
     # One batch in hand and three asked for, each of them for a moment twice; all tiles at once would be 19 batches.
     assert max(peaks) < 9 * batch

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from peka_lite.cli.main import main
-from peka_lite.data.expression import targets
+from peka_lite.data.expression import expression_targets
 from peka_lite.data.hest import read_cohort, read_slide
 from peka_lite.experiments._predict_from import fold_without, predict_from
 from peka_lite.experiments._train import train
@@ -66,7 +66,7 @@ def test_the_range_is_that_of_the_folds_own_training_rows(judged, mini_root, tmp
     seen = []
     for fold in range(3):
         model = load_trained(judged, fold=fold, device="cpu")
-        Y = targets(cohort.adata[written.obs_names], model.genes)[fold_of != fold]
+        Y = expression_targets(cohort.adata[written.obs_names], model.genes)[fold_of != fold]
         np.testing.assert_allclose(model.target_range, [Y.min(0), Y.max(0)], rtol=1e-6)
         seen.append(model.target_range[1].max())
     assert len(set(seen)) > 1  # what a fold held out is not in its range

@@ -16,17 +16,17 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_trained import write_folder
+from test_model import write_folder
 from tiny import TINY
 
 import peka_lite as pk
 from peka_lite._core._torch_files import read_torch_file
-from peka_lite._core.lazy import Late
+from peka_lite._core.lazy import LazyMapping
 from peka_lite.adapters.adapt import adapt
 from peka_lite.adapters.files import load_adapter, read_adapter_info, save_adapter
 from peka_lite.backbones import load as backbones, registry
-from peka_lite.backbones.load import build, load_backbone
-from peka_lite.backbones.own import read_backbone, register_backbone, row_fields
+from peka_lite.backbones.custom import read_backbone, register_backbone, row_fields
+from peka_lite.backbones.load import build_network, load_backbone
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.probe.files import load_probes, save_probes
 from peka_lite.probe.pca_ridge import PCARidge
@@ -87,7 +87,7 @@ except ValueError as error:
 
 
 def test_a_mapping_imports_what_is_listed_alone():
-    late = Late({"act_layer": "torch.nn:SiLU", "teacher": "os:system", "kind": "torch:float16", "path": "a:b:c"})
+    late = LazyMapping({"act_layer": "torch.nn:SiLU", "teacher": "os:system", "kind": "torch:float16", "path": "a:b:c"})
     assert late["act_layer"] is torch.nn.SiLU
     assert (late["teacher"], late["path"]) == ("os:system", "a:b:c")
     assert late["kind"] is torch.float16
@@ -168,7 +168,7 @@ def test_options_are_those_of_a_list_within_bounds(tmp_path, option, value, word
         ({"name": ".."}, "name '..'"),
         ({"name": "a\\b"}, "name 'a"),
         ({"name": "a\nb"}, "name is text of one line"),
-        ({"licence": "a\u2028b"}, "licence is text of one line"),
+        ({"license": "a\u2028b"}, "license is text of one line"),
         ({"dim": 10**9, "bone_r": None}, "dim is at most 65,536, not 1,000,000,000"),
         ({"input_size": 10**6}, "input_size is at most 1,024, not 1,000,000"),
         ({"bone_r": "16"}, "bone_r is a whole number or None, not '16'"),
@@ -210,17 +210,17 @@ def test_a_network_of_too_many_weights_or_patches_takes_no_memory(tmp_path):
 
 
 def test_weights_that_a_file_does_not_hold_take_no_memory(tmp_path, monkeypatch):
-    torch.save(build(TINY).state_dict(), tmp_path / "small.pth")
+    torch.save(build_network(TINY).state_dict(), tmp_path / "small.pth")
     many = OPTIONS | {"embed_dim": 8192, "depth": 20, "num_heads": 16}
     row = read_backbone(row_file(tmp_path, dim=8192, options=many))  # 64 GB
     devices = []
 
     def recording(spec):
-        model = build(spec)
+        model = build_network(spec)
         devices.extend({p.device.type for p in model.parameters()})
         return model
 
-    monkeypatch.setattr(backbones, "build", recording)
+    monkeypatch.setattr(backbones, "build_network", recording)
     with pytest.raises(ValueError, match=r"small\.pth: these weights do not fit theirs"):
         load_backbone(row, weights=tmp_path / "small.pth")
     assert devices == ["meta"]
@@ -272,9 +272,9 @@ def test_weights_of_anothers_repository_are_fetched_for_whoever_asks_alone(folde
 
 
 def test_a_row_of_ones_own_with_a_name_of_the_manifest_takes_nothing_from_the_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(backbones, "located", lambda name: pytest.fail(f"{name} was taken from the cache"))
+    monkeypatch.setattr(backbones, "find_fetched", lambda name: pytest.fail(f"{name} was taken from the cache"))
     weights = tmp_path / "w.safetensors"
-    save_file(build(TINY).state_dict(), weights)
+    save_file(build_network(TINY).state_dict(), weights)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: weights)
     row = register_backbone(dataclasses.replace(TINY, name="scfoundation", source="us/tiny"))
     assert load_backbone(row).weights_origin == "hub us/tiny"

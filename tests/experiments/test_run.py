@@ -13,13 +13,13 @@ import yaml
 from safetensors import safe_open
 from scipy import sparse
 
-from peka_lite.backbones.load import BACKBONES
+from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data.cohorts import open_cohort
 from peka_lite.evaluation.leaks import LeakError
 from peka_lite.evaluation.protocols import ALPHAS
-from peka_lite.evaluation.scores import pooled
+from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import fingerprint
+from peka_lite.experiments.folder import hash_cohort
 from peka_lite.experiments.run import load_or_run, load_run, run, run_name
 from peka_lite.teachers.scfoundation import ScFoundation
 
@@ -84,7 +84,7 @@ def test_summary_says_what_ran(bone_run, mini_cohort):
     assert summary["mean_pcc"] == pytest.approx(table.groupby("fold")["pcc"].mean().mean())
     assert summary["ci_low"] < summary["mean_pcc"] < summary["ci_high"]
     assert re.fullmatch(r"package mini_student\.safetensors, sha256 [0-9a-f]{12}", summary["weights"])
-    assert summary["data_fingerprint"] == fingerprint(mini_cohort)
+    assert summary["data_fingerprint"] == hash_cohort(mini_cohort)
     assert summary["synthetic"] is True
     assert 0.02 < summary["adapted_share"] < 0.08
     assert summary["seconds"] > 0
@@ -122,7 +122,7 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_c
         {"split": "slide", "normalization": "log1p", "alpha": 100.0},
         {"split": "spot"},
         {"protocol": "paper"},
-        {"protocol": "hest", "method": "none", "features": "colour"},
+        {"protocol": "hest", "method": "none", "features": "color"},
         {"protocol": "hest", "method": "none", "features": "coordinates"},
         {"method": "none", "features": "depth", "alpha": 1.0},
         {"method": "none", "features": "teacher"},
@@ -146,9 +146,9 @@ def test_projector_features_are_what_the_taught_model_projects(mini_root, tmp_pa
 
     real, taught, given = room.fit, [], []
     monkeypatch.setattr(room, "fit", lambda model, *a, **k: (taught.append(model), real(model, *a, **k))[1])
-    kept = room.projection
+    kept = room.project_features
     monkeypatch.setattr(
-        "peka_lite.experiments.features.projection", lambda student: (given.append(kept(student)), given[-1])[1]
+        "peka_lite.experiments.features.project_features", lambda student: (given.append(kept(student)), given[-1])[1]
     )
     run(config(mini_root, **TEACHES_FAST, features="projector", protocol="paper"), tmp_path / "out", maps=False)
     (model,), tiles = taught, open_cohort(mini_root).tiles
@@ -381,7 +381,7 @@ def test_strict_chooses_its_penalty_and_keeps_both_targets(mini_root, tmp_path):
     moments = pd.read_parquet(tmp_path / "out" / "slides.parquet")
     assert set(moments["normalization"]) == {"log1p-cp10k", "log1p"}
     score = summary["scores"]["log1p"]["pooled"]
-    assert score["pcc"] == pytest.approx(pooled(moments[moments["normalization"] == "log1p"])["pcc"].mean())
+    assert score["pcc"] == pytest.approx(pool_pcc(moments[moments["normalization"] == "log1p"])["pcc"].mean())
 
 
 def test_strict_needs_three_folds(mini_root, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib
 import multiprocessing
 import os
 import platform
@@ -20,17 +21,18 @@ from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import load_backbone
 from peka_lite.data.hest import Cohort, read_cohort
 from peka_lite.experiments import _teacher_labels as lessons, cache as students
-from peka_lite.experiments._teacher_labels import embedding, lesson
-from peka_lite.experiments.cache import taught_student
+from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
+from peka_lite.experiments.cache import train_student
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import fingerprint
+from peka_lite.experiments.folder import hash_cohort
 from peka_lite.teachers.load import embed_cohort
 from peka_lite.teachers.pca import PCATeacher
 from peka_lite.teachers.scfoundation import ScFoundation
-from peka_lite.transfer import fit as transfer
 from peka_lite.transfer._training import Epochs
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.model import TransferModel
+
+transfer = importlib.import_module("peka_lite.transfer.fit")  # the module: its package offers the function
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*allow")
 ROWS = np.arange(0, 40)
@@ -69,14 +71,14 @@ def pretrained(cohort, **options):
 
 
 def learn(cohort, settings=None, rows=ROWS, teacher=None, **changes):
-    at = {"teacher": teacher or PCATeacher(), "data": fingerprint(cohort), "device": "cpu"}
-    return lesson(settings or config(), cohort, rows, **at | changes)
+    at = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
+    return make_targets(settings or config(), cohort, rows, **at | changes)
 
 
 def teach(cohort, settings=None, rows=ROWS, teacher=None):
-    at = {"teacher": teacher or PCATeacher(), "data": fingerprint(cohort), "device": "cpu"}
+    at = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
     settings = settings or config()
-    return taught_student(settings, cohort, lambda: cohort.tiles, rows, processes=Processes("cpu"), **at)
+    return train_student(settings, cohort, lambda: cohort.tiles, rows, processes=Processes("cpu"), **at)
 
 
 def folders(cache, room):
@@ -121,7 +123,7 @@ def test_a_lesson_is_what_teacher_and_labeler_say(cohort):
 
 
 def test_an_embedding_is_a_memory_map_of_all_spots(cohort):
-    E, learned_from = embedding(PCATeacher(), cohort, ROWS, data="d", device="cpu")
+    E, learned_from = embed_teacher(PCATeacher(), cohort, ROWS, data="d", device="cpu")
     assert isinstance(E, np.memmap)
     assert (E.shape[0], E.dtype, E.flags.writeable) == (len(cohort), np.float32, False)
     np.testing.assert_array_equal(learned_from, PCATeacher().fit(cohort.by_slide(ROWS)).fitted_on_)

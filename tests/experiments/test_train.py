@@ -9,12 +9,12 @@ import yaml
 
 import peka_lite.experiments.cache
 from peka_lite.data.cohorts import open_cohort
-from peka_lite.data.expression import targets, top_hvg
+from peka_lite.data.expression import expression_targets, top_hvg
 from peka_lite.evaluation.folds import folds
 from peka_lite.evaluation.protocols import ALPHAS
 from peka_lite.experiments._train import train
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import fingerprint
+from peka_lite.experiments.folder import hash_cohort
 from peka_lite.experiments.model import load_trained
 from peka_lite.experiments.run import run
 from peka_lite.probe.pca_ridge import PCARidge
@@ -47,7 +47,7 @@ def teach_no_more(monkeypatch):
 
 def predictions(cohort, features, rows, genes, method="log1p-cp10k", alpha="hest"):
     """Predict every spot by a probe that learned from some rows, by the long way."""
-    Y = targets(cohort.adata, genes, method=method)
+    Y = expression_targets(cohort.adata, genes, method=method)
     return PCARidge(256, alpha, fit_intercept=True).fit(features[rows], Y[rows]).predict(features)
 
 
@@ -59,7 +59,7 @@ def test_a_model_of_the_whole_cohort_is_kept_with_all_that_predicting_needs(whol
     summary, cohort = json.loads((whole / "summary.json").read_text()), open_cohort(mini_root)
     assert (summary["n_taught"], summary["n_spots"], summary["held_out"]) == (len(cohort), len(cohort), [])
     assert summary["mean_pcc"] is None
-    assert summary["data_fingerprint"] == fingerprint(cohort)
+    assert summary["data_fingerprint"] == hash_cohort(cohort)
 
 
 def test_its_probe_is_the_one_fitted_by_hand_on_the_student_s_features(whole, mini_root):
@@ -120,7 +120,7 @@ def test_the_penalty_is_the_best_over_the_folds_by_the_long_way(mini_root, tmp_p
     cohort = open_cohort(mini_root)
     X = embed_tiles(load_backbone("tiny", weights="random"), cohort.tiles, device="cpu")
     genes, scores = list(top_hvg(cohort.adata, n=20)), np.zeros(len(ALPHAS))
-    Y = targets(cohort.adata, genes, method="log1p-cp10k")
+    Y = expression_targets(cohort.adata, genes, method="log1p-cp10k")
     for rows, test in folds(cohort, "patient", 3, 0):
         for k, alpha in enumerate(ALPHAS):
             scores[k] += np.nanmean(pearson(Y[test], predictions(cohort, X, rows, genes, alpha=alpha)[test]))
@@ -140,7 +140,7 @@ def test_shares_and_both_features_are_kept_to(mini_root, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "fold", "message"),
     [
-        ({"features": "colour", "method": "none"}, None, "have no student to train"),
+        ({"features": "color", "method": "none"}, None, "have no student to train"),
         ({}, 3, "fold 3 is not there; this cohort has folds 0 to 2"),
         ({}, -1, "fold -1 is not there"),
     ],

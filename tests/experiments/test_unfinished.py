@@ -9,9 +9,9 @@ import yaml
 from peka_lite.cli.options import parser
 from peka_lite.experiments._predict_from import predict_from
 from peka_lite.experiments._train import train
-from peka_lite.experiments._unfinished import command
+from peka_lite.experiments._unfinished import remake_command
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import begin, claim
+from peka_lite.experiments.folder import claim, start_run_folder
 from peka_lite.experiments.model import read_run
 from peka_lite.experiments.run import load_run, run
 
@@ -29,8 +29,8 @@ SETTINGS = [
 def test_the_command_named_asks_for_the_same_settings(mini_root, tmp_path, settings, name):
     config = RunConfig(cohort=str(mini_root), **settings)
     work = tmp_path / "my runs" / "bone.partial"
-    begin(config, work, name)
-    words = shlex.split(command(work))
+    start_run_folder(config, work, name)
+    words = shlex.split(remake_command(work))
     assert words[:2] == ["peka-lite", name]
     options = vars(parser(command=name).parse_args(words[1:]))
     assert options.pop("out") == str(tmp_path / "my runs" / "bone")
@@ -40,12 +40,12 @@ def test_the_command_named_asks_for_the_same_settings(mini_root, tmp_path, setti
 
 
 def test_a_fold_of_a_training_is_named_again(mini_root, tmp_path):
-    begin(RunConfig(cohort=str(mini_root)), tmp_path / "m.partial", "train --fold 2")
-    assert command(tmp_path / "m.partial").startswith("peka-lite train --fold 2 --cohort")
+    start_run_folder(RunConfig(cohort=str(mini_root)), tmp_path / "m.partial", "train --fold 2")
+    assert remake_command(tmp_path / "m.partial").startswith("peka-lite train --fold 2 --cohort")
 
 
 def test_other_settings_of_a_stopped_run_are_named(mini_root, tmp_path):
-    begin(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a.partial", "run")
+    start_run_folder(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a.partial", "run")
     with pytest.raises(FileExistsError, match=r"finish that one with `peka-lite run .*--epochs 3 --out .*/a`"):
         claim(RunConfig(cohort=str(mini_root)), tmp_path / "a", tmp_path / "a.partial")
     (tmp_path / "b").mkdir()
@@ -61,7 +61,7 @@ def test_input_that_is_refused_after_the_beginning_leaves_no_folder_in_the_way(m
         command(config, tmp_path / "m")
     claim(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
     assert not (tmp_path / "m.partial").exists()
-    begin(config, tmp_path / "m.partial", "run")  # what an earlier command left stays
+    start_run_folder(config, tmp_path / "m.partial", "run")  # what an earlier command left stays
     with pytest.raises(ValueError, match="cannot be read as weights"):
         command(config, tmp_path / "m")
     assert (tmp_path / "m.partial").is_dir()
@@ -77,7 +77,7 @@ def write(folder, **files):
 @pytest.fixture
 def folders(mini_root, tmp_path):
     """One folder of each kind that is no finished run."""
-    begin(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone.partial", "run")
+    start_run_folder(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone.partial", "run")
     settings = yaml.safe_dump(RunConfig(cohort=str(mini_root), epochs=4).as_dict())
     write(tmp_path / "cut", config_yml=settings)
     write(tmp_path / "short", config_yml=settings, summary_json='{"fold": ')

@@ -11,7 +11,7 @@ from peka_lite.data.hest import read_slide
 from peka_lite.experiments.folder import draw_maps
 from peka_lite.maps.local_pcc import local_pcc, pcc_map
 from peka_lite.maps.tissue import (
-    colour_limits,
+    color_limits,
     default_gene,
     expression_map,
     gene_bars,
@@ -39,7 +39,7 @@ def field(n=40, genes=5, seed=0):
 
 
 def panels(fig):
-    """The figure's maps, without their colour bars."""
+    """The figure's maps, without their color bars."""
     return [ax for ax in fig.axes if ax.get_title()]
 
 
@@ -48,7 +48,7 @@ def bars_of(fig):
 
 
 def spots(ax):
-    """The coloured spots of a panel."""
+    """The colored spots of a panel."""
     (collection,) = [c for c in ax.collections if c.get_array() is not None]
     return collection
 
@@ -59,11 +59,11 @@ def painted(ax):
 
 
 @pytest.mark.parametrize("k", [3, 6, 18])
-def test_neighbourhood_pcc_equals_a_loop_by_hand(k):
+def test_neighborhood_pcc_equals_a_loop_by_hand(k):
     coords, Y, P = field()
     expected = []
-    for centre in coords:
-        near = np.argsort(((coords - centre) ** 2).sum(1))[: k + 1]  # the spot itself and its k nearest
+    for center in coords:
+        near = np.argsort(((coords - center) ** 2).sum(1))[: k + 1]  # the spot itself and its k nearest
         expected.append(np.mean([pearsonr(Y[near, g], P[near, g]).statistic for g in range(Y.shape[1])]))
     np.testing.assert_allclose(local_pcc(coords, Y, P, n_neighbors=k), expected, atol=1e-10)
 
@@ -106,13 +106,13 @@ def test_a_gene_that_is_constant_everywhere_says_nothing_about_a_spot(value):
     )
 
 
-@pytest.mark.parametrize("over", ["neighbours", "genes"])
+@pytest.mark.parametrize("over", ["neighbors", "genes"])
 def test_a_constant_prediction_has_no_local_pcc(over):
     coords, Y, P = field()
     assert np.isnan(local_pcc(coords, Y, np.full_like(P, 0.1), over=over)).all()
 
 
-@pytest.mark.parametrize("over", ["neighbours", "genes"])
+@pytest.mark.parametrize("over", ["neighbors", "genes"])
 def test_units_of_coordinates_and_expression_do_not_matter(over):
     coords, Y, P = field()
     np.testing.assert_allclose(
@@ -123,7 +123,7 @@ def test_units_of_coordinates_and_expression_do_not_matter(over):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"over": "spots"}, "unknown over='spots'; known: neighbours, genes"),
+        ({"over": "spots"}, "unknown over='spots'; known: neighbors, genes"),
         ({"n_neighbors": 2}, "n_neighbors must be at least 3 and below the 40 spots, not 2"),
         ({"n_neighbors": 40}, "below the 40 spots, not 40"),
     ],
@@ -182,7 +182,7 @@ def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
     tissue, near, genes = panels(fig)
     coords = slide.adata.obsm["spatial"]
     assert tissue.get_title() == "H&E"
-    for ax, over, words in ((near, "neighbours", "neighbourhoods"), (genes, "genes", "genes")):
+    for ax, over, words in ((near, "neighbors", "neighbourhoods"), (genes, "genes", "genes")):
         expected = local_pcc(coords, Y, P, over=over, n_neighbors=8)
         np.testing.assert_allclose(painted(ax), expected, atol=1e-6)
         assert ax.get_title() == f"PCC over {words} (mean {expected.mean():.2f})"
@@ -313,7 +313,7 @@ def test_a_predicted_map_shows_values_below_0_and_says_what_it_is():
 
 
 def limits_of(fig):
-    """Ends of the colours of the gene's panel."""
+    """Ends of the colors of the gene's panel."""
     norm = spots(panels(fig)[1]).norm
     return norm.vmin, norm.vmax
 
@@ -414,7 +414,7 @@ def test_a_gene_asked_for_has_its_own_scale_and_a_flat_one_is_said_to_be(values,
     words = " ".join(remarks(adata, "G"))
     assert said in words
     assert ("does not vary" in words) == ("does not vary" in said)
-    low, high = colour_limits(np.asarray(adata[:, "G"].X))
+    low, high = color_limits(np.asarray(adata[:, "G"].X))
     assert low < high
     if ends is not None:
         assert (low, high) == pytest.approx(ends, abs=1e-2 if ends[1] > 1e-3 else 1e-8)
@@ -425,7 +425,7 @@ def test_a_map_of_what_does_not_vary_draws_with_its_sentence(values):
     adata = on_tiles({"G": values}, [0.1])
     fig = predicted_map(adata, "G")
     fig.canvas.draw()
-    assert limits_of(fig) == colour_limits(np.asarray(adata.X))
+    assert limits_of(fig) == color_limits(np.asarray(adata.X))
     for sentence in remarks(adata, "G"):
         assert sentence in caption(fig)
 
@@ -441,8 +441,8 @@ def test_one_tile_is_flat_and_its_value_is_told():
 def test_a_single_hot_tile_of_many_is_seen():
     values = np.zeros(1000)
     values[7] = 4.0
-    assert colour_limits(values) == (0.0, 4.0)
-    assert colour_limits(np.concatenate([RAMP.repeat(50), [50.0]])) == pytest.approx((0, 1), abs=0.02)
+    assert color_limits(values) == (0.0, 4.0)
+    assert color_limits(np.concatenate([RAMP.repeat(50), [50.0]])) == pytest.approx((0, 1), abs=0.02)
 
 
 def test_a_scale_says_where_values_go_beyond_it():

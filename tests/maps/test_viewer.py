@@ -20,7 +20,7 @@ NASTY = "</script><b>&'\"{{data}}"
 
 
 def made_up(n=40, genes=4, *, names=None, image=(150, 200), seed=0, **options):
-    """A viewer of random spots on a grey slide, and what it was made from."""
+    """A viewer of random spots on a gray slide, and what it was made from."""
     rng = np.random.default_rng(seed)
     factors = {"tissue_downscaled_fullres_scalef": 0.1, "spot_diameter_fullres": 55.0}
     picture = {"images": {"downscaled_fullres": np.full((*image, 3), 200, np.uint8)}, "scalefactors": factors}
@@ -265,7 +265,7 @@ def pixels(page, nth=0):
 
 
 def drawn(page, places):
-    """The colours (n, 4) at shares of the canvas' width and height, from a copy of it."""
+    """The colors (n, 4) at shares of the canvas' width and height, from a copy of it."""
     script = """places => {
         const c = document.querySelector('.peka-viewer canvas'), copy = new OffscreenCanvas(c.width, c.height);
         const pen = copy.getContext('2d', { willReadFrequently: true });
@@ -289,7 +289,7 @@ def test_another_gene_draws_other_spots_and_says_so(opened):
     page.get_by_label("Gene, with its PCC on this slide").select_option("2")
     assert pixels(page) != before
     assert page.locator(".peka-about strong").inner_text() == f"PCC {data['pcc'][2]:.2f}"
-    assert f"spots coloured by {data['genes'][2]}, Measured" in page.get_by_role("img").last.get_attribute("aria-label")
+    assert f"spots colored by {data['genes'][2]}, Measured" in page.get_by_role("img").last.get_attribute("aria-label")
 
 
 def test_every_layer_draws_other_spots_and_has_its_own_scale(opened):
@@ -302,10 +302,10 @@ def test_every_layer_draws_other_spots_and_has_its_own_scale(opened):
     assert len(set(seen)) == 5
     assert scales[0] == scales[1]
     assert scales[2][0] == "−" + scales[2][2]
-    assert scales[3] == ["−1.00", "PCC over 6 neighbours", "1.00"]
+    assert scales[3] == ["−1.00", "PCC over 6 neighbors", "1.00"]
 
 
-def test_spots_have_the_colours_of_matplotlib(opened):
+def test_spots_have_the_colors_of_matplotlib(opened):
     from matplotlib import colormaps
 
     _, Y, _, names, viewer = made_up(n=12, n_neighbors=4)

@@ -372,7 +372,7 @@ def test_text_stands_out(opened, theme):
         page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=theme)
         ink, paper = page.evaluate("""() => ["color", "backgroundColor"].map((key) =>
           getComputedStyle(document.body)[key].match(/[0-9]+/g).slice(0, 3).reduce((sum, v) => sum + Number(v), 0))""")
-        assert (ink < paper) == (theme == "light"), f"{opened.name}: {theme} mode has the other's colours"
+        assert (ink < paper) == (theme == "light"), f"{opened.name}: {theme} mode has the other's colors"
         with unfolded(page):
             assert page.evaluate(ONE_OF_EACH) > 3
             found = violations(page, context={"include": ["[data-contrast]"]}, runOnly=["color-contrast"])

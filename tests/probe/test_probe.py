@@ -218,7 +218,7 @@ def test_features_may_be_single_precision(solver):
         ({"alpha": -1.0}, "not -1.0"),
         ({"n_components": 0}, "n_components must be at least 1 or None, not 0"),
         ({"solver": "hest-bench", "fit_intercept": True}, "HEST-bench fits no intercept"),
-        ({"solver": "hest-bench", "standardize": False}, "HEST-bench standardises"),
+        ({"solver": "hest-bench", "standardize": False}, "HEST-bench standardizes"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, says):

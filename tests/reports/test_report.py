@@ -11,8 +11,8 @@ from run_folders import held_out
 from peka_lite.cli.main import main
 from peka_lite.reports import page as report
 from peka_lite.reports.page import write_report
-from peka_lite.reports.paper import comparability, published, table1, table2
-from peka_lite.reports.runs import label, read_runs
+from peka_lite.reports.paper import describe_comparability, read_published, table1, table2
+from peka_lite.reports.runs import read_runs, row_label
 from peka_lite.reports.tables import difference_table, leak_table, protocol_table
 
 
@@ -22,7 +22,7 @@ def cells(markdown):
 
 
 def test_published_values_are_the_papers():
-    table = published().set_index(["table", "cohort", "backbone", "method"])["pcc"]
+    table = read_published().set_index(["table", "cohort", "backbone", "method"])["pcc"]
     assert table.groupby("table").size().to_dict() == {1: 20, 2: 32}
     assert table.index.is_unique
     assert table[1, "lung", "resnet50", "none"] == 0.696
@@ -176,7 +176,7 @@ def test_rows_are_named_and_ordered_from_controls_to_the_teacher(write_run):
         ("student", "bone", True, "Bone, shuffled teacher"),
         ("depth", "none", False, "total count"),
         ("coordinates", "none", False, "coordinates"),
-        ("colour", "none", False, "colour and texture"),
+        ("color", "none", False, "color and texture"),
     ]
     runs = read_runs(
         [
@@ -184,7 +184,7 @@ def test_rows_are_named_and_ordered_from_controls_to_the_teacher(write_run):
             for i, (f, m, s, _) in enumerate(kinds)
         ]
     )
-    assert [label(run) for run in runs] == [kind[-1] for kind in kinds]
+    assert [row_label(run) for run in runs] == [kind[-1] for kind in kinds]
     assert protocol_table(runs).index.tolist() == [kind[-1] for kind in kinds][::-1]
 
 
@@ -262,9 +262,9 @@ def test_two_runs_of_one_name_are_refused_by_the_setting_that_differs(write_run)
 
 
 def test_controls_read_no_student_and_stand_beside_any_backbone(write_run):
-    runs = read_runs([write_run("a", backbone="uni", weights="hub"), write_run("b", features="colour", noise=2.0)])
+    runs = read_runs([write_run("a", backbone="uni", weights="hub"), write_run("b", features="color", noise=2.0)])
     table = protocol_table(runs)
-    assert table.index.tolist() == ["colour and texture", "frozen"]
+    assert table.index.tolist() == ["color and texture", "frozen"]
     assert "· UNI ·" in table.attrs["title"]
 
 
@@ -291,13 +291,13 @@ def three_protocols(write_run, **settings):
     return folder.parent
 
 
-def test_costs_are_differences_of_neighbouring_protocols(write_run):
+def test_costs_are_differences_of_neighboring_protocols(write_run):
     runs = read_runs([three_protocols(write_run)])
     table = leak_table(runs)
     assert table.columns[:5].tolist() == [
         "paper", "hest", "strict", "cost of holding patients out", "cost of the rest",
     ]  # fmt: skip
-    score = {(r.summary["protocol"], label(r)): r.score(normalization="log1p")["pcc"] for r in runs}
+    score = {(r.summary["protocol"], row_label(r)): r.score(normalization="log1p")["pcc"] for r in runs}
     row = table.loc[("log1p", "Bone")]
     assert row["paper"] == score["paper", "Bone"]
     assert row["cost of holding patients out"] == pytest.approx(score["paper", "Bone"] - score["hest", "Bone"])
@@ -366,19 +366,19 @@ def test_a_part_or_a_copy_of_a_papers_cohort_is_not_the_papers(write_run, tmp_pa
 
 
 def test_the_sentence_names_what_differs_and_only_that(write_run):
-    said = comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
+    said = describe_comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
     assert said == (
         "Published and our values may not be compared: the protocol is strict and not paper; cohort mini "
         "(synthetic) is not in the paper; backbone mini is not in the paper; weights are random (mini); the teacher "
         "is pca and not scFoundation."
     )
     like = {"protocol": "paper", "cohort": "breast", "backbone": "uni", "weights": "hub", "teacher": "scfoundation"}
-    assert "caution" in comparability(read_runs([write_run("c", method="bone", **like)]))
+    assert "caution" in describe_comparability(read_runs([write_run("c", method="bone", **like)]))
     one_off = {**like, "teacher": "pca"}
-    said = comparability(read_runs([write_run("d", method="bone", **one_off)]))
+    said = describe_comparability(read_runs([write_run("d", method="bone", **one_off)]))
     assert said == "Published and our values may not be compared: the teacher is pca and not scFoundation."
-    assert "teacher" not in comparability(read_runs([write_run("e", **one_off, train_share=0.5)]))
-    assert "share" in comparability(read_runs([write_run("f", **one_off, train_share=0.5, seed=1)]))
+    assert "teacher" not in describe_comparability(read_runs([write_run("e", **one_off, train_share=0.5)]))
+    assert "share" in describe_comparability(read_runs([write_run("f", **one_off, train_share=0.5, seed=1)]))
 
 
 def test_markdown_is_well_formed():
@@ -426,11 +426,11 @@ def test_one_protocol_needs_no_name_in_its_files_and_says_what_is_not_there(writ
 
 
 def test_backbones_of_one_cohort_get_tables_of_their_own_with_the_controls_in_each(write_run, tmp_path):
-    made = [write_run("a"), write_run("b", backbone="uni", weights="hub"), write_run("c", features="colour", noise=3.0)]
+    made = [write_run("a"), write_run("b", backbone="uni", weights="hub"), write_run("c", features="color", noise=3.0)]
     names = {path.name for path in write_report(made, tmp_path / "out")}
     assert {"protocol_mini-UNI_strict.csv", "protocol_mini-mini_strict.csv"} <= names
     rows = pd.read_csv(tmp_path / "out" / "protocol_mini-UNI_strict.csv")["features"]
-    assert rows.tolist() == ["colour and texture", "frozen"] * 2
+    assert rows.tolist() == ["color and texture", "frozen"] * 2
 
 
 def test_an_error_leaves_nothing_and_what_is_there_is_not_touched(write_run, tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ import pytest
 from run_folders import GENES, held_out, write_run_folder, write_sweep_file
 
 import peka_lite
-from peka_lite.evaluation.scores import difference, interval
+from peka_lite.evaluation.scores import bootstrap_difference, bootstrap_interval
 from peka_lite.experiments._sweep_folder import read_sweep_folder
 from peka_lite.reports._effects import effects_table
-from peka_lite.reports._settings import TAUGHT, by_settings, over_seeds, sd_over_seeds, settings
+from peka_lite.reports._settings import TRAINED, average_seeds, run_settings, seed_sd, split_by_settings
 from peka_lite.reports.page import write_report
 from peka_lite.reports.points import metrics_table, points_table, setting_columns
-from peka_lite.reports.runs import label, read_runs, require_shared
+from peka_lite.reports.runs import read_runs, require_shared, row_label
 from peka_lite.reports.tables import difference_table, protocol_table
 
 
@@ -130,7 +130,7 @@ def test_a_broken_sweep_file_or_summary_is_refused_by_name(tmp_path):
 def test_a_mean_over_seeds_is_the_mean_of_its_seeds(write_run):
     folders = [*seeds(write_run, "bone", 0.5), write_run("frozen", noise=1.0)]
     runs = read_runs(folders)
-    merged, alone = over_seeds(runs)
+    merged, alone = average_seeds(runs)
     assert alone is runs[3]
     assert merged.seeds == (0, 1, 2)
     assert merged.name == "bone (3 seeds)"
@@ -140,8 +140,8 @@ def test_a_mean_over_seeds_is_the_mean_of_its_seeds(write_run):
         assert merged.score("slides", normalization=target)["pcc"] == pytest.approx(
             np.mean([run.score("slides", normalization=target)["pcc"] for run in runs[:3]])
         )
-        assert sd_over_seeds(merged, normalization=target) == pytest.approx(np.std(values, ddof=1))
-    assert np.isnan(sd_over_seeds(alone))
+        assert seed_sd(merged, normalization=target) == pytest.approx(np.std(values, ddof=1))
+    assert np.isnan(seed_sd(alone))
     assert merged.score()["n_units"] == 3  # patients, not patients times seeds
     assert merged.summary["mean_pcc"] == merged.score()["pcc"]
 
@@ -151,9 +151,9 @@ def test_seeds_do_not_count_as_patients(write_run):
     one = read_runs(seeds(write_run, "bone", 0.5, which=(0,)))[0]
     copies = [one.moments.assign(fold=[f"{s}:{f}" for f in one.moments["fold"]]) for s in range(3)]
     own = [m[m["normalization"] == "log1p"] for m in (one.moments, pd.concat(copies))]
-    alone, thrice = (interval(m, n_boot=400) for m in own)
+    alone, thrice = (bootstrap_interval(m, n_boot=400) for m in own)
     assert thrice["ci_low"] == pytest.approx(alone["ci_low"])
-    merged = over_seeds(read_runs([one.folder, *seeds(write_run, "bone", 0.5, which=(1, 2))]))[0]
+    merged = average_seeds(read_runs([one.folder, *seeds(write_run, "bone", 0.5, which=(1, 2))]))[0]
     assert {fold.split(":")[0] for fold in merged.moments["fold"]} == {"0", "1", "2"}
     assert merged.moments.groupby("normalization")["fold"].nunique().tolist() == [9, 9]
 
@@ -163,14 +163,14 @@ def test_ceilings_and_seconds_are_means_over_seeds(write_run):
     for k, folder in enumerate(folders):
         summary = json.loads((folder / "summary.json").read_text()) | {"seconds": 10.0 + 4 * k}
         (folder / "summary.json").write_text(json.dumps(summary))
-    merged = over_seeds(read_runs(folders))[0]
+    merged = average_seeds(read_runs(folders))[0]
     assert merged.summary["ceiling"]["log1p"] == {"pcc": pytest.approx(0.75), "basis": "known"}
     assert merged.summary["seconds"] == 12.0
     assert merged.name == "r0 (2 seeds)"
 
 
 def test_differences_of_means_over_seeds_are_paired(write_run):
-    runs = over_seeds(read_runs([*seeds(write_run, "none", 1.2), *seeds(write_run, "bone", 0.5)]))
+    runs = average_seeds(read_runs([*seeds(write_run, "none", 1.2), *seeds(write_run, "bone", 0.5)]))
     table = difference_table(runs)
     by_seed = [b.score()["pcc"] - f.score()["pcc"] for f, b in zip(*(run.parts for run in runs), strict=True)]
     assert table.loc["Bone", "difference"] == pytest.approx(np.mean(by_seed))
@@ -182,18 +182,20 @@ def test_differences_of_means_over_seeds_are_paired(write_run):
 
 
 def test_other_seeds_are_not_paired_and_said(write_run):
-    runs = over_seeds(read_runs([*seeds(write_run, "none", 1.2, which=(0,)), *seeds(write_run, "bone", 0.5)]))
+    runs = average_seeds(read_runs([*seeds(write_run, "none", 1.2, which=(0,)), *seeds(write_run, "bone", 0.5)]))
     table = difference_table(runs)
     assert table["difference"].isna().all()
     assert "None for Bone: not the seeds of frozen." in table.attrs["note"]
     assert "Of fewer seeds: frozen." in protocol_table(runs).attrs["note"]
-    strange = over_seeds(read_runs([*seeds(write_run, "lora", 1.2, which=(3, 4)), *(r.folder for r in runs[1].parts)]))
+    strange = average_seeds(
+        read_runs([*seeds(write_run, "lora", 1.2, which=(3, 4)), *(r.folder for r in runs[1].parts)])
+    )
     with pytest.raises(ValueError, match=r"differ in seed \(0\+1\+2 and 3\+4\)"):
         require_shared(strange[::-1])
 
 
 def test_settings_of_teaching_are_those_that_decide_a_student():
-    source = (Path(peka_lite.__file__).parent / "students.py").read_text()  # which imports torch
+    source = (Path(peka_lite.__file__).parent / "experiments" / "cache.py").read_text()  # which imports torch
     named = {
         line.targets[0].id: ast.literal_eval(line.value)
         for line in ast.parse(source).body
@@ -201,20 +203,20 @@ def test_settings_of_teaching_are_those_that_decide_a_student():
     }
     theirs = {*named["TRAINING"], *named["FITTING"]} - {"backbone", "weights", "seed", "method", "shuffle_teacher"}
     files = {"teacher_checkpoint", "teacher_genes", "teacher_mapping"}
-    assert set(TAUGHT) == theirs | files
+    assert set(TRAINED) == theirs | files
 
 
 def test_frozen_students_and_controls_join_every_group_but_do_not_make_one(write_run):
-    made = [write_run("f", tau=9.0, epochs=50, noise=1.5), write_run("c", features="colour", r=4, noise=2.0)]
+    made = [write_run("f", tau=9.0, epochs=50, noise=1.5), write_run("c", features="color", r=4, noise=2.0)]
     made += [write_run(f"{m}{t}", method=m, tau=t, noise=0.5 + t / 10) for t in (1.0, 2.0) for m in ("lora", "bone")]
     made += [write_run("miss", method="miss", tau=2.0)]
-    reference, others, told = by_settings(over_seeds(read_runs(made)))
+    reference, others, told = split_by_settings(average_seeds(read_runs(made)))
     assert [run.name for run in reference] == ["f", "c", "lora2.0", "bone2.0", "miss"]  # the larger group
     assert [run.name for run in others] == ["lora1.0", "bone1.0"]
     assert told == {"mini": {"tau": 2.0}}
-    assert "tau" not in settings(reference[0])
+    assert "tau" not in run_settings(reference[0])
     teachers = [write_run(f"t{k}", features="teacher", teacher=k) for k in ("pca", "scfoundation")]
-    kept, rest, _ = by_settings(over_seeds(read_runs(teachers)))  # the upper line feels its teacher
+    kept, rest, _ = split_by_settings(average_seeds(read_runs(teachers)))  # the upper line feels its teacher
     assert ([r.name for r in kept], [r.name for r in rest]) == (["tpca"], ["tscfoundation"])
 
 
@@ -222,7 +224,7 @@ def test_the_reference_of_equal_groups_is_the_one_that_others_differ_from_least(
     base = {"method": "bone", "augment": False, "tau": 2.0, "kd_space": "embedding"}
     changes = [{"augment": True}, {"kd_space": "logits"}, {}, {"tau": 4.0}]
     runs = read_runs([write_run(f"r{k}", noise=1 + k / 10, **base | change) for k, change in enumerate(changes)])
-    reference, others, told = by_settings(over_seeds(runs))
+    reference, others, told = split_by_settings(average_seeds(runs))
     assert [run.name for run in reference] == ["r2"]
     assert told["mini"] == {"augment": False, "tau": 2.0, "kd_space": "embedding"}
     table = effects_table(others, reference)
@@ -235,7 +237,7 @@ def test_what_could_stand_in_one_column_before_still_does(write_run):
     made += [write_run("c", method="bone", backbone="uni", weights="hub", r=256)]
     made += [write_run("d", method="bone", cohort="lung", n_splits=2, data="d2")]
     made += [write_run("e", protocol="paper", method="bone")]
-    reference, others, told = by_settings(over_seeds(read_runs(made)))
+    reference, others, told = split_by_settings(average_seeds(read_runs(made)))
     assert len(reference) == 5
     assert others == []
     assert told == {"mini": {}, "lung": {}}
@@ -243,7 +245,7 @@ def test_what_could_stand_in_one_column_before_still_does(write_run):
 
 def test_what_a_protocol_sets_splits_runs_of_one_protocol_alone(write_run):
     made = [write_run(f"{m}{a}", method=m, protocol="custom", alpha=a) for m, a in (("bone", 1.0), ("lora", 7.0))]
-    reference, others, told = by_settings(over_seeds(read_runs([*made, write_run("h", protocol="hest")])))
+    reference, others, told = split_by_settings(average_seeds(read_runs([*made, write_run("h", protocol="hest")])))
     assert [run.name for run in reference] == ["bone1.0", "h"]
     assert [run.name for run in others] == ["lora7.0"]
     assert told == {"mini": {"alpha": 1.0}}
@@ -262,11 +264,11 @@ def test_effects_are_paired_differences_to_the_same_row_of_the_reference(write_r
     folders += [write_run(f"{m}{t}", method=m, tau=t, noise=t / 3) for t in (1.0, 4.0) for m in ("bone", "lora")]
     folders += [write_run("few", method="bone", tau=1.0, n_splits=2), write_run("miss", method="miss", tau=4.0)]
     runs = {run.name: run for run in read_runs(folders)}
-    reference, others, told = by_settings(over_seeds(list(runs.values())))
+    reference, others, told = split_by_settings(average_seeds(list(runs.values())))
     assert told["mini"] == {"tau": 4.0, "n_splits": 3}
     table = effects_table(others, reference)
     moments = [runs[k].moments.query("normalization == 'log1p-cp10k'") for k in ("bone1.0", "bone4.0")]
-    by_hand = difference(*moments)
+    by_hand = bootstrap_difference(*moments)
     row = table.loc[("tau=1", "Bone")]
     assert row[["difference", "difference low", "difference high"]].tolist() == [
         by_hand[k] for k in ("pcc", "ci_low", "ci_high")
@@ -280,13 +282,13 @@ def test_effects_are_paired_differences_to_the_same_row_of_the_reference(write_r
     assert np.isnan(only["difference"])
     assert only["note"] == "the reference settings have no such row"
     with pytest.raises(ValueError, match="within one protocol and cohort"):
-        effects_table(others, over_seeds(read_runs([write_run("p", protocol="paper")])))
+        effects_table(others, average_seeds(read_runs([write_run("p", protocol="paper")])))
 
 
 def test_effects_of_means_over_other_seeds_say_so(write_run):
     made = seeds(write_run, "bone", 0.5, tau=1.0) + seeds(write_run, "lora", 0.5, tau=1.0)
     made += [write_run(f"x{s}", method="bone", seed=s, tau=2.0, noise=0.8) for s in (0, 1)]
-    table = effects_table(*by_settings(over_seeds(read_runs(made)))[1::-1])
+    table = effects_table(*split_by_settings(average_seeds(read_runs(made)))[1::-1])
     assert table.loc[("tau=2", "Bone"), "note"] == "not paired: seeds 0, 1, the reference's 0, 1, 2"
     assert table.loc[("tau=2", "Bone"), "sd over seeds"] > 0
 
@@ -477,7 +479,7 @@ def test_an_effects_figure_has_a_row_a_change_a_zero_line_and_says_what_is_not_p
     made = [
         write_run(f"{m}{k}", method=m, noise=1 + k / 5, **c) for k, c in enumerate(changes) for m in ("bone", "lora")
     ]
-    reference, others, _ = by_settings(over_seeds(read_runs(made)))
+    reference, others, _ = split_by_settings(average_seeds(read_runs(made)))
     table = effects_table(others, reference)
     figure = effects_figure(table)
     ax = figure.axes[0]
@@ -496,8 +498,8 @@ def test_an_effects_figure_has_a_row_a_change_a_zero_line_and_says_what_is_not_p
 
 
 def test_labels_of_untaught_runs_are_those_of_labels(write_run):
-    from peka_lite.reports._settings import UNTAUGHT
+    from peka_lite.reports._settings import UNTRAINED
 
-    kinds = ["student", "colour", "coordinates", "depth", "teacher"]
+    kinds = ["student", "color", "coordinates", "depth", "teacher"]
     runs = read_runs([write_run(kind, features=kind) for kind in kinds])
-    assert sorted(map(label, runs)) == sorted(UNTAUGHT)
+    assert sorted(map(row_label, runs)) == sorted(UNTRAINED)

@@ -96,7 +96,7 @@ def test_a_higher_resolution_gives_more_clusters():
 @pytest.mark.parametrize("options", [{"n_neighbors": 7}, {"method": "kmeans", "n_clusters": 9, "n_neighbors": 4}])
 @given(seed=st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
-def test_new_spots_take_the_vote_of_their_nearest_neighbours(options, seed):
+def test_new_spots_take_the_vote_of_their_nearest_neighbors(options, seed):
     E, new = cloud(seed=seed), cloud(30, seed + 1000)
     labeler = PseudoLabeler(**options).fit(E)
     predicted = labeler.predict(new)
@@ -104,20 +104,20 @@ def test_new_spots_take_the_vote_of_their_nearest_neighbours(options, seed):
     assert predicted.tolist() == vote(labeler, E, new, options["n_neighbors"])
 
 
-def test_two_far_neighbours_outvote_a_near_one():
+def test_two_far_neighbors_outvote_a_near_one():
     labeler = PseudoLabeler("kmeans", n_clusters=2, n_neighbors=3).fit([[0.0], [10], [10.5], [11]])
     assert labeler.labels_[0] != labeler.labels_[1] == labeler.labels_[2]
     assert labeler.predict([[1.0]]).tolist() == [labeler.labels_[1]]
 
 
-def test_a_tie_goes_to_the_nearer_neighbours():
+def test_a_tie_goes_to_the_nearer_neighbors():
     labeler = PseudoLabeler("kmeans", n_clusters=2, n_neighbors=2).fit([[0.0], [4], [6], [10]])
     left, right = labeler.labels_[[0, 3]]
     assert left != right
     assert labeler.predict([[4.9], [5.1]]).tolist() == [left, right]
 
 
-def test_one_neighbour_gives_fitted_rows_their_own_label():
+def test_one_neighbor_gives_fitted_rows_their_own_label():
     E = cloud()
     labeler = PseudoLabeler("kmeans", n_clusters=9, n_neighbors=1).fit(E)
     np.testing.assert_array_equal(labeler.predict(E), labeler.labels_)
@@ -129,7 +129,7 @@ def test_new_spots_do_not_influence_each_other():
     np.testing.assert_array_equal(labeler.predict(new), alone)
 
 
-def test_the_default_is_knn_leiden_with_15_neighbours():
+def test_the_default_is_knn_leiden_with_15_neighbors():
     assert repr(PseudoLabeler()) == "PseudoLabeler('knn-leiden', n_neighbors=15, resolution=1.0, seed=0)"
 
 
@@ -142,7 +142,7 @@ def test_kmeans_makes_100_clusters_unless_told_otherwise():
     [
         ("knn-leiden", {"n_clusters": 5}, "n_neighbors, resolution"),
         ("kmeans", {"resolution": 1.0}, "n_clusters, n_neighbors"),
-        ("kmeans", {"colour": 1}, "n_clusters, n_neighbors"),
+        ("kmeans", {"color": 1}, "n_clusters, n_neighbors"),
     ],
 )
 def test_an_option_of_the_other_method_is_refused(method, option, has):
@@ -161,8 +161,8 @@ def test_an_option_below_zero_is_refused(option):
         PseudoLabeler(**option)
 
 
-def test_too_few_spots_for_the_neighbours_is_an_error():
-    with pytest.raises(ValueError, match=r"15 spots cannot have 15 neighbours.*lower n_neighbors"):
+def test_too_few_spots_for_the_neighbors_is_an_error():
+    with pytest.raises(ValueError, match=r"15 spots cannot have 15 neighbors.*lower n_neighbors"):
         PseudoLabeler().fit(cloud(15))
 
 

@@ -88,7 +88,7 @@ def totals(cells):
 
 @pytest.fixture(scope="module")
 def logged(cells, totals):
-    """The same cells, log-normalised."""
+    """The same cells, log-normalized."""
     return make_adata(cells.X.astype(np.float64).multiply(1e4 / totals).tocsr().log1p(), cells.var_names)
 
 
@@ -460,7 +460,7 @@ def test_the_gene_list_beside_a_checkpoint_is_taken(tmp_path, name, text):
 
 def test_the_gene_list_in_the_cache_is_taken_where_none_lies_beside(tmp_path, monkeypatch):
     asked = {"scfoundation-genes": tmp_path / "elsewhere.tsv"}
-    monkeypatch.setattr(checkpoint, "located", asked.get)
+    monkeypatch.setattr(checkpoint, "find_fetched", asked.get)
     asked["scfoundation-genes"].write_text(TSV)
     path = write_checkpoint(tmp_path / "models.ckpt")
     assert ScFoundation.from_checkpoint(path).genes.tolist() == GENES

@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 
 from peka_lite._core._stream import finish, open_partial
-from peka_lite._core.locks import alone, partial_of
+from peka_lite._core.locks import lock, partial_path
 from peka_lite.teachers.scfoundation import ScFoundation
 
 GENES = [f"G{i}" for i in range(60)]
@@ -83,7 +83,7 @@ def test_a_file_holds_what_memory_would_and_nothing_else_is_left(tmp_path, model
 
 def test_a_stopped_job_leaves_its_part_and_no_file(tmp_path, model):
     stop(model, make_adata(), tmp_path / "E.npy")
-    assert [path.name for path in tmp_path.iterdir()] == [partial_of(tmp_path / "E.npy", held=True).name]
+    assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path / "E.npy", held=True).name]
 
 
 def test_the_next_job_computes_what_is_left_and_gives_the_same_numbers(tmp_path, model):
@@ -272,10 +272,10 @@ def test_a_file_that_is_held_is_waited_for(tmp_path):
     said, out = [], tmp_path / "E.npy"
 
     def second():
-        with alone(out):
+        with lock(out):
             said.append("second")
 
-    with alone(out):
+    with lock(out):
         waiting = threading.Thread(target=second)
         waiting.start()
         waiting.join(0.2)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
-from peka_lite._core.locks import partial_of
+from peka_lite._core.locks import partial_path
 from peka_lite.data.expression import normalize
 from peka_lite.data.hest import Cohort, Slide
 from peka_lite.data.tiles import TileStore
@@ -70,7 +70,7 @@ def test_an_embedding_is_float32_of_the_width_asked_for(fitted):
     assert (E.dtype, E.shape) == (np.float32, (7, 5))
 
 
-def test_an_embedding_is_the_projection_of_normalised_genes(fitted):
+def test_an_embedding_is_the_projection_of_normalized_genes(fitted):
     adata = make_adata(9, seed=4)
     X = normalize(adata)[:, adata.var_names.get_indexer(fitted.genes_)].toarray()
     by_hand = (X - fitted.pca_.mean_) @ fitted.pca_.components_.T / fitted.scale_
@@ -125,7 +125,7 @@ def test_a_cohort_is_embedded_slide_by_slide_in_row_order(cohort):
     np.testing.assert_allclose(embed_cohort(teacher, cohort, batch_size=7), E, atol=1e-6)
 
 
-def test_each_slide_is_normalised_over_all_its_own_genes(cohort):
+def test_each_slide_is_normalized_over_all_its_own_genes(cohort):
     teacher = small_teacher().fit(cohort.by_slide(np.arange(len(cohort))))
     own = cohort.slides[0].adata
     shared = own[:, cohort.genes].copy()
@@ -261,7 +261,7 @@ def test_scfoundation_is_loaded_from_a_file_with_its_options(published):
 
 
 def test_scfoundation_is_loaded_from_the_cache_where_no_file_is_given(published, monkeypatch):
-    monkeypatch.setattr(teachers, "located", {"scfoundation": published}.get)
+    monkeypatch.setattr(teachers, "find_fetched", {"scfoundation": published}.get)
     given = load_teacher("scfoundation", key="rde", checkpoint=published)
     assert load_teacher("scfoundation", key="rde").fingerprint == given.fingerprint
 
@@ -363,7 +363,7 @@ def test_a_stopped_cohort_goes_on_where_it_was(cohort, cache, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             embed_cohort(teacher, cohort, batch_size=10)
     first, second = sorted((cache / "embeddings").iterdir())
-    assert second == partial_of(second.with_name(second.name.split(".")[0] + ".npy"), held=True)
+    assert second == partial_path(second.with_name(second.name.split(".")[0] + ".npy"), held=True)
     assert first.suffix == ".npy"
     left = []
     teacher.encoder.register_forward_pre_hook(lambda _, args: left.append(len(args[0])))

@@ -211,7 +211,7 @@ def test_logged_values_are_not_taken_for_counts():
 
 @pytest.mark.parametrize("options", [{"pre_normalized": "T"}, {"pre_normalized": "A", "total": [9]}])
 def test_counts_are_not_taken_for_logged_values(options):
-    refused([[3, 6]], r"takes log-normalised values.*whole counts", **options)
+    refused([[3, 6]], r"takes log-normalized values.*whole counts", **options)
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_flag_t_with_copies_gives_the_tokens_of_summed_counts():
 
 def test_counts_with_copies_are_not_taken_for_logged_values():
     model = ScFoundation.random(GENES, hidden_dim=8, depth=1, heads=2)
-    with pytest.raises(ValueError, match=r"takes log-normalised values.*whole counts"):
+    with pytest.raises(ValueError, match=r"takes log-normalized values.*whole counts"):
         model.tokens(make_adata(random_counts(4, 4), ["TBCE", "ACTB", "TBCE", "TP53"]), pre_normalized="T")
 
 

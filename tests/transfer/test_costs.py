@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from peka_lite.adapters.adapt import adapt
-from peka_lite.backbones.load import BACKBONES, load_backbone
-from peka_lite.transfer.costs import Cost, out_of_memory, student_cost
-from peka_lite.transfer.memory import frozen_in
+from peka_lite.backbones.load import load_backbone
+from peka_lite.backbones.registry import BACKBONES
+from peka_lite.transfer.costs import Cost, explain_out_of_memory, student_cost
+from peka_lite.transfer.memory import frozen_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -84,7 +85,7 @@ def really_kept(method, tiles, *, half):
         return tensor
 
     dtype = torch.bfloat16 if half else torch.float32
-    with frozen_in(model, dtype), torch.autocast("cpu", dtype, enabled=half):
+    with frozen_dtype(model, dtype), torch.autocast("cpu", dtype, enabled=half):
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(torch.zeros(tiles, 3, 112, 112))
@@ -128,7 +129,7 @@ def mini():
 
 
 def advice(model, tiles, *, recompute=False):
-    return str(out_of_memory(model, torch.device("cpu"), tiles=tiles, recompute=recompute))
+    return str(explain_out_of_memory(model, torch.device("cpu"), tiles=tiles, recompute=recompute))
 
 
 def numbers(message):
@@ -137,7 +138,7 @@ def numbers(message):
 
 def test_the_advice_is_a_memory_error_with_numbers_that_fall(mini):
     message = advice(mini, 10_000)
-    assert isinstance(out_of_memory(mini, torch.device("cpu"), tiles=4, recompute=False), MemoryError)
+    assert isinstance(explain_out_of_memory(mini, torch.device("cpu"), tiles=4, recompute=False), MemoryError)
     assert message.startswith("cpu ran out of memory at 10000 tiles at once (about ")
     now, half, again = numbers(message)
     assert now > half > again > 0

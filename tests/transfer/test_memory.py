@@ -10,8 +10,9 @@ from torch import nn
 
 from peka_lite.adapters.adapt import adapt
 from peka_lite.adapters.bone import BoneLinear
-from peka_lite.backbones.load import IMAGENET, Backbone, load_backbone
-from peka_lite.transfer.memory import compiled_or_plain, frozen_in, recomputed
+from peka_lite.backbones.load import load_backbone
+from peka_lite.backbones.registry import IMAGENET, Backbone
+from peka_lite.transfer.memory import checkpoint_blocks, compile_if_possible, frozen_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -80,7 +81,7 @@ def test_frozen_linear_and_convolution_weights_are_held_in_the_compute_type_and_
     }  # fmt: skip
     assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.base_layer.weight", "blocks.2.mlp.fc2.bias"} <= products
     before = {n: p.data_ptr() for n, p in model.named_parameters()}
-    with frozen_in(model, torch.bfloat16):
+    with frozen_dtype(model, torch.bfloat16):
         for name, p in model.named_parameters():
             assert p.dtype == (torch.bfloat16 if name in products else torch.float32), name
             assert (p.data_ptr() != before[name]) == (name in products), name
@@ -90,17 +91,17 @@ def test_frozen_linear_and_convolution_weights_are_held_in_the_compute_type_and_
 def test_what_the_weights_were_comes_back_bit_for_bit(method):
     model = student(method)
     before, ids = weights(model), [id(p) for p in model.parameters()]
-    with frozen_in(model, torch.bfloat16):
+    with frozen_dtype(model, torch.bfloat16):
         assert not same(weights(model), before)
     assert same(weights(model), before)
-    assert [id(p) for p in model.parameters()] == ids  # an optimiser holds them
+    assert [id(p) for p in model.parameters()] == ids  # an optimizer holds them
 
 
 @pytest.mark.parametrize("stop", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_what_the_weights_were_comes_back_after_an_exception(stop):
     model = student()
     before = weights(model)
-    with pytest.raises(type(stop)), frozen_in(model, torch.bfloat16):
+    with pytest.raises(type(stop)), frozen_dtype(model, torch.bfloat16):
         raise stop
     assert same(weights(model), before)
 
@@ -108,7 +109,7 @@ def test_what_the_weights_were_comes_back_after_an_exception(stop):
 def test_what_was_learned_meanwhile_stays():
     model = student()
     before = weights(model)
-    with frozen_in(model, torch.bfloat16):
+    with frozen_dtype(model, torch.bfloat16):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         step(model, dtype=torch.bfloat16)
         optimizer.step()
@@ -119,7 +120,7 @@ def test_what_was_learned_meanwhile_stays():
 def test_the_weights_own_type_changes_nothing():
     model = student()
     before = [p.data_ptr() for p in model.parameters()]
-    with frozen_in(model, torch.float32):
+    with frozen_dtype(model, torch.float32):
         assert [p.data_ptr() for p in model.parameters()] == before
 
 
@@ -130,7 +131,7 @@ def test_outputs_and_gradients_are_those_of_plain_autocast_bit_for_bit(method):
         p.requires_grad_(p.requires_grad or p is model.pos_embed)  # so that "none" has something to go back to
     y, grads, kept = step(model, dtype=torch.bfloat16)
     assert not torch.equal(y, step(model)[0])  # autocast does something here
-    with frozen_in(model, torch.bfloat16):
+    with frozen_dtype(model, torch.bfloat16):
         y_held, grads_held, kept_held = step(model, dtype=torch.bfloat16)
     assert torch.equal(y_held, y)
     assert same(grads_held, grads)
@@ -145,7 +146,7 @@ def test_outputs_and_gradients_are_those_of_plain_autocast_bit_for_bit(method):
 def test_recomputed_gradients_are_the_same_bit_for_bit_dropout_included(method, dtype):
     model = student(method)
     y, grads, kept = step(model, dtype=dtype)
-    with recomputed(model):
+    with checkpoint_blocks(model):
         y_again, grads_again, kept_again = step(model, dtype=dtype)
     assert torch.equal(y_again, y)
     assert same(grads_again, grads)
@@ -161,7 +162,7 @@ def test_every_block_runs_again_once_while_recomputed_and_not_after():
     model, runs = student(), []
     for i, block in enumerate(model.blocks):
         block.norm1.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
-    with recomputed(model):
+    with checkpoint_blocks(model):
         step(model)
     assert runs == [0, 1, 2, 2, 1, 0]
     runs.clear()
@@ -174,7 +175,7 @@ def test_blocks_are_left_as_they_were(fails):
     model = student()
     before = [set(block.__dict__) for block in model.blocks]
     try:
-        with recomputed(model):
+        with checkpoint_blocks(model):
             assert all("forward" in block.__dict__ for block in model.blocks)
             if fails:
                 raise KeyboardInterrupt
@@ -186,7 +187,7 @@ def test_blocks_are_left_as_they_were(fails):
 def test_a_student_without_blocks_is_refused():
     with (
         pytest.raises(ValueError, match="ResNet has no transformer blocks to recompute"),
-        recomputed(load_backbone(CNN, weights="random")),
+        checkpoint_blocks(load_backbone(CNN, weights="random")),
     ):
         pass
 
@@ -217,7 +218,7 @@ def test_a_compiler_that_fails_is_named_and_training_goes_on_without(monkeypatch
     monkeypatch.setattr(torch, "compile", failing(error))
     before, random = weights(model), torch.get_rng_state()
     with pytest.warns(UserWarning, match=rf"torch\.compile did not work here {said}; training goes on without it"):
-        got = compiled_or_plain(model, lambda network: network(images()).sum())
+        got = compile_if_possible(model, lambda network: network(images()).sum())
     assert got is model
     assert all(p.grad is None for p in model.parameters())
     assert same(weights(model), before)
@@ -231,13 +232,13 @@ def test_where_compilation_is_refused_outright_training_goes_on_without(monkeypa
     model = student()
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.warns(UserWarning, match="not supported on Python"):
-        assert compiled_or_plain(model, lambda network: network(images()).sum()) is model
+        assert compile_if_possible(model, lambda network: network(images()).sum()) is model
 
 
 def test_an_interruption_is_no_failure_of_the_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        compiled_or_plain(student(), lambda network: network(images()).sum())
+        compile_if_possible(student(), lambda network: network(images()).sum())
 
 
 def test_what_works_is_used_and_its_trial_leaves_no_gradients(monkeypatch):
@@ -245,7 +246,7 @@ def test_what_works_is_used_and_its_trial_leaves_no_gradients(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: nn.Sequential(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = compiled_or_plain(model, lambda network: network(images()).sum())
+        got = compile_if_possible(model, lambda network: network(images()).sum())
     assert list(got.children()) == [model]
     assert all(p.grad is None for p in model.parameters())
 
@@ -269,7 +270,7 @@ def test_a_really_compiled_network_learns_as_the_plain_one_does(monkeypatch, tmp
         if kind == "compiled":
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="torch.compile did not work")
-                network = compiled_or_plain(model, lambda network: F.cross_entropy(network(x), target))
+                network = compile_if_possible(model, lambda network: F.cross_entropy(network(x), target))
             assert isinstance(network, torch._dynamo.OptimizedModule)
             assert all(p.grad is None for p in model.parameters())
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)

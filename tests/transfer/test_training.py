@@ -1,5 +1,6 @@
 """Training: pieces and processes change nothing, a killed run goes on, and what stops one is named."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from tiny import TINY, task
 from peka_lite._core.hashing import row_ids
 from peka_lite.adapters.adapt import adapt
 from peka_lite.backbones.load import load_backbone
-from peka_lite.transfer import _checkpoint, _training as training, fit as transfer
+from peka_lite.transfer import _checkpoint, _training as training
 from peka_lite.transfer._training import Epochs
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.model import NotFinite, TransferModel
+
+transfer = importlib.import_module("peka_lite.transfer.fit")  # the module: its package offers the function
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -188,7 +191,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     script.write_text(TOGETHER)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-         Path(__file__).parents[1], two],
+         Path(__file__).parent, two],
         env=child_env(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, check=False, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -317,7 +320,7 @@ def test_a_run_killed_ten_times_ends_bitwise_as_an_unbroken_one(tmp_path):
     )
     code += "test_training.supervise(pathlib.Path(sys.argv[2]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, Path(__file__).parents[1], tmp_path],
+        [sys.executable, "-c", code, Path(__file__).parent, tmp_path],
         env=child_env(), capture_output=True, text=True, check=False, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -419,11 +422,11 @@ def test_turns_follow_the_seed_and_are_off_by_default():
 def test_every_epoch_turns_its_tiles_in_a_way_of_its_own(monkeypatch):
     seen = []
 
-    def spy(tiles, turns, turn=training.turned):
+    def spy(tiles, turns, turn=training.flip_tiles):
         seen.append((row_ids(tiles.numpy()), turns))
         return turn(tiles, turns)
 
-    monkeypatch.setattr(training, "turned", spy)
+    monkeypatch.setattr(training, "flip_tiles", spy)
     teach(student(), epochs=2, augment=True)
     by_tile = []
     for epoch in (seen[:3], seen[3:]):

@@ -10,7 +10,8 @@ from scipy.special import log_softmax
 from tiny import TINY, task
 
 from peka_lite.adapters.adapt import METHODS, adapt, adapter_state
-from peka_lite.backbones.load import IMAGENET, Backbone, load_backbone, preprocess
+from peka_lite.backbones.load import load_backbone, preprocess
+from peka_lite.backbones.registry import IMAGENET, Backbone
 from peka_lite.transfer.fit import KD_SPACES, fit, transfer_loss
 from peka_lite.transfer.model import TransferModel
 
@@ -185,7 +186,7 @@ def test_frozen_backbone_is_bit_equal_and_without_gradients(method, spec, kd_spa
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 @pytest.mark.parametrize("method", ["none", "bone", "lora", "adalora"])
-def test_optimiser_holds_state_for_what_learns_and_nothing_else(method, kd_space, monkeypatch):
+def test_optimizer_holds_state_for_what_learns_and_nothing_else(method, kd_space, monkeypatch):
     made = []
 
     class Recorded(torch.optim.Adam):
@@ -399,7 +400,7 @@ def test_adalora_ranks_shrink_to_their_target(tmp_path):
     assert alive == 2 * 4
 
 
-def test_adalora_adds_its_regulariser_to_the_loss():
+def test_adalora_adds_its_regularizer_to_the_loss():
     (row,) = teach(student("adalora"), lr=0.0).to_dict("records")
     assert row["loss"] > 0.5 * row["kd"] + 0.5 * row["ce"] + 0.1
 

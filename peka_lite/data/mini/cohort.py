@@ -20,7 +20,8 @@ import pandas as pd
 from scipy import sparse
 
 from peka_lite._core.io import write_file, write_h5ad
-from peka_lite._core.progress import bar
+from peka_lite._core.progress import progress_bar
+from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data._format import write_tiles
 from peka_lite.data.mini import counts as genes
 from peka_lite.data.mini.tiles import draw_section, draw_stain
@@ -35,11 +36,6 @@ from peka_lite.data.mini.tissue import (
     draw_outline,
     mix_domains,
 )
-
-MINI_FORMAT = 2  # of the embedded cohort; raise it when the same seed would give other bytes
-
-
-__all__ = ["write_mini_cohort"]
 
 N_WITHOUT_TILE = 2  # spots per slide whose tile is missing, as at the edge of a real scan
 FILES = {"st": ".h5ad", "patches": ".h5", "metadata": ".json"}
@@ -114,7 +110,9 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         of_genes, of_patients, of_slides = np.random.SeedSequence(seed).spawn(3)
         var, profiles = genes.draw_genes(np.random.default_rng(of_genes))
         patients = [_draw_patient(profiles, stream) for stream in of_patients.spawn(n_patients)]
-        streams = bar(of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", enabled=None)
+        streams = progress_bar(
+            of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", enabled=None
+        )
         for index, stream in enumerate(streams):
             number = index % n_patients
             of_slide, of_files = stream.spawn(2)

@@ -1,8 +1,8 @@
 """Draw one synthetic H&E section: tissue domains in, RGB pixels out.
 
 The whole section is drawn on one canvas at 0.5 um per pixel and the tiles are cut from it afterwards, so that
-neighbouring tiles agree where they overlap, as they do on a real slide. Two float32 canvases hold how much
-haematoxylin and how much eosin every pixel carries; they become colours only at the very end.
+neighboring tiles agree where they overlap, as they do on a real slide. Two float32 canvases hold how much
+haematoxylin and how much eosin every pixel carries; they become colors only at the very end.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ HAEMATOXYLIN, EOSIN = (0.71, 0.62, 0.32), (0.24, 0.88, 0.36)
 
 # Diffuse stain of each domain, before any nucleus or fibre is drawn: (haematoxylin, eosin).
 GROUND = {
-    "tumour": (0.24, 0.34),
+    "tumor": (0.24, 0.34),
     "stroma": (0.12, 0.32),
     "immune": (0.20, 0.24),
     "gland": (0.10, 0.32),
@@ -27,7 +27,7 @@ GROUND = {
 
 # Nuclei: length and width (um), their relative spread, irregularity of the outline, haematoxylin, coarseness.
 NUCLEI = {
-    "tumour": (9.5, 7.5, 0.24, 0.16, 1.30, 0.40),
+    "tumor": (9.5, 7.5, 0.24, 0.16, 1.30, 0.40),
     "lymphocyte": (6.2, 5.6, 0.10, 0.07, 1.60, 0.30),
     "fibroblast": (12.0, 3.4, 0.24, 0.12, 1.25, 0.20),
     "epithelium": (8.5, 6.0, 0.12, 0.07, 1.20, 0.30),
@@ -37,10 +37,10 @@ NUCLEI = {
 
 # Cells per mm2 of each domain; a tile is 0.0125 mm2. Epithelium and fat nuclei have their own rules below.
 DENSITY = {
-    "tumour": {"tumour": 8500, "stroma": 60, "necrosis": 300},
-    "lymphocyte": {"tumour": 400, "stroma": 500, "immune": 14000, "gland": 400, "fat": 20, "necrosis": 350},
-    "fibroblast": {"tumour": 250, "stroma": 2800, "immune": 400, "gland": 1800},
-    "debris": {"necrosis": 5500, "tumour": 60},
+    "tumor": {"tumor": 8500, "stroma": 60, "necrosis": 300},
+    "lymphocyte": {"tumor": 400, "stroma": 500, "immune": 14000, "gland": 400, "fat": 20, "necrosis": 350},
+    "fibroblast": {"tumor": 250, "stroma": 2800, "immune": 400, "gland": 1800},
+    "debris": {"necrosis": 5500, "tumor": 60},
 }
 
 N_ANGLES, N_VARIANTS, STAMP = 16, 6, 47  # nuclei are drawn once into a bank of stamps, then placed many times
@@ -71,14 +71,14 @@ def draw_section(rng, labels, stain):
     _cells(rng, labels, holes, angle, hematoxylin, banks)
     _adipocytes(rng, labels, hematoxylin, eosin, banks["adipocyte"])
     _glands(rng, labels, hematoxylin, eosin, banks["epithelium"])
-    return _colour(hematoxylin, eosin, stain)
+    return _color(hematoxylin, eosin, stain)
 
 
 def draw_stain(rng):
     """Draw one patient's stain and scanner: density vectors, strengths, white point, gamma, and blur in pixels."""
     vectors = np.array([HAEMATOXYLIN, EOSIN]) + rng.normal(0, 0.03, (2, 3))
     return {
-        "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),  # (2 stains, 3 colours)
+        "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),  # (2 stains, 3 colors)
         "strength": np.array([1.9, 1.15]) * np.exp(rng.normal(0, 0.18, 2)),
         "white": np.array([237.0, 227.0, 236.0]) + rng.normal(0, 5, 3),
         "gamma": float(np.exp(rng.normal(0, 0.06))),
@@ -105,7 +105,7 @@ def _fibre_course(rng, labels):
 
 
 def _paint_ground(rng, labels, across, along, holes):
-    """Paint all that is not a cell: cytoplasm, wavy collagen, debris and the gaps beside tumour nests.
+    """Paint all that is not a cell: cytoplasm, wavy collagen, debris and the gaps beside tumor nests.
 
     Returns
     -------
@@ -121,15 +121,15 @@ def _paint_ground(rng, labels, across, along, holes):
     connective = _layer(labels, {"stroma": 1, "gland": 1})
     bundles = connective * (0.8 + 0.35 * smooth_noise(rng, shape, 5)).clip(0.2)
     loose = 0.55 * connective * (smooth_noise(rng, shape, 3) > 1.0)  # pale patches between the bundles
-    # Tumour nests shrink away from the stroma when tissue is fixed, which leaves white gaps.
-    tumour = ndimage.gaussian_filter(_layer(labels, {"tumour": 1}), 0.8)
+    # Tumor nests shrink away from the stroma when tissue is fixed, which leaves white gaps.
+    tumor = ndimage.gaussian_filter(_layer(labels, {"tumor": 1}), 0.8)
     stroma = ndimage.gaussian_filter(_layer(labels, {"stroma": 1}), 1.2)
-    gap = 4 * tumour * (1 - tumour) * np.minimum(5 * stroma, 1) * (smooth_noise(rng, shape, 4) > 0.3)
+    gap = 4 * tumor * (1 - tumor) * np.minimum(5 * stroma, 1) * (smooth_noise(rng, shape, 4) > 0.3)
     layers = np.stack([
         _layer(labels, {name: ground[0] for name, ground in GROUND.items()}),
         _layer(labels, {name: ground[1] for name, ground in GROUND.items()}),
-        _layer(labels, {"tumour": 0.10, "stroma": 0.07, "immune": 0.10, "gland": 0.05, "necrosis": 0.15}),
-        _layer(labels, {"tumour": 0.02, "stroma": 0.01, "immune": 0.02, "necrosis": 0.09}),
+        _layer(labels, {"tumor": 0.10, "stroma": 0.07, "immune": 0.10, "gland": 0.05, "necrosis": 0.15}),
+        _layer(labels, {"tumor": 0.02, "stroma": 0.01, "immune": 0.02, "necrosis": 0.09}),
         bundles, loose, np.maximum(gap, holes), across, along,
     ]).astype(np.float32)  # (9, rows, columns)  # fmt: skip
     layers = ndimage.gaussian_filter(layers, (0, 0.7, 0.7))  # rounds the steps of the map's cells
@@ -162,14 +162,14 @@ def _enlarge(layers):
 
 
 def _adipocytes(rng, labels, hematoxylin, eosin, bank):
-    """Pack fat with large empty vacuoles: thin membranes run halfway between neighbouring cell centres."""
+    """Pack fat with large empty vacuoles: thin membranes run halfway between neighboring cell centers."""
     is_fat = labels == DOMAINS.index("fat")
     if not is_fat.any():
         return
-    centres = _lattice(rng, eosin.shape, spacing=115, jitter=0.3)
+    centers = _lattice(rng, eosin.shape, spacing=115, jitter=0.3)
     half = STEP // 2  # half resolution is enough: membranes are several pixels thick
     pixels = np.argwhere(np.repeat(np.repeat(is_fat, half, 0), half, 1))
-    distance, nearest = cKDTree(centres).query(pixels * 2.0, k=3)  # (n_pixels, 3)
+    distance, nearest = cKDTree(centers).query(pixels * 2.0, k=3)  # (n_pixels, 3)
     gap = distance[:, 1] - distance[:, 0]
     # The second term thickens the corners where three cells meet, which rounds the vacuoles.
     wall = np.exp(-((gap / 4.5) ** 2)) + np.exp(-(((distance[:, 2] - distance[:, 0]) / 13) ** 2))
@@ -182,13 +182,13 @@ def _adipocytes(rng, labels, hematoxylin, eosin, bank):
     # A few flat nuclei are pressed against the membranes and lie along them.
     on_wall = np.flatnonzero(gap < 2)
     chosen = rng.choice(on_wall, min(len(on_wall), len(pixels) // 2500), replace=False)
-    rows, columns = (centres[nearest[chosen, 1]] - centres[nearest[chosen, 0]]).T
+    rows, columns = (centers[nearest[chosen, 1]] - centers[nearest[chosen, 0]]).T
     _place(rng, hematoxylin, pixels[chosen] * 2, bank, np.arctan2(rows, columns) + np.pi / 2)
 
 
 def _holes(rng, labels):
     """Tear small holes and spaces into solid tissue, float32 of the labels' shape: 1 where there is glass."""
-    share = _layer(labels, {"tumour": 0.09, "stroma": 0.04, "immune": 0.05, "necrosis": 0.03})
+    share = _layer(labels, {"tumor": 0.09, "stroma": 0.04, "immune": 0.05, "necrosis": 0.03})
     return (ndtr(-smooth_noise(rng, labels.shape, 1.3)) < share).astype(np.float32)
 
 
@@ -263,11 +263,11 @@ def _place(rng, hematoxylin, points, bank, turn):
 
 def _glands(rng, labels, hematoxylin, eosin, bank):
     """Draw glands: an empty lumen, a belt of pink cytoplasm and a ring of nuclei in it."""
-    centres = _lattice(rng, labels.shape, spacing=150 / STEP, jitter=0.22) * STEP
-    centres = centres[labels[_cell_of(centres, labels)] == DOMAINS.index("gland")]
+    centers = _lattice(rng, labels.shape, spacing=150 / STEP, jitter=0.22) * STEP
+    centers = centers[labels[_cell_of(centers, labels)] == DOMAINS.index("gland")]
     reach = 80
     y, x = np.indices((2 * reach + 1, 2 * reach + 1), dtype=np.float32) - reach
-    for row, column in centres.astype(int).tolist():
+    for row, column in centers.astype(int).tolist():
         if not (reach <= row < eosin.shape[0] - reach and reach <= column < eosin.shape[1] - reach):
             continue
         lumen, belt = rng.uniform(16, 34), rng.uniform(24, 30)  # pixels
@@ -292,7 +292,7 @@ def _glands(rng, labels, hematoxylin, eosin, bank):
             _place(rng, hematoxylin, points, bank, theta if layer < 0.6 else theta + np.pi / 2)
 
 
-def _colour(hematoxylin, eosin, stain):
+def _color(hematoxylin, eosin, stain):
     """Mix the two stains in optical density and let the scanner see them, uint8 (height, width, 3)."""
     for canvas in (hematoxylin, eosin):  # the microscope's focus
         ndimage.gaussian_filter(canvas, stain["blur"], output=canvas, truncate=3)

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from scipy import fft, ndimage
 
-DOMAINS = ("tumour", "stroma", "immune", "gland", "fat", "necrosis")
+DOMAINS = ("tumor", "stroma", "immune", "gland", "fat", "necrosis")
 # Share of the tissue's area, before each slide's own shift.
-AREA = {"tumour": 0.25, "stroma": 0.21, "immune": 0.14, "gland": 0.14, "fat": 0.13, "necrosis": 0.13}
+AREA = {"tumor": 0.25, "stroma": 0.21, "immune": 0.14, "gland": 0.14, "fat": 0.13, "necrosis": 0.13}
 
 PIXEL_UM = 0.5
 TILE = 224  # pixels
@@ -49,7 +49,7 @@ def draw_outline(rng, n_spots):
     order = np.arange(2, 6)
     swing, phase = rng.uniform(0.1, 0.32, 4) / order, rng.uniform(0, 2 * np.pi, 4)
 
-    def reach(x, y):  # distance from the centre, in units of the outline's own radius in that direction
+    def reach(x, y):  # distance from the center, in units of the outline's own radius in that direction
         return np.hypot(x, y) / (1 + (swing * np.cos(np.arctan2(y, x)[..., None] * order + phase)).sum(-1))
 
     side = int(1.3 * np.sqrt(n_spots)) + 3
@@ -91,13 +91,13 @@ def draw_domains(rng, tissue):
         labels[among & (score >= cut)] = DOMAINS.index(name)
         return score - cut
 
-    # Necrosis sits deep in the tumour, immune cells gather along its border, fat keeps away from it.
-    depth = claim("tumour", nests, left["tumour"] + left["necrosis"], tissue)
+    # Necrosis sits deep in the tumor, immune cells gather along its border, fat keeps away from it.
+    depth = claim("tumor", nests, left["tumor"] + left["necrosis"], tissue)
     rules = [("necrosis", 9, depth), ("immune", 8, -np.abs(depth)), ("fat", 14, -depth), ("gland", 12, 0)]
     for name, sigma, pull in rules:
         score = smooth_noise(rng, tissue.shape, sigma) + 0.15 * smooth_noise(rng, tissue.shape, 3)
         score += 0.8 * pull
-        claim(name, score, left[name], labels == DOMAINS.index("tumour" if name == "necrosis" else "stroma"))
+        claim(name, score, left[name], labels == DOMAINS.index("tumor" if name == "necrosis" else "stroma"))
     return labels
 
 

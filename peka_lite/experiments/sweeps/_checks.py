@@ -36,7 +36,7 @@ def check_shape(asked: dict) -> None:
         raise ValueError(f"title: words, not {asked['title']!r}")
 
 
-def every_value(axes: dict, fixed: Mapping) -> Iterable[tuple[str, str, object]]:
+def iter_values(axes: dict, fixed: Mapping) -> Iterable[tuple[str, str, object]]:
     """Yield (place in the file, parameter, value); a list is yielded value by value where it is an axis."""
     yield from (("fixed", name, value) for name, value in axes["fixed"].items())
     yield from (("given", name, value) for name, value in fixed.items())
@@ -56,7 +56,7 @@ def check_excluded(axes: dict) -> None:
             _known(name, varied, "name in exclude, which takes what varies:")
 
 
-def checker(notebook: Path | None) -> Callable[[str, object], None]:
+def make_checker(notebook: Path | None) -> Callable[[str, object], None]:
     """Return a function that refuses a name or value that the target does not take."""
     if notebook is None:
 
@@ -82,7 +82,7 @@ def checker(notebook: Path | None) -> Callable[[str, object], None]:
     return of_notebook
 
 
-def check_plain(name: str, value) -> None:
+def check_json_value(name: str, value) -> None:
     """Refuse a value that JSON would not give back as it is: a run's record could not hold it."""
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from peka_lite._core.names import shown
+from peka_lite._core.names import short_name
 
 MOST = 100_000  # points
 LARGEST = 2**28  # letters of all that points set, and of what is compared with each of them
@@ -52,7 +52,7 @@ def count_points(
     for group in zipped:
         lengths = {name: len(_values(name, values)) for name, values in group.items()}
         if len(set(lengths.values())) != 1:
-            told = ", ".join(f"{shown(str(name))} has {n}" for name, n in lengths.items()) or "it is empty"
+            told = ", ".join(f"{short_name(str(name))} has {n}" for name, n in lengths.items()) or "it is empty"
             raise ValueError(f"zip: lists of one group are equally long, but {told}")
         axes.append((len(next(iter(group.values()))), _size(group)))
     axes += [(len(listed), _size(listed))] if listed else []
@@ -184,7 +184,7 @@ def unique_names(points: Iterable[Mapping]) -> list[str]:
 
 def _values(name: str, values) -> Sequence:
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ValueError(f"{shown(str(name))}: give a list of at least one value, not {shown(repr(values))}")
+        raise ValueError(f"{short_name(str(name))}: give a list of at least one value, not {short_name(repr(values))}")
     return values
 
 

@@ -13,9 +13,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peka_lite._core.names import visible
-from peka_lite._core.progress import Stage, clock
-from peka_lite.experiments.sweeps.points import STATES, expected, kinds_of, of_older, timed
+from peka_lite._core.names import escape_control
+from peka_lite._core.progress import Stage, format_duration
+from peka_lite.experiments.sweeps.points import (
+    STATES,
+    describe_outdated,
+    expected_seconds,
+    group_alike,
+    measured_seconds,
+)
 from peka_lite.experiments.sweeps.read import Sweep
 
 
@@ -35,7 +41,7 @@ class Board:
         terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()
         self.console = Console(highlight=False, force_jupyter=False, force_terminal=terminal)
         self.sweep = sweep
-        self.kinds, self.took = kinds_of(sweep), timed(states)
+        self.kinds, self.took = group_alike(sweep), measured_seconds(states)
         self.waiting = [name for name, state in states["state"].items() if state != "done"]
         self.done = len(states) - len(self.waiting)
         self.running: dict[str, tuple[float, str]] = {}  # since when, on which worker
@@ -78,13 +84,13 @@ class Board:
                 self.failed[name], self.failed_after[name] = error, seconds
         if not self.console.is_terminal:
             count = f"[{self.done + len(self.failed)}/{len(self.sweep.points)}]"
-            word = f"done in {clock(seconds)}" if error is None else f"failed: {error}"
+            word = f"done in {format_duration(seconds)}" if error is None else f"failed: {error}"
             self._print(f"{count} {name} {word}; {self.left()} left")
 
     def left(self) -> str:
         """Return the time left, as far as points took as long before that are alike; what is not known is said."""
         with self._lock:
-            now, seconds = time.monotonic(), expected(self.kinds, self.took)
+            now, seconds = time.monotonic(), expected_seconds(self.kinds, self.took)
             rest = {name: seconds.get(name) for name in self.waiting}
             for name, (begun, _) in self.running.items():  # longer than expected: nobody knows how long
                 rest[name] = seconds[name] - (now - begun) if seconds.get(name, 0) > now - begun else None
@@ -92,8 +98,8 @@ class Board:
             slots = max(1, min(self.slots, len(rest)))
             least = max(sum(known) / slots, max(known, default=0))
             if len(known) == len(rest):
-                return clock(least)
-            return f"more than {clock(least)}" if least >= 1 else "an unknown time"
+                return format_duration(least)
+            return f"more than {format_duration(least)}" if least >= 1 else "an unknown time"
 
     @contextmanager
     def live(self, *, slots: int, dashboard: str | None = None):
@@ -114,12 +120,12 @@ class Board:
         told = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
         self._print(f"{self.sweep.name}: {told}")
         if states["older"].any():
-            self._print(of_older(states))
+            self._print(describe_outdated(states))
         for name, row in states[states["state"] == "failed"].iterrows():
             self._print(f"  failed  {name}: {row['last_line']}")
 
     def _print(self, text: str) -> None:
-        self.console.print(visible(text), markup=False, soft_wrap=True)
+        self.console.print(escape_control(text), markup=False, soft_wrap=True)
 
     def _head(self) -> str:
         with self._lock:
@@ -135,7 +141,14 @@ class Board:
         for column in ("state", "point", "time", "where"):
             table.add_column(column)
         for name, (since, worker) in running[: max(1, self.console.height - 9)]:
-            table.add_row("running", Text(visible(name)), clock(now - since), Text(visible(worker)))
+            table.add_row(
+                "running", Text(escape_control(name)), format_duration(now - since), Text(escape_control(worker))
+            )
         for name, error in failed[-5:]:
-            table.add_row("failed", Text(visible(name)), clock(self.failed_after[name]), Text(visible(error)))
+            table.add_row(
+                "failed",
+                Text(escape_control(name)),
+                format_duration(self.failed_after[name]),
+                Text(escape_control(error)),
+            )
         return Group(Text(head), table)

@@ -17,13 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite._core._file_kinds import parse_json, read_text
-from peka_lite._core._signals import ended_by_signals
+from peka_lite._core._signals import exit_on_signals
 from peka_lite._core._yaml import read_yaml
-from peka_lite._core.io import write_whole
-from peka_lite._core.locks import work_folder
-from peka_lite._core.names import shown, visible
+from peka_lite._core.io import write_file_atomically
+from peka_lite._core.locks import lock_output_folder
+from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
-from peka_lite._core.progress import clock
+from peka_lite._core.progress import format_duration
 from peka_lite.experiments.sweeps.read import Point, Sweep
 
 _LENGTH = ("epochs", "n_splits", "train_share", "batch_size")  # numbers that decide how long a point takes
@@ -32,7 +32,7 @@ LONGEST_LINE = 1000  # letters of what is shown of a log
 LARGEST_JSON = 2**24  # bytes
 
 
-def order_of(sweep: Sweep, point: Point) -> dict:
+def point_arguments(sweep: Sweep, point: Point) -> dict:
     """Return all that a process needs to make a point, as plain values."""
     notebook = None
     if sweep.notebook is not None:
@@ -79,7 +79,7 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     1                       method=lora     missing
     2                    method=adalora     missing
     3                       method=none  unfinished
-    4       features=colour,method=none     missing
+    4       features=color,method=none     missing
     5  features=coordinates,method=none     missing
     """
     out, rows = Path(out), {}
@@ -92,7 +92,7 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
         record = read_record(out, point.name, there=f"{point.name}.json" in logs)
         state, line, older = record["state"] or "missing", record["last_line"], False
         if point.name in there:
-            made = finished(out, order_of(sweep, point))
+            made = read_finished(out, point_arguments(sweep, point))
             state, older = ("done", made["code"] != sweep.code) if made else ("failed", False)
             line = line or "its folder is incomplete: remove it"
         elif state == "done":  # its folder was removed: to be made anew
@@ -105,7 +105,7 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("point")
 
 
-def finished(out: Path, order: dict) -> dict | None:
+def read_finished(out: Path, order: dict) -> dict | None:
     """Return settings and hash of the code that made a point's folder, where it is there and complete; else None.
 
     Raises
@@ -114,7 +114,7 @@ def finished(out: Path, order: dict) -> dict | None:
         If it was made with other settings, or holds what no sweep of this kind made.
     """
     folder, notebook = out / order["name"], order["notebook"]
-    if not folder.is_dir() or missing_summary(folder, notebook is not None):
+    if not folder.is_dir() or explain_incomplete(folder, notebook is not None):
         return None
     made = read_json(folder / "point.json")
     if not made and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
@@ -124,12 +124,12 @@ def finished(out: Path, order: dict) -> dict | None:
         raise FileExistsError(f"{folder} was not made by this sweep; name another --out, or remove that folder")
     if made["settings"] != asked["settings"]:
         names = [k for k in asked["settings"] | made["settings"] if made["settings"].get(k) != asked["settings"].get(k)]
-        told = f"was made with other settings ({shown(', '.join(map(str, names)), longest=LONGEST_LINE)})"
+        told = f"was made with other settings ({short_name(', '.join(map(str, names)), longest=LONGEST_LINE)})"
         raise FileExistsError(f"{folder} {told}; name another --out, or remove that folder")
     return {"settings": made["settings"], "code": made.get("code")}
 
 
-def kinds_of(sweep: Sweep) -> dict[str, str]:
+def group_alike(sweep: Sweep) -> dict[str, str]:
     """Return point -> what decides how long it takes, the same text for points that are alike."""
 
     def decides(name: str, value) -> bool:
@@ -138,20 +138,20 @@ def kinds_of(sweep: Sweep) -> dict[str, str]:
     return {p.name: json.dumps({k: v for k, v in p.settings.items() if decides(k, v)}) for p in sweep.points}
 
 
-def expected(kinds: dict[str, str], took: dict[str, float]) -> dict[str, float]:
+def expected_seconds(kinds: dict[str, str], took: dict[str, float]) -> dict[str, float]:
     """Return seconds by point, as far as they are known: its own, or the mean of those that are alike.
 
     Parameters
     ----------
     kinds
-        From `kinds_of`.
+        From `group_alike`.
     took
         Seconds of points that were made from start to end, none of them from the cache.
 
     Examples
     --------
-    >>> from peka_lite.experiments.sweeps.points import expected
-    >>> expected({"a": "bone", "b": "bone", "c": "none"}, {"a": 60.0})
+    >>> from peka_lite.experiments.sweeps.points import expected_seconds
+    >>> expected_seconds({"a": "bone", "b": "bone", "c": "none"}, {"a": 60.0})
     {'a': 60.0, 'b': 60.0}
     """
     alike: dict[str, list[float]] = {}
@@ -161,7 +161,7 @@ def expected(kinds: dict[str, str], took: dict[str, float]) -> dict[str, float]:
     return {name: took.get(name, means[kind]) for name, kind in kinds.items() if kind in means}
 
 
-def timed(states: pd.DataFrame) -> dict[str, float]:
+def measured_seconds(states: pd.DataFrame) -> dict[str, float]:
     """Return seconds of the points whose last attempt made them from start to end, none of them from the cache."""
     whole = states["seconds"].notna() & (states["state"] != "failed")
     if "cached" in states:
@@ -169,49 +169,49 @@ def timed(states: pd.DataFrame) -> dict[str, float]:
     return states.loc[whole, "seconds"].to_dict()
 
 
-def plan(sweep: Sweep, out: str | os.PathLike) -> str:
+def plan_sweep(sweep: Sweep, out: str | os.PathLike) -> str:
     """Say what `run_sweep` would do: a line a point with its state and the time its last attempt took, then totals.
 
     Examples
     --------
     >>> import peka_lite as pk
-    >>> print(pk.experiments.plan(pk.experiments.read_sweep("quick"), "quick"))
+    >>> print(pk.experiments.plan_sweep(pk.experiments.read_sweep("quick"), "quick"))
     method=bone                       missing
     method=lora                       missing
     method=adalora                    missing
     method=none                       missing
-    features=colour,method=none       missing
+    features=color,method=none       missing
     features=coordinates,method=none  missing
     6 points in quick: 0 done, 6 to run; how long a point takes is not known yet
     """
     states = sweep_states(sweep, out)
     wide = max(map(len, states.index))
-    times = states["seconds"].map(clock, na_action="ignore").fillna("")
+    times = states["seconds"].map(format_duration, na_action="ignore").fillna("")
     lines = [
-        visible(f"{name:<{wide}}  {row.state:<10}  {times[name]:<14}{row.last_line}".rstrip())
+        escape_control(f"{name:<{wide}}  {row.state:<10}  {times[name]:<14}{row.last_line}".rstrip())
         for name, row in states.iterrows()
     ]
-    todo, took = states[states["state"] != "done"], timed(states)
-    known = expected(kinds_of(sweep), took)
+    todo, took = states[states["state"] != "done"], measured_seconds(states)
+    known = expected_seconds(group_alike(sweep), took)
     known = [known[name] for name in todo.index if name in known]
     work = "how long a point takes is not known yet"
     if known:
-        work = f"about {clock(sum(known))} of work, by {len(took)} that were timed"
+        work = f"about {format_duration(sum(known))} of work, by {len(took)} that were timed"
         if unknown := len(todo) - len(known):
             work += f", and {unknown} of which nothing alike was timed"
     lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
     if sweep.notebook is not None:
         lines.append(f"each runs the code of {sweep.notebook}")
-    return "\n".join(lines + ([of_older(states)] if states["older"].any() else []))
+    return "\n".join(lines + ([describe_outdated(states)] if states["older"].any() else []))
 
 
-def of_older(states: pd.DataFrame) -> str:
+def describe_outdated(states: pd.DataFrame) -> str:
     """Say how many points an earlier version of the notebook made."""
     n = int(states["older"].sum())
     return f"{n} of them by an earlier version of the notebook's code: remove their folders to make them anew"
 
 
-def missing_summary(folder: Path, notebook: bool) -> str | None:
+def explain_incomplete(folder: Path, notebook: bool) -> str | None:
     """Return what a point's folder lacks for success: a complete ``summary.json`` and nothing unfinished, or None."""
     summaries = sorted(folder.rglob("summary.json")) if notebook else [folder / "summary.json"]
     if not summaries or not summaries[0].is_file():
@@ -227,8 +227,8 @@ def missing_summary(folder: Path, notebook: bool) -> str | None:
 def write_record(out: Path, order: dict, **record) -> dict:
     """Keep what came of a point's last attempt in ``log/NAME.json``; returns it."""
     record = {"state": "", "seconds": 0.0, "last_line": ""} | record
-    record["last_line"] = shown(record["last_line"], longest=LONGEST_LINE)
-    write_whole(out / "log" / f"{order['name']}.json", json.dumps(record, indent=1).encode())
+    record["last_line"] = short_name(record["last_line"], longest=LONGEST_LINE)
+    write_file_atomically(out / "log" / f"{order['name']}.json", json.dumps(record, indent=1).encode())
     return record
 
 
@@ -241,7 +241,7 @@ def read_record(out: Path, name: str, *, there: bool = True) -> dict:
     return {
         "state": state if state in STATES else "",
         "seconds": float(seconds) if timed else math.nan,
-        "last_line": shown(line, longest=LONGEST_LINE) if isinstance(line, str) else "",
+        "last_line": short_name(line, longest=LONGEST_LINE) if isinstance(line, str) else "",
         "cached": found.get("cached") is True,
     }
 
@@ -257,11 +257,13 @@ def make_point(order: dict, out: Path) -> None:
         If a notebook ended without a complete ``summary.json``, or is not the one that the sweep was started with.
     """
     folder, notebook = out / order["name"], order["notebook"]
-    with work_folder(folder) as work:  # where two sweeps want it, the second waits and finds it done
-        if finished(out, order):
+    with lock_output_folder(folder) as work:  # where two sweeps want it, the second waits and finds it done
+        if read_finished(out, order):
             return
         if folder.exists():
-            raise FileExistsError(f"{folder} is there, but {missing_summary(folder, notebook is not None)}; remove it")
+            raise FileExistsError(
+                f"{folder} is there, but {explain_incomplete(folder, notebook is not None)}; remove it"
+            )
         _begin(work, order)
         if notebook is None:
             from peka_lite.experiments.config import RunConfig
@@ -275,11 +277,11 @@ def make_point(order: dict, out: Path) -> None:
             content = source.read_bytes()
             if hashlib.sha256(content).hexdigest() != notebook["digest"]:
                 raise RuntimeError(f"{source} was replaced since the sweep was started; give the command again")
-            write_whole(target, content)
+            write_file_atomically(target, content)
             papermill.execute_notebook(
                 str(target), str(target), order["settings"], cwd=str(work), progress_bar=False, log_output=False
             )
-            if lack := missing_summary(work, notebook=True):
+            if lack := explain_incomplete(work, notebook=True):
                 raise RuntimeError(lack)
             os.replace(work, folder)
 
@@ -301,7 +303,7 @@ def _begin(work: Path, order: dict) -> None:
         if not inside or (entry.name.endswith(code) and os.path.isfile(real)):
             entry.unlink()
     work.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_made(order), indent=1).encode())
+    write_file_atomically(path, json.dumps(_made(order), indent=1).encode())
 
 
 def main() -> None:
@@ -312,7 +314,7 @@ def main() -> None:
         paths = [notebook["folder"], os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-        with ended_by_signals():
+        with exit_on_signals():
             make_point(told["order"], Path(told["out"]))
     except BaseException:
         traceback.print_exc()

@@ -12,10 +12,17 @@ from functools import cached_property
 from pathlib import Path
 
 from peka_lite._core._yaml import parse_yaml, read_yaml
-from peka_lite._core.names import did_you_mean, shown
-from peka_lite.backbones.own import is_file
+from peka_lite._core.names import did_you_mean, short_name
+from peka_lite.backbones.custom import is_backbone_file
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.sweeps._checks import KEYS, check_excluded, check_plain, check_shape, checker, every_value
+from peka_lite.experiments.sweeps._checks import (
+    KEYS,
+    check_excluded,
+    check_json_value,
+    check_shape,
+    iter_values,
+    make_checker,
+)
 from peka_lite.experiments.sweeps._grids import count_points, expand, matches, unique_names
 
 READY = Path(__file__).with_name("presets")  # table1, table2, ablations, quick
@@ -180,10 +187,10 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
         combined = {"grid": axes["grid"], "zipped": axes["zip"], "listed": axes["list"], "exclude": axes["exclude"]}
         count_points(**combined, fixed=axes["fixed"] | dict(fixed or {}))
         check_excluded(axes)
-        check = checker(notebook)
-        for place, name, value in every_value(axes, fixed or {}):
+        check = make_checker(notebook)
+        for place, name, value in iter_values(axes, fixed or {}):
             try:
-                check_plain(name, value)
+                check_json_value(name, value)
                 check(name, value)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
@@ -200,10 +207,10 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
             made.setdefault(same, Point(name, point, settings))
     except (ValueError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{path}: {shown(str(error), longest=LONGEST)}") from None
+        raise kind(f"{path}: {short_name(str(error), longest=LONGEST)}") from None
     return Sweep(
         name=path.stem,
-        title=shown(" ".join(asked.get("title", path.stem).split()), longest=LONGEST),
+        title=short_name(" ".join(asked.get("title", path.stem).split()), longest=LONGEST),
         file=path,
         notebook=notebook,
         memory=float(asked.get("memory", 3)),
@@ -261,7 +268,7 @@ def _as_run(name: str, given: dict) -> dict:
     except (ValueError, OSError) as error:
         raise type(error)(f"point {name}: {error}") from None
     # Another process makes the point: it knows a backbone of one's own by its file alone.
-    return settings | ({"backbone": given["backbone"]} if is_file(given.get("backbone", "")) else {})
+    return settings | ({"backbone": given["backbone"]} if is_backbone_file(given.get("backbone", "")) else {})
 
 
 def _notebook(base: Path, given) -> Path | None:
@@ -278,7 +285,7 @@ def _rooted(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -
     for name, value in parameters.items():
         if not isinstance(value, str) or not value or value in _NO_PATHS or (names and name not in names):
             continue
-        if name == "backbone" and not is_file(value):  # a name, whatever lies beside the sweep
+        if name == "backbone" and not is_backbone_file(value):  # a name, whatever lies beside the sweep
             continue
         if os.path.exists(base / value):
             found[name] = str((base / value).resolve())

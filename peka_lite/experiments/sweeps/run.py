@@ -17,19 +17,19 @@ import pandas as pd
 import peka_lite
 from peka_lite import __version__
 from peka_lite._core._yaml import LARGEST, read_yaml, yaml_text
-from peka_lite._core.names import shown
+from peka_lite._core.names import short_name
 from peka_lite._core.outputs import check_file
 from peka_lite.experiments.sweeps._view import Board
 from peka_lite.experiments.sweeps.points import (
     LONGEST_LINE,
-    finished,
-    missing_summary,
+    explain_incomplete,
     notebook_copy,
-    order_of,
+    point_arguments,
+    read_finished,
     read_record,
     sweep_states,
+    write_file_atomically,
     write_record,
-    write_whole,
 )
 from peka_lite.experiments.sweeps.read import Point, Sweep
 
@@ -151,9 +151,9 @@ def _make_here(sweep: Sweep, todo: list[Point], out: Path, board: Board, *, work
             while waiting or running:
                 while waiting and free:
                     point, tries = waiting.pop()
-                    order = order_of(sweep, point)
+                    order = point_arguments(sweep, point)
                     try:
-                        made = finished(out, order)  # by another sweep
+                        made = read_finished(out, order)  # by another sweep
                     except FileExistsError as error:
                         _end_on(board, out, point, str(error))
                         continue
@@ -194,7 +194,7 @@ def _make_on(scheduler: str, sweep: Sweep, todo: list[Point], out: Path, board: 
         if lacking := _lacking(client):
             raise ValueError(f"{scheduler}: {'; '.join(lacking[:3])}. {_INSTALL}")
         _write_told(sweep, out)
-        orders = [order_of(sweep, point) for point in todo]
+        orders = [point_arguments(sweep, point) for point in todo]
         # One graph under one name: Dask hands a point out when a worker is free, in this order.
         graph = f"{sweep.name}-{time.time_ns()}"
         at = {"topic": graph, "out": str(out), "sharing": _threads_by_host(client), "version": __version__}
@@ -205,20 +205,20 @@ def _make_on(scheduler: str, sweep: Sweep, todo: list[Point], out: Path, board: 
         named = dict(zip(keys, todo, strict=True))
         with board.live(slots=sum(client.nthreads().values()), dashboard=client.dashboard_link):
             for future in as_completed(futures):
-                if future.status in ("cancelled", "lost"):
+                if future.status in ("canceled", "lost"):
                     raise OSError(f"{client.scheduler.address}: the scheduler went away; what is done is kept")
                 point, error = named[future.key], future.exception()
-                if error is None and (lack := missing_summary(out / point.name, sweep.notebook is not None)):
+                if error is None and (lack := explain_incomplete(out / point.name, sweep.notebook is not None)):
                     error = PointError(f"{lack} (on {out}, seen from here)")
                 if error is not None and not isinstance(error, PointError):  # its workers died, or lack the package
                     error = PointError(_why(client, error))
-                    write_record(out, order_of(sweep, point), state="failed", last_line=str(error))
+                    write_record(out, point_arguments(sweep, point), state="failed", last_line=str(error))
                 _end_on(board, out, point, None if error is None else _one_line(error))
 
 
 def _end_on(board: Board, out: Path, point: Point, error: str | None) -> None:
     cached = read_record(out, point.name)["cached"]
-    board.ended(point.name, error and shown(error, longest=LONGEST_LINE), cached=cached)
+    board.ended(point.name, error and short_name(error, longest=LONGEST_LINE), cached=cached)
 
 
 def _do(order: dict, *, topic: str, out: str, sharing: dict[str, int], version: str) -> None:
@@ -231,7 +231,7 @@ def _do(order: dict, *, topic: str, out: str, sharing: dict[str, int], version: 
     if not (out / "sweep.yml").is_file():
         raise PointError(f"{out} is not to be seen from {worker.address}: give a folder that all workers share")
     try:
-        if finished(out, order):  # before its worker died, or by another sweep
+        if read_finished(out, order):  # before its worker died, or by another sweep
             return
     except FileExistsError as error:
         raise PointError(str(error)) from None
@@ -276,7 +276,7 @@ class _Attempt:
         if status < 0:
             line = f"killed by signal {-status}" + (", as when memory runs out" if status == -9 else "")
         elif status == 0:
-            line = missing_summary(self.out / self.order["name"], self.order["notebook"] is not None)
+            line = explain_incomplete(self.out / self.order["name"], self.order["notebook"] is not None)
         told = {"seconds": seconds, "host": self.where}
         if line is not None:
             write_record(self.out, self.order, state="failed", last_line=line, **told)
@@ -399,9 +399,9 @@ def _write_told(sweep: Sweep, out: Path) -> None:
     if len(told) > LARGEST:
         raise ValueError(f"{sweep.file}: what its points set takes {len(told):,} bytes, above {LARGEST:,}; split it")
     (out / "log").mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.yml", told)
+    write_file_atomically(out / "sweep.yml", told)
     if sweep.notebook is not None:  # over whatever lies there under this name
-        write_whole(notebook_copy(out, sweep.digest), sweep.content)
+        write_file_atomically(notebook_copy(out, sweep.digest), sweep.content)
 
 
 def _last_line(log: Path) -> str:

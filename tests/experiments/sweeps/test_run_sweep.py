@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 from rich.console import Console
-from test_sweep import write_notebook
+from test_sweeps import write_notebook
 
 from peka_lite.experiments.sweeps import run as sweep_run
 from peka_lite.experiments.sweeps._view import Board
-from peka_lite.experiments.sweeps.points import make_point, order_of, plan, sweep_states, timed
+from peka_lite.experiments.sweeps.points import make_point, measured_seconds, plan_sweep, point_arguments, sweep_states
 from peka_lite.experiments.sweeps.read import read_sweep
 from peka_lite.experiments.sweeps.run import run_sweep
 from peka_lite.reports.page import write_report
@@ -95,7 +95,7 @@ def test_twelve_points_one_planted_failure_one_killed_and_one_rerun(tmp_path):
     assert "11 done, 1 failed" in said
     kept = nbformat.read(out / "a=2,b=yy.partial" / "notebook.ipynb", as_version=4)
     assert any(o.get("ename") == "ValueError" for c in kept.cells for o in c.get("outputs", []))
-    assert "1 to run" in plan(sweep, out)
+    assert "1 to run" in plan_sweep(sweep, out)
 
     before = made(out)
     (tmp_path / "notes" / "mended").touch()
@@ -216,7 +216,7 @@ def test_a_point_takes_the_package_from_where_the_sweep_has_it_and_nothing_from_
 
 def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp_path):
     sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
-    mine, order = sweep.notebook.read_bytes(), order_of(sweep, sweep.points[0])
+    mine, order = sweep.notebook.read_bytes(), point_arguments(sweep, sweep.points[0])
     planted = nbformat.reads(mine.decode(), as_version=4)
     planted.cells[1].source += f"\nopen({str(tmp_path / 'planted')!r}, 'w')"
     same_code = nbformat.reads(mine.decode(), as_version=4)
@@ -248,7 +248,7 @@ Path('helper.py').write_text('x = 1')
 import yaml, pkgutil, helper
 """
     sweep, out = read_sweep(write_sweep(tmp_path, code, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
-    order, work, mine = order_of(sweep, sweep.points[0]), out / "a=1.partial", tmp_path / "mine"
+    order, work, mine = point_arguments(sweep, sweep.points[0]), out / "a=1.partial", tmp_path / "mine"
     sweep_run._write_told(sweep, out)
     (work / "package").mkdir(parents=True)
     (work / "point.json").write_text(json.dumps({"settings": order["settings"], "code": sweep.code}))
@@ -333,7 +333,7 @@ if a == 4:
     edited = read_sweep(write_sweep(tmp_path, leaves + "\nprint(a)", grid={"a": [1, 3]}))
     states = sweep_states(edited, tmp_path / "out")
     assert states[["state", "older"]].to_numpy().tolist() == [["failed", False], ["done", True]]
-    assert "1 of them by an earlier version of the notebook's code" in plan(edited, tmp_path / "out")
+    assert "1 of them by an earlier version of the notebook's code" in plan_sweep(edited, tmp_path / "out")
     other = read_sweep(write_sweep(tmp_path, leaves, grid={"a": [3]}), fixed={"b": "other"})
     for what in (sweep_states, run_sweep):
         with pytest.raises(FileExistsError, match=r"a=3 was made with other settings \(b\)"):
@@ -345,7 +345,7 @@ def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_pat
         tmp_path, "from pathlib import Path\nleft = Path('left').exists()", SAYS_WHAT_IT_GOT, grid={"a": [1]}
     )
     sweep, out = read_sweep(path), tmp_path / "out"
-    order, work = order_of(sweep, sweep.points[0]), out / "a=1.partial"
+    order, work = point_arguments(sweep, sweep.points[0]), out / "a=1.partial"
     for settings, stays in ((order["settings"], True), ({"a": 7}, False)):
         work.mkdir(parents=True)
         sweep_run._write_told(sweep, out)
@@ -440,8 +440,8 @@ json.dump({"got": a * beside.FACTOR}, open("summary.json", "w"))
 
 def test_points_without_a_word_of_the_cache_are_timed():
     states = pd.DataFrame({"state": ["done", "failed"], "seconds": [30.0, 9.0]}, index=["a=1", "a=2"])
-    assert timed(states) == {"a=1": 30.0}
-    assert timed(states.assign(cached=True)) == {}
+    assert measured_seconds(states) == {"a=1": 30.0}
+    assert measured_seconds(states.assign(cached=True)) == {}
 
 
 def test_the_live_table_shows_any_text_as_it_is(tmp_path):
@@ -560,10 +560,10 @@ def test_a_plan_says_what_is_not_known(tmp_path):
     (out / "log").mkdir(parents=True)
     record = {"state": "done", "seconds": 50.0, "cached": False}  # its folder was removed
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record))
-    said = plan(sweep, out).splitlines()[-1]
+    said = plan_sweep(sweep, out).splitlines()[-1]
     assert said.endswith("about 1 min 40 s of work, by 1 that were timed, and 2 of which nothing alike was timed")
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record | {"cached": True}))
-    assert plan(sweep, out).splitlines()[-1].endswith("how long a point takes is not known yet")
+    assert plan_sweep(sweep, out).splitlines()[-1].endswith("how long a point takes is not known yet")
 
 
 def test_a_runs_students_are_known_to_come_from_the_cache(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import yaml
 
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.sweeps._notebook import read_parameters
-from peka_lite.experiments.sweeps.points import plan, sweep_states, write_record
+from peka_lite.experiments.sweeps.points import plan_sweep, sweep_states, write_record
 from peka_lite.experiments.sweeps.read import read_sweep, read_value, ready_sweeps
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -230,15 +230,17 @@ def test_ready_sweeps_hold_what_their_titles_say(tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     assert set(ready_sweeps()) == {"ablations", "quick", "table1", "table2"}
     monkeypatch.setattr("peka_lite.experiments.config.find_cohort", Path, raising=False)
-    for place in ("peka_lite.experiments.config.located", "peka_lite.data.download.located"):
+    for place in ("peka_lite.experiments.config.find_fetched", "peka_lite.data.download.find_fetched"):
         monkeypatch.setattr(place, lambda name, **_: tmp_path / name, raising=False)
     read = {name: read_sweep(name) for name in ready_sweeps()}
     shown = {(p.settings["cohort"], p.settings["backbone"], p.settings["method"]) for p in read["table2"].points}
     assert len(shown) == len(read["table2"].points) == 4 * 2 * 4
     assert len(read["table1"].points) == 4 * 6
-    from peka_lite.reports.paper import published
+    from peka_lite.reports.paper import read_published
 
-    assert shown == {tuple(r) for r in published().query("table == 2")[["cohort", "backbone", "method"]].to_numpy()}
+    assert shown == {
+        tuple(r) for r in read_published().query("table == 2")[["cohort", "backbone", "method"]].to_numpy()
+    }
     base = read["ablations"].points[0].settings
     changed = [{k for k in base if p.settings[k] != base[k]} - {"seed"} for p in read["ablations"].points]
     assert changed.count(set()) == 3
@@ -291,7 +293,7 @@ def test_a_record_of_any_content_is_read_as_far_as_it_makes_sense(write, tmp_pat
     assert row["last_line"] == ""
     assert not row["cached"]
     assert math.isnan(row["seconds"])
-    assert "1 to run" in plan(sweep, tmp_path / "out")
+    assert "1 to run" in plan_sweep(sweep, tmp_path / "out")
 
 
 def test_a_logs_last_line_is_shown_without_what_a_terminal_obeys(write, tmp_path):

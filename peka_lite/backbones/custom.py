@@ -10,10 +10,10 @@ from pathlib import Path
 
 from peka_lite._core._yaml import is_line, read_yaml, yaml_text
 from peka_lite._core.device import PRECISION
-from peka_lite._core.io import write_whole
-from peka_lite._core.lazy import DTYPES, LAYER_TYPES, Late
+from peka_lite._core.io import write_file_atomically
+from peka_lite._core.lazy import DTYPES, LAYER_TYPES, LazyMapping
 from peka_lite._core.names import did_you_mean
-from peka_lite._core.received import own_file
+from peka_lite._core.received import file_inside
 from peka_lite.backbones.registry import _BACKBONES, BACKBONES, Backbone, check_block_size
 from peka_lite.data._choices import ACCESS
 
@@ -110,7 +110,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
     --------
     >>> from pathlib import Path
     >>> import peka_lite as pk
-    >>> text = "{name: vit-s, arch: vit_small_patch16_224, source: null, dim: 384, licence: Apache-2.0, bone_r: 64,"
+    >>> text = "{name: vit-s, arch: vit_small_patch16_224, source: null, dim: 384, license: Apache-2.0, bone_r: 64,"
     >>> _ = Path("vit_s.yml").write_text(text + "mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}")
     >>> pk.backbones.read_backbone("vit_s.yml").dim
     384
@@ -122,6 +122,8 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"a row maps fields to values: {', '.join(_REQUIRED)}, ...")
+        if "licence" in fields:  # the spelling of version 0.1
+            fields["license"] = fields.pop("licence")
         if odd := [name for name in fields if name not in _FIELDS]:
             raise ValueError(f"unknown field {odd[0]!r}{did_you_mean(str(odd[0]), _FIELDS)}")
         if missing := [name for name in _REQUIRED if name not in fields]:
@@ -130,7 +132,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
             fields[name] = tuple(fields[name]) if isinstance(fields[name], list) else fields[name]
         for name in ("options", "precision"):
             if isinstance(fields.get(name), dict):
-                fields[name] = Late(fields[name])
+                fields[name] = LazyMapping(fields[name])
         return _checked(Backbone(**fields))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -146,7 +148,7 @@ def backbone_row(name: str | os.PathLike | Backbone) -> Backbone:
     """
     if isinstance(name, Backbone):
         return name
-    if is_file(name):
+    if is_backbone_file(name):
         return register_backbone(read_backbone(name))
     if name not in BACKBONES:
         raise ValueError(
@@ -156,7 +158,7 @@ def backbone_row(name: str | os.PathLike | Backbone) -> Backbone:
     return BACKBONES[name]
 
 
-def is_file(name: str | os.PathLike) -> bool:
+def is_backbone_file(name: str | os.PathLike) -> bool:
     """Say whether a backbone's name is that of a YAML file, whether or not it is there."""
     return Path(name).suffix in (".yml", ".yaml")
 
@@ -164,7 +166,7 @@ def is_file(name: str | os.PathLike) -> bool:
 def save_backbone(name: str, folder: Path) -> None:
     """Keep the row of a backbone that is not the package's in a run's folder."""
     if name not in PACKAGE:
-        write_whole(folder / FILE, yaml_text(row_fields(BACKBONES[name])).encode())
+        write_file_atomically(folder / FILE, yaml_text(row_fields(BACKBONES[name])).encode())
 
 
 def restore_backbone(folder: Path) -> None:
@@ -176,7 +178,7 @@ def restore_backbone(folder: Path) -> None:
         If another row is known under its name; the message names both.
     """
     if (path := folder / FILE).is_file():
-        row = read_backbone(own_file(folder, FILE))
+        row = read_backbone(file_inside(folder, FILE))
         try:
             register_backbone(row)
         except ValueError as error:
@@ -212,7 +214,7 @@ def _options(row: Backbone) -> dict:
 
 
 def _as_given(values) -> dict:
-    return dict(values._values if isinstance(values, Late) else values)
+    return dict(values._values if isinstance(values, LazyMapping) else values)
 
 
 def _brief(value) -> str:
@@ -228,12 +230,12 @@ def check_architecture(arch: str) -> None:
 
 def _checked(row: Backbone) -> Backbone:
     """Refuse values that cannot be right; whether timm builds the architecture is seen when it does."""
-    for name, kind in {"name": str, "arch": str, "dim": int, "input_size": int, "licence": str}.items():
+    for name, kind in {"name": str, "arch": str, "dim": int, "input_size": int, "license": str}.items():
         value = getattr(row, name)
         if type(value) is not kind or not value or (kind is str and not is_line(value)):
             told = "text of one line" if kind is str else "a whole number above 0"
             raise ValueError(f"{name} is {told}, not {_brief(value)}")
-    if Path(row.name).name != row.name or row.name == ".." or "\\" in row.name or is_file(row.name):
+    if Path(row.name).name != row.name or row.name == ".." or "\\" in row.name or is_backbone_file(row.name):
         raise ValueError(f"name {row.name!r}: it names folders, so no slash in it and no .yml at its end")
     check_architecture(row.arch)
     for name, most in _LARGEST.items():
@@ -267,8 +269,8 @@ def _checked(row: Backbone) -> Backbone:
             raise ValueError(f"precision: {device} is {_brief(kind)}; give one of {', '.join(DTYPES)}")
     for option, value in _options(row).items():
         check_option(option, value)
-    late = {name: Late(_as_given(getattr(row, name))) for name in ("options", "precision")}
-    late = {name: values for name, values in late.items() if not isinstance(getattr(row, name), Late)}
+    late = {name: LazyMapping(_as_given(getattr(row, name))) for name in ("options", "precision")}
+    late = {name: values for name, values in late.items() if not isinstance(getattr(row, name), LazyMapping)}
     return dataclasses.replace(row, **late) if late else row
 
 

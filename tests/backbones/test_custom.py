@@ -10,17 +10,17 @@ import yaml
 from torch import nn
 
 import peka_lite as pk
-from peka_lite._core.lazy import Late
-from peka_lite.backbones import own as backbone_files, registry
+from peka_lite._core.lazy import LazyMapping
+from peka_lite.backbones import custom as backbone_files, registry
+from peka_lite.backbones.custom import read_backbone, register_backbone, row_fields
 from peka_lite.backbones.load import load_backbone
-from peka_lite.backbones.own import read_backbone, register_backbone, row_fields
 from peka_lite.backbones.registry import BACKBONES, IMAGENET, Backbone
 from peka_lite.cli.main import main
 from peka_lite.experiments.config import check_field
 
 OWN = Backbone(
     "own-vit", "vit_tiny_patch16_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32, pooling="avg", bone_r=16,
-    options=Late({"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg",
+    options=LazyMapping({"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg",
                   "act_layer": "torch.nn:SiLU"}),
 )  # fmt: skip
 
@@ -214,4 +214,4 @@ def test_every_row_of_the_package_can_be_written_and_passes_the_check():
     for row in BACKBONES.values():
         if row.name != "ctranspath":  # its stem is this package's own
             assert backbone_files._checked(row) == row
-            assert Late(row_fields(row).get("options", {})) == Late(row.options)
+            assert LazyMapping(row_fields(row).get("options", {})) == LazyMapping(row.options)
