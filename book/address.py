@@ -22,7 +22,7 @@ def set_address(url: str, *, root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1] if len(sys.argv) == 2 else ""
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+|none", wanted):
+    url = sys.argv[1] if len(sys.argv) == 2 else ""
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+|none", url):
         sys.exit(USAGE)
-    set_address("" if wanted == "none" else wanted.removesuffix(".git"))
+    set_address("" if url == "none" else url.removesuffix(".git"))

@@ -26,7 +26,7 @@ def mathml(tex: str, *, display: str = "inline") -> str:
         When a command is not known; it would stand in the page as it is.
     """
     element = convert(tex, display=display)
-    # A name such as log is an operator: without room around it, p log q reads as one word.
+    # A name such as log is an operator: without space around it, p log q reads as one word.
     names = r"<mi>(arg|cos|det|exp|inf|lim|ln|log|max|min|sin|sup|tan)</mi>(?=<m[^o])"
     element = re.sub(names, r'<mo lspace="0.17em" rspace="0.17em" form="prefix">\1</mo>', element)
     unknown = re.search(r"\\[A-Za-z]+", element)
@@ -81,10 +81,10 @@ def leaner_page(app, pagename, templatename, context, doctree):
 def lighter_svg(svg: str, *, above: int = 20_000) -> str:
     """Return an SVG figure whose large pictures are WebP: a quarter of the bytes of a PNG of stained tissue."""
 
-    def smaller(found):
-        data = base64.b64decode(found.group(1))
+    def smaller(match):
+        data = base64.b64decode(match.group(1))
         if len(data) < above:
-            return found.group(0)
+            return match.group(0)
         out = io.BytesIO()
         Image.open(io.BytesIO(data)).save(out, "WEBP", quality=92)
         return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"

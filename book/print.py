@@ -11,7 +11,7 @@ from pathlib import Path
 def print_pdf(page: Path, target: Path) -> None:
     """Write `page` as a PDF; it appears whole or not at all."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    chromium = next((found for name in names if (found := shutil.which(name))), None)
+    chromium = next((path for name in names if (path := shutil.which(name))), None)
     if chromium is None:
         sys.exit("make print needs chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as scratch:

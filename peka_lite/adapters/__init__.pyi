@@ -1,11 +1,9 @@
 from .adapt import (
-    Adapter as Adapter,
     adapt as adapt,
     adapted_share as adapted_share,
     adapter_state as adapter_state,
     lora_rank_like_bone as lora_rank_like_bone,
     merge as merge,
-    orthogonal_term as orthogonal_term,
 )
 from .bone import BoneLinear as BoneLinear
 from .files import (

@@ -6,12 +6,6 @@ from .load import (
     compute_dtype as compute_dtype,
     extract_features as extract_features,
     load_backbone as load_backbone,
-    precision_for as precision_for,
     preprocess as preprocess,
 )
-from .registry import (
-    BACKBONES as BACKBONES,
-    Backbone as Backbone,
-    check_block_size as check_block_size,
-    check_divides as check_divides,
-)
+from .registry import BACKBONES as BACKBONES, Backbone as Backbone

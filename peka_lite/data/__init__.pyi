@@ -1,12 +1,6 @@
 from ._space_ranger import read_counts as read_counts
 from .cohorts import cohort_root as cohort_root, open_cohort as open_cohort
-from .download import (
-    cache_dir as cache_dir,
-    fetch as fetch,
-    find_fetched as find_fetched,
-    patients_of as patients_of,
-    read_manifest as read_manifest,
-)
+from .download import fetch as fetch, find_fetched as find_fetched, read_manifest as read_manifest
 from .expression import (
     align_genes as align_genes,
     expression_targets as expression_targets,
@@ -15,7 +9,6 @@ from .expression import (
     top_hvg as top_hvg,
 )
 from .hest import (
-    IMAGE_KEY as IMAGE_KEY,
     Cohort as Cohort,
     HestFormatError as HestFormatError,
     Slide as Slide,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MINI_FORMAT = 2  # of the embedded cohort; raise it when the same seed would give other bytes
+MINI_FORMAT = 3  # of the embedded cohort; raise it when the same seed would give other bytes
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
 
 #: How access is granted where one has to ask.

@@ -85,8 +85,9 @@ class Student:
 
 
 def train_student(
-    config, cohort, tiles, rows, *, teacher, data: str, device: str, processes: Processes, progress: bool = False
-) -> Student:
+    config, cohort, tiles, rows, *, teacher, data: str, device: str,
+    processes: Processes | None = None, progress: bool = False,
+) -> Student:  # fmt: skip
     """Return the student that the given rows taught, from the cache where the same was made before.
 
     Parameters
@@ -102,7 +103,7 @@ def train_student(
     data
         `hash_cohort` of the cohort.
     processes
-        Those that make it together: each asks for the same students in the same order.
+        Those that make it together: each asks for the same students in the same order. None: this process alone.
 
     Notes
     -----
@@ -111,6 +112,7 @@ def train_student(
     on from its last epoch, on another machine too; of two jobs that want one student the second waits for the first
     (`alone`), and where a disk has no locks both make it, and the one that is through first puts it there.
     """
+    processes = processes or Processes(device)
     folder = student_folder(config, rows, teacher=teacher, data=data, device=device)
 
     def missing() -> bool:

@@ -1,4 +1,3 @@
-from ._encoder import Encoder as Encoder, EncoderConfig as EncoderConfig, pool_tokens as pool_tokens
 from ._tokens import tokenize as tokenize
 from .load import embed_cohort as embed_cohort, load_teacher as load_teacher
 from .pca import PCATeacher as PCATeacher

@@ -1,3 +1,3 @@
-from .costs import GIB as GIB, Cost as Cost, student_cost as student_cost
+from .costs import Cost as Cost, student_cost as student_cost
 from .fit import fit as fit
 from .model import TransferModel as TransferModel, transfer_loss as transfer_loss

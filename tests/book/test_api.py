@@ -7,12 +7,18 @@ import inspect
 
 import peka_lite as pk
 
-CALLABLE = [name for name in pk.__all__ if callable(getattr(pk, name))]
+PACKAGES = [name for name in pk.__all__ if inspect.ismodule(getattr(pk, name))]
+PUBLIC = {
+    f"{package}.{name}": getattr(getattr(pk, package), name)
+    for package in PACKAGES
+    for name in getattr(pk, package).__all__
+}
+CALLABLE = [name for name, thing in PUBLIC.items() if callable(thing)]
 
 
 def docstrings(name):
     """Return a name's own docstring and, for a class, those of its methods."""
-    thing = getattr(pk, name)
+    thing = PUBLIC[name]
     parts = [thing]
     if inspect.isclass(thing):
         parts += [getattr(part, "__func__", part) for part in vars(thing).values() if callable(part)]
@@ -45,6 +51,6 @@ def test_every_public_example_can_be_pasted():
     for name in CALLABLE:
         for text in docstrings(name):
             example = "".join(part.source for part in doctest.DocTestParser().get_examples(text))
-            if found := foreign_names(example):
-                missing[name] = found
+            if missing_names := foreign_names(example):
+                missing[name] = missing_names
     assert not missing, f"examples that need more than `import peka_lite as pk`: {missing}"

@@ -43,7 +43,7 @@ NOT_PROSE = re.compile(
 )
 
 
-def said():
+def string_literals():
     """Every piece of text in the library's code, adjoining literals joined as Python joins them."""
     for path in (ROOT / "peka_lite").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -51,12 +51,12 @@ def said():
                 yield node.value
 
 
-def test_troubleshooting_quotes_messages_that_the_library_says():
+def test_troubleshooting_quotes_messages_of_the_library():
     headings = re.findall(r"^### (.+)$", (BOOK / "troubleshooting.md").read_text(), re.M)
     quoted = [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
     assert len(quoted) >= 12
     cell = next(c for c in nbformat.read(ROOT / "notebooks/01_hest_loading.ipynb", 4).cells if c.cell_type == "code")
-    everything = "\n".join([*said(), cell.source])
+    everything = "\n".join([*string_literals(), cell.source])
     assert [message for message in quoted if message not in everything] == []
 
 
@@ -105,14 +105,14 @@ def word(term):
 
 
 def sources():
-    """Where -> what is said there: pages, cells, the library's texts and sweeps; white space is one blank."""
+    """Yield (location, text) of pages, cells, the library's strings and sweeps, white space collapsed."""
     for path in [ROOT / "README.md", *BOOK.glob("*.md"), *(ROOT / "peka_lite").rglob("*.yml")]:
         yield path.name, " ".join(path.read_text("utf-8").replace("\n# ", "\n").split())
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             lines = cell.source.splitlines()
             yield cell.id, " ".join((" " if cell.cell_type == "markdown" else " ; ").join(lines).split())
-    for text in said():
+    for text in string_literals():
         yield text[:60], " ".join(text.split())
 
 
@@ -130,15 +130,15 @@ CORRECTED = {
 
 @pytest.mark.parametrize("wrong", CORRECTED.values(), ids=CORRECTED)
 def test_what_was_corrected_is_said_nowhere(wrong):
-    assert [(where, found.group()) for where, text in sources() if (found := re.search(wrong, text))] == []
+    assert [(where, match.group()) for where, text in sources() if (match := re.search(wrong, text))] == []
 
 
 def test_random_spots_are_said_of_the_released_code():
-    """The paper names five folds and not of what; `paper` in quotes is the protocol, not the paper."""
-    theirs = re.compile(r"(?<![`\"'])\b([Tt]he paper|PEKA|arXiv:2504\.07061|[Tt]he published)\b(?!`)")
+    """The paper does not name what its five folds hold out; `paper` in quotes is the protocol, not the paper."""
+    the_paper = re.compile(r"(?<![`\"'])\b([Tt]he paper|PEKA|arXiv:2504\.07061|[Tt]he published)\b(?!`)")
     for where, text in sources():
         for sentence in re.split(r"(?<=[.!?;])\s", text):
-            if theirs.search(sentence) and re.search(r"random\s+(\[spots|spots?)", sentence):
+            if the_paper.search(sentence) and re.search(r"random\s+(\[spots|spots?)", sentence):
                 assert re.search(r"released\s+code", sentence), (where, sentence)
     cells = nbformat.read(ROOT / "notebooks/09_paper_explained.ipynb", as_version=4).cells
     (row,) = re.findall(r"^\| Held out \|.*$", "\n".join(c.source for c in cells), re.M)
@@ -148,10 +148,10 @@ def test_random_spots_are_said_of_the_released_code():
 
 
 def test_published_values_are_shown_with_what_is_known_of_their_folds():
-    for what in (pk.evaluation.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
-        assert "spot" in what
-    for said_of_it in (FOLDS, CAUTION["paper"], pk.reports.read_published.__doc__):
-        assert re.search(r"released code", " ".join(said_of_it.split()))
+    for text in (pk.evaluation.PROTOCOLS["paper"].split, *(FOLDS, CAUTION["paper"])):
+        assert "spot" in text
+    for text in (FOLDS, CAUTION["paper"], pk.reports.read_published.__doc__):
+        assert re.search(r"released code", " ".join(text.split()))
     assert "may have come from other code" in " ".join(pk.reports.read_published.__doc__.split())
     assert "may have come from other code" in FOLDS
 
@@ -159,13 +159,13 @@ def test_published_values_are_shown_with_what_is_known_of_their_folds():
 def test_steps_that_see_held_out_rows_are_counted_with_either_teacher():
     """scFoundation is pretrained: under `paper` genes, clusters and student see test spots, and a PCA does too."""
     cells = {c.id: c.source for c in nbformat.read(ROOT / "notebooks/10_leakage_and_protocols.ipynb", 4).cells}
-    here = {"pk": pk, "plt": plt, "np": np, "pd": pd, "HONEST": "C0", "LEAKY": "C1"}
-    exec(cells["10-06"], here)
-    title = here["fig"].get_suptitle()
-    plt.close(here["fig"])
-    counts = [row.to_dict() for row in here["leaks"].values()]
+    namespace = {"pk": pk, "plt": plt, "np": np, "pd": pd, "HONEST": "C0", "LEAKY": "C1"}
+    exec(cells["10-06"], namespace)
+    title = namespace["fig"].get_suptitle()
+    plt.close(namespace["fig"])
+    counts = [row.to_dict() for row in namespace["leaks"].values()]
     assert counts == [{"paper": 3, "hest": 1, "strict": 0}, {"paper": 4, "hest": 1, "strict": 0}]
-    assert here["steps"] == 7
+    assert namespace["steps"] == 7
     assert re.search(r"scFoundation.*: 3 under paper.*\n.*PCA.*: 4 under paper", title)
     assert "three of seven steps" in " ".join(cells["10-41"].split())
 
@@ -195,7 +195,7 @@ def test_workflow_runs_the_checks_and_publishes_the_book():
     assert any("deploy-pages" in step["uses"] for step in publish["steps"])
 
 
-def test_the_table_of_costs_tells_what_ran_and_what_did_not(tmp_path):
+def test_the_table_of_costs_lists_chapters_that_ran_or_not(tmp_path):
     for name, cost in (("01_a", {"seconds": 61, "gib": 1.5, "machine": "2 CPU cores"}), ("02_b", None)):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# Title {name[-1]}\n\nText")])
         if cost:
@@ -250,6 +250,6 @@ def test_a_check_has_to_fail_before_its_solution_and_on_wrong_answers(tmp_path, 
     assert (done.returncode == 0) == (not problem), done.stderr
     assert problem in done.stdout + done.stderr
     if not problem:
-        kept = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
-        assert [c.id for c in kept] == list(code)
-        assert kept[2].outputs[0].text == "right\n"
+        cells_run = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+        assert [c.id for c in cells_run] == list(code)
+        assert cells_run[2].outputs[0].text == "right\n"

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STANDS_THERE = {"torch": "2.12.0+cu128", "torchvision": "0.27.0+cu128"}  # of neither file of pins
+PREINSTALLED_TORCH = {"torch": "2.12.0+cu128", "torchvision": "0.27.0+cu128"}  # of neither file of pins
 PINS = re.compile(r"^([\w.-]+)==([\w.+-]+)((?: ;[^\\\n]*)?)(?: \\)?$", re.M)
 COLAB_LACKS = {"anndata", "igraph", "leidenalg", "openslide-bin", "openslide-python", "scanpy", "squidpy"}
 NOT_FOR_IT = re.compile(r"nvidia-|triton|cuda-|torch$|torchvision$|jupyter-book|sphinx|playwright")
@@ -65,9 +65,9 @@ def colab(request, tmp_path_factory):
     subprocess.run([uv, "venv", "--quiet", "--seed", "--python", base, str(folder / "env")], check=True)
     pins = PINS.findall((ROOT / file).read_text())
     assert len(pins) > 100
-    wanted = [f"{n}=={v}{when}" for n, v, when in pins if n not in COLAB_LACKS and not NOT_FOR_IT.match(n)]
-    (folder / "there.txt").write_text("\n".join(wanted))
-    wheels = [str(write_wheel(folder, name, version)) for name, version in STANDS_THERE.items()]
+    preinstalled = [f"{n}=={v}{when}" for n, v, when in pins if n not in COLAB_LACKS and not NOT_FOR_IT.match(n)]
+    (folder / "there.txt").write_text("\n".join(preinstalled))
+    wheels = [str(write_wheel(folder, name, version)) for name, version in PREINSTALLED_TORCH.items()]
     install = [uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps"]
     # Not from here: uv would read the constraints of this project's own file.
     subprocess.run([*install, "-r", str(folder / "there.txt")], check=True, cwd=folder)
@@ -87,7 +87,7 @@ def test_all_notebooks_open_with_the_same_cell():
 
 def test_first_cell_installs_what_is_missing_and_moves_nothing(colab, tmp_path):
     before = installed(colab)
-    assert {name: before[name] for name in STANDS_THERE} == STANDS_THERE
+    assert {name: before[name] for name in PREINSTALLED_TORCH} == PREINSTALLED_TORCH
     assert not COLAB_LACKS & before.keys()
     cell = re.sub('REPOSITORY = ".*"', f'REPOSITORY = "file://{ROOT}"', first_cell(NOTEBOOKS[0]))
     (tmp_path / "cell.ipy").write_text(cell)
@@ -100,8 +100,8 @@ def test_first_cell_installs_what_is_missing_and_moves_nothing(colab, tmp_path):
     assert {"peka-lite", *COLAB_LACKS} <= after.keys(), done.stdout[-2000:] + done.stderr[-2000:]
     assert {name: after[name] for name in before} == before
     code = "import torch, peka_lite as pk; print(torch.__version__, len(pk.backbones.BACKBONES))"
-    asked = subprocess.run([str(colab), "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert asked.stdout.split()[:1] == [STANDS_THERE["torch"]], asked.stderr[-2000:]
+    imported = subprocess.run([str(colab), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert imported.stdout.split()[:1] == [PREINSTALLED_TORCH["torch"]], imported.stderr[-2000:]
 
 
 def test_without_an_address_the_first_cell_says_what_to_do(colab, tmp_path):

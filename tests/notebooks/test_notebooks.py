@@ -1,6 +1,8 @@
 """Notebooks: kept clean, and right on real slides. `make book` runs them all, exercises unsolved and solved."""
 
 import ast
+import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 import peka_lite as pk
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+PAGES = [NOTEBOOKS[0].parents[1] / "README.md", *sorted((NOTEBOOKS[0].parents[1] / "book").glob("*.md"))]
 NAMES = ["01_hest_loading", "02_scfoundation_embeddings", "03_knn_pseudolabels", "04_bone_training", "05_evaluation",
          "06_spatial_pcc_maps", "07_sweeps", "08_default_models", "09_paper_explained", "10_leakage_and_protocols",
          "11_your_own_slides"]  # fmt: skip
@@ -30,19 +33,47 @@ def execute(name, folder, **parameters):
     source = next(p for p in NOTEBOOKS if p.stem == name)
     known = papermill.inspect_notebook(str(source))
     assert parameters.keys() <= known.keys()
-    wanted = {k: v for k, v in SMALL.items() if k in known} | parameters
-    here = os.getcwd()
+    settings = {k: v for k, v in SMALL.items() if k in known} | parameters
+    cwd = os.getcwd()
     try:
         return papermill.execute_notebook(
-            str(source), str(folder / source.name), wanted,
+            str(source), str(folder / source.name), settings,
             cwd=str(folder), progress_bar=False, log_output=False,
         )  # fmt: skip
     finally:
-        os.chdir(here)
+        os.chdir(cwd)
 
 
 def test_the_walk_is_complete():
     assert [p.stem for p in NOTEBOOKS] == NAMES
+
+
+def names_used(source):
+    """Yield (package, name) for each import from the library and each ``pk.package.name`` of a cell's code."""
+    tree = ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source))  # IPython's own lines
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, alias.asname) for alias in node.names if alias.name.startswith("peka_lite"))
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("peka_lite"):
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            match re.fullmatch(r"pk\.(\w+)(?:\.(\w+))?", ast.unparse(node)):
+                case re.Match() as match if not match[1].startswith("__"):
+                    in_package = match[2] and inspect.ismodule(getattr(pk, match[1]))
+                    yield (f"peka_lite.{match[1]}", match[2]) if in_package else ("peka_lite", match[1])
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda p: p.stem)
+def test_only_public_names_are_used_one_dot_from_a_package(path):
+    if path.suffix == ".ipynb":
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    else:
+        cells = re.findall(r"(?ms)^```python\n(.*?)^```", path.read_text("utf-8"))
+    used = {pair for source in cells for pair in names_used(source)}
+    assert used or path.suffix == ".md"
+    for package, name in used - {("peka_lite", "pk")}:
+        assert package.count(".") <= 1, f"from {package} import {name}"
+        assert name in importlib.import_module(package).__all__, f"{package}.{name} is not public"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -82,7 +113,7 @@ def test_exercises_are_complete(path):
 
 
 def test_every_check_has_wrong_answers_to_refuse():
-    """`make book` runs them; here each exercise has two or more, all different, that fill in what it leaves open."""
+    """`make book` runs them; this checks that each exercise has two or more different ones."""
     cells = {c.id: c.source for path in NOTEBOOKS for c in nbformat.read(path, as_version=4).cells}
     exercises = [name.removesuffix("-check") for name in cells if name.endswith("-check")]
     assert list(WRONG) == exercises
@@ -94,15 +125,15 @@ def test_every_check_has_wrong_answers_to_refuse():
 
 def open_names(starter):
     """Names that a starter leaves to the learner: None, nothing in a container, or a function without a body."""
-    found = set()
+    names = set()
     for node in ast.parse(starter).body:
         if isinstance(node, ast.FunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Assign):
             targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
             if any(isinstance(n, ast.Constant) and n.value is None for n in ast.walk(node.value)):
-                found |= {t.id for t in targets}
-    return found
+                names |= {t.id for t in targets}
+    return names
 
 
 def bound(tree):
@@ -115,17 +146,17 @@ def test_the_leak_of_chapter_5_is_found_where_it_is():
     """Each suspect is a labeler of its own; C alone saw held-out rows, seven of them."""
     cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS[4], as_version=4).cells}
     rng = np.random.default_rng(0)
-    here = {"pk": pk, "np": np, "E": rng.normal(size=(90, 4)).astype(np.float32)}
-    here["folds"] = [(np.arange(60), np.arange(60, 90))]
-    exec(cells["05-ex3"], here)
-    assert len({id(suspect) for suspect in here["suspects"].values()}) == 3
+    namespace = {"pk": pk, "np": np, "E": rng.normal(size=(90, 4)).astype(np.float32)}
+    namespace["folds"] = [(np.arange(60), np.arange(60, 90))]
+    exec(cells["05-ex3"], namespace)
+    assert len({id(suspect) for suspect in namespace["suspects"].values()}) == 3
     for answer in WRONG["05-ex3"]:
-        exec(answer, here)
+        exec(answer, namespace)
         with pytest.raises(AssertionError):
-            exec(cells["05-ex3-check"], here)
-    exec(cells["05-ex3-solution"], here)
-    assert (here["guilty"], here["strangers"]) == ("C", 7)
-    exec(cells["05-ex3-check"], here)
+            exec(cells["05-ex3-check"], namespace)
+    exec(cells["05-ex3-solution"], namespace)
+    assert (namespace["guilty"], namespace["strangers"]) == ("C", 7)
+    exec(cells["05-ex3-check"], namespace)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -69,16 +69,16 @@ def test_links_pictures_and_anchors_lead_somewhere(html):
     pages = {path: Links(path) for path in html.rglob("*.html") if "_static" not in path.parts}
     broken = []
     for path, page in pages.items():
-        here = path.relative_to(html).as_posix()
+        page_path = path.relative_to(html).as_posix()
         for target in page.targets:
-            parts = urlsplit(urljoin(f"book://x/{here}", target))
+            parts = urlsplit(urljoin(f"book://x/{page_path}", target))
             if parts.scheme != "book":
                 continue
             there = html / unquote(parts.path).lstrip("/")
             if not there.is_file():
-                broken.append(f"{here}: {target} does not exist")
+                broken.append(f"{page_path}: {target} does not exist")
             elif parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].ids:
-                broken.append(f"{here}: {target} has no such id")
+                broken.append(f"{page_path}: {target} has no such id")
     assert not broken
 
 
@@ -115,14 +115,14 @@ def test_a_chapter_was_run_and_drew_a_figure(html, name):
     assert all(c.execution_count for c in cells if c.source), name
     outputs = [o for c in cells for o in c.outputs]
     assert any("image/svg+xml" in o.get("data", {}) for o in outputs)
-    said = "".join(o["text"] for o in outputs if o.output_type == "stream")
-    assert "\x1b" not in said  # nothing that only a terminal understands
+    printed = "".join(o["text"] for o in outputs if o.output_type == "stream")
+    assert "\x1b" not in printed  # nothing that only a terminal understands
 
 
 def test_no_markup_is_left_as_text(html):
     """A table or a field list that the build does not know comes out as a paragraph with its signs."""
     left = {page.name: re.findall(r"<p>(?:\||:\w+:)[^<]{,40}", page.read_text()) for page in html.rglob("*.html")}
-    assert not {name: found for name, found in left.items() if found}
+    assert not {name: hits for name, hits in left.items() if hits}
 
 
 # Pages in a browser
@@ -130,12 +130,12 @@ def test_no_markup_is_left_as_text(html):
 
 @dataclass
 class Opened:
-    """A page at a desk's width, in light mode; what went wrong while it loaded, and what it asked for."""
+    """A page at a desk's width, in light mode; errors while it loaded, and its requests."""
 
     name: str
     page: object
     wrong: list = field(default_factory=list)
-    asked: list = field(default_factory=list)
+    requests: list = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +185,13 @@ def opening(browser, site, name, query=""):
     page = browser.new_page(viewport=DESK, color_scheme="light", reduced_motion="reduce")
     opened = Opened(name, page)
 
-    def request(asked):
-        if not asked.url.startswith((site, "data:", "blob:")):
-            opened.wrong.append(f"asks another host: {asked.url}")
-        opened.asked.append(asked.url)
+    def record(request):
+        if not request.url.startswith((site, "data:", "blob:")):
+            opened.wrong.append(f"asks another host: {request.url}")
+        opened.requests.append(request.url)
 
-    page.on("request", request)
-    page.on("console", lambda said: said.type == "error" and opened.wrong.append(f"console: {said.text}"))
+    page.on("request", record)
+    page.on("console", lambda message: message.type == "error" and opened.wrong.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: opened.wrong.append(f"script: {error}"))
     page.on("requestfailed", lambda failed: opened.wrong.append(f"failed: {failed.url}"))
     page.goto(f"{site}{name}.html{query}")
@@ -223,7 +223,7 @@ def test_loads_without_an_error_or_another_host(opened):
 
 
 def test_weighs_little(opened, html, site):
-    files = {html / unquote(urlsplit(url).path).lstrip("/") for url in opened.asked if url.startswith(site)}
+    files = {html / unquote(urlsplit(url).path).lstrip("/") for url in opened.requests if url.startswith(site)}
     sizes = {path.relative_to(html).as_posix(): path.stat().st_size for path in files if path.is_file()}
     assert len(sizes) > 5, f"{opened.name}: its style and scripts were not counted"
     assert sum(sizes.values()) < HEAVIEST, (opened.name, sorted(sizes.items(), key=lambda item: -item[1])[:5])
@@ -325,11 +325,11 @@ def violations(page, *, context=None, **options):
     """What axe-core finds and calls serious or critical, and headings out of order: rule, element, and why."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, context=context, options={"resultTypes": ["violations"], **options}).response["violations"]
+    hits = Axe().run(page, context=context, options={"resultTypes": ["violations"], **options}).response["violations"]
     ours = ("heading-order", "empty-heading", "page-has-heading-one")
     return [
         (rule["id"], node["target"], node["html"][:120], " ".join(node["failureSummary"].split())[:300])
-        for rule in found
+        for rule in hits
         if rule["impact"] in ("serious", "critical") or rule["id"] in ours
         for node in rule["nodes"]
     ]
@@ -337,8 +337,8 @@ def violations(page, *, context=None, **options):
 
 def test_axe_finds_nothing_serious(opened):
     with unfolded(opened.page):
-        found = violations(opened.page, rules={"color-contrast": {"enabled": False}})
-    assert not found, opened.name
+        hits = violations(opened.page, rules={"color-contrast": {"enabled": False}})
+    assert not hits, opened.name
 
 
 # Contrast is looked at once for every pair of text and ground, the rest hidden in its place: axe needs minutes for all
@@ -375,11 +375,11 @@ def test_text_stands_out(opened, theme):
         assert (ink < paper) == (theme == "light"), f"{opened.name}: {theme} mode has the other's colors"
         with unfolded(page):
             assert page.evaluate(ONE_OF_EACH) > 3
-            found = violations(page, context={"include": ["[data-contrast]"]}, runOnly=["color-contrast"])
+            hits = violations(page, context={"include": ["[data-contrast]"]}, runOnly=["color-contrast"])
     finally:
         page.evaluate(SHOW_ALL)
         page.emulate_media(color_scheme="light")
-    assert not found, (opened.name, theme)
+    assert not hits, (opened.name, theme)
 
 
 # What single pages do
