@@ -1,4 +1,4 @@
-"""Pathology image models F(x): by name, from weights to features."""
+"""Pathology image models F(x): load them by name and embed tiles."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Weights that lie inside the package: where they are, and which they are."""
+"""Find and identify weights that are part of the package."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from peka_lite._core.hashing import sha256
 if TYPE_CHECKING:
     from peka_lite.backbones.registry import Backbone
 
-PREFIX = "package/"  # begins the `source` of such a row; the file's name in ``weights`` follows
+PREFIX = "package/"  # prefix of `source`, before the name of a file in ``weights``
 
 
 def find_packaged(spec: Backbone) -> Path | None:
-    """Return the file of the package that holds a row's weights; None where they come from elsewhere.
+    """Return the path of a row's weights in the package, or None if their source is another one.
 
     Raises
     ------
     FileNotFoundError
-        If the package should hold it and does not.
+        If the file is missing from the package.
 
     Examples
     --------
@@ -33,12 +33,12 @@ def find_packaged(spec: Backbone) -> Path | None:
     path = Path(str(resources.files("peka_lite.backbones").joinpath("weights", spec.source.removeprefix(PREFIX))))
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: the weights of {spec.name} should come with the package and are missing; install it again (in a "
-            "clone, restore the file with git), or give a weights file or 'random'"
+            f"{path}: the weights of {spec.name} are missing from the package; reinstall it (in a clone, restore the "
+            "file with git), or pass a weights file or 'random'"
         )
     return path
 
 
 def describe_file(path: Path) -> str:
-    """Return a file of the package in words that change with its content: name and first digits of the SHA-256."""
+    """Return the name of a file in the package and the first digits of its SHA-256, as text."""
     return f"package {path.name}, sha256 {sha256(path)[:12]}"

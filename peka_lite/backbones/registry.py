@@ -1,4 +1,4 @@
-"""What can be asked for by name, and what decides whether a name or a number fits; plain data, quick to import."""
+"""Registry of pathology image models, as plain data that imports without PyTorch."""
 
 from __future__ import annotations
 
@@ -21,42 +21,41 @@ BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
 @dataclass(frozen=True)
 class Backbone:
-    """What is needed to load one student and to feed it tiles.
+    """Settings to load a student and to preprocess its tiles.
 
     Attributes
     ----------
     name, arch
-        Our name, and the timm architecture it is built from with `options`.
+        Name in this package, and the timm architecture, which is built with `options`.
     source
-        Hub repository of the published weights, ``"datasets/..."`` for a file of a dataset's repository,
-        ``"package/FILE"`` for a file in ``peka_lite/backbones/weights``; None where there is none.
+        Hub repository of the published weights, ``"datasets/..."`` for a file in a dataset repository,
+        ``"package/FILE"`` for a file in ``peka_lite/backbones/weights``; None if there are none.
     revision
-        Hub revision; None takes the repository's default branch.
+        Hub revision. None: the default branch.
     dim
         Width D_s of the pooled output.
     mean, std
-        Pixel statistics (RGB, 0 to 1) the weights were trained with.
+        Pixel statistics (RGB, 0 to 1) used in pretraining.
     input_size
-        Side in pixels; tiles of another size are resized on the device.
+        Side in pixels. Tiles of another size are resized on the device.
     pooling
-        What stands for a tile: ``"token"``, the class token; ``"avg"``, the mean of the patch tokens, or of a network
-        without tokens that of its feature map; ``"token+avg"``, both, one behind the other; ``"network"``, what timm's
-        network gives by itself.
+        ``"token"``: the class token. ``"avg"``: the mean of the patch tokens, or of the feature map if the network has
+        no tokens. ``"token+avg"``: both, concatenated. ``"network"``: the output of timm's network.
     bone_r
-        Default block size for Bone; None where only method ``"none"`` is accepted.
+        Default block size for Bone. None: only method ``"none"`` is accepted.
     precision
-        Compute type by device.
+        Compute type per device.
     license, gate
-        License of the weights; page to ask for access, None where nobody has to.
+        License of the weights; page to request access, None if access is open.
     access
-        How it is granted there: ``"automatic"``, ``"manual"`` or ``"institution"``; None where that is not known.
+        How access is granted: ``"automatic"``, ``"manual"`` or ``"institution"``; None if unknown.
 
     Notes
     -----
-    Where a published number was made in another way than ours: the authors of ``"gigapath"`` resize a tile to 256
-    pixels and crop the middle 224, here all of the tile is shown; HEST-bench takes ``"resnet50"`` after its third block
-    (1,024 numbers), here it is whole (2,048). ``"ctranspath"`` is the encoder that CHIEF published (AGPL-3.0; its
-    README and CTransPath's add: for non-commercial academic purposes).
+    Differences to published results: the authors of ``"gigapath"`` resize a tile to 256 pixels and crop the center 224,
+    while this package uses the whole tile. HEST-bench uses ``"resnet50"`` up to its third block (1,024 features), this
+    package the whole network (2,048). ``"ctranspath"`` is the encoder published with CHIEF (AGPL-3.0; its README and
+    that of CTransPath add: for non-commercial academic purposes).
 
     Examples
     --------
@@ -93,7 +92,7 @@ _CTRANSPATH = "datasets/MahmoodLab/hest-bench/fm_v1/ctranspath/CHIEF_CTransPath.
 
 
 def hub_page(repo: str) -> str:
-    """Return a hub repository's page."""
+    """Return the URL of a hub repository."""
     return f"https://huggingface.co/{repo}"
 
 
@@ -126,18 +125,18 @@ _ROWS = (
              input_size=112, pooling="avg", bone_r=32, options={"img_size": 112, "depth": 6, "global_pool": "avg"}),
 )  # fmt: skip
 _BACKBONES = {row.name: row for row in _ROWS}  # `register_backbone` adds to it
-#: The students that can be asked for by name, name -> `Backbone`; `register_backbone` adds one.
+#: Registered students, name -> `Backbone`. `register_backbone` adds one.
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(_BACKBONES)
 
 
 def check_block_size(spec: Backbone, r: int) -> None:
-    """Raise the ValueError that Bone would raise for a row of `BACKBONES`, without building it."""
+    """Check Bone's block size for a registry row, without building the network."""
     width = spec.dim // 2 if spec.pooling == "token+avg" else spec.dim  # of a token
     check_divides(r, width, 3 * width)
 
 
 def check_divides(r: int, in_features: int, out_features: int) -> None:
-    """Refuse a block size that does not divide both sides of a layer; the ValueError lists those that do."""
+    """Check that a block size divides both dimensions of a layer. The ValueError lists valid sizes."""
     if r < 1 or in_features % r or out_features % r:
         fits = [d for d in range(1, 1025) if math.gcd(in_features, out_features) % d == 0]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Names of the teachers and of the ways to make pseudo-labels."""
+"""Names of teachers and of pseudo-label methods, with the default options of each method."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""scFoundation's network: soft bins, a table of gene vectors, a transformer, and pooling that knows the lengths.
+"""scFoundation's encoder: value and gene embeddings, a transformer, and pooling over real tokens.
 
-Module names are those of the published checkpoint, so its tensors load by name.
+Module names match the published checkpoint, so its tensors load by name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 POOLS = ("all", "max")
-_MOST = {"hidden_dim": 65_536, "depth": 1000, "heads": 65_536, "seq_len": 1_000_000, "bin_num": 65_536}
+_LIMITS = {"hidden_dim": 65_536, "depth": 1000, "heads": 65_536, "seq_len": 1_000_000, "bin_num": 65_536}
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of the network, under the names the checkpoint's config gives them."""
+    """Sizes of the network, named as in the checkpoint's config."""
 
     hidden_dim: int
     depth: int
@@ -31,28 +31,28 @@ class EncoderConfig:
     pad_token_id: float
 
     def __post_init__(self):
-        for name, most in _MOST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is from 1 to {most:,}, not {getattr(self, name)}")
+        for name, limit in _LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} must be from 1 to {limit:,}, not {getattr(self, name)}")
         if not all(map(math.isfinite, (self.bin_alpha, self.mask_token_id, self.pad_token_id))):
-            raise ValueError("bin_alpha, mask_token_id and pad_token_id are finite numbers")
+            raise ValueError("bin_alpha, mask_token_id and pad_token_id must be finite numbers")
         if self.hidden_dim % self.heads:
-            raise ValueError(f"hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
+            raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of heads {self.heads}")
 
     @property
     def n_genes(self) -> int:
-        """Length of the vocabulary."""
+        """Number of genes in the vocabulary."""
         return self.seq_len - 2
 
     @classmethod
     def from_checkpoint(cls, config: Mapping) -> EncoderConfig:
-        """Merge a checkpoint's config dicts, as its authors do: the data set's entries win."""
+        """Merge a checkpoint's config dicts as its authors do: entries of the data set take precedence."""
         merged = {**config["model_config"][config["model"]], **config["dataset_config"]["rnaseq"]}
         encoder = merged["encoder"]
         if encoder["module_type"] != "transformer" or encoder.get("norm_first"):
             raise ValueError(
                 f"encoder {encoder['module_type']!r} with norm_first={encoder.get('norm_first')} is not supported; "
-                "scFoundation's is a 'transformer' that normalizes last"
+                "scFoundation's is a post-norm 'transformer'"
             )
         return cls(
             **{name: int(encoder[name]) for name in ("hidden_dim", "depth", "heads")},
@@ -62,7 +62,7 @@ class EncoderConfig:
 
 
 class SoftBins(nn.Module):
-    """A value's embedding: a mixture of learnt bin vectors, (B, L) to (B, L, hidden_dim)."""
+    """Embed a value as a mixture of learned bin vectors, (B, L) to (B, L, hidden_dim)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -72,12 +72,12 @@ class SoftBins(nn.Module):
         self.alpha, self.mask_id, self.pad_id = config.bin_alpha, config.mask_token_id, config.pad_token_id
 
     def weights(self, values: torch.Tensor) -> torch.Tensor:
-        """Return each value's share of every bin, (B, L, bins)."""
+        """Return the weight of each bin for each value, (B, L, bins)."""
         h = F.leaky_relu(self.mlp(values.unsqueeze(-1)), 0.1)
         return torch.softmax(self.alpha * h + self.mlp2(h), dim=-1)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Embed values; the two that mean "masked" and "padding" have vectors of their own."""
+        """Embed values. The values for "masked" and "padding" have separate vectors."""
         out = self.weights(values) @ self.emb.weight
         for value, table in ((self.mask_id, self.emb_mask), (self.pad_id, self.emb_pad)):
             out = torch.where((values == value).unsqueeze(-1), table.weight[0], out)
@@ -85,7 +85,7 @@ class SoftBins(nn.Module):
 
 
 class Attention(nn.Module):
-    """Parameters of self-attention under PyTorch's names; the work is one fused kernel."""
+    """Self-attention in one fused kernel, with PyTorch's parameter names."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attend over real tokens; x (B, L, width), mask (B, 1, 1, L) True where real, or None if all are."""
+        """Attend over real tokens. `x` is (B, L, width), `mask` (B, 1, 1, L), True for real tokens, or None for all."""
         B, L, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, L, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, width / heads) each
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-norm transformer layer. Matrices may be in half precision; sums and norms stay in float32."""
+    """Post-norm transformer layer. Matrices may be in half precision; sums and norms stay in float32."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -114,14 +114,14 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Map (B, L, width) float32 to the same."""
+        """Return the layer's output, (B, L, width) float32 like `x`."""
         dtype = self.linear1.weight.dtype
         x = self.norm1(x + self.self_attn(x.to(dtype), mask))
         return self.norm2(x + self.linear2(F.relu_(self.linear1(x.to(dtype)))))
 
 
 class Encoder(nn.Module):
-    """Value and gene vectors of a spot's tokens through the transformer."""
+    """Encode a spot's tokens: the sum of value and gene embeddings, passed through the transformer."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -132,14 +132,14 @@ class Encoder(nn.Module):
         self.encoder = nn.ModuleDict({"transformer_encoder": layers, "norm": nn.LayerNorm(config.hidden_dim)})
 
     def halve(self, dtype: torch.dtype) -> Encoder:
-        """Cast the transformer's matrices to `dtype`; embeddings and norms stay in float32."""
+        """Cast the transformer's matrices to `dtype`. Embeddings and norms stay in float32."""
         for layer in self.encoder["transformer_encoder"]:
             for part in (layer.self_attn, layer.linear1, layer.linear2):
                 part.to(dtype)
         return self
 
     def forward(self, values: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return token vectors (B, L, hidden_dim) float32; what stands behind a spot's length means nothing."""
+        """Return token vectors (B, L, hidden_dim) float32. Tokens past a spot's length are masked as padding."""
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]  # (B, L)
         mask = None if bool(real.all()) else real[:, None, None, :]
         x = self.token_emb(values) + self.pos_emb(positions)
@@ -149,17 +149,17 @@ class Encoder(nn.Module):
 
 
 def pool_tokens(x: torch.Tensor, lengths: torch.Tensor, *, how: str = "all") -> torch.Tensor:
-    """Pool token vectors (B, L, d) of spots with `lengths` tokens (B,), of which the last two are T and S.
+    """Pool token vectors (B, L, d) of spots with `lengths` tokens (B,), the last two of which are T and S.
 
-    ``"all"``: S, T, the maximum and the mean over genes, side by side, (B, 4d). ``"max"``: the maximum over all
-    tokens, T and S included, (B, d).
+    ``"all"`` concatenates S, T, the maximum and the mean over genes, (B, 4d). ``"max"`` is the maximum over all
+    tokens, including T and S, (B, d).
     """
     if how not in POOLS:
         raise ValueError(f"unknown pool {how!r}; known: {', '.join(POOLS)}")
-    place, rows = torch.arange(x.shape[1], device=x.device), torch.arange(len(x), device=x.device)
+    column, rows = torch.arange(x.shape[1], device=x.device), torch.arange(len(x), device=x.device)
     if how == "max":
-        return x.masked_fill((place >= lengths[:, None])[..., None], -torch.inf).amax(1)
-    behind = (place >= lengths[:, None] - 2)[..., None]  # (B, L, 1)
-    mean = x.masked_fill(behind, 0).sum(1) / (lengths - 2)[:, None]
-    highest = x.masked_fill(behind, -torch.inf).amax(1)
-    return torch.cat([x[rows, lengths - 1], x[rows, lengths - 2], highest, mean], dim=1)
+        return x.masked_fill((column >= lengths[:, None])[..., None], -torch.inf).amax(1)
+    not_gene = (column >= lengths[:, None] - 2)[..., None]  # (B, L, 1)
+    mean = x.masked_fill(not_gene, 0).sum(1) / (lengths - 2)[:, None]
+    maximum = x.masked_fill(not_gene, -torch.inf).amax(1)
+    return torch.cat([x[rows, lengths - 1], x[rows, lengths - 2], maximum, mean], dim=1)

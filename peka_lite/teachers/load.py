@@ -1,4 +1,4 @@
-"""Teachers: a spot's expression in, an embedding out."""
+"""Load teachers by name and embed cohorts with them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from peka_lite.teachers._choices import TEACHERS
 
 
 def make_pca(**options):
-    """Make the PCA teacher."""
+    """Create the PCA teacher."""
     from peka_lite.teachers.pca import PCATeacher
 
     return PCATeacher(**options)
 
 
 def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
-    """Make scFoundation from a checkpoint, by default the fetched one."""
-    from peka_lite.teachers.scfoundation import ScFoundation  # PyTorch is for those who need it
+    """Load scFoundation from a checkpoint, by default the downloaded one."""
+    from peka_lite.teachers.scfoundation import ScFoundation  # imports PyTorch
 
     checkpoint = checkpoint or find_fetched("scfoundation")
     if checkpoint is None:
         raise FileNotFoundError(
-            "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or give a file"
+            "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or pass a file"
         )
     return ScFoundation.from_checkpoint(checkpoint, **options)
 
 
 def make_scfoundation_mini(**options):
-    """Make scFoundation at small size from the checkpoint in the package; ``weights/scfoundation_mini.md`` is its card.
+    """Load the small scFoundation of the package; ``weights/scfoundation_mini.md`` is its model card.
 
-    Its vocabulary is the mini cohort's genes, sorted. `options` are ``precision`` and ``mapping`` of
+    Its vocabulary is the sorted genes of the mini cohort. `options` are ``precision`` and ``mapping`` of
     `ScFoundation.from_checkpoint`.
     """
     from peka_lite.teachers.scfoundation import ScFoundation
 
     if unknown := options.keys() - {"precision", "mapping"}:
         raise ValueError(
-            f"teacher 'scfoundation-mini' takes precision and mapping, not {', '.join(sorted(unknown))}; its weights "
-            "and genes come with the package, and 'scfoundation' reads a checkpoint"
+            f"teacher 'scfoundation-mini' takes precision and mapping, not {', '.join(sorted(unknown))}; use "
+            "teacher 'scfoundation' for another checkpoint or gene list"
         )
     weights = Path(str(resources.files("peka_lite.teachers"))) / "weights"
     lines = resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines()
@@ -55,17 +55,17 @@ _MAKERS = dict(zip(TEACHERS, (make_pca, make_scfoundation, make_scfoundation_min
 
 
 def load_teacher(name: str, **options):
-    """Make a teacher by name.
+    """Load a teacher by name.
 
-    A teacher has ``fit(adata)``, with one AnnData of raw counts or one a slide, and
+    A teacher has ``fit(adata)``, which takes one AnnData of raw counts or one per slide, and
     ``embed(adata, *, batch_size=None, device=None)``, which returns (N, D_t) float32.
 
     Parameters
     ----------
     name
-        ``"pca"``, whose options are those of `PCATeacher`; ``"scfoundation"``, with ``checkpoint`` (None: the fetched
-        one) and the options of `ScFoundation.from_checkpoint`; or ``"scfoundation-mini"``, the same network at small
-        size, pretrained on synthetic counts, with ``precision`` and ``mapping``.
+        ``"pca"`` takes the options of `PCATeacher`. ``"scfoundation"`` takes ``checkpoint`` (None: the downloaded one)
+        and the options of `ScFoundation.from_checkpoint`. ``"scfoundation-mini"``, a small version of the same
+        network pretrained on synthetic counts, takes ``precision`` and ``mapping``.
 
     Examples
     --------
@@ -90,12 +90,12 @@ def embed_cohort(
     progress: bool = False,
     **options,
 ) -> np.ndarray:
-    """Embed a cohort slide by slide, each with all of its own genes; (N, D_t) float32 in the cohort's row order.
+    """Embed a cohort slide by slide, each with all its genes, as (N, D_t) float32 in the cohort's row order.
 
-    A pretrained teacher's embeddings are kept in `cache` (None: ``embeddings`` in the cache folder), one file a slide
-    whose name holds a hash of counts, weights and settings: when any of them changes, so does the file. A stopped job
-    goes on where it was, and of two jobs that want one file the second waits for the first. A teacher that is fitted,
-    as PCA, is asked anew. `options` go to the teacher's `embed`, as ``resolution="f1"``.
+    Embeddings of a pretrained teacher are cached in `cache` (None: ``embeddings`` in the cache folder), one file per
+    slide. The file name contains a hash of counts, weights and settings. A stopped job resumes, and two jobs never
+    write the same file at once. Embeddings of a fitted teacher such as PCA are not cached. `options` are passed to
+    the teacher's `embed`, for example ``resolution="f1"``.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def embed_cohort(
     for slide in cohort.slides:
         file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, **options)}.npy"
         if not file.is_file():
-            with lock(file.with_suffix("")):  # `embed` itself holds the file
+            with lock(file.with_suffix("")):  # `embed` locks the file itself
                 if not file.is_file():
                     teacher.embed(slide.adata, batch_size=batch_size, out=file, progress=progress, **options)
         parts.append(np.load(file))

@@ -1,4 +1,4 @@
-"""The stand-in teacher: principal components of normalized counts."""
+"""The PCA teacher: principal components of normalized counts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from peka_lite.data.expression import normalize, top_hvg
 class PCATeacher:
     """PCA of log-normalized counts over highly variable genes, fitted on training spots.
 
-    Each slide is normalized over all of its own genes. The scores are divided by one number, their standard
-    deviation over the training spots: distances keep their proportions, and a softmax temperature means the same
-    for every teacher.
+    Each slide is normalized over all its genes. The scores are divided by a single number, their standard deviation
+    over the training spots. Distances keep their proportions, and a softmax temperature has the same meaning for every
+    teacher.
 
     Parameters
     ----------
     n_components
-        Width D_t of the embedding; capped at what the training data allow, with a warning.
+        Dimensions D_t of the embedding. Capped at what the training data allow, with a warning.
     n_genes
-        How many highly variable genes enter; capped at the number of genes.
+        Number of highly variable genes. Capped at the number of genes.
     seed
-        Sign and order are fixed by the data; the seed is for the randomized solver on large cohorts.
+        Seed of the randomized solver, used on large cohorts. Sign and order of components are fixed by the data.
 
     Attributes
     ----------
@@ -54,15 +54,15 @@ class PCATeacher:
         return f"PCATeacher(n_components={self.n_components}, n_genes={self.n_genes}, seed={self.seed})"
 
     def fit(self, adata: ad.AnnData | Sequence[ad.AnnData]) -> PCATeacher:
-        """Fit on raw counts of training spots: one AnnData, or one a slide (genes are those all of them hold)."""
+        """Fit on raw counts of training spots: one AnnData, or one per slide (only shared genes are used)."""
         slides = [adata] if isinstance(adata, ad.AnnData) else list(adata)
         shared = set.intersection(*(set(a.var_names) for a in slides))
         genes = slides[0].var_names[slides[0].var_names.isin(list(shared))]
-        normal = np.concatenate([self._normal(a, genes) for a in slides])  # (n_train, n_shared)
+        normal = np.concatenate([self._normalize(a, genes) for a in slides])  # (n_train, n_shared)
         counts = ad.concat([a[:, genes] for a in slides], index_unique="/")
-        enough = int(np.sum((counts.X > 0).sum(0) > 0))
-        chosen = top_hvg(counts, n=min(self.n_genes, enough), min_spots=0.0)
-        self.genes_ = pd.Index(chosen)
+        n_expressed = int(np.sum((counts.X > 0).sum(0) > 0))
+        hvg = top_hvg(counts, n=min(self.n_genes, n_expressed), min_spots=0.0)
+        self.genes_ = pd.Index(hvg)
         X = normal[:, genes.get_indexer(self.genes_)]
         width = min(self.n_components, X.shape[0] - 1, X.shape[1])
         if width < self.n_components:
@@ -73,26 +73,26 @@ class PCATeacher:
         return self
 
     def embed(self, adata: ad.AnnData, *, batch_size: int | None = None, device: str | None = None) -> np.ndarray:
-        """Embed raw counts (N, G) into (N, D_t) float32; a fitted gene that is missing counts as its training mean.
+        """Embed raw counts (N, G) as (N, D_t) float32. Missing genes are set to their training mean.
 
-        `batch_size` bounds the spots made dense at once (None: 4096); a PCA needs no device.
+        `batch_size` limits the spots that are dense at once (None: 4096). `device` is ignored.
         """
         if not hasattr(self, "pca_"):
             raise RuntimeError("this PCATeacher is not fitted; call fit(training AnnData) first")
-        at = adata.var_names.get_indexer(self.genes_)
-        if (found := float(np.mean(at >= 0))) < 0.5:
+        columns = adata.var_names.get_indexer(self.genes_)
+        if (share := float(np.mean(columns >= 0))) < 0.5:
             raise ValueError(
-                f"only {found:.0%} of the teacher's {len(at)} genes are in the data; at least half must be"
+                f"only {share:.0%} of the teacher's {len(columns)} genes are in the data; at least half must be"
             )
         step = batch_size or 4096
         parts = []
         for start in range(0, adata.n_obs, step):
             part = adata[start : start + step]
             X = np.tile(self.pca_.mean_, (part.n_obs, 1))  # (n, n_genes)
-            X[:, at >= 0] = self._normal(part, self.genes_[at >= 0])
+            X[:, columns >= 0] = self._normalize(part, self.genes_[columns >= 0])
             parts.append(self.pca_.transform(X) / self.scale_)
         return np.concatenate(parts).astype(np.float32)
 
     @staticmethod
-    def _normal(adata: ad.AnnData, genes: pd.Index) -> np.ndarray:
+    def _normalize(adata: ad.AnnData, genes: pd.Index) -> np.ndarray:
         return normalize(adata)[:, adata.var_names.get_indexer(genes)].toarray()

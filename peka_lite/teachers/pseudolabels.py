@@ -1,4 +1,4 @@
-"""Pseudo-labels: clusters of the teacher's embedding, and how unseen spots join one."""
+"""Cluster teacher embeddings into pseudo-labels and assign new spots to the clusters."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from peka_lite.teachers._choices import LABEL_METHODS as METHODS
 class PseudoLabeler:
     """Cluster teacher embeddings into pseudo-labels.
 
-    ``"knn-leiden"`` builds the k-nearest-neighbor graph of the embedding and clusters it by Leiden: the paper's
-    words (arXiv:2504.07061). ``"kmeans"`` with 100 clusters is what the authors' code runs.
+    ``"knn-leiden"`` clusters the k-nearest-neighbor graph of the embedding with Leiden, as the paper describes
+    (arXiv:2504.07061). ``"kmeans"`` with 100 clusters is the method of the authors' code.
 
     Parameters
     ----------
     method
         ``"knn-leiden"`` or ``"kmeans"``.
     seed
-        Decides ties and starts.
+        Random seed of Leiden and k-means.
     **options
-        ``n_neighbors`` (15, both: also how many neighbors vote in `predict`), ``resolution`` (1.0, knn-leiden),
-        ``n_clusters`` (100, kmeans). An option of the other method is refused.
+        ``n_neighbors`` (15, both methods; also the number of neighbors that vote in `predict`), ``resolution`` (1.0,
+        knn-leiden), ``n_clusters`` (100, kmeans). Options of the other method raise ValueError.
 
     Attributes
     ----------
     labels_
-        (N,) int64, numbered from 0 by size without gaps, of the rows given to `fit`.
+        (N,) int64, cluster of each row given to `fit`, numbered from 0 by decreasing size.
     n_labels_
-        How many clusters were found.
+        Number of clusters.
     fitted_on_
         `row_ids` of the rows given to `fit`.
 
@@ -60,21 +60,21 @@ class PseudoLabeler:
             )
         self.method, self.seed = method, seed
         self.options = METHODS[method] | options
-        if bad := [f"{k}={v}" for k, v in self.options.items() if v is None or v <= 0]:
-            raise ValueError(f"must be above 0: {', '.join(bad)}")
+        if invalid := [f"{k}={v}" for k, v in self.options.items() if v is None or v <= 0]:
+            raise ValueError(f"must be above 0: {', '.join(invalid)}")
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v}" for k, v in self.options.items())
         return f"PseudoLabeler({self.method!r}, {shown}, seed={self.seed})"
 
     def fit(self, E: np.ndarray) -> PseudoLabeler:
-        """Cluster the rows of `E` (N, D_t); sets ``labels_`` and ``n_labels_``."""
+        """Cluster the rows of `E` (N, D_t) and set ``labels_`` and ``n_labels_``."""
         E = _check(E)
         k = self.options["n_neighbors"]
         if len(E) <= k:
             raise ValueError(f"{len(E)} spots cannot have {k} neighbors each; lower n_neighbors")
         labels = self._leiden(E) if self.method == "knn-leiden" else self._kmeans(E)
-        # Number clusters by size, so that label 0 is the largest whatever the method.
+        # Number clusters by size, so that label 0 is the largest.
         order = np.argsort(-np.bincount(labels), kind="stable")
         self.labels_ = np.argsort(order)[labels].astype(np.int64)
         self.n_labels_ = int(self.labels_.max()) + 1
@@ -83,22 +83,22 @@ class PseudoLabeler:
         return self
 
     def predict(self, E: np.ndarray) -> np.ndarray:
-        """Give new rows (M, D_t) the label most of their nearest fitted neighbors carry; (M,) int64.
+        """Return for new rows (M, D_t) the majority label of their nearest fitted neighbors, (M,) int64.
 
-        A tie goes to the label whose neighbors are nearer: the larger sum of 1 / (1 + distance).
+        Ties go to the label with the nearer neighbors: the larger sum of 1 / (1 + distance).
         """
         if not hasattr(self, "labels_"):
             raise RuntimeError("this PseudoLabeler is not fitted; call fit(E) first")
         distance, index = self._neighbors.kneighbors(_check(E))  # (M, k)
-        voted = self.labels_[index]
-        votes = np.zeros((len(voted), self.n_labels_))
+        neighbor_labels = self.labels_[index]
+        votes = np.zeros((len(neighbor_labels), self.n_labels_))
         nearness = np.zeros_like(votes)
-        rows = np.arange(len(voted))
-        for j in range(voted.shape[1]):
-            votes[rows, voted[:, j]] += 1
-            nearness[rows, voted[:, j]] += 1 / (1 + distance[:, j])
-        # Nearness is below one vote in total once divided by k + 1, so it only breaks ties.
-        return np.argmax(votes + nearness / (voted.shape[1] + 1), axis=1).astype(np.int64)
+        rows = np.arange(len(neighbor_labels))
+        for j in range(neighbor_labels.shape[1]):
+            votes[rows, neighbor_labels[:, j]] += 1
+            nearness[rows, neighbor_labels[:, j]] += 1 / (1 + distance[:, j])
+        # Divided by k + 1, nearness sums to less than one vote, so it only breaks ties.
+        return np.argmax(votes + nearness / (neighbor_labels.shape[1] + 1), axis=1).astype(np.int64)
 
     def _leiden(self, E: np.ndarray) -> np.ndarray:
         import scanpy as sc
@@ -106,7 +106,7 @@ class PseudoLabeler:
         graph = ad.AnnData(E)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Exact at every size; scanpy 1.11 cannot read the approximate graph that newer pynndescents return.
+            # Exact neighbors: scanpy 1.11 cannot read the approximate graph of newer pynndescent versions.
             sc.pp.neighbors(
                 graph,
                 n_neighbors=self.options["n_neighbors"],

@@ -1,4 +1,4 @@
-"""scFoundation as a teacher: the published checkpoint, spots in, embeddings out."""
+"""Embed spots with scFoundation, loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ MAX_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 
 
 class ScFoundation:
-    """A pretrained encoder of expression; make one with `from_checkpoint` (or `random`, to test and teach).
+    """Pretrained encoder of expression. Create one with `from_checkpoint`, or with `random` for tests and tutorials.
 
     Attributes
     ----------
     genes
-        The vocabulary: symbols in the order the model was trained with.
+        The vocabulary: symbols in the order of the model.
     origin
-        Where the weights come from, in words.
+        Source of the weights, as text.
     fingerprint
         Hash of weights, sizes, vocabulary and gene mapping; 16 hex digits.
     precision
-        Compute type by device, as `peka_lite._core.device.PRECISION`: float32 on a CPU, half precision on a GPU.
+        Compute type per device, as in `peka_lite._core.device.PRECISION`: float32 on a CPU, half precision on a GPU.
 
     Examples
     --------
@@ -70,7 +70,7 @@ class ScFoundation:
     ):
         self.genes = read_vocabulary(genes)
         if len(self.genes) != encoder.config.n_genes:
-            raise ValueError(f"the model knows {encoder.config.n_genes} genes, the gene list {len(self.genes)}")
+            raise ValueError(f"the model has {encoder.config.n_genes} genes, but the gene list has {len(self.genes)}")
         if isinstance(mapping, str | os.PathLike):
             mapping = read_gene_mapping(mapping, self.genes)
         self.mapping, self.origin, self.precision = dict(mapping or {}), origin, dict(precision)
@@ -81,7 +81,7 @@ class ScFoundation:
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy())
         self.fingerprint = digest.hexdigest()[:16]
-        self._running: tuple = ()
+        self._device_copy: tuple = ()
 
     def __repr__(self) -> str:
         c = self.encoder.config
@@ -97,27 +97,27 @@ class ScFoundation:
         mapping: str | os.PathLike | Mapping[str, str] | None = None,
         precision: Mapping[str, torch.dtype] = PRECISION,
     ) -> ScFoundation:
-        """Load the published ``models.ckpt``; every size comes from its config.
+        """Load the published ``models.ckpt``. All sizes come from its config.
 
         Parameters
         ----------
         path
-            File with entries ``cell``, ``gene`` and ``rde``, each a config and a state dict. It is read with
-            ``weights_only=True``: a file that would run code is refused.
+            File with entries ``cell``, ``gene`` and ``rde``, each a config and a state dict. Files that would run code
+            are rejected.
         key
             ``"cell"``, or ``"rde"`` for read-depth enhancement.
         genes
-            The vocabulary, as in `read_vocabulary`; None takes ``OS_scRNA_gene_index.19264.tsv`` or
-            ``gene_names.json`` beside the checkpoint, else the list that ``peka-lite fetch`` put in the cache.
+            The vocabulary, as in `read_vocabulary`. None: ``OS_scRNA_gene_index.19264.tsv`` or ``gene_names.json`` in
+            the checkpoint's folder, or else the list downloaded by ``peka-lite fetch``.
         mapping
-            How other gene names lead to the vocabulary: HGNC's complete set as TSV (`read_gene_mapping`) or a dict.
+            Mapping from other gene names to the vocabulary: HGNC's complete set as TSV (`read_gene_mapping`) or a dict.
         precision
-            Compute type by device.
+            Compute type per device.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            For a file that is not there, not readable, would run code, or does not hold such a model.
+            For a file that is missing, unreadable, would run code, or contains no such model.
         """
         path = Path(path)
         encoder = read_encoder(path, key=key)
@@ -137,7 +137,7 @@ class ScFoundation:
         seed: int = 0,
         precision: Mapping[str, torch.dtype] = PRECISION,
     ) -> ScFoundation:
-        """Make the same architecture with random weights, to test and to teach; it has learnt nothing."""
+        """Create the same architecture with random weights, for tests and tutorials."""
         vocabulary = read_vocabulary(genes)
         config = EncoderConfig(hidden_dim, depth, heads, len(vocabulary) + 2, 100, 1.0, 102, 103)
         with torch.random.fork_rng(devices=[]):
@@ -145,39 +145,39 @@ class ScFoundation:
             encoder = Encoder(config)
         return cls(encoder, vocabulary, origin=f"random weights, seed {seed}", precision=precision)
 
-    fitted_on_ = None  # trained elsewhere
+    fitted_on_ = None  # pretrained: no spots of the cohort were used
 
     def fit(self, adata=None) -> ScFoundation:
         """Do nothing: the model is pretrained."""
         return self
 
     def coverage(self, adata: ad.AnnData) -> float:
-        """Return the share of the data's expressed genes that the vocabulary knows; below a half is an error."""
+        """Return the share of expressed genes that are in the vocabulary. Less than half raises ValueError."""
         return align_to_vocabulary(adata, self.genes, mapping=self.mapping)[1]
 
     def align(self, adata: ad.AnnData) -> sparse.csr_matrix:
-        """Return counts in the vocabulary's order, (N, n_genes) float32; columns that name one gene are summed."""
+        """Return counts in the vocabulary's order, (N, n_genes) float32. Columns of the same gene are summed."""
         return align_to_vocabulary(adata, self.genes, mapping=self.mapping)[0]
 
     def tokens(
         self, adata: ad.AnnData, *, resolution: str = "t4", pre_normalized: str = "F", input_type: str = "singlecell"
     ) -> Tokens:
-        """Align genes to the vocabulary by name and turn spots into tokens; as `tokenize`, whose errors it raises.
+        """Align genes to the vocabulary by name and convert spots to tokens, as `tokenize`.
 
-        Columns that name one gene are summed (log-normalized values as the counts they stand for). Totals are taken
-        over genes of the vocabulary. For `pre_normalized` A the raw totals are ``obs["total_counts"]``, or the last
-        column where there is no such entry.
+        Columns of the same gene are summed (log-normalized values as counts). Totals are computed over genes of the
+        vocabulary. For `pre_normalized` A, raw totals are ``obs["total_counts"]``, or the last column if there is no
+        such entry.
 
         Raises
         ------
         ValueError
-            Where fewer than half of the expressed genes are in the vocabulary, and for Ensembl ids without a mapping.
+            As `tokenize`, and if fewer than half of the expressed genes are in the vocabulary.
         """
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         check_options(**options)
         adata, total = load_in_memory(adata), None
         if pre_normalized == "A":
-            adata, total = _raw_totals(adata, self.genes)
+            adata, total = _read_raw_totals(adata, self.genes)
         check_values(sparse.csr_matrix(adata.X).data, pre_normalized=pre_normalized, input_type=input_type)
         X, _ = align_to_vocabulary(adata, self.genes, mapping=self.mapping, logged=pre_normalized != "F")
         return tokenize(X, total=total, names=adata.obs_names, **options)
@@ -196,47 +196,47 @@ class ScFoundation:
         out: str | os.PathLike | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Embed spots; row i is spot i, and the batch a spot is in makes no difference.
+        """Embed spots. Row i is spot i, and results do not depend on the batches.
 
         Parameters
         ----------
         adata
-            Expression (N, G) with gene symbols as var_names, in any order and number.
+            Expression (N, G) with gene symbols as var_names, in any order.
         pool
             ``"all"``: S, T, maximum and mean over genes, (N, 4d); ``"max"``: maximum over all tokens, (N, d).
         resolution, pre_normalized, input_type
             As in `tokenize`.
         batch_size
-            Most spots in a batch; None: as many as the tokens allow.
+            Maximum number of spots in a batch. None: limited by `max_tokens` only.
         device
-            None: the GPU where there is one.
+            None: the GPU if there is one.
         max_tokens
-            Most tokens in a batch, padding included; this bounds the memory. None: 4,096 on a CPU, 65,536 on a GPU.
-            Where memory runs out the number is halved and the work goes on. A longer spot has a batch of its own.
+            Maximum number of tokens in a batch, including padding, to limit memory. None: 4,096 on a CPU, 65,536 on a
+            GPU. It is halved if memory runs out. A longer spot is a batch by itself.
         out
-            ``.npy`` file to stream rows to. A stopped job with the same data, weights and settings goes on from its
-            ``{out}.{machine}.partial``, on the same machine. A file that is there already is replaced when the new one
-            is complete, where this wrote it.
+            ``.npy`` file to write rows to. A stopped job with the same data, weights and settings resumes from
+            ``{out}.{machine}.partial``, on the same machine. An existing file written by this method is replaced when
+            the new one is complete.
         progress
-            Say how many of the genes are known, and show a bar with spots per second and the time left.
+            Print the share of genes in the vocabulary, and show a bar with spots per second and the time remaining.
 
         Returns
         -------
         numpy.ndarray
-            (N, 4d) or (N, d) float32; a read-only memory map of `out` where that was given.
+            (N, 4d) or (N, d) float32; a read-only memory map of `out` if given.
 
         Raises
         ------
         ValueError
             As `tokens`.
         MemoryError
-            Where not even one spot fits.
+            If a single spot does not fit.
         """
         if pool not in POOLS:
             raise ValueError(f"unknown pool {pool!r}; known: {', '.join(POOLS)}")
-        for name, most in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
-            if most is not None and most < 1:
-                raise ValueError(f"{name} must be at least 1, not {most}")
+        for name, limit in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, not {limit}")
         device = torch.device(device or default_device())
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         tokens = self.tokens(adata, **options)
@@ -257,73 +257,73 @@ class ScFoundation:
         return np.load(out, mmap_mode="r")
 
     def cache_key(self, adata: ad.AnnData, *, device: str | torch.device | None = None, **options) -> str:
-        """Hash what decides an embedding: counts, weights, gene names, `embed`'s options and the compute type."""
+        """Return a hash of all that determines an embedding: data, weights, gene names, options and compute type."""
         dtype = compute_dtype(device or default_device(), precision=self.precision)
         settings = {"pool": "all", "resolution": "t4", "pre_normalized": "F", "input_type": "singlecell"} | options
-        given = settings["pre_normalized"] == "A" and "total_counts" in adata.obs
-        own = adata.obs["total_counts"].tolist() if given else None
-        parts = (__version__, hash_counts(adata), own, self.fingerprint, dtype, sorted(settings.items()))
+        has_totals = settings["pre_normalized"] == "A" and "total_counts" in adata.obs
+        totals = adata.obs["total_counts"].tolist() if has_totals else None
+        parts = (__version__, hash_counts(adata), totals, self.fingerprint, dtype, sorted(settings.items()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
     def _fill(self, rows, done, tokens: Tokens, how: str, device, batch_size, max_tokens: int, progress: bool) -> None:
         dtype = compute_dtype(device, precision=self.precision)
-        # Longest first: memory runs out at once or never, and the bar's time left errs on the long side.
-        left = np.flatnonzero(~done)
-        left = left[np.argsort(-tokens.lengths[left], kind="stable")]
+        # Longest first: memory runs out at the start if at all, and the time remaining is not underestimated.
+        remaining = np.flatnonzero(~done)
+        remaining = remaining[np.argsort(-tokens.lengths[remaining], kind="stable")]
         with progress_bar(
             total=len(done), initial=int(done.sum()), desc="embed spots", unit=" spots", enabled=progress,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
-        ) as shown:  # fmt: skip
-            while len(left):
-                longest = int(tokens.lengths[left[0]])
-                batch = left[: max(1, min(max_tokens // longest, batch_size or len(left)))]
+        ) as bar:  # fmt: skip
+            while len(remaining):
+                longest = int(tokens.lengths[remaining[0]])
+                batch = remaining[: max(1, min(max_tokens // longest, batch_size or len(remaining)))]
                 try:
-                    encoder = self._on(device, dtype)
+                    encoder = self._encoder_on(device, dtype)
                     values, positions, lengths = (torch.from_numpy(a).to(device) for a in tokens.padded(batch))
-                    found = pool_tokens(encoder(values, positions, lengths), lengths, how=how).cpu().numpy()
+                    E = pool_tokens(encoder(values, positions, lengths), lengths, how=how).cpu().numpy()
                 except RuntimeError as error:
-                    if not _out_of_memory(error):
+                    if not _is_out_of_memory(error):
                         raise
                     if len(batch) == 1:
                         raise MemoryError(
-                            f"a spot of {longest} tokens does not fit on {device}; use another"
+                            f"a spot of {longest} tokens does not fit on {device}; use a larger device"
                         ) from error
-                    found = None
-                if found is None:  # only here does Python let go of what the failed pass held
+                    E = None
+                if E is None:  # after the except block, which keeps the failed pass's tensors
                     max_tokens = longest * (len(batch) // 2)
                     torch.cuda.empty_cache()
                     continue
-                if not np.isfinite(found).all():
+                if not np.isfinite(E).all():
                     if dtype == torch.float32:
-                        raise FloatingPointError(f"embeddings on {device} are not finite: are the weights whole?")
-                    warnings.warn(f"{dtype} overflows on {device}: going on in float32, slower", stacklevel=3)
+                        raise FloatingPointError(f"embeddings on {device} are not finite; check the weights file")
+                    warnings.warn(f"{dtype} overflows on {device}: continuing in float32, slower", stacklevel=3)
                     dtype = torch.float32
                     continue
-                rows[batch], done[batch] = found, True
-                left = left[len(batch) :]
-                shown.update(len(batch))
-        self._running = ()  # the device's memory is for the student now
+                rows[batch], done[batch] = E, True
+                remaining = remaining[len(batch) :]
+                bar.update(len(batch))
+        self._device_copy = ()  # frees the device's memory for the student
 
-    def _on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
+    def _encoder_on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
         if device.type == "cpu" and dtype == torch.float32:
             return self.encoder
-        if self._running[:2] != (device, dtype):
-            self._running = (device, dtype, copy.deepcopy(self.encoder).to(device).halve(dtype))
-        return self._running[2]
+        if self._device_copy[:2] != (device, dtype):
+            self._device_copy = (device, dtype, copy.deepcopy(self.encoder).to(device).halve(dtype))
+        return self._device_copy[2]
 
 
-def _raw_totals(adata: ad.AnnData, genes) -> tuple[ad.AnnData, np.ndarray]:
+def _read_raw_totals(adata: ad.AnnData, genes) -> tuple[ad.AnnData, np.ndarray]:
     if "total_counts" in adata.obs:
         total = adata.obs["total_counts"].to_numpy()
         if not np.issubdtype(total.dtype, np.number) or np.any(total != np.rint(total)):
-            raise ValueError("obs['total_counts'] holds no raw totals: they are whole numbers")
+            raise ValueError("obs['total_counts'] must contain raw totals, which are whole numbers")
         return adata, total
     if not adata.n_vars or adata.var_names[-1] in genes:
-        raise ValueError("pre_normalized='A' needs raw totals: obs['total_counts'], or a last column that holds them")
+        raise ValueError("pre_normalized='A' needs raw totals in obs['total_counts'] or in the last column")
     return adata[:, :-1], sparse.csr_matrix(adata.X)[:, -1].toarray().ravel()
 
 
-def _out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the last: cuBLAS on a full card
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def _is_out_of_memory(error: Exception) -> bool:
+    messages = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the last is cuBLAS's
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
