@@ -83,7 +83,7 @@ def register_backbone(row: Backbone) -> Backbone:
     >>> from dataclasses import replace
     >>> import peka_lite as pk
     >>> row = replace(pk.backbones.BACKBONES["mini"], mean=(0.5, 0.5, 0.5))
-    >>> pk.backbones.register_backbone(row)  # `replace(row, name="mini-half")` would do
+    >>> pk.backbones.register_backbone(row)  # `replace(row, name="mini-half")` works
     Traceback (most recent call last):
     ValueError: backbone 'mini' is already registered with another mean; choose another name
     """
@@ -303,7 +303,7 @@ def _check_origin(row: Backbone) -> None:
     source = row.source
     if source is not None and not (is_line(source) and _SOURCE.fullmatch(source) and ".." not in source):
         raise ValueError(
-            f"source must be a repository of the hub ('owner/name'), 'datasets/owner/name/FILE', 'package/FILE' or None, "
+            f"source must be a hub repository ('owner/name'), 'datasets/owner/name/FILE', 'package/FILE' or None, "
             f"not {_shorten(source)}"
         )
     revision = row.revision

@@ -1,4 +1,4 @@
-"""Students: pathology image models by name, from weights to features."""
+"""Load pathology image models (students) by name and extract features."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from peka_lite.backbones.registry import BACKBONES, Backbone, hub_page
 from peka_lite.data._choices import explain_gate
 from peka_lite.data.download import find_fetched, is_published, read_manifest
 
-MOST_WEIGHTS = 20_000_000_000  # the largest network of timm has 7e9
-MOST_PATCHES = 65_536  # of a tile; 1,024 pixels in patches of 4
+MAX_WEIGHTS = 20_000_000_000  # timm's largest network has 7e9
+MAX_PATCHES = 65_536  # of a tile: 1,024 pixels in patches of 4
 
 
 class ConvStem(nn.Module):
@@ -57,35 +57,35 @@ class ConvStem(nn.Module):
 def load_backbone(
     name: str | os.PathLike | Backbone, *, weights: str | os.PathLike = "hub", seed: int = 0, device: str | None = None
 ) -> nn.Module:
-    """Load a student as a plain timm model in eval mode, its registry row at ``model.spec``.
+    """Load a student as a timm model in eval mode, with its registry row in ``model.spec``.
 
     Parameters
     ----------
     name
-        A key of `BACKBONES`, a `Backbone` row of your own, or a YAML file of one (`read_backbone`).
+        A key of `BACKBONES`, a custom `Backbone` row, or a YAML file of one (`read_backbone`).
     weights
-        ``"hub"``: the published weights, those inside the package for ``"mini"``, those that `fetch` put in the
-        cache, or else the hub's; a path: a local ``.bin``, ``.pth`` or ``.safetensors`` file of them;
-        ``"random"``: a random start from `seed`, for tests and teaching, with a warning that says so.
+        ``"hub"``: the published weights, from the package for ``"mini"``, else from the cache of `fetch`, else from the
+        hub. A path: a local ``.bin``, ``.pth`` or ``.safetensors`` file. ``"random"``: random weights from `seed`, for
+        tests and tutorials, with a warning.
     device
-        Where the model goes; None keeps it on the CPU.
+        Device of the model. None: the CPU.
 
     Returns
     -------
     torch.nn.Module
-        Float32 weights, whatever the file holds. ``model.weights_origin`` records which of the three it was and, for
-        a file of the package, the first digits of its SHA-256.
+        Model with float32 weights. ``model.weights_origin`` records their source and, for a file of the package, the
+        first digits of its SHA-256.
 
     Raises
     ------
     ValueError
         For an unknown name, a row without published weights, or a file that does not fit the architecture.
     PermissionError
-        For gated weights without access; the message names the page to ask on.
+        For gated weights without access. The message names the page to request it.
     ConnectionError
-        For a hub that cannot be reached.
+        If the hub cannot be reached.
     FileNotFoundError
-        For a file that is not there, one's own or the package's, or a hub repository that holds no weights file.
+        For a missing file, local or in the package, or a hub repository without weights.
 
     Examples
     --------
@@ -99,40 +99,38 @@ def load_backbone(
     """
     spec = backbone_row(name)
     weights = str(weights)
-    plan = planned(spec)  # before memory is asked for, and before the hub is
+    meta_model = build_on_meta(spec)  # before allocating memory and before downloading
     if weights == "random":
-        _check_memory(plan, spec)
-        warnings.warn(
-            f"{spec.name} starts from random weights (seed {seed}): a model to test with, not to judge by", stacklevel=2
-        )
+        _check_memory(meta_model, spec)
+        warnings.warn(f"{spec.name} starts from random weights (seed {seed}); use it for tests only", stacklevel=2)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
+            torch.default_generator.manual_seed(seed)  # of the CPU only, where weights are initialized
             model = build_network(spec)
-        came = f"random, seed {seed}"
+        origin = f"random, seed {seed}"
     else:
-        path, came = _published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
+        path, origin = _find_published(spec) if weights == "hub" else (Path(weights), f"file {Path(weights).name}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file for {spec.name}; give a file, 'hub' or 'random'")
-        state = _read_weights(plan, spec, path)
-        _load(plan, state, spec, path)
+        state = _read_weights(meta_model, spec, path)
+        _load(meta_model, state, spec, path)
         model = build_network(spec)
         _load(model, state, spec, path)
-    model.spec, model.weights_origin = spec, came
+    model.spec, model.weights_origin = spec, origin
     return model.eval().to(device or "cpu")
 
 
 def precision_for(spec: Backbone, device: str | torch.device) -> torch.dtype:
-    """Return the compute type of a student on a device, from its registry row."""
+    """Return the compute type of a student's registry row for a device."""
     return compute_dtype(device, precision=spec.precision)
 
 
 def preprocess(tiles: torch.Tensor, spec: Backbone) -> torch.Tensor:
-    """Turn uint8 tiles (B, H, W, 3) into normalized float32 (B, 3, input_size, input_size) on their device."""
+    """Convert uint8 tiles (B, H, W, 3) to normalized float32 (B, 3, input_size, input_size) on the same device."""
     return normalize_pixels(tiles, mean=spec.mean, std=spec.std, input_size=spec.input_size)
 
 
 def normalize_pixels(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size: int | None) -> torch.Tensor:
-    """Turn uint8 tiles (B, H, W, 3) into normalized float32 (B, 3, H', W'), resized unless `input_size` is None."""
+    """Convert uint8 tiles (B, H, W, 3) to normalized float32 (B, 3, H', W'), resized unless `input_size` is None."""
     x = tiles.permute(0, 3, 1, 2).float().div_(255)
     if input_size is not None and x.shape[-2:] != (input_size, input_size):
         x = F.interpolate(x, (input_size, input_size), mode="bilinear", antialias=True, align_corners=False)
@@ -141,9 +139,9 @@ def normalize_pixels(tiles: torch.Tensor, *, mean: tuple, std: tuple, input_size
 
 
 def extract_features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the output (B, D_s) for normalized images (B, 3, H, W), pooled as the student's registry row says.
+    """Return features (B, D_s) of normalized images (B, 3, H, W), pooled as in the student's registry row.
 
-    A network without such a row gives what it gives.
+    The output of a network without such a row is returned unchanged.
     """
     spec = registry_row(model)
     pooling = "network" if spec is None else spec.pooling
@@ -151,14 +149,14 @@ def extract_features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(x)
     tokens = model.forward_features(x)  # (B, prefix + patches, width)
     if tokens.ndim != 3:
-        raise ValueError(f"{type(model).__name__} has no row of tokens to pool by {pooling!r}; take 'network'")
-    norm = getattr(model, "fc_norm", nn.Identity())  # where timm has it, tokens come without theirs
+        raise ValueError(f"{type(model).__name__} returns no token sequence to pool by {pooling!r}; use 'network'")
+    norm = getattr(model, "fc_norm", nn.Identity())  # if timm has fc_norm, the tokens are not normalized yet
     parts = {"token": lambda: tokens[:, 0], "avg": lambda: tokens[:, model.num_prefix_tokens :].mean(1)}
     return torch.cat([norm(parts[part]()) for part in pooling.split("+")], dim=-1)
 
 
 def timm_pooling(model: nn.Module) -> str:
-    """Return how a network of timm pools by itself: ``"token"``, ``"avg"`` or another name, empty where it has none."""
+    """Return how a timm network pools its output: ``"token"``, ``"avg"`` or another name, empty if it does not pool."""
     if hasattr(model, "dist_token"):  # DeiT
         return "mean of class and distillation token"
     if getattr(model, "pool_include_prefix", False):
@@ -168,115 +166,118 @@ def timm_pooling(model: nn.Module) -> str:
 
 
 def registry_row(model: nn.Module) -> Backbone | None:
-    """Return the registry row of a student, None for another network."""
+    """Return the registry row of a student, or None for another network."""
     spec = getattr(model, "spec", None)
     return spec if isinstance(spec, Backbone) else None
 
 
 def build_network(spec: Backbone) -> nn.Module:
-    """Build a student's architecture with timm's random start and no classifier; ValueError where it does not fit."""
+    """Build a student's architecture with random weights and no classifier. ValueError if its row does not fit."""
     try:
         check_architecture(spec.arch)
         if not timm.is_model(spec.arch):
-            raise ValueError(f"it knows no such architecture{did_you_mean(spec.arch, timm.list_models())}")
+            raise ValueError(f"unknown architecture{did_you_mean(spec.arch, timm.list_models())}")
         model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **LazyMapping(spec.options))
-    except Exception as error:  # not with these options: each network of timm fails in its own way
+    except Exception as error:  # unsuitable options raise different errors in each of timm's networks
         reason = f"{error}" if str(error) else type(error).__name__
         raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({reason})") from None
     _check_pooling(model, spec)
-    width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling
+    width, head = (
+        model.num_features,
+        getattr(model, "head_hidden_size", None),
+    )  # of a layer after pooling
     if spec.pooling == "token+avg":
         width, head = 2 * width, None
     if spec.dim not in (width, head):
-        raise ValueError(f"backbone {spec.name!r}: {spec.arch} gives {width} features, its row says dim {spec.dim}")
+        raise ValueError(f"backbone {spec.name!r}: {spec.arch} has {width} features, but its row has dim {spec.dim}")
     patches = getattr(model, "patch_embed", None)
     size = getattr(patches, "img_size", None)
     if size is not None and getattr(patches, "strict_img_size", False) and set(size) != {spec.input_size}:
         raise ValueError(
-            f"backbone {spec.name!r}: {spec.arch} takes {' x '.join(map(str, size))} pixels, its row says input_size "
-            f"{spec.input_size}; give both alike, as input_size and options: img_size, or dynamic_img_size: true"
+            f"backbone {spec.name!r}: {spec.arch} takes {' x '.join(map(str, size))} pixels, but its row has "
+            f"input_size {spec.input_size}; set input_size and options: img_size to one value, or dynamic_img_size: true"
         )
     return model
 
 
-def planned(spec: Backbone) -> nn.Module:
-    """Build a student's architecture without memory for its weights, and refuse what no machine can use.
+def build_on_meta(spec: Backbone) -> nn.Module:
+    """Build a student's architecture on the meta device, without memory for weights, and check its size.
 
     Raises
     ------
     ValueError
-        As `build_network`, for more than `MOST_WEIGHTS` weights, and for a tile of more than `MOST_PATCHES` patches.
+        As `build_network`, and for more than `MAX_WEIGHTS` weights or `MAX_PATCHES` patches per tile.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_network(spec)
-    if (n := _size(model)) > MOST_WEIGHTS:
+    if (n := _count_weights(model)) > MAX_WEIGHTS:
         raise ValueError(
-            f"backbone {spec.name!r}: {n:,} weights are more than a student here can have ({MOST_WEIGHTS:,}); lower "
-            "depth, embed_dim or img_size in its row"
+            f"backbone {spec.name!r}: {n:,} weights are more than the limit of {MAX_WEIGHTS:,}; lower depth, embed_dim "
+            "or img_size in its row"
         )
     side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     rows, columns = (spec.input_size // s for s in side) if isinstance(side, tuple) else (1, 1)
-    if rows * columns > MOST_PATCHES:
+    if rows * columns > MAX_PATCHES:
         raise ValueError(
-            f"backbone {spec.name!r}: {rows * columns:,} patches a tile are more than a student here can have "
-            f"({MOST_PATCHES:,}); lower input_size or raise patch_size in its row"
+            f"backbone {spec.name!r}: {rows * columns:,} patches per tile are more than the limit of {MAX_PATCHES:,}; "
+            "lower input_size or raise patch_size in its row"
         )
     return model
 
 
-def _size(model: nn.Module) -> int:
+def _count_weights(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _check_memory(plan: nn.Module, spec: Backbone) -> None:
-    """Refuse a random start that this machine cannot hold; published weights are as large as their file."""
-    needs, has = 4 * _size(plan), psutil.virtual_memory().total
+def _check_memory(meta_model: nn.Module, spec: Backbone) -> None:
+    """Check that random weights fit in memory. Published weights are as large as their file."""
+    needs, has = 4 * _count_weights(meta_model), psutil.virtual_memory().total
     if needs > has:
         raise ValueError(
-            f"backbone {spec.name!r}: a random start takes {needs / 2**30:,.0f} GiB of memory, this machine has "
+            f"backbone {spec.name!r}: random weights take {needs / 2**30:,.0f} GiB of memory, this machine has "
             f"{has / 2**30:,.0f}; lower depth or embed_dim in its row"
         )
 
 
 def _check_pooling(model: nn.Module, spec: Backbone) -> None:
-    """Refuse a pooling that the network cannot give, with one that it can."""
-    tokens, own = hasattr(model, "num_prefix_tokens"), timm_pooling(model)
+    """Check that the network supports its row's pooling, and suggest one that it supports."""
+    tokens, default = hasattr(model, "num_prefix_tokens"), timm_pooling(model)
     has_class = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
-    if "token" in spec.pooling and not (has_class if tokens else own == spec.pooling):
-        why, fit = "has no class token", "avg" if tokens or own in ("", "avg") else "network"
-    elif spec.pooling == "avg" and not tokens and own not in ("", "avg"):
-        why, fit = f"pools by {own!r}", "network"
+    if "token" in spec.pooling and not (has_class if tokens else default == spec.pooling):
+        why, fix = "has no class token", "avg" if tokens or default in ("", "avg") else "network"
+    elif spec.pooling == "avg" and not tokens and default not in ("", "avg"):
+        why, fix = f"pools by {default!r}", "network"
     else:
         return
-    raise ValueError(f"backbone {spec.name!r}: pooling is {spec.pooling!r}, but {spec.arch} {why}; take {fit!r}")
+    raise ValueError(f"backbone {spec.name!r}: pooling is {spec.pooling!r}, but {spec.arch} {why}; use {fix!r}")
 
 
-def _published(spec: Backbone) -> tuple[Path, str]:
-    """Return the file of a row's published weights, and where it comes from in words."""
+def _find_published(spec: Backbone) -> tuple[Path, str]:
+    """Return the file of a row's published weights, and its source as text."""
     if (path := find_packaged(spec)) is not None:
         return path, describe_file(path)
-    return _from_hub(spec), f"hub {spec.source}"
+    return _download(spec), f"hub {spec.source}"
 
 
 def find_cached_weights(spec: Backbone) -> Path | None:
-    """Return the file of a row's published weights where it is in the hub's cache on this machine, else None."""
+    """Return a row's published weights in the hub's cache on this machine, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    kind, repo, files = _repository(spec)
-    found = (try_to_load_from_cache(repo, file, revision=spec.revision, repo_type=kind) for file in files)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    kind, repo, files = _parse_source(spec)
+    paths = (try_to_load_from_cache(repo, file, revision=spec.revision, repo_type=kind) for file in files)
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
-def _repository(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
-    """Return kind and name of a row's hub repository, and the files that weights may be in."""
+def _parse_source(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
+    """Return the type and name of a row's hub repository, and possible names of its weights file."""
     if spec.source.startswith("datasets/"):
         _, owner, repo, file = spec.source.split("/", 3)
         return "dataset", f"{owner}/{repo}", (file,)
     return "model", spec.source, ("model.safetensors", "pytorch_model.bin")
 
 
-def _from_hub(spec: Backbone) -> Path:
+def _download(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
     if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := find_fetched(spec.name)):
@@ -290,62 +291,62 @@ def _from_hub(spec: Backbone) -> Path:
         RepositoryNotFoundError,
     )
 
-    kind, repo, files = _repository(spec)
+    kind, repo, files = _parse_source(spec)
     missing = None
     for file in files:
         try:
             return Path(hf_hub_download(repo, file, repo_type=kind, revision=spec.revision))
-        except EntryNotFoundError as error:  # not in the repository; or offline, and not in the cache
+        except EntryNotFoundError as error:  # not in the repository, or offline and not in the cache
             missing = error
         except (HfHubHTTPError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
                 page = spec.gate or hub_page(f"datasets/{repo}" if kind == "dataset" else repo)
                 raise PermissionError(explain_gate(spec.name, page, spec.access)) from error
-            raise _unreachable(spec, repo, error) from error
+            raise _connection_error(spec, repo, error) from error
     if isinstance(missing, LocalEntryNotFoundError):
-        raise _unreachable(spec, repo, missing) from missing
-    raise FileNotFoundError(f"{repo} on the hub holds none of {', '.join(files)}") from missing
+        raise _connection_error(spec, repo, missing) from missing
+    raise FileNotFoundError(f"{repo} on the hub has none of {', '.join(files)}") from missing
 
 
-def _unreachable(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
+def _connection_error(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"{spec.name} could not be fetched from the hub ({type(error).__name__}); go online, or pass "
         f"weights=FILE with a copy of {repo}"
     )
 
 
-def _read_weights(plan: nn.Module, spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
-    """Read a file's tensors under the names of timm's network."""
-    if file_kind(path)[0] == "safetensors":  # whatever its name ends in
+def _read_weights(meta_model: nn.Module, spec: Backbone, path: Path) -> dict[str, torch.Tensor]:
+    """Read a file's tensors, named as in timm's network."""
+    if file_kind(path)[0] == "safetensors":  # whatever its suffix
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read as weights ({error}); it is truncated: fetch it again") from None
     else:
-        known = partial(is_published, spec.name) if spec.name in read_manifest() else None
-        published = f"take the published file ({spec.source}), or " if spec.source else ""
-        instead = f"{published}save the model's state_dict() where it was made"
-        state = read_torch_file(path, what="weights", instead=instead, published=known, also=OPTIONS)
-    for key in ("state_dict", "model"):  # of training scripts
+        published = partial(is_published, spec.name) if spec.name in read_manifest() else None
+        source = f"take the published file ({spec.source}), or " if spec.source else ""
+        instead = f"{source}save the model's state_dict() where it was made"
+        state = read_torch_file(path, what="weights", instead=instead, published=published, also=OPTIONS)
+    for key in ("state_dict", "model"):  # keys of training scripts
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, no tensors by name; save the model's state_dict()")
-    if odd := [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, torch.Tensor))]:
-        raise ValueError(f"{path}: {str(odd[0])[:80]!r} is no tensor by name; save the model's state_dict() alone")
+        raise ValueError(f"{path}: has a {type(state).__name__}, no tensors by name; save the model's state_dict()")
+    if others := [name for name, t in state.items() if not (isinstance(name, str) and isinstance(t, torch.Tensor))]:
+        raise ValueError(f"{path}: {str(others[0])[:80]!r} is not a named tensor; save only the model's state_dict()")
     state = timm.models.clean_state_dict(state)
     if spec.name == "ctranspath" and "layers.0.downsample.reduction.weight" in state:  # the authors' layout, not timm's
         from timm.models.swin_transformer import checkpoint_filter_fn
 
         stem = {k: v for k, v in state.items() if k.startswith("patch_embed.")}
-        state = checkpoint_filter_fn({k: v for k, v in state.items() if k not in stem}, plan) | stem
-    # Classifier heads are not used, here as in timm's num_classes=0.
+        state = checkpoint_filter_fn({k: v for k, v in state.items() if k not in stem}, meta_model) | stem
+    # Classifier heads are dropped, as by timm's num_classes=0.
     return {k: v for k, v in state.items() if not k.startswith(("head.", "fc."))}
 
 
 def _load(model: nn.Module, state: dict[str, torch.Tensor], spec: Backbone, path: Path) -> None:
-    """Copy tensors in; into a plan nothing is copied, and names and shapes are compared."""
+    """Copy tensors into a model. On the meta device only names and shapes are compared."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
