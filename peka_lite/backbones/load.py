@@ -182,10 +182,7 @@ def build_network(spec: Backbone) -> nn.Module:
         reason = f"{error}" if str(error) else type(error).__name__
         raise ValueError(f"backbone {spec.name!r}: timm cannot build {spec.arch!r} ({reason})") from None
     _check_pooling(model, spec)
-    width, head = (
-        model.num_features,
-        getattr(model, "head_hidden_size", None),
-    )  # of a layer after pooling
+    width, head = model.num_features, getattr(model, "head_hidden_size", None)  # some have a layer after pooling
     if spec.pooling == "token+avg":
         width, head = 2 * width, None
     if spec.dim not in (width, head):
@@ -195,7 +192,7 @@ def build_network(spec: Backbone) -> nn.Module:
     if size is not None and getattr(patches, "strict_img_size", False) and set(size) != {spec.input_size}:
         raise ValueError(
             f"backbone {spec.name!r}: {spec.arch} takes {' x '.join(map(str, size))} pixels, but its row has "
-            f"input_size {spec.input_size}; set input_size and options: img_size to one value, or dynamic_img_size: true"
+            f"input_size {spec.input_size}; give options: img_size the same value, or dynamic_img_size: true"
         )
     return model
 
@@ -303,13 +300,13 @@ def _download(spec: Backbone) -> Path:
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
                 page = spec.gate or hub_page(f"datasets/{repo}" if kind == "dataset" else repo)
                 raise PermissionError(explain_gate(spec.name, page, spec.access)) from error
-            raise _connection_error(spec, repo, error) from error
+            raise _make_connection_error(spec, repo, error) from error
     if isinstance(missing, LocalEntryNotFoundError):
-        raise _connection_error(spec, repo, missing) from missing
+        raise _make_connection_error(spec, repo, missing) from missing
     raise FileNotFoundError(f"{repo} on the hub has none of {', '.join(files)}") from missing
 
 
-def _connection_error(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
+def _make_connection_error(spec: Backbone, repo: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"{spec.name} could not be fetched from the hub ({type(error).__name__}); go online, or pass "
         f"weights=FILE with a copy of {repo}"

@@ -152,9 +152,7 @@ def check_values(values: np.ndarray, *, pre_normalized: str, input_type: str) ->
         raise ValueError("expression contains NaN, infinite or negative values")
     whole = not np.any(values != np.rint(values))
     if pre_normalized == "F" and input_type == "singlecell" and not whole:
-        raise ValueError(
-            "pre_normalized='F' takes raw counts, but these are not integers; for log-normalized data use 'T'"
-        )
+        raise ValueError("pre_normalized='F' takes raw counts, not fractions; use 'T' for log-normalized data")
     if pre_normalized != "F" and whole and values.any():
         raise ValueError(f"pre_normalized={pre_normalized!r} takes log-normalized values, but these are whole counts")
 
