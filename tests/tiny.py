@@ -1,8 +1,9 @@
-"""A vision transformer that trains in milliseconds, and a task that it can learn."""
+"""A vision transformer that trains in milliseconds, and a task for it."""
 
 import numpy as np
 
-from peka_lite.backbones.registry import IMAGENET, Backbone
+from peka_lite.backbones import Backbone
+from peka_lite.backbones.registry import IMAGENET
 
 TINY = Backbone(
     "tiny", "vit_tiny_patch16_224", None, 48, *IMAGENET, "BSD-3-Clause", input_size=32, pooling="avg", bone_r=16,
@@ -11,7 +12,7 @@ TINY = Backbone(
 
 
 def task(n=20, seed=0):
-    """Tiles of three colors, teacher embeddings around three points, and which is which."""
+    """Return tiles of three colors, teacher embeddings around three points, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     tiles = rng.integers(0, 60, (n, 32, 32, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Batches: in order, read ahead by so many and no more, nothing left behind; turns: the eight of the square."""
+"""Batches come in order and are read ahead by a fixed number; flips are the eight symmetries of the square."""
 
 import threading
 import time
@@ -9,11 +9,11 @@ import torch
 
 from peka_lite.backbones.embed import AHEAD, Batches, flip_tiles
 
-WAIT = 10  # seconds until a test gives up; none of them takes so long unless it fails
+WAIT = 10  # timeout in seconds
 
 
 class Source:
-    """Tiles that count how often they were read, at `slow` seconds a read, and cannot be read past `breaks`."""
+    """Tiles that count reads, take `slow` seconds per read, and raise OSError at read number `breaks`."""
 
     def __init__(self, n=10, *, slow=0.0, breaks=None):
         self.tiles = np.arange(n * 12, dtype=np.uint8).reshape(n, 2, 2, 3)
@@ -31,7 +31,7 @@ class Source:
         return self.tiles[rows]
 
     def read(self, n):
-        """Whether the n-th read comes."""
+        """Return whether the n-th read happens in time."""
         with self.changed:
             return self.changed.wait_for(lambda: self.reads >= n, timeout=WAIT)
 
@@ -40,15 +40,15 @@ def one_by_one(n):
     return [np.array([i]) for i in range(n)]
 
 
-def test_batches_come_in_the_order_asked_for():
+def test_batches_come_in_the_order_of_the_rows():
     source, rows = Source(), [np.array([7, 1]), np.array([0]), np.array([3, 3, 9]), np.array([], dtype=int)]
     batches = Batches(source, rows, device="cpu")
-    got = list(batches)
-    assert len(batches) == len(got) == 4
-    for batch, at in zip(got, rows, strict=True):
+    tensors = list(batches)
+    assert len(batches) == len(tensors) == 4
+    for batch, part in zip(tensors, rows, strict=True):
         assert batch.dtype == torch.uint8
         assert batch.device.type == "cpu"
-        assert np.array_equal(batch.numpy(), source.tiles[at])
+        assert np.array_equal(batch.numpy(), source.tiles[part])
 
 
 @pytest.mark.parametrize("as_slices", [False, True])
@@ -58,8 +58,8 @@ def test_rows_may_be_arrays_or_slices(as_slices):
     assert np.array_equal(torch.cat(list(Batches(tiles, rows, device="cpu"))).numpy(), tiles)
 
 
-def test_tiles_with_gaps_in_memory_are_read_all_the_same():
-    tiles = Source().tiles[:, ::-1]  # negative strides, which torch refuses
+def test_non_contiguous_tiles_are_read():
+    tiles = Source().tiles[:, ::-1]  # negative strides, which torch does not support
     assert np.array_equal(next(iter(Batches(tiles, [slice(0, 3)], device="cpu"))).numpy(), tiles[:3])
 
 
@@ -67,46 +67,46 @@ def test_no_rows_give_no_batches():
     assert list(Batches(Source(), [], device="cpu")) == []
 
 
-def test_batches_can_be_gone_through_again():
+def test_batches_can_be_iterated_twice():
     batches = Batches(Source(), one_by_one(3), device="cpu")
     assert [len(list(batches)), len(list(batches))] == [3, 3]
 
 
-def test_nothing_is_read_before_the_first_batch_is_asked_for():
+def test_nothing_is_read_before_iteration_starts():
     source = Source()
     iter(Batches(source, one_by_one(5), device="cpu"))
     time.sleep(0.05)
     assert source.reads == 0
 
 
-def test_the_batches_ahead_are_read_while_this_one_is_used_and_no_more_of_them():
+def test_exactly_ahead_batches_are_read_in_advance():
     source = Source()
-    arriving = iter(Batches(source, one_by_one(10), device="cpu"))
+    batches = iter(Batches(source, one_by_one(10), device="cpu"))
     for k in range(10):
-        next(arriving)
+        next(batches)
         assert source.read(min(k + 1 + AHEAD, 10))
-        time.sleep(0.02)  # for a read too many to show itself
+        time.sleep(0.02)  # time for an extra read
         assert source.reads == min(k + 1 + AHEAD, 10)
 
 
-def test_one_thread_reads_and_it_is_not_the_callers():
+def test_one_background_thread_reads():
     source = Source()
     list(Batches(source, one_by_one(6), device="cpu"))
     assert len(source.threads) == 1
     assert threading.main_thread() not in source.threads
 
 
-def test_waiting_for_a_slow_source_is_counted():
+def test_waiting_for_a_slow_source_is_measured():
     batches, waited = Batches(Source(slow=0.05), one_by_one(4), device="cpu"), [0]
     assert batches.waited == 0
     for _ in batches:
         waited.append(batches.waited)
     assert waited == sorted(waited)
-    assert waited[1] > 0.025  # the first batch at least cannot be there before it is asked for
+    assert waited[1] > 0.025  # the first batch is not read in advance
 
 
-def test_time_spent_on_a_batch_is_not_waiting(monkeypatch):
-    now = 0.0  # a clock that only the work on batches moves
+def test_time_spent_on_a_batch_does_not_count_as_waiting(monkeypatch):
+    now = 0.0  # a clock that only advances while a batch is used
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     batches = Batches(Source(), one_by_one(10), device="cpu")
     for _ in batches:
@@ -114,47 +114,47 @@ def test_time_spent_on_a_batch_is_not_waiting(monkeypatch):
     assert (batches.waited, now) == (0, 10)
 
 
-def test_a_reader_that_fails_fails_at_its_batch():
-    arriving = iter(Batches(Source(breaks=3), one_by_one(8), device="cpu"))
-    assert [len(next(arriving)) for _ in range(3)] == [1, 1, 1]
+def test_read_error_is_raised_at_its_batch():
+    batches = iter(Batches(Source(breaks=3), one_by_one(8), device="cpu"))
+    assert [len(next(batches)) for _ in range(3)] == [1, 1, 1]
     with pytest.raises(OSError, match=r"slide\.h5: cannot be read"):
-        next(arriving)
+        next(batches)
 
 
-def gone(source):
+def has_no_thread(source):
     for thread in source.threads:
         thread.join(WAIT)
     return not any(thread.is_alive() for thread in source.threads)
 
 
 @pytest.mark.parametrize("breaks", [None, 0, 3])
-def test_the_thread_ends_with_the_batches_whether_read_or_failed(breaks):
+def test_thread_ends_after_the_last_batch_or_an_error(breaks):
     source = Source(breaks=breaks)
     try:
         list(Batches(source, one_by_one(6), device="cpu"))
     except OSError:
         assert breaks is not None
     assert source.threads
-    assert gone(source)
+    assert has_no_thread(source)
 
 
-def test_the_thread_ends_where_the_loop_is_left():
+def test_thread_ends_when_the_loop_breaks():
     source = Source(slow=0.01)
     for _ in Batches(source, one_by_one(10), device="cpu"):
         break
-    assert gone(source)
+    assert has_no_thread(source)
     assert source.reads <= 1 + AHEAD
 
 
-def test_nothing_reads_on_once_the_loop_is_left():
+def test_no_thread_reads_after_close():
     source = Source(slow=0.03)
-    arriving = iter(Batches(source, one_by_one(10), device="cpu"))
-    next(arriving)
-    arriving.close()
+    batches = iter(Batches(source, one_by_one(10), device="cpu"))
+    next(batches)
+    batches.close()
     assert not any(thread.is_alive() for thread in source.threads)
 
 
-def test_the_thread_ends_where_the_work_on_a_batch_fails():
+def test_thread_ends_when_the_loop_body_raises():
     source = Source()
 
     def work():
@@ -163,11 +163,11 @@ def test_the_thread_ends_where_the_work_on_a_batch_fails():
 
     with pytest.raises(RuntimeError, match="the work"):
         work()
-    assert gone(source)
+    assert has_no_thread(source)
     assert source.reads <= 1 + AHEAD
 
 
-# turns -------------------------------------------------------------------------------------------------------------
+# flips -------------------------------------------------------------------------------------------------------------
 
 
 def asymmetric(side=5, seed=0):
@@ -176,45 +176,45 @@ def asymmetric(side=5, seed=0):
     )
 
 
-def test_the_eight_turns_are_the_eight_of_the_square():
+def test_the_eight_flips_are_the_symmetries_of_the_square():
     tile = asymmetric()
-    got = flip_tiles(tile.expand(8, -1, -1, -1), np.arange(8)).numpy()
+    flipped = flip_tiles(tile.expand(8, -1, -1, -1), np.arange(8)).numpy()
     square = tile[0].numpy()
     expected = [np.rot90(side, k) for side in (square, square[:, ::-1]) for k in range(4)]
-    assert {a.tobytes() for a in got} == {np.ascontiguousarray(a).tobytes() for a in expected}
-    assert len({a.tobytes() for a in got}) == 8
-    assert got.dtype == np.uint8
+    assert {a.tobytes() for a in flipped} == {np.ascontiguousarray(a).tobytes() for a in expected}
+    assert len({a.tobytes() for a in flipped}) == 8
+    assert flipped.dtype == np.uint8
 
 
-def test_turn_zero_leaves_a_tile_as_it_is():
+def test_flip_zero_leaves_a_tile_unchanged():
     assert torch.equal(flip_tiles(asymmetric(), np.array([0])), asymmetric())
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_a_turn_moves_pixels_and_keeps_their_colors_together(turn):
+def test_flip_moves_pixels_and_keeps_their_colors(turn):
     pixels = [
         sorted(map(tuple, t.reshape(-1, 3).tolist())) for t in (asymmetric(), flip_tiles(asymmetric(), [turn])[0])
     ]
     assert pixels[0] == pixels[1]
 
 
-def test_each_tile_is_turned_by_itself():
+def test_each_tile_is_flipped_independently():
     tiles = torch.cat([asymmetric(seed=s) for s in range(16)])
     turns = np.random.default_rng(1).integers(0, 8, 16)
     alone = torch.cat([flip_tiles(tiles[[i]], turns[[i]]) for i in range(16)])
     assert torch.equal(flip_tiles(tiles, turns), alone)
 
 
-def test_turning_leaves_the_tiles_given_alone():
+def test_flipping_does_not_change_its_input():
     tiles = asymmetric()
     flip_tiles(tiles, [5])
     assert torch.equal(tiles, asymmetric())
 
 
-def test_turns_may_be_a_tensor():
+def test_flips_may_be_a_tensor():
     assert torch.equal(flip_tiles(asymmetric(), torch.tensor([6])), flip_tiles(asymmetric(), np.array([6])))
 
 
-def test_tiles_that_are_not_square_are_refused():
-    with pytest.raises(ValueError, match=r"only square tiles can be turned, not \(4, 6\)"):
+def test_non_square_tiles_are_rejected():
+    with pytest.raises(ValueError, match=r"tiles must be square to be flipped, not \(4, 6\)"):
         flip_tiles(torch.zeros(2, 4, 6, 3, dtype=torch.uint8), np.zeros(2, dtype=int))

@@ -1,4 +1,4 @@
-"""A backbone of one's own: checked, known by name, taken by runs and sweeps, and found again by its run."""
+"""Custom backbones are checked, registered by name, accepted by runs and sweeps, and restored with a run."""
 
 import dataclasses
 import shutil
@@ -11,15 +11,14 @@ from torch import nn
 
 import peka_lite as pk
 from peka_lite._core.lazy import LazyMapping
-from peka_lite.backbones import custom as backbone_files, registry
-from peka_lite.backbones.custom import read_backbone, register_backbone, row_fields
-from peka_lite.backbones.load import load_backbone
-from peka_lite.backbones.registry import BACKBONES, IMAGENET, Backbone
+from peka_lite.backbones import BACKBONES, Backbone, custom, load_backbone, read_backbone, register_backbone, registry
+from peka_lite.backbones.custom import row_fields
+from peka_lite.backbones.registry import IMAGENET
 from peka_lite.cli.main import main
 from peka_lite.experiments.config import check_field
 
-OWN = Backbone(
-    "own-vit", "vit_tiny_patch16_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32, pooling="avg", bone_r=16,
+CUSTOM = Backbone(
+    "custom-vit", "vit_tiny_patch16_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32, pooling="avg", bone_r=16,
     options=LazyMapping({"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg",
                   "act_layer": "torch.nn:SiLU"}),
 )  # fmt: skip
@@ -28,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
 
 @pytest.fixture(autouse=True)
-def _forgotten():
-    """Rows of one test are not known in the next."""
+def _unregister():
+    """Remove the rows that a test registers."""
     before = dict(registry._BACKBONES)
     yield
     registry._BACKBONES.clear()
@@ -38,40 +37,40 @@ def _forgotten():
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "own_vit.yml"
-    path.write_text(yaml.safe_dump(row_fields(OWN), sort_keys=False))
+    path = tmp_path / "custom_vit.yml"
+    path.write_text(yaml.safe_dump(row_fields(CUSTOM), sort_keys=False))
     return path
 
 
 def changed(file, **fields):
-    now = yaml.safe_load(file.read_text()) | fields
-    file.write_text(yaml.safe_dump({k: v for k, v in now.items() if v != "remove"}))
+    row = yaml.safe_load(file.read_text()) | fields
+    file.write_text(yaml.safe_dump({k: v for k, v in row.items() if v != "remove"}))
     return file
 
 
-def test_a_registered_row_is_a_name_like_the_others():
-    assert register_backbone(OWN) is OWN
-    plain = dataclasses.replace(OWN, options=OWN.options._values)
-    assert register_backbone(plain) is OWN  # equal: nothing to do
+def test_registered_row_can_be_loaded_by_name():
+    assert register_backbone(CUSTOM) is CUSTOM
+    plain = dataclasses.replace(CUSTOM, options=CUSTOM.options._values)
+    assert register_backbone(plain) is CUSTOM  # an equal row
     assert any(isinstance(part, nn.SiLU) for part in load_backbone(plain, weights="random").modules())
-    model = load_backbone("own-vit", weights="random")
-    assert model.spec is OWN
+    model = load_backbone("custom-vit", weights="random")
+    assert model.spec is CUSTOM
     assert any(isinstance(part, nn.SiLU) for part in model.modules())
-    assert pk.RunConfig(backbone="own-vit", weights="random").block_size == 16
-    with pytest.raises(ValueError, match="'own-vit' is known already, with another dim, bone_r; give this one another"):
-        register_backbone(dataclasses.replace(OWN, dim=96, bone_r=32))
-    with pytest.raises(ValueError, match="'uni' is known already, with another arch"):
-        register_backbone(dataclasses.replace(OWN, name="uni"))
+    assert pk.RunConfig(backbone="custom-vit", weights="random").block_size == 16
+    with pytest.raises(ValueError, match="'custom-vit' is already registered with another dim, bone_r; choose another"):
+        register_backbone(dataclasses.replace(CUSTOM, dim=96, bone_r=32))
+    with pytest.raises(ValueError, match="'uni' is already registered with another arch"):
+        register_backbone(dataclasses.replace(CUSTOM, name="uni"))
 
 
-def test_a_file_gives_the_row_that_was_written(file):
-    assert read_backbone(file) == OWN
+def test_row_round_trips_through_a_file(file):
+    assert read_backbone(file) == CUSTOM
     changed(file, precision={"cpu": "torch:float32", "cuda<8.0": "torch:float32", "cuda>=8.0": "torch:float32"})
     row = read_backbone(file)
     assert row.precision["cuda<8.0"] is torch.float32
     file.write_text(yaml.safe_dump(row_fields(row)))
     assert read_backbone(file) == row
-    for name in ("uni2-h", "virchow2", "mini"):  # the package's own rows are files as well
+    for name in ("uni2-h", "virchow2", "mini"):  # rows of the package can be files too
         if name != "ctranspath":
             file.write_text(yaml.safe_dump(row_fields(BACKBONES[name])))
             assert read_backbone(file) == BACKBONES[name]
@@ -82,55 +81,55 @@ def test_a_file_gives_the_row_that_was_written(file):
     [
         ({"dimm": 48}, "unknown field 'dimm'; did you mean 'dim'"),
         ({"arch": "remove", "dim": "remove"}, "arch, dim missing; a row needs name, arch, source, dim"),
-        ({"dim": "48"}, "dim is a whole number above 0, not '48'"),
-        ({"dim": -48}, "dim is a whole number above 0, not -48"),
-        ({"name": "a/b"}, "name 'a/b': it names folders"),
-        ({"name": "a.yml"}, "name 'a.yml': it names folders"),
-        ({"mean": [0.5, 0.5]}, "mean is three numbers"),
-        ({"mean": [123.7, 116.3, 103.5]}, "mean is on a scale of 0 to 1.*divide by 255"),
-        ({"std": [0, 0.5, 0.5]}, "std is on a scale"),
-        ({"access": "by hand"}, "access is one of automatic, manual, institution, not 'by hand'"),
+        ({"dim": "48"}, "dim must be a whole number above 0, not '48'"),
+        ({"dim": -48}, "dim must be a whole number above 0, not -48"),
+        ({"name": "a/b"}, "name 'a/b' is used for folders"),
+        ({"name": "a.yml"}, "name 'a.yml' is used for folders"),
+        ({"mean": [0.5, 0.5]}, "mean must be three numbers"),
+        ({"mean": [123.7, 116.3, 103.5]}, "mean must be on a scale of 0 to 1.*divide by 255"),
+        ({"std": [0, 0.5, 0.5]}, "std must be on a scale"),
+        ({"access": "by hand"}, "access must be one of automatic, manual, institution, not 'by hand'"),
         ({"pooling": "cls"}, "unknown pooling 'cls'; known: token, avg, token.avg"),
         ({"bone_r": 32}, "bone_r: r=32 must divide in_features=48 .*: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
-        ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give plain values"),
+        ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give a layer as text"),
         (
             {"precision": {"cpu": "torch:float32"}},
-            "precision names one type for each kind of device, as {'cpu': torch:",
+            "precision must have one type per kind of device: {'cpu': torch:",
         ),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(file, fields, words):
-    with pytest.raises(ValueError, match=rf"own_vit\.yml: {words}"):
+def test_invalid_field_in_a_file_is_named(file, fields, words):
+    with pytest.raises(ValueError, match=rf"custom_vit\.yml: {words}"):
         read_backbone(changed(file, **fields))
 
 
-def test_what_is_no_row_is_named(tmp_path):
+def test_invalid_or_missing_file_is_named(tmp_path):
     (tmp_path / "a.yml").write_text("- 1")
-    with pytest.raises(ValueError, match=r"a\.yml: a row maps fields to values"):
+    with pytest.raises(ValueError, match=r"a\.yml: it must map fields to values"):
         read_backbone(tmp_path / "a.yml")
     (tmp_path / "b.yml").write_text("a: [")
     with pytest.raises(ValueError, match=r"b\.yml: no YAML"):
         read_backbone(tmp_path / "b.yml")
-    with pytest.raises(FileNotFoundError, match=r"c\.yml: no such file; a backbone is a known name or"):
+    with pytest.raises(FileNotFoundError, match=r"c\.yml: file not found; a backbone is a registered name or"):
         pk.RunConfig(backbone=str(tmp_path / "c.yml"))
     with pytest.raises(ValueError, match=r"options: act_layer is <class.*'timm.layers:SwiGLUPacked'"):
-        register_backbone(dataclasses.replace(OWN, options={"act_layer": nn.SiLU}))
+        register_backbone(dataclasses.replace(CUSTOM, options={"act_layer": nn.SiLU}))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dim": 96}, "vit_tiny_patch16_224 gives 48 features, its row says dim 96"),
+        ({"dim": 96}, "vit_tiny_patch16_224 has 48 features, but its row has dim 96"),
         ({"arch": "vit_tinny"}, "timm cannot build 'vit_tinny'"),
         ({"options": {"img_sise": 32}}, "timm cannot build"),
     ],
 )
-def test_a_row_that_timm_does_not_fit_is_named(change, words):
-    with pytest.raises(ValueError, match=f"backbone 'own-vit': .*{words}|backbone 'own-vit': {words}"):
-        load_backbone(dataclasses.replace(OWN, **change), weights="random")
+def test_row_that_timm_cannot_build_is_named(change, words):
+    with pytest.raises(ValueError, match=f"backbone 'custom-vit': .*{words}|backbone 'custom-vit': {words}"):
+        load_backbone(dataclasses.replace(CUSTOM, **change), weights="random")
 
 
-def test_an_unknown_name_says_how_to_make_it_known():
+def test_unknown_name_error_mentions_register_backbone():
     for call in (load_backbone, lambda name: check_field("backbone", name), lambda name: pk.RunConfig(backbone=name)):
         with pytest.raises(
             ValueError, match=r"unknown backbone 'minni'; .*register_backbone; known: .*did you mean 'mini'"
@@ -138,80 +137,80 @@ def test_an_unknown_name_says_how_to_make_it_known():
             call("minni")
 
 
-def test_a_configuration_takes_the_file_and_keeps_the_name(file):
+def test_config_accepts_a_file_and_stores_the_name(file):
     config = pk.RunConfig(backbone=str(file), weights="random")
-    assert config.backbone == "own-vit"
-    assert config.as_dict()["backbone"] == "own-vit"
-    assert BACKBONES["own-vit"] == OWN
-    assert load_backbone(file, weights="random").spec == OWN
+    assert config.backbone == "custom-vit"
+    assert config.as_dict()["backbone"] == "custom-vit"
+    assert BACKBONES["custom-vit"] == CUSTOM
+    assert load_backbone(file, weights="random").spec == CUSTOM
 
 
-def test_a_training_is_used_where_the_row_was_never_registered(mini_root, file, tmp_path, own_cache, capsys):
+def test_trained_model_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache, capsys):
     out, model = tmp_path / "genes.h5ad", tmp_path / "model"
     options = ["--cohort", str(mini_root), "--backbone", str(file), "--weights", "random", "--n-genes", "10"]
     assert main(["train", *options, "--epochs", "1", "--slides", "MINI1,MINI2", "--out", str(model)]) == 0
     assert (model / "backbone.yml").is_file()
     file.unlink()
-    del registry._BACKBONES["own-vit"]  # as in another process
+    del registry._BACKBONES["custom-vit"]  # as in another process
     assert main(["predict", "MINI3", "--model", str(model), "--out", str(out)]) == 0, capsys.readouterr().err
-    told = pk.load_trained(model).describe()
-    assert told["backbone"] == "own-vit"
-    assert BACKBONES["own-vit"] == OWN
+    assert pk.load_trained(model).describe()["backbone"] == "custom-vit"
+    assert BACKBONES["custom-vit"] == CUSTOM
 
-    del registry._BACKBONES["own-vit"]
-    register_backbone(dataclasses.replace(OWN, mean=(0.5, 0.5, 0.5)))
+    del registry._BACKBONES["custom-vit"]
+    register_backbone(dataclasses.replace(CUSTOM, mean=(0.5, 0.5, 0.5)))
     with pytest.raises(
-        ValueError, match=r"backbone\.yml: backbone 'own-vit' is known already, with another mean; .*own"
+        ValueError,
+        match=r"backbone\.yml: backbone 'custom-vit' is already registered with another mean; .*separate process",
     ):
         pk.load_trained(model)
-    del registry._BACKBONES["own-vit"]
+    del registry._BACKBONES["custom-vit"]
     (model / "backbone.yml").unlink()
-    with pytest.raises(ValueError, match=r"unknown backbone 'own-vit'.*register_backbone"):
+    with pytest.raises(ValueError, match=r"unknown backbone 'custom-vit'.*register_backbone"):
         pk.load_trained(model)
 
 
-def test_a_run_is_read_where_the_row_was_never_registered(mini_root, file, tmp_path, own_cache):
+def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache):
     config = pk.RunConfig(cohort=str(mini_root), backbone=str(file), weights="random", method="none", n_splits=3)
     pk.load_or_run(config, tmp_path / "run", maps=False)
-    del registry._BACKBONES["own-vit"]
+    del registry._BACKBONES["custom-vit"]
     again, table, summary, _ = pk.load_run(tmp_path / "run")
     assert again == config
-    assert summary["backbone"] == "own-vit"
-    assert set(table["backbone"]) == {"own-vit"}
+    assert summary["backbone"] == "custom-vit"
+    assert set(table["backbone"]) == {"custom-vit"}
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert len(pk.reports.read_runs([tmp_path / "copy"])) == 1
 
 
-def test_a_student_is_kept_under_its_row(mini_root, tmp_path, own_cache):
-    """Another row under the same name and weights is another student, not the one in the cache."""
+def test_cache_key_of_a_student_depends_on_its_row(mini_root, tmp_path, own_cache):
+    """The cache key of a student depends on its row, not only on name and weights."""
     from peka_lite.experiments.cache import _key
 
-    config = {"cohort": str(mini_root), "backbone": "own-vit", "weights": "random", "method": "none"}
+    config = {"cohort": str(mini_root), "backbone": "custom-vit", "weights": "random", "method": "none"}
     keys = []
     for mean in ((0.5, 0.5, 0.5), (0.4, 0.5, 0.5)):
-        registry._BACKBONES.pop("own-vit", None)
-        register_backbone(dataclasses.replace(OWN, mean=mean))
+        registry._BACKBONES.pop("custom-vit", None)
+        register_backbone(dataclasses.replace(CUSTOM, mean=mean))
         keys.append(_key(pk.RunConfig(**config), "data", np.arange(3), None, "cpu"))
     assert keys[0] != keys[1]
 
 
-def test_a_sweep_hands_the_file_on(mini_root, file, tmp_path):
-    sweep = tmp_path / "own.yml"
+def test_sweep_passes_the_file_to_its_points(mini_root, file, tmp_path):
+    sweep = tmp_path / "sweep.yml"
     grid = {"backbone": ["mini", file.name], "seed": [0, 1]}
     fixed = {"cohort": str(mini_root), "weights": "random", "method": "none"}
     sweep.write_text(yaml.safe_dump({"grid": grid, "fixed": fixed}))
-    (tmp_path / "mini").mkdir()  # a folder beside it that is called like a backbone is not meant
+    (tmp_path / "mini").mkdir()  # a folder named like a backbone is ignored
     points = pk.experiments.read_sweep(sweep).points
     assert {p.settings["backbone"] for p in points} == {"mini", str(file.resolve())}
-    assert pk.RunConfig(**points[-1].settings).backbone == "own-vit"
+    assert pk.RunConfig(**points[-1].settings).backbone == "custom-vit"
     changed(file, dim="remove")
-    registry._BACKBONES.pop("own-vit", None)
-    with pytest.raises(ValueError, match=r"own_vit\.yml: dim missing"):
+    registry._BACKBONES.pop("custom-vit", None)
+    with pytest.raises(ValueError, match=r"custom_vit\.yml: dim missing"):
         pk.experiments.read_sweep(sweep)
 
 
-def test_every_row_of_the_package_can_be_written_and_passes_the_check():
+def test_every_row_of_the_package_passes_the_check():
     for row in BACKBONES.values():
-        if row.name != "ctranspath":  # its stem is this package's own
-            assert backbone_files._checked(row) == row
+        if row.name != "ctranspath":  # its stem is a class of this package
+            assert custom._check_row(row) == row
             assert LazyMapping(row_fields(row).get("options", {})) == LazyMapping(row.options)
