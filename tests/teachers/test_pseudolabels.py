@@ -1,11 +1,11 @@
-"""Pseudo-labels: both methods find planted clusters, and unseen spots join by vote."""
+"""Pseudo-labels: both methods recover planted clusters, and new spots are labeled by majority vote."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from peka_lite.teachers.pseudolabels import PseudoLabeler
+from peka_lite.teachers import PseudoLabeler
 
 KNN = {"method": "knn-leiden", "resolution": 0.5}
 KMEANS = {"method": "kmeans", "n_clusters": 4}
@@ -13,7 +13,7 @@ both_methods = pytest.mark.parametrize("options", [KNN, KMEANS], ids=["knn-leide
 
 
 def blobs(sizes=(70, 60, 50, 40), seed=0):
-    """Clusters far apart in eight dimensions, in shuffled rows, and which row is of which."""
+    """Return well-separated clusters in eight dimensions, in shuffled rows, and their labels."""
     rng = np.random.default_rng(seed)
     truth = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     return (20 * np.eye(8)[truth] + rng.normal(size=(len(truth), 8))).astype(np.float32), truth
@@ -24,7 +24,7 @@ def cloud(n=120, seed=0):
 
 
 def vote(labeler, E_train, E_new, k):
-    """Count votes of the k nearest, one row at a time; nearness decides between equals."""
+    """Count votes of the k nearest, one row at a time. Nearness breaks ties."""
     out = []
     for row in E_new.astype(float):
         distance = np.sqrt(((E_train.astype(float) - row) ** 2).sum(1))
@@ -38,13 +38,13 @@ def vote(labeler, E_train, E_new, k):
 
 
 @both_methods
-def test_planted_clusters_are_found(options):
+def test_planted_clusters_are_recovered(options):
     E, truth = blobs()
     assert adjusted_rand_score(truth, PseudoLabeler(**options).fit(E).labels_) == 1
 
 
 @both_methods
-def test_new_spots_of_a_planted_cluster_join_it(options):
+def test_new_spots_get_the_label_of_their_planted_cluster(options):
     E, truth = blobs()
     labeler = PseudoLabeler(**options).fit(E)
     label_of = {t: labeler.labels_[truth == t][0] for t in range(4)}
@@ -55,7 +55,7 @@ def test_new_spots_of_a_planted_cluster_join_it(options):
 @pytest.mark.parametrize("method", ["knn-leiden", "kmeans"])
 @given(seed=st.integers(0, 50), n=st.integers(40, 150))
 @settings(max_examples=8, deadline=None)
-def test_labels_are_int64_from_zero_without_gaps_largest_first(method, seed, n):
+def test_labels_are_int64_numbered_by_decreasing_size(method, seed, n):
     labeler = PseudoLabeler(method, **({"n_clusters": 12} if method == "kmeans" else {})).fit(cloud(n, seed))
     labels = labeler.labels_
     assert (labels.dtype, labels.shape) == (np.int64, (n,))
@@ -64,7 +64,7 @@ def test_labels_are_int64_from_zero_without_gaps_largest_first(method, seed, n):
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-def test_an_empty_cluster_leaves_no_gap():
+def test_empty_cluster_leaves_no_gap():
     E = np.repeat(cloud(5), 8, axis=0)
     labeler = PseudoLabeler("kmeans", n_clusters=9).fit(E)
     assert sorted(set(labeler.labels_)) == list(range(5))
@@ -72,23 +72,23 @@ def test_an_empty_cluster_leaves_no_gap():
 
 
 @both_methods
-def test_the_same_seed_gives_the_same_labels(options):
+def test_same_seed_gives_the_same_labels(options):
     one, other = (PseudoLabeler(**options, seed=3).fit(cloud()).labels_ for _ in range(2))
     np.testing.assert_array_equal(one, other)
 
 
-def test_the_seed_matters_where_clusters_are_not_clear():
+def test_seed_matters_for_unclear_clusters():
     labels = [PseudoLabeler("kmeans", n_clusters=12, seed=s).fit(cloud()).labels_.tolist() for s in range(3)]
     assert labels[0] != labels[1] or labels[0] != labels[2]
 
 
-def test_the_global_random_state_has_no_say():
+def test_global_random_state_has_no_effect():
     one = PseudoLabeler().fit(cloud()).labels_
     np.random.seed(99)  # noqa: NPY002
     np.testing.assert_array_equal(PseudoLabeler().fit(cloud()).labels_, one)
 
 
-def test_a_higher_resolution_gives_more_clusters():
+def test_higher_resolution_gives_more_clusters():
     few, many = (PseudoLabeler(resolution=r).fit(cloud()).n_labels_ for r in (0.2, 3.0))
     assert few < many
 
@@ -96,7 +96,7 @@ def test_a_higher_resolution_gives_more_clusters():
 @pytest.mark.parametrize("options", [{"n_neighbors": 7}, {"method": "kmeans", "n_clusters": 9, "n_neighbors": 4}])
 @given(seed=st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
-def test_new_spots_take_the_vote_of_their_nearest_neighbors(options, seed):
+def test_new_spots_get_the_majority_label_of_their_neighbors(options, seed):
     E, new = cloud(seed=seed), cloud(30, seed + 1000)
     labeler = PseudoLabeler(**options).fit(E)
     predicted = labeler.predict(new)
@@ -110,14 +110,14 @@ def test_two_far_neighbors_outvote_a_near_one():
     assert labeler.predict([[1.0]]).tolist() == [labeler.labels_[1]]
 
 
-def test_a_tie_goes_to_the_nearer_neighbors():
+def test_ties_are_broken_by_nearer_neighbors():
     labeler = PseudoLabeler("kmeans", n_clusters=2, n_neighbors=2).fit([[0.0], [4], [6], [10]])
     left, right = labeler.labels_[[0, 3]]
     assert left != right
     assert labeler.predict([[4.9], [5.1]]).tolist() == [left, right]
 
 
-def test_one_neighbor_gives_fitted_rows_their_own_label():
+def test_one_neighbor_reproduces_the_fitted_labels():
     E = cloud()
     labeler = PseudoLabeler("kmeans", n_clusters=9, n_neighbors=1).fit(E)
     np.testing.assert_array_equal(labeler.predict(E), labeler.labels_)
@@ -129,11 +129,11 @@ def test_new_spots_do_not_influence_each_other():
     np.testing.assert_array_equal(labeler.predict(new), alone)
 
 
-def test_the_default_is_knn_leiden_with_15_neighbors():
+def test_default_is_knn_leiden_with_15_neighbors():
     assert repr(PseudoLabeler()) == "PseudoLabeler('knn-leiden', n_neighbors=15, resolution=1.0, seed=0)"
 
 
-def test_kmeans_makes_100_clusters_unless_told_otherwise():
+def test_kmeans_has_100_clusters_by_default():
     assert PseudoLabeler("kmeans").fit(cloud(150)).n_labels_ == 100
 
 
@@ -145,28 +145,28 @@ def test_kmeans_makes_100_clusters_unless_told_otherwise():
         ("kmeans", {"color": 1}, "n_clusters, n_neighbors"),
     ],
 )
-def test_an_option_of_the_other_method_is_refused(method, option, has):
+def test_option_of_the_other_method_is_rejected(method, option, has):
     with pytest.raises(ValueError, match=f"'{method}' has no option {next(iter(option))}; it has {has}"):
         PseudoLabeler(method, **option)
 
 
-def test_an_unknown_method_is_refused():
+def test_unknown_method_is_rejected():
     with pytest.raises(ValueError, match="unknown method 'dbscan'; known: knn-leiden, kmeans"):
         PseudoLabeler("dbscan")
 
 
 @pytest.mark.parametrize("option", [{"n_neighbors": 0}, {"resolution": -1.0}, {"resolution": None}])
-def test_an_option_below_zero_is_refused(option):
+def test_option_that_is_not_positive_is_rejected(option):
     with pytest.raises(ValueError, match=f"must be above 0: {next(iter(option))}"):
         PseudoLabeler(**option)
 
 
-def test_too_few_spots_for_the_neighbors_is_an_error():
+def test_too_few_spots_for_the_neighbors_raise():
     with pytest.raises(ValueError, match=r"15 spots cannot have 15 neighbors.*lower n_neighbors"):
         PseudoLabeler().fit(cloud(15))
 
 
-def test_fewer_spots_than_clusters_is_an_error():
+def test_fewer_spots_than_clusters_raise():
     with pytest.raises(ValueError, match=r"50 spots cannot make 100 clusters.*lower n_clusters"):
         PseudoLabeler("kmeans").fit(cloud(50))
 
@@ -177,25 +177,25 @@ def test_embeddings_must_be_finite_and_two_dimensional(E):
         PseudoLabeler().fit(E)
 
 
-def test_an_unfitted_labeler_is_refused():
+def test_unfitted_labeler_raises():
     with pytest.raises(RuntimeError, match=r"not fitted; call fit"):
         PseudoLabeler().predict(cloud())
 
 
-def test_new_spots_of_another_width_are_refused():
+def test_new_spots_of_another_width_are_rejected():
     with pytest.raises(ValueError, match="features"):
         PseudoLabeler().fit(cloud()).predict(np.zeros((3, 4)))
 
 
 @both_methods
-def test_fitting_leaves_the_embedding_alone(options):
+def test_fitting_does_not_change_the_embedding(options):
     E, _ = blobs()
     before = E.copy()
     PseudoLabeler(**options).fit(E).predict(E)
     np.testing.assert_array_equal(E, before)
 
 
-def test_more_spots_than_scanpys_exact_search_takes_by_default_are_clustered():
+def test_more_spots_than_scanpys_exact_search_handles_by_default_are_clustered():
     side = np.arange(8_400) % 2  # scanpy approximates from 8,192 rows on
     E = np.random.default_rng(0).normal(scale=0.1, size=(len(side), 3)) + 10 * side[:, None]
     labels = PseudoLabeler("knn-leiden", n_neighbors=5, resolution=0.1).fit(E).labels_

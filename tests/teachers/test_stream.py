@@ -1,4 +1,4 @@
-"""Embeddings on disk: the numbers of memory, picked up where a job stopped, whole or not there."""
+"""Embeddings on disk equal those in memory, resume after a stop, and are complete or absent."""
 
 import subprocess
 import sys
@@ -14,13 +14,13 @@ from scipy import sparse
 
 from peka_lite._core._stream import finish, open_partial
 from peka_lite._core.locks import lock, partial_path
-from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.teachers import ScFoundation
 
 GENES = [f"G{i}" for i in range(60)]
 
 
 def make_adata(seed=0, n=12):
-    """Spots that express 4, 8, 12 ... genes, in a shuffled order."""
+    """Return spots that express 4, 8, 12 ... genes, in shuffled order."""
     rng = np.random.default_rng(seed)
     counts = rng.poisson(3.0, (n, len(GENES))) + 1
     counts[np.arange(len(GENES)) >= rng.permutation(4 * np.arange(1, n + 1))[:, None]] = 0
@@ -38,16 +38,16 @@ def model():
 
 
 @contextmanager
-def counted(model):
-    """List the tokens of every spot that the encoder sees."""
-    seen = []
-    hook = model.encoder.register_forward_pre_hook(lambda _, args: seen.extend(args[2].tolist()))
-    yield seen
+def record_lengths(model):
+    """List the number of tokens of every spot that the encoder computes."""
+    lengths = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, args: lengths.extend(args[2].tolist()))
+    yield lengths
     hook.remove()
 
 
 def stop(model, adata, out, *, after=2, **options):
-    """Interrupt a job of three spots a batch, so many batches in; return the lengths of the spots that it finished."""
+    """Interrupt a job of three spots per batch after some batches; return the lengths of the finished spots."""
     forward, finished = model.encoder.forward, []
 
     def interrupted(values, positions, lengths):
@@ -70,7 +70,7 @@ def stop(model, adata, out, *, after=2, **options):
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 @pytest.mark.parametrize("pool", ["all", "max"])
-def test_a_file_holds_what_memory_would_and_nothing_else_is_left(tmp_path, model, kind, pool):
+def test_file_equals_the_embedding_in_memory_and_no_other_file_is_left(tmp_path, model, kind, pool):
     adata, out = make_adata(), tmp_path / "new" / "E.npy"
     E = model.embed(adata, out=kind(out), pool=pool)
     np.testing.assert_array_equal(np.load(out), model.embed(adata, pool=pool))
@@ -81,38 +81,38 @@ def test_a_file_holds_what_memory_would_and_nothing_else_is_left(tmp_path, model
     np.testing.assert_array_equal(E, np.load(out))
 
 
-def test_a_stopped_job_leaves_its_part_and_no_file(tmp_path, model):
+def test_stopped_job_leaves_only_its_partial_folder(tmp_path, model):
     stop(model, make_adata(), tmp_path / "E.npy")
     assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path / "E.npy", held=True).name]
 
 
-def test_the_next_job_computes_what_is_left_and_gives_the_same_numbers(tmp_path, model):
+def test_next_job_computes_the_remaining_rows_only(tmp_path, model):
     adata, out = make_adata(), tmp_path / "E.npy"
     finished = stop(model, adata, out)
-    with counted(model) as seen:
+    with record_lengths(model) as lengths:
         model.embed(adata, out=out)
     assert len(finished) == 6
-    assert sorted(finished + seen) == sorted(model.tokens(adata).lengths)
+    assert sorted(finished + lengths) == sorted(model.tokens(adata).lengths)
     np.testing.assert_allclose(np.load(out), model.embed(adata), atol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["E.npy"]
 
 
-def test_a_job_can_be_stopped_more_than_once(tmp_path, model):
+def test_job_can_be_stopped_more_than_once(tmp_path, model):
     adata, out = make_adata(), tmp_path / "E.npy"
     finished = stop(model, adata, out, after=1) + stop(model, adata, out, after=1)
-    with counted(model) as seen:
+    with record_lengths(model) as lengths:
         model.embed(adata, out=out)
-    assert sorted(finished + seen) == sorted(model.tokens(adata).lengths)
+    assert sorted(finished + lengths) == sorted(model.tokens(adata).lengths)
     np.testing.assert_allclose(np.load(out), model.embed(adata), atol=1e-6)
 
 
-def test_another_process_goes_on_as_well(tmp_path):
+def test_another_teacher_object_resumes(tmp_path):
     adata, out = make_adata(), tmp_path / "E.npy"
     stop(make_model(), adata, out)
     other = make_model()
-    with counted(other) as seen:
+    with record_lengths(other) as lengths:
         other.embed(adata, out=out)
-    assert len(seen) == adata.n_obs - 6
+    assert len(lengths) == adata.n_obs - 6
 
 
 def change_count(adata):
@@ -132,27 +132,27 @@ def swap_genes(adata):
 
 
 @pytest.mark.parametrize("change", [change_count, change_place, swap_barcodes, swap_genes])
-def test_other_data_start_anew(tmp_path, model, change):
+def test_other_data_start_from_scratch(tmp_path, model, change):
     adata, out = make_adata(), tmp_path / "E.npy"
     stop(model, adata, out)
     change(adata)
-    with counted(model) as seen:
+    with record_lengths(model) as lengths:
         model.embed(adata, out=out)
-    assert len(seen) == adata.n_obs
+    assert len(lengths) == adata.n_obs
     np.testing.assert_array_equal(np.load(out), model.embed(adata))
 
 
 @pytest.mark.parametrize("options", [{"pool": "max"}, {"resolution": "f2"}, {"input_type": "bulk"}])
-def test_other_settings_start_anew(tmp_path, model, options):
+def test_other_settings_start_from_scratch(tmp_path, model, options):
     adata, out = make_adata(), tmp_path / "E.npy"
     stop(model, adata, out)
-    with counted(model) as seen:
+    with record_lengths(model) as lengths:
         model.embed(adata, out=out, **options)
-    assert len(seen) == adata.n_obs
+    assert len(lengths) == adata.n_obs
     np.testing.assert_array_equal(np.load(out), model.embed(adata, **options))
 
 
-def test_logged_data_with_other_raw_totals_start_anew(tmp_path, model):
+def test_log_normalized_data_with_other_raw_totals_start_from_scratch(tmp_path, model):
     adata, out = make_adata(), tmp_path / "E.npy"
     adata.X = np.log1p(adata.X)
     stop(model, adata, out, pre_normalized="A")
@@ -170,22 +170,22 @@ def other_precision():
 
 
 @pytest.mark.parametrize("other", [lambda: make_model(seed=1), other_mapping, other_precision])
-def test_another_teacher_starts_anew(tmp_path, model, other):
+def test_another_teacher_starts_from_scratch(tmp_path, model, other):
     adata, out, other = make_adata(), tmp_path / "E.npy", other()
     stop(model, adata, out)
     other.embed(adata, out=out)
     np.testing.assert_array_equal(np.load(out), other.embed(adata))
 
 
-def test_a_batch_size_is_no_setting_that_starts_anew(tmp_path, model):
+def test_another_batch_size_resumes(tmp_path, model):
     adata, out = make_adata(), tmp_path / "E.npy"
     finished = stop(model, adata, out)
-    with counted(model) as seen:
+    with record_lengths(model) as lengths:
         model.embed(adata, out=out, batch_size=1, max_tokens=50)
-    assert len(seen) == adata.n_obs - len(finished)
+    assert len(lengths) == adata.n_obs - len(finished)
 
 
-def test_a_file_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_path, model):
+def test_existing_file_is_replaced_when_the_new_one_is_complete(tmp_path, model):
     adata, out = make_adata(), tmp_path / "E.npy"
     before = model.embed(make_adata(2), out=out).copy()
     stop(model, adata, out)
@@ -196,7 +196,7 @@ def test_a_file_that_is_there_is_replaced_when_the_new_one_is_complete(tmp_path,
     np.testing.assert_array_equal(np.load(out), model.embed(make_adata(1)))
 
 
-def test_data_that_are_refused_leave_nothing(tmp_path, model):
+def test_rejected_data_leave_no_file(tmp_path, model):
     adata = make_adata()
     adata.X.data[adata.X.indptr[4] : adata.X.indptr[5]] = 0
     with pytest.raises(ValueError, match="spot4"):
@@ -209,7 +209,7 @@ def test_data_that_are_refused_leave_nothing(tmp_path, model):
 
 @pytest.fixture
 def half(tmp_path):
-    """The folder of a job of four rows with two of them done."""
+    """Return the folder of a job with two of four rows done."""
     rows, done = open_partial(tmp_path / "E.npy.partial", shape=(4, 2), key="one")
     rows[1:3], done[1:3] = [[1, 2], [3, 4]], True
     rows.flush(), done.flush()
@@ -222,14 +222,14 @@ def test_a_new_job_has_no_row_done(tmp_path):
     assert not done.any()
 
 
-def test_done_rows_are_found_again(half):
+def test_done_rows_are_reloaded(half):
     rows, done = open_partial(half, shape=(4, 2), key="one")
     assert done.tolist() == [False, True, True, False]
     assert rows[1:3].tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("other", [{"key": "two"}, {"shape": (5, 2)}, {"shape": (4, 3)}])
-def test_rows_of_another_job_are_not_taken(half, other):
+def test_rows_of_another_job_are_not_reused(half, other):
     options = {"shape": (4, 2), "key": "one"} | other
     rows, done = open_partial(half, **options)
     assert not done.any()
@@ -237,7 +237,7 @@ def test_rows_of_another_job_are_not_taken(half, other):
 
 
 @pytest.mark.parametrize("lost", ["rows.npy", "done.npy", "key"])
-def test_a_job_that_was_killed_while_it_began_or_ended_starts_anew(half, lost):
+def test_incomplete_partial_folder_starts_from_scratch(half, lost):
     (half / lost).unlink()
     assert not open_partial(half, shape=(4, 2), key="one")[1].any()
 
@@ -258,28 +258,28 @@ print(float(np.abs(E).sum()))
 """
 
 
-def test_two_jobs_that_want_one_file_both_get_it(tmp_path):
+def test_two_jobs_with_the_same_file_both_succeed(tmp_path):
     make_adata().write_h5ad(tmp_path / "a.h5ad")
-    order = [sys.executable, "-c", RACE, str(tmp_path / "a.h5ad"), str(tmp_path / "E.npy")]
-    jobs = [subprocess.Popen(order, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [job.communicate(timeout=120) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], told
-    assert told[0][0] == told[1][0]
+    command = [sys.executable, "-c", RACE, str(tmp_path / "a.h5ad"), str(tmp_path / "E.npy")]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["E.npy", "a.h5ad"]
 
 
-def test_a_file_that_is_held_is_waited_for(tmp_path):
-    said, out = [], tmp_path / "E.npy"
+def test_second_job_waits_for_a_locked_file(tmp_path):
+    order, out = [], tmp_path / "E.npy"
 
     def second():
         with lock(out):
-            said.append("second")
+            order.append("second")
 
     with lock(out):
         waiting = threading.Thread(target=second)
         waiting.start()
         waiting.join(0.2)
-        said.append("first")
+        order.append("first")
     waiting.join(10)
-    assert said == ["first", "second"]
+    assert order == ["first", "second"]
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Teachers embed each spot on its own, from all genes of its slide, in the order of the rows."""
+"""Teachers embed each spot independently, from all genes of its slide, in row order."""
 
 import dataclasses
 import json
@@ -16,16 +16,15 @@ from peka_lite._core.locks import partial_path
 from peka_lite.data.expression import normalize
 from peka_lite.data.hest import Cohort, Slide
 from peka_lite.data.tiles import TileStore
-from peka_lite.evaluation.folds import folds
-from peka_lite.teachers import load as teachers
-from peka_lite.teachers.load import TEACHERS, embed_cohort, load_teacher
-from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.evaluation import folds
+from peka_lite.teachers import ScFoundation, embed_cohort, load as teachers, load_teacher
+from peka_lite.teachers.load import TEACHERS
 
 GENES = [f"G{i}" for i in range(40)]
 
 
 def make_adata(n=60, genes=GENES, seed=0):
-    """Spots on a line of changing expression."""
+    """Return spots along a gradient of expression."""
     rng = np.random.default_rng(seed)
     place = rng.random((n, 1))
     rates = np.exp(1 + 2 * place * np.sin(np.arange(len(genes))))
@@ -46,7 +45,7 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def cohort():
-    """Two slides that share 30 genes; each has ten more of its own."""
+    """Two slides that share 30 genes, each with ten more genes."""
     slides = (make_adata(30, [*GENES[:30], *"abcdefghij"], 1), make_adata(25, [*"klmnopqrst", *GENES[:30][::-1]], 2))
     return Cohort(
         tuple(
@@ -56,32 +55,32 @@ def cohort():
     )
 
 
-def test_an_unknown_teacher_is_refused_beside_those_that_are_known():
-    with pytest.raises(ValueError, match=rf"unknown teacher 'nobody'; known: {', '.join(TEACHERS)}"):
-        load_teacher("nobody")
+def test_unknown_teacher_is_rejected_with_the_known_ones():
+    with pytest.raises(ValueError, match=rf"unknown teacher 'unknown'; known: {', '.join(TEACHERS)}"):
+        load_teacher("unknown")
 
 
 def test_options_reach_the_teacher():
     assert repr(small_teacher(seed=3)) == "PCATeacher(n_components=5, n_genes=20, seed=3)"
 
 
-def test_an_embedding_is_float32_of_the_width_asked_for(fitted):
+def test_embedding_is_float32_with_n_components_columns(fitted):
     E = fitted.embed(make_adata(7, seed=4))
     assert (E.dtype, E.shape) == (np.float32, (7, 5))
 
 
-def test_an_embedding_is_the_projection_of_normalized_genes(fitted):
+def test_embedding_is_the_projection_of_normalized_genes(fitted):
     adata = make_adata(9, seed=4)
     X = normalize(adata)[:, adata.var_names.get_indexer(fitted.genes_)].toarray()
     by_hand = (X - fitted.pca_.mean_) @ fitted.pca_.components_.T / fitted.scale_
     np.testing.assert_allclose(fitted.embed(adata), by_hand, atol=1e-5)
 
 
-def test_training_scores_have_unit_spread(fitted):
+def test_training_scores_have_unit_standard_deviation(fitted):
     assert fitted.embed(make_adata()).std() == pytest.approx(1, abs=1e-5)
 
 
-def test_distances_keep_the_proportions_of_the_components(fitted):
+def test_components_keep_their_relative_variances(fitted):
     spread = fitted.embed(make_adata()).std(axis=0)
     np.testing.assert_allclose(
         spread / spread[0],
@@ -104,19 +103,19 @@ def test_batches_do_not_change_the_embedding(fitted, batch):
     np.testing.assert_allclose(fitted.embed(adata, batch_size=batch), fitted.embed(adata), atol=1e-6)
 
 
-def test_the_order_of_genes_does_not_matter(fitted):
+def test_order_of_genes_does_not_matter(fitted):
     adata = make_adata(20, seed=5)
     np.testing.assert_allclose(fitted.embed(adata[:, GENES[::-1]]), fitted.embed(adata), atol=1e-5)
 
 
-def test_embedding_leaves_the_counts_alone(fitted):
+def test_embedding_does_not_change_the_counts(fitted):
     adata = make_adata(10, seed=5)
     before = adata.X.toarray()
     fitted.embed(adata)
     np.testing.assert_array_equal(adata.X.toarray(), before)
 
 
-def test_a_cohort_is_embedded_slide_by_slide_in_row_order(cohort):
+def test_cohort_is_embedded_slide_by_slide_in_row_order(cohort):
     teacher = small_teacher().fit(cohort.by_slide(np.arange(len(cohort))))
     E = embed_cohort(teacher, cohort)
     assert E.shape == (55, 5)
@@ -125,33 +124,33 @@ def test_a_cohort_is_embedded_slide_by_slide_in_row_order(cohort):
     np.testing.assert_allclose(embed_cohort(teacher, cohort, batch_size=7), E, atol=1e-6)
 
 
-def test_each_slide_is_normalized_over_all_its_own_genes(cohort):
+def test_each_slide_is_normalized_over_all_its_genes(cohort):
     teacher = small_teacher().fit(cohort.by_slide(np.arange(len(cohort))))
-    own = cohort.slides[0].adata
-    shared = own[:, cohort.genes].copy()
+    full = cohort.slides[0].adata
+    shared = full[:, cohort.genes].copy()
     assert set(teacher.genes_) <= set(cohort.genes)
-    assert np.abs(teacher.embed(own) - teacher.embed(shared)).max() > 0.01
+    assert np.abs(teacher.embed(full) - teacher.embed(shared)).max() > 0.01
 
 
-def test_fitting_one_slide_in_a_list_is_fitting_it(fitted):
+def test_list_of_one_slide_fits_like_the_slide(fitted):
     np.testing.assert_array_equal(small_teacher().fit([make_adata()]).embed(make_adata()), fitted.embed(make_adata()))
 
 
-def test_training_mean_comes_from_each_slides_own_genes(cohort):
+def test_training_mean_uses_all_genes_of_each_slide(cohort):
     slides = cohort.by_slide(np.arange(len(cohort)))
     teacher = small_teacher().fit(slides)
     normal = [normalize(a)[:, a.var_names.get_indexer(teacher.genes_)].toarray() for a in slides]
     np.testing.assert_allclose(teacher.pca_.mean_, np.concatenate(normal).mean(0), rtol=1e-5)
 
 
-def test_held_out_rows_have_no_say(mini_cohort):
+def test_test_rows_do_not_affect_the_fit(mini_cohort):
     train, test = folds(mini_cohort, "spot", 3)[0]
     changed = tuple(s.select(np.arange(s.n_spots), reason="") for s in mini_cohort.slides)
     changed = Cohort(changed)
     for slide in changed.slides:
-        held_out = np.isin(changed.rows_of(slide.id), test)
+        is_test = np.isin(changed.rows_of(slide.id), test)
         X = slide.adata.X.toarray()
-        X[held_out] = np.random.default_rng(0).permuted(X[held_out], axis=1)
+        X[is_test] = np.random.default_rng(0).permuted(X[is_test], axis=1)
         slide.adata.X = sparse.csr_matrix(X)
     one, other = (small_teacher().fit(c.by_slide(train)) for c in (mini_cohort, changed))
     assert one.genes_.tolist() == other.genes_.tolist()
@@ -160,11 +159,11 @@ def test_held_out_rows_have_no_say(mini_cohort):
     assert not np.allclose(a[test], b[test])
 
 
-def test_the_same_data_and_seed_give_the_same_embedding(fitted):
+def test_same_data_and_seed_give_the_same_embedding(fitted):
     np.testing.assert_array_equal(small_teacher().fit(make_adata()).embed(make_adata()), fitted.embed(make_adata()))
 
 
-def test_the_first_component_finds_a_planted_gradient():
+def test_first_component_recovers_a_planted_gradient():
     rng = np.random.default_rng(0)
     place = np.linspace(0, 1, 80)
     rates = np.full((80, 40), 20.0)
@@ -176,7 +175,7 @@ def test_the_first_component_finds_a_planted_gradient():
     assert abs(np.corrcoef(E[:, 0], place)[0, 1]) > 0.95
 
 
-def test_a_missing_gene_counts_as_its_training_mean(fitted):
+def test_missing_gene_is_set_to_its_training_mean(fitted):
     adata = make_adata(12, seed=6)
     missing = fitted.genes_[:4]
     without = adata[:, ~adata.var_names.isin(missing)].copy()
@@ -189,7 +188,7 @@ def test_a_missing_gene_counts_as_its_training_mean(fitted):
     np.testing.assert_allclose(fitted.embed(without), by_hand, atol=1e-5)
 
 
-def test_fewer_than_half_of_the_genes_is_an_error(fitted):
+def test_fewer_than_half_of_the_genes_raise(fitted):
     enough, too_few = fitted.genes_[:10], fitted.genes_[:9]
     assert fitted.embed(make_adata(5)[:, enough]).shape == (5, 5)
     with pytest.raises(ValueError, match=r"only 45% of the teacher's 20 genes.*at least half"):
@@ -197,19 +196,19 @@ def test_fewer_than_half_of_the_genes_is_an_error(fitted):
 
 
 @pytest.mark.parametrize(("n", "options", "width"), [(4, {}, 3), (60, {"n_components": 45, "n_genes": 60}, 40)])
-def test_a_capped_width_warns(n, options, width):
+def test_capped_width_warns(n, options, width):
     with pytest.warns(UserWarning, match=rf"{n} spots x \d+ genes allow {width} components"):
         teacher = small_teacher(**options).fit(make_adata(n))
     assert teacher.embed(make_adata(8)).shape == (8, width)
 
 
-def test_an_unfitted_teacher_is_refused():
+def test_unfitted_teacher_raises():
     with pytest.raises(RuntimeError, match=r"not fitted; call fit"):
         small_teacher().embed(make_adata())
 
 
 @pytest.mark.parametrize("options", [{"n_components": 1}, {"n_components": 30, "n_genes": 20}])
-def test_impossible_widths_are_refused(options):
+def test_invalid_widths_are_rejected(options):
     with pytest.raises(ValueError, match="n_genes >= n_components >= 2"):
         small_teacher(**options)
 
@@ -230,7 +229,7 @@ def pretrained(seed=0, **options):
 
 
 def with_second_slide(cohort, change):
-    """The same cohort with its second slide's AnnData changed."""
+    """Return the cohort with a changed AnnData in its second slide."""
     first, second = cohort.slides
     return Cohort((first, dataclasses.replace(second, adata=change(second.adata.copy()))))
 
@@ -241,7 +240,7 @@ def listed(folder):
 
 @pytest.fixture
 def published(cache, tmp_path):
-    """A small checkpoint in the published layout, its gene list beside it."""
+    """A small checkpoint in the published layout, with its gene list."""
     state = {f"model.{name}": tensor for name, tensor in pretrained().encoder.state_dict().items()}
     network = {
         "encoder": {"hidden_dim": 8, "depth": 1, "heads": 2, "module_type": "transformer"},
@@ -260,23 +259,23 @@ def test_scfoundation_is_loaded_from_a_file_with_its_options(published):
     np.testing.assert_array_equal(teacher.embed(make_adata(5)), pretrained().embed(make_adata(5)))
 
 
-def test_scfoundation_is_loaded_from_the_cache_where_no_file_is_given(published, monkeypatch):
+def test_scfoundation_is_loaded_from_the_cache_by_default(published, monkeypatch):
     monkeypatch.setattr(teachers, "find_fetched", {"scfoundation": published}.get)
     given = load_teacher("scfoundation", key="rde", checkpoint=published)
     assert load_teacher("scfoundation", key="rde").fingerprint == given.fingerprint
 
 
-def test_scfoundation_that_was_not_fetched_says_how_to_get_it(cache):
+def test_missing_scfoundation_error_names_the_fetch_command(cache):
     with pytest.raises(FileNotFoundError, match=r"not in the cache: run `peka-lite fetch scfoundation`"):
         load_teacher("scfoundation")
 
 
-def test_an_unknown_option_of_scfoundation_is_refused(published):
+def test_unknown_option_of_scfoundation_is_rejected(published):
     with pytest.raises(TypeError, match="n_components"):
         load_teacher("scfoundation", checkpoint=published, n_components=5)
 
 
-def test_a_pretrained_teachers_embeddings_are_kept_one_file_a_slide(cohort, cache):
+def test_pretrained_embeddings_are_cached_in_one_file_per_slide(cohort, cache):
     teacher = pretrained()
     E = embed_cohort(teacher, cohort)
     assert [name.split("_")[0] for name in listed(cache / "embeddings")] == ["S0", "S1"]
@@ -287,10 +286,10 @@ def test_a_pretrained_teachers_embeddings_are_kept_one_file_a_slide(cohort, cach
         np.testing.assert_array_equal(np.load(path), E[cohort.rows_of(path.name.split("_")[0])])
 
 
-def test_what_is_kept_is_not_computed_again(cohort, cache, monkeypatch):
+def test_cached_embeddings_are_not_recomputed(cohort, cache, monkeypatch):
     teacher = pretrained()
     E = embed_cohort(teacher, cohort)
-    monkeypatch.setattr(teacher.encoder, "forward", None)  # cannot be called
+    monkeypatch.setattr(teacher.encoder, "forward", None)  # fails if called
     np.testing.assert_array_equal(embed_cohort(teacher, cohort, batch_size=3), E)
     monkeypatch.undo()
     monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "other"))
@@ -318,7 +317,7 @@ def other_genes(adata):
 
 
 @pytest.mark.parametrize("change", [one_count_more, other_order, other_barcodes, other_genes])
-def test_another_slide_has_a_file_of_its_own(cohort, cache, change):
+def test_changed_slide_gets_a_new_file(cohort, cache, change):
     teacher, other = pretrained(), with_second_slide(cohort, change)
     embed_cohort(teacher, cohort)
     before = set(listed(cache / "embeddings"))
@@ -328,7 +327,7 @@ def test_another_slide_has_a_file_of_its_own(cohort, cache, change):
 
 
 @pytest.mark.parametrize(("seed", "mapping"), [(1, {}), (0, {"a": "G35", "k": "G36"})])
-def test_another_teacher_has_files_of_its_own(cohort, cache, seed, mapping):
+def test_another_teacher_gets_new_files(cohort, cache, seed, mapping):
     embed_cohort(pretrained(), cohort)
     other = pretrained(seed, mapping=mapping)
     E = embed_cohort(other, cohort)
@@ -336,26 +335,26 @@ def test_another_teacher_has_files_of_its_own(cohort, cache, seed, mapping):
     np.testing.assert_array_equal(E, np.concatenate([other.embed(s.adata) for s in cohort.slides]))
 
 
-def test_embeddings_are_kept_where_they_are_asked_to_be(cohort, cache, tmp_path):
-    embed_cohort(pretrained(), cohort, cache=tmp_path / "here" / "now")
-    assert len(listed(tmp_path / "here" / "now")) == 2
+def test_embeddings_are_cached_in_the_given_folder(cohort, cache, tmp_path):
+    embed_cohort(pretrained(), cohort, cache=tmp_path / "a" / "b")
+    assert len(listed(tmp_path / "a" / "b")) == 2
     assert not cache.exists()
 
 
-def test_a_teacher_that_is_fitted_is_asked_anew(cohort, cache):
+def test_embeddings_of_a_fitted_teacher_are_not_cached(cohort, cache):
     teacher = small_teacher().fit(cohort.by_slide(np.arange(len(cohort))))
     embed_cohort(teacher, cohort, cache=cache)
     assert not cache.exists()
 
 
-def test_a_stopped_cohort_goes_on_where_it_was(cohort, cache, monkeypatch):
-    teacher, seen = pretrained(), []
+def test_stopped_cohort_resumes(cohort, cache, monkeypatch):
+    teacher, batch_sizes = pretrained(), []
     forward = teacher.encoder.forward
 
     def until_the_second_slide(values, positions, lengths):
-        if sum(seen) == 40:
+        if sum(batch_sizes) == 40:
             raise KeyboardInterrupt
-        seen.append(len(values))
+        batch_sizes.append(len(values))
         return forward(values, positions, lengths)
 
     with monkeypatch.context() as stopped:
@@ -365,14 +364,14 @@ def test_a_stopped_cohort_goes_on_where_it_was(cohort, cache, monkeypatch):
     first, second = sorted((cache / "embeddings").iterdir())
     assert second == partial_path(second.with_name(second.name.split(".")[0] + ".npy"), held=True)
     assert first.suffix == ".npy"
-    left = []
-    teacher.encoder.register_forward_pre_hook(lambda _, args: left.append(len(args[0])))
+    remaining = []
+    teacher.encoder.register_forward_pre_hook(lambda _, args: remaining.append(len(args[0])))
     E = embed_cohort(teacher, cohort)
-    assert sum(left) == 15
+    assert sum(remaining) == 15
     np.testing.assert_allclose(E, np.concatenate([teacher.embed(s.adata) for s in cohort.slides]), atol=1e-5)
 
 
-def test_progress_of_a_cohort_is_shown(cohort, cache, capsys, monkeypatch):
+def test_progress_of_a_cohort_is_printed(cohort, cache, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     embed_cohort(pretrained(), cohort, progress=True)
     assert capsys.readouterr().err.count("spots") >= 2
