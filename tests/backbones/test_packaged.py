@@ -40,7 +40,7 @@ def changed(tmp_path, monkeypatch):
     """Replace the weights of the package by changed ones."""
     state = load_file(FILE)
     state["fc_norm.bias"] += 1
-    (tmp_path / "package" / "data").mkdir(parents=True)
+    (tmp_path / "package" / "weights").mkdir(parents=True)
     path = replace_package_data(monkeypatch, tmp_path / "package")
     save_file(state, path)
     return path
@@ -93,7 +93,7 @@ def test_changed_file_changes_origin_and_cache_keys(changed, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow")
 def test_run_with_other_packaged_weights_is_not_reused(mini_root, own_cache, tmp_path, monkeypatch):
     settings = {"cohort": str(mini_root), "method": "none", "n_splits": 2, "n_genes": 5}
-    (tmp_path / "package" / "data").mkdir(parents=True)
+    (tmp_path / "package" / "weights").mkdir(parents=True)
     run(RunConfig(**settings), tmp_path / "student", maps=False)
     run(RunConfig(**settings, features="color"), tmp_path / "control", maps=False)
     save_file({"x": torch.zeros(1)}, replace_package_data(monkeypatch, tmp_path / "package"))
