@@ -121,7 +121,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
     fields = read_yaml(path, largest=2**16)
     try:
         if not isinstance(fields, dict):
-            raise ValueError(f"it must map fields to values: {', '.join(_REQUIRED)}, ...")
+            raise ValueError(f"the file must map fields to values: {', '.join(_REQUIRED)}, ...")
         if "licence" in fields:  # spelling of version 0.1
             fields["license"] = fields.pop("licence")
         if unknown := [name for name in fields if name not in _FIELDS]:

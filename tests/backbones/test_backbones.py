@@ -53,12 +53,12 @@ def tiles(n=7, side=32, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
-def same(a, b):
+def have_equal_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def hub(monkeypatch, answer):
+def set_hub(monkeypatch, answer):
     """Replace downloads from the hub by `answer(repo, file)` and return the list of calls."""
     calls = []
 
@@ -73,7 +73,7 @@ def hub(monkeypatch, answer):
     return calls
 
 
-def refusal(kind):
+def make_error(kind):
     return kind("refused", response=SimpleNamespace(headers={}, request=None, status_code=403))
 
 
@@ -127,8 +127,8 @@ def test_random_weights_warn_and_are_recorded():
 
 
 def test_same_seed_same_weights():
-    assert same(random_model(seed=1), random_model(seed=1))
-    assert not same(random_model(seed=1), random_model(seed=2))
+    assert have_equal_weights(random_model(seed=1), random_model(seed=1))
+    assert not have_equal_weights(random_model(seed=1), random_model(seed=2))
 
 
 def test_random_weights_do_not_change_the_global_random_state():
@@ -142,9 +142,9 @@ def test_hub_weights_are_fetched_in_either_format(tmp_path, monkeypatch, file):
     source = random_model(seed=3)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
-    calls = hub(monkeypatch, lambda repo, name: tmp_path / name if name == file else refusal(MissingFileError))
+    calls = set_hub(monkeypatch, lambda repo, name: tmp_path / name if name == file else make_error(MissingFileError))
     model = load_backbone(TINY)
-    assert same(model, source)
+    assert have_equal_weights(model, source)
     assert model.weights_origin == "hub us/tiny"
     assert calls[-1] == ("model", "us/tiny", file)
 
@@ -161,19 +161,21 @@ def test_cached_weights_are_not_downloaded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         backbones, "find_fetched", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None
     )
-    calls = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
-    assert same(load_backbone(TINY), random_model(seed=3))
+    calls = set_hub(monkeypatch, lambda *_: make_error(GatedRepoError))
+    assert have_equal_weights(load_backbone(TINY), random_model(seed=3))
     assert not calls
 
 
 def test_offline_with_only_the_second_format_in_the_cache_still_loads(tmp_path, monkeypatch):
     torch.save(random_model(seed=3).state_dict(), tmp_path / "pytorch_model.bin")
-    hub(monkeypatch, lambda _, name: tmp_path / name if name.endswith(".bin") else LocalEntryNotFoundError("offline"))
-    assert same(load_backbone(TINY), random_model(seed=3))
+    set_hub(
+        monkeypatch, lambda _, name: tmp_path / name if name.endswith(".bin") else LocalEntryNotFoundError("offline")
+    )
+    assert have_equal_weights(load_backbone(TINY), random_model(seed=3))
 
 
 def test_row_may_name_a_file_in_a_dataset_repository(monkeypatch):
-    calls = hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    calls = set_hub(monkeypatch, lambda *_: make_error(GatedRepoError))
     with pytest.raises(PermissionError, match=re.escape("huggingface.co/datasets/MahmoodLab/hest-bench")):
         load_backbone("ctranspath")
     assert calls == [("dataset", "MahmoodLab/hest-bench", "fm_v1/ctranspath/CHIEF_CTransPath.pth")]
@@ -181,7 +183,7 @@ def test_row_may_name_a_file_in_a_dataset_repository(monkeypatch):
 
 @pytest.mark.parametrize("name", GATED)
 def test_gated_weights_without_access_name_the_request_page_in_one_sentence(monkeypatch, name):
-    hub(monkeypatch, lambda *_: refusal(GatedRepoError))
+    set_hub(monkeypatch, lambda *_: make_error(GatedRepoError))
     with pytest.raises(PermissionError) as caught:
         load_backbone(name)
     message = str(caught.value)
@@ -197,13 +199,13 @@ def test_gated_weights_without_access_name_the_request_page_in_one_sentence(monk
     "error", [OfflineModeIsEnabled("off"), ConnectionError("no route"), LocalEntryNotFoundError("no route, no cache")]
 )
 def test_unreachable_hub_error_suggests_going_online_or_a_file(monkeypatch, error):
-    hub(monkeypatch, lambda *_: error)
+    set_hub(monkeypatch, lambda *_: error)
     with pytest.raises(ConnectionError, match=r"tiny could not be fetched.*weights=FILE with a copy of us/tiny"):
         load_backbone(TINY)
 
 
 def test_repository_without_weights_lists_the_missing_files(monkeypatch):
-    calls = hub(monkeypatch, lambda *_: refusal(MissingFileError))
+    calls = set_hub(monkeypatch, lambda *_: make_error(MissingFileError))
     with pytest.raises(FileNotFoundError, match=r"us/tiny.*model\.safetensors, pytorch_model\.bin"):
         load_backbone(TINY)
     assert len(calls) == 2
@@ -220,7 +222,7 @@ def test_local_file_round_trip(tmp_path, name):
     save = save_file if name.endswith("safetensors") else torch.save
     save(source.state_dict(), tmp_path / name)
     model = load_backbone(TINY, weights=tmp_path / name)
-    assert same(model, source)
+    assert have_equal_weights(model, source)
     assert model.weights_origin == f"file {name}"
 
 
@@ -229,7 +231,7 @@ def test_classifier_in_a_file_is_dropped(tmp_path):
     torch.save(
         source.state_dict() | {"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}, tmp_path / "w.pth"
     )
-    assert same(load_backbone(TINY, weights=tmp_path / "w.pth"), source)
+    assert have_equal_weights(load_backbone(TINY, weights=tmp_path / "w.pth"), source)
 
 
 def test_file_of_another_architecture_is_rejected_by_name(tmp_path):
@@ -311,7 +313,7 @@ def test_ctranspath_in_its_original_layout_has_the_same_outputs(tmp_path, ctrans
 
 def test_ctranspath_in_timms_layout_loads(tmp_path, ctranspath):
     torch.save(ctranspath.state_dict(), tmp_path / "timm.pth")
-    assert same(load_backbone("ctranspath", weights=tmp_path / "timm.pth"), ctranspath)
+    assert have_equal_weights(load_backbone("ctranspath", weights=tmp_path / "timm.pth"), ctranspath)
 
 
 def test_ctranspath_starts_with_convolutions(ctranspath):

@@ -42,7 +42,7 @@ def file(tmp_path):
     return path
 
 
-def changed(file, **fields):
+def change_fields(file, **fields):
     row = yaml.safe_load(file.read_text()) | fields
     file.write_text(yaml.safe_dump({k: v for k, v in row.items() if v != "remove"}))
     return file
@@ -65,7 +65,7 @@ def test_registered_row_can_be_loaded_by_name():
 
 def test_row_round_trips_through_a_file(file):
     assert read_backbone(file) == CUSTOM
-    changed(file, precision={"cpu": "torch:float32", "cuda<8.0": "torch:float32", "cuda>=8.0": "torch:float32"})
+    change_fields(file, precision={"cpu": "torch:float32", "cuda<8.0": "torch:float32", "cuda>=8.0": "torch:float32"})
     row = read_backbone(file)
     assert row.precision["cuda<8.0"] is torch.float32
     file.write_text(yaml.safe_dump(row_fields(row)))
@@ -100,12 +100,12 @@ def test_row_round_trips_through_a_file(file):
 )
 def test_invalid_field_in_a_file_is_named(file, fields, words):
     with pytest.raises(ValueError, match=rf"custom_vit\.yml: {words}"):
-        read_backbone(changed(file, **fields))
+        read_backbone(change_fields(file, **fields))
 
 
 def test_invalid_or_missing_file_is_named(tmp_path):
     (tmp_path / "a.yml").write_text("- 1")
-    with pytest.raises(ValueError, match=r"a\.yml: it must map fields to values"):
+    with pytest.raises(ValueError, match=r"a\.yml: the file must map fields to values"):
         read_backbone(tmp_path / "a.yml")
     (tmp_path / "b.yml").write_text("a: [")
     with pytest.raises(ValueError, match=r"b\.yml: no YAML"):
@@ -182,7 +182,6 @@ def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache):
 
 
 def test_cache_key_of_a_student_depends_on_its_row(mini_root, tmp_path, own_cache):
-    """The cache key of a student depends on its row, not only on name and weights."""
     from peka_lite.experiments.cache import _key
 
     config = {"cohort": str(mini_root), "backbone": "custom-vit", "weights": "random", "method": "none"}
@@ -203,7 +202,7 @@ def test_sweep_passes_the_file_to_its_points(mini_root, file, tmp_path):
     points = pk.experiments.read_sweep(sweep).points
     assert {p.settings["backbone"] for p in points} == {"mini", str(file.resolve())}
     assert pk.RunConfig(**points[-1].settings).backbone == "custom-vit"
-    changed(file, dim="remove")
+    change_fields(file, dim="remove")
     registry._BACKBONES.pop("custom-vit", None)
     with pytest.raises(ValueError, match=r"custom_vit\.yml: dim missing"):
         pk.experiments.read_sweep(sweep)

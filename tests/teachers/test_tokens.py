@@ -148,7 +148,7 @@ def test_padded_returns_the_given_rows_padded_with_zeros():
     assert (values.dtype, positions.dtype) == (np.float32, np.int64)
 
 
-# --- refused -------------------------------------------------------------------------------------------------------
+# --- rejected ------------------------------------------------------------------------------------------------------
 
 NAMES = ["good", "bad", "fine", "worse"]
 
