@@ -1,4 +1,4 @@
-"""What a manifest holds: its entries, and the check of its YAML."""
+"""Parse a manifest into its entries, and check its YAML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENT_BASES = ("table", "title", "alone", "joined")
 
 @dataclass(frozen=True)
 class File:
-    """One file: its path in the repository, its size in bytes and SHA-256; None where the hub has to tell them."""
+    """Path in the repository, size in bytes and SHA-256 of a file; None takes the size or hash from the hub."""
 
     path: str
     size: int | None = None
@@ -42,11 +42,11 @@ class Sample:
     id, spots, genes, disease_state, oncotree
         As in the table; `spots` counts those under tissue.
     patient, patient_basis
-        Who the tissue came from, and how that is known: ``"table"``, ``"title"``, ``"alone"`` or ``"joined"``.
+        Patient of the tissue, and where it is from: ``"table"``, ``"title"``, ``"alone"`` or ``"joined"``.
     license
-        Of the slide's own source; None where the table is silent.
+        License of the slide's source; None if the table gives none.
     tissue
-        Where it is not just the cohort's organ.
+        Tissue, if more specific than the cohort's organ.
     same_as
         Another slide of the cohort that shows the same section.
     """
@@ -76,21 +76,21 @@ class Artifact:
     Attributes
     ----------
     name, kind, title
-        Its name; ``"cohort"``, ``"checkpoint"``, ``"genes"`` or ``"student"``; what it is, in words.
+        Name; ``"cohort"``, ``"checkpoint"``, ``"genes"`` or ``"student"``; title.
     repo, repo_type, revision
         Hub repository, ``"model"`` or ``"dataset"``, and the pinned commit; None takes the current one and records it.
     url
-        Address of what is not on the hub.
+        Address of a file that is not on the hub.
     files, any_of
-        What to fetch; where `any_of`, only the first of them that the repository holds.
+        Files to fetch; with `any_of`, only the first of them that the repository has.
     license, gate
-        License, None where the source has to tell it; page to ask for access, None where nobody has to.
+        License, None takes the source's; page to ask for access, None if access is open.
     access
-        How it is granted there, a key of `registry.ACCESS`; None where that is not known.
+        How access is granted, a key of `ACCESS`; None if unknown.
     about, paper, note
-        Size in words, the paper, and what a reader must know.
+        Size as text, the paper, and remarks.
     slides, paper_spots
-        Of a cohort: its slides, and the number of spots the PEKA paper reports.
+        Of a cohort: its slides, and the number of spots that the PEKA paper reports.
     """
 
     name: str
@@ -117,17 +117,17 @@ class Artifact:
         if self.repo and self.repo_type not in ("model", "dataset"):
             raise ValueError(f"repo_type must be 'model' or 'dataset', not {self.repo_type!r}")
         if self.url and (self.repo_type or self.revision or len(self.files) != 1):
-            raise ValueError("url goes with one file, and with neither repo_type nor revision")
+            raise ValueError("url needs exactly one file and neither repo_type nor revision")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"revision must be a commit (40 hex digits) or null, not {self.revision!r}")
         if self.access not in (None, *ACCESS):
             raise ValueError(f"access must be one of {', '.join(ACCESS)} or null, not {self.access!r}")
         if self.access and not self.gate:
-            raise ValueError("access goes with gate, the page to ask on")
+            raise ValueError("access needs gate, the page to ask for access")
         if not self.files:
             raise ValueError("files is empty")
-        _once("slide", [slide.id for slide in self.slides])
-        _once("path", [file.path for file in self.files])
+        _check_unique("slide", [slide.id for slide in self.slides])
+        _check_unique("path", [file.path for file in self.files])
         patient = {slide.id: slide.patient for slide in self.slides}
         for slide in self.slides:
             if slide.same_as and patient.get(slide.same_as) != slide.patient:
@@ -136,7 +136,7 @@ class Artifact:
 
 @dataclass(frozen=True, eq=False)
 class Manifest(Mapping):
-    """The entries of a manifest by name; an unknown name is a `KeyError` that lists the known ones."""
+    """Entries of a manifest by name; the `KeyError` of an unknown name lists the known ones."""
 
     path: Path
     artifacts: Mapping[str, Artifact]
@@ -156,50 +156,51 @@ class Manifest(Mapping):
 def parse_manifest(path: Path) -> Manifest:
     """Read and check a manifest; a `ValueError` names the file, the entry and the field."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; without a path the one of the package is read")
-    found, where, text = [], f"{path}: ", read_yaml(path)
+        raise FileNotFoundError(f"{path}: no such manifest; omit the path to read the package's")
+    artifacts, where, content = [], f"{path}: ", read_yaml(path)
     try:
-        top = _fields(text, {"sources", *KINDS})
+        top = _check_fields(content, {"sources", *KINDS})
         for section, kind in KINDS.items():
-            for name, entry in _fields(top.get(section, {})).items():
+            for name, entry in _check_fields(top.get(section, {})).items():
                 where = f"{path}: {section}: {name}: "
-                found.append(_entry(name, kind, _fields(entry), _fields(top.get("sources", {}))))
+                artifacts.append(_parse_entry(name, kind, _check_fields(entry), _check_fields(top.get("sources", {}))))
         where = f"{path}: "
-        _once("name", [artifact.name for artifact in found])
+        _check_unique("name", [artifact.name for artifact in artifacts])
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
-    return Manifest(path, {artifact.name: artifact for artifact in found})
+    return Manifest(path, {artifact.name: artifact for artifact in artifacts})
 
 
-def _entry(name: str, kind: str, fields: dict, sources: dict) -> Artifact:
+def _parse_entry(name: str, kind: str, fields: dict, sources: dict) -> Artifact:
     if kind == "cohort":
         if (source := fields.pop("source", None)) not in sources:
             raise ValueError(f"source {source!r} is not one of {', '.join(sources)}")
-        slides = [_fields(slide) for slide in _list("slides", fields.pop("slides", None))]
+        slides = [_check_fields(slide) for slide in _check_list("slides", fields.pop("slides", None))]
         slides = tuple(_build(Sample, f"slide {slide.get('id')}: ", slide) for slide in slides)
-        shared = _fields(sources[source])
+        shared = _check_fields(sources[source])
         if twice := fields.keys() & shared.keys():
-            raise ValueError(f"{', '.join(sorted(twice))}: given by source {source} already")
-        names = _list("files", shared.pop("files", None))
-        fields |= shared | {"files": [file.format(id=slide.id) for slide in slides for file in names]}
+            raise ValueError(f"{', '.join(sorted(twice))}: already given by source {source}")
+        names = _check_list("files", shared.pop("files", None))
+        fields |= shared | {"slides": slides, "files": [f.format(id=slide.id) for slide in slides for f in names]}
     elif misplaced := fields.keys() & {"source", "slides", "paper_spots"}:
-        raise ValueError(f"{', '.join(sorted(misplaced))}: only a cohort has that")
+        raise ValueError(f"{', '.join(sorted(misplaced))}: only cohorts have this field")
     if "files" in fields and "any_of" in fields:
         raise ValueError("files and any_of: give one of the two")
     field = "any_of" if "any_of" in fields else "files"
-    files = [{"path": f} if isinstance(f, str) else _fields(f) for f in _list(field, fields.pop(field, None))]
+    files = _check_list(field, fields.pop(field, None))
+    files = [{"path": file} if isinstance(file, str) else _check_fields(file) for file in files]
     files = tuple(_build(File, f"{field}: {file.get('path')}: ", file) for file in files)
-    own = {"name": name, "kind": kind, "files": files, "any_of": field == "any_of"}
-    return _build(Artifact, "", fields | own | ({"slides": slides} if kind == "cohort" else {}))
+    fields |= {"name": name, "kind": kind, "files": files, "any_of": field == "any_of"}
+    return _build(Artifact, "", fields)
 
 
 def _build(cls: type, where: str, fields: dict):
     hints = get_type_hints(cls)
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     try:
-        _fields(fields, hints.keys())
-        if missing := needed - fields.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing; null says that it is not known")
+        _check_fields(fields, hints.keys())
+        if missing := required - fields.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} missing; give null if unknown")
         for field, value in fields.items():
             if not isinstance(value, tuple if get_origin(hints[field]) is tuple else hints[field]):
                 raise ValueError(f"{field} must be {cls.__annotations__[field]}, not {value!r}")
@@ -208,21 +209,21 @@ def _build(cls: type, where: str, fields: dict):
         raise ValueError(f"{where}{error}") from None
 
 
-def _fields(value, known=None) -> dict:
+def _check_fields(value, known=None) -> dict:
     if not isinstance(value, dict):
-        raise ValueError(f"named fields are wanted here, not {value!r}")
-    value = {"license" if key == "licence" else key: item for key, item in value.items()}  # version 0.1 spelled it so
+        raise ValueError(f"must be a mapping of fields, not {value!r}")
+    value = {"license" if key == "licence" else key: item for key, item in value.items()}  # the spelling of version 0.1
     if known is not None and (unknown := value.keys() - set(known)):
         raise ValueError(f"unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(sorted(known))}")
     return value
 
 
-def _list(field: str, value) -> list:
+def _check_list(field: str, value) -> list:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{field} must be a list with something in it, not {value!r}")
+        raise ValueError(f"{field} must be a non-empty list, not {value!r}")
     return value
 
 
-def _once(what: str, values: list) -> None:
+def _check_unique(field: str, values: list) -> None:
     if twice := {str(value) for value in values if values.count(value) > 1}:
-        raise ValueError(f"{what} {', '.join(sorted(twice))} is given more than once")
+        raise ValueError(f"{field} {', '.join(sorted(twice))} is given more than once")

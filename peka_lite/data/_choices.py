@@ -1,11 +1,11 @@
-"""Names that settings of the data may take, and what to do at a closed gate."""
+"""Values that data settings may take, and how to get access to gated repositories."""
 
 from __future__ import annotations
 
-MINI_FORMAT = 3  # of the embedded cohort; raise it when the same seed would give other bytes
+MINI_FORMAT = 3  # of the embedded cohort; increment it when the same seed gives other bytes
 NORMALIZATIONS = ("log1p-cp10k", "log1p")
 
-#: How access is granted where one has to ask.
+#: How access to a gated repository is granted.
 ACCESS = {
     "automatic": "it opens at once after asking",
     "manual": "it is granted by hand, which may take days",
@@ -13,8 +13,8 @@ ACCESS = {
 }
 
 
-def explain_gate(what: str, gate: str | None, access: str | None) -> str:
-    """Say what to do at a closed gate: where to ask, and how access is granted."""
-    ask = f"{what} is gated: ask for access at {gate}" if gate else f"{what} is gated: ask its owner for access"
+def explain_gate(name: str, gate: str | None, access: str | None) -> str:
+    """Return where to ask for access to something gated, and how access is granted."""
+    ask = f"{name} is gated: ask for access at {gate}" if gate else f"{name} is gated: ask its owner for access"
     how = f"; {ACCESS[access]}" if access else ""
     return f"{ask}, then log in with `hf auth login` or set HF_TOKEN{how}"

@@ -1,4 +1,4 @@
-"""What each file of a HEST-1k folder must hold, and the one error that says so."""
+"""Read, check and write the files of a HEST-1k folder; `HestFormatError` reports malformed ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from peka_lite._core.hdf5 import Hdf5Error, check_compressed, check_sizes, open_
 from peka_lite._core.io import open_new_file
 from peka_lite.data.tiles import TILE_SHAPE, open_tiles
 
-# What is read of a slide beside X, obs, var and uns["spatial"]; all but the first two is the embedded cohort's.
+# Read beside X, obs, var and uns["spatial"]; mixture, niche and rate exist in the embedded cohort alone.
 PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
-MOST_COUNTS = 1e9  # of a gene in a spot
-FARTHEST = 1e9  # pixels from a corner; the largest images have 1e6
-PLACES = ("in_tissue", "array_row", "array_col")  # columns of obs that outputs keep
+MAX_COUNT = 1e9  # of a gene in a spot
+MAX_COORDINATE = 1e9  # pixels; the largest images have 1e6
+PLACES = ("in_tissue", "array_row", "array_col")  # columns of obs that are copied to outputs
 
 
 class HestFormatError(ValueError):
-    """A file that is not what HEST-1k's layout says; the message names the file, the field and the fix.
+    """Error for a file that does not follow HEST-1k's layout; the message names the file, the field and the fix.
 
     Examples
     --------
@@ -38,7 +38,7 @@ class HestFormatError(ValueError):
     >>> pk.read_cohort("my_slides")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    peka_lite.data._format.HestFormatError: my_slides/st: no .h5ad file here. Give the folder that holds st, ...
+    peka_lite.data._format.HestFormatError: my_slides/st: no .h5ad file. Give the folder with st, ...
     """
 
     def __init__(self, path, field: str, fix: str):
@@ -46,14 +46,14 @@ class HestFormatError(ValueError):
 
 
 def read_spots(path: Path) -> ad.AnnData:
-    """Read raw counts (N, G) as CSR float32, with unique barcodes, whole counts and finite pixel centers."""
+    """Read raw counts (N, G) as CSR float32, with unique barcodes, integer counts and finite pixel centers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Observation|Variable) names are not unique")
         return check_spots(read_h5ad(path), path)
 
 
 def read_h5ad(path: Path) -> ad.AnnData:
-    """Read counts, their tables and `PARTS` of an ``.h5ad`` file; `HestFormatError` says what another file is."""
+    """Read X, obs, var and `PARTS` of an ``.h5ad`` file; raise `HestFormatError` for any other file."""
     try:
         return read_anndata(path, **PARTS, as_csr=True)
     except Hdf5Error as error:
@@ -61,30 +61,30 @@ def read_h5ad(path: Path) -> ad.AnnData:
 
 
 def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts") -> ad.AnnData:
-    """Bring spots into the form that `read_spots` promises, in place; errors name `path`, and `raw` as the fix."""
+    """Check spots and convert them in place to the form of `read_spots`; errors name `path`, and `raw` as the fix."""
     if adata.X is None:
         raise HestFormatError(path, "X is missing", raw)
     if not adata.n_obs:
-        raise HestFormatError(path, "holds no spot", "obs_names must be the barcodes of spots")
+        raise HestFormatError(path, "has no spots", "obs_names must be the barcodes of spots")
     if not adata.n_vars:
-        raise HestFormatError(path, "holds no gene", "var_names must be the names of genes")
+        raise HestFormatError(path, "has no genes", "var_names must be gene names")
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
-        raise HestFormatError(path, f"barcode {twice!r} stands more than once in obs_names", "Barcodes must be unique")
+        raise HestFormatError(path, f"barcode {twice!r} is duplicated in obs_names", "Barcodes must be unique")
     X = sparse.csr_matrix(adata.X)
     if (counts := X.data).dtype.kind not in "biuf":
-        raise HestFormatError(path, f"X holds {counts.dtype}, not numbers", raw)
-    for bad, what in (
+        raise HestFormatError(path, f"X has dtype {counts.dtype}, not numbers", raw)
+    for bad, kind in (
         (~np.isfinite(counts), "NaN or infinite"),
         (counts < 0, "negative"),
         (counts != np.rint(counts), "non-integer"),
-        (counts > MOST_COUNTS, "impossible"),
+        (counts > MAX_COUNT, "too large"),
     ):
         if bad.any():
-            raise HestFormatError(path, f"X holds {what} counts ({counts[bad][0]})", raw)
+            raise HestFormatError(path, f"X holds {kind} counts ({counts[bad][0]})", raw)
     adata.X = X.astype(np.float32)
     pixel_centers(adata, path)
-    # A symbol that names two genes (two Ensembl ids) keeps both columns, told apart as scanpy does.
+    # Two genes (Ensembl ids) with one symbol stay two columns, with suffixes as in scanpy.
     adata.var_names_make_unique()
     return adata
 
@@ -93,17 +93,17 @@ def pixel_centers(adata: ad.AnnData, path) -> np.ndarray:
     """Return the centers of spots, (N, 2) float64, x first."""
     try:
         spatial = np.asarray(adata.obsm["spatial"])
-        if spatial.dtype.kind not in "cV" and (np.abs(spatial[:, [0, 1]].astype(float)) < FARTHEST).all():
+        if spatial.dtype.kind not in "cV" and (np.abs(spatial[:, [0, 1]].astype(float)) < MAX_COORDINATE).all():
             return spatial[:, :2].astype(float)
     except (KeyError, IndexError, TypeError, ValueError):
         pass
     raise HestFormatError(
-        path, "obsm['spatial'] is missing or not finite, or lies 1e9 pixels away", "It must hold (N, 2) pixel centers"
+        path, "obsm['spatial'] is missing, not finite or beyond 1e9 pixels", "It must hold (N, 2) pixel centers"
     )
 
 
 def check_sparse(matrix, path) -> None:
-    """Refuse a sparse matrix whose arrays do not fit each other, before anything reads rows of it."""
+    """Check that the arrays of a sparse matrix are consistent, before its rows are read."""
     if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
         shape = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
         try:
@@ -113,17 +113,17 @@ def check_sparse(matrix, path) -> None:
 
 
 def read_tile_barcodes(path: Path) -> pd.Index:
-    """Return the barcode of each tile of a patches file, after checking its tiles' shape and type."""
+    """Return the barcode of each tile of a patches file, after checking the tiles' shape and type."""
     try:
         with open_hdf5(path) as file:
             key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
             img = open_tiles(file, path)
             if key is None:
-                what = "dataset 'barcode' is missing"
-                raise HestFormatError(path, what, "Tiles join spots on it; 'barcodes' will do")
-            if math.prod(file[key].shape or ()) != len(img):
-                what = f"{math.prod(file[key].shape or ()):,} barcodes for {len(img):,} tiles"
-                raise HestFormatError(path, what, "There must be one a tile")
+                fix = "Tiles are joined to spots on it ('barcodes' works too)"
+                raise HestFormatError(path, "dataset 'barcode' is missing", fix)
+            if (n_barcodes := math.prod(file[key].shape or ())) != len(img):
+                problem = f"{n_barcodes:,} barcodes for {len(img):,} tiles"
+                raise HestFormatError(path, problem, "There must be one barcode per tile")
             check_sizes(path, [file[key]])
             barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
     except Hdf5Error as error:
@@ -134,17 +134,17 @@ def read_tile_barcodes(path: Path) -> pd.Index:
         raise HestFormatError(path, "img holds no tile", "Tiles must be uint8 (N, 224, 224, 3) with N above 0")
     if not barcodes.is_unique:
         twice = barcodes[barcodes.duplicated()][0]
-        raise HestFormatError(path, f"barcode {twice!r} names more than one tile", "Barcodes must be unique")
+        raise HestFormatError(path, f"barcode {twice!r} belongs to several tiles", "Barcodes must be unique")
     return barcodes
 
 
 def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str], corners: np.ndarray, *,
                 attributes: Mapping[str, object], field: str = "barcode", of: Path | None = None) -> None:  # fmt: skip
-    """Write a patches file: tiles (224, 224, 3) uint8 one by one, the barcode and upper left corner (x, y) of each."""
-    one = (1, *TILE_SHAPE)
-    least = len(barcodes) * int(np.prod(TILE_SHAPE)) // 10  # bytes; tissue is compressed to about two thirds
-    with open_new_file(path, least, of=of) as opened, h5py.File(opened, "w") as file:
-        image = file.create_dataset("img", (len(barcodes), *TILE_SHAPE), "u1", chunks=one, compression="gzip")
+    """Write a patches file: tiles (224, 224, 3) uint8 with the barcode and upper left corner (x, y) of each."""
+    chunk = (1, *TILE_SHAPE)
+    min_bytes = len(barcodes) * int(np.prod(TILE_SHAPE)) // 10  # tissue is compressed to about two thirds
+    with open_new_file(path, min_bytes, of=of) as opened, h5py.File(opened, "w") as file:
+        image = file.create_dataset("img", (len(barcodes), *TILE_SHAPE), "u1", chunks=chunk, compression="gzip")
         for row, tile in enumerate(tiles):
             image[row] = tile
             opened.check()
@@ -155,59 +155,59 @@ def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str]
 
 
 def patient_name(value) -> str | None:
-    """Return a patient's name, or None where the field is blank: null, NaN (Python's JSON knows it) or spaces."""
+    """Return a patient's name, or None if the field is blank: null, NaN (valid in Python's JSON) or spaces."""
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return None
-    return str(value).replace("\0", "\ufffd").strip() or None  # no file of HDF5 takes NUL
+    return str(value).replace("\0", "\ufffd").strip() or None  # HDF5 strings cannot contain NUL
 
 
 def read_patients(patients, known: Collection[str]) -> dict[str, str]:
-    """Return slide id -> patient from a mapping, or from a CSV file with columns id and patient on slides in `known`.
+    """Return slide id -> patient from a mapping, or from a CSV file with columns id and patient.
 
-    Every row of a file counts: a blank patient leaves what the metadata say, and what cannot be used is refused by its
-    line. Commas, semicolons or tabs part the columns, as spreadsheets write them.
+    Columns are separated by commas, semicolons or tabs. Blank patients are skipped. The error for an invalid row, or
+    for a slide that is not in `known`, names its line.
     """
     if patients is None or isinstance(patients, Mapping):
         return {str(i): name for i, value in (patients or {}).items() if (name := patient_name(value))}
     path = Path(patients)
     if not path.is_file():
         raise HestFormatError(path, "file is missing", "Give a CSV file with columns id and patient")
-    found: dict[str, tuple[str | None, int]] = {}
+    seen: dict[str, tuple[str | None, int]] = {}
     for line, row in _read_rows(path, ("id", "patient")):
-        slide, who = row["id"], row["patient"] or None
+        slide, patient = row["id"], row["patient"] or None
         if not slide:
-            raise HestFormatError(path, f"line {line} names patient {who!r} and no slide", "Fill in its id")
+            raise HestFormatError(path, f"line {line} names patient {patient!r} but no slide", "Fill in its id")
         if slide not in known:
             near = difflib.get_close_matches(slide, known, 1, 0.5)
-            fix = f"Is it {near[0]}?" if near else f"The cohort has {', '.join(sorted(known)[:8])}"
-            raise HestFormatError(path, f"line {line} names slide {slide!r}, which the cohort does not have", fix)
-        before, first = found.setdefault(slide, (who, line))
-        if who != before:
+            fix = f"Did you mean {near[0]}?" if near else f"The cohort has {', '.join(sorted(known)[:8])}"
+            raise HestFormatError(path, f"line {line} names slide {slide!r}, which is not in the cohort", fix)
+        before, first = seen.setdefault(slide, (patient, line))
+        if patient != before:
             raise HestFormatError(
                 path,
-                f"lines {first} and {line} name two patients of {slide}: {before or 'blank'} and {who or 'blank'}",
-                "Keep the one that is right",
+                f"lines {first} and {line} give two patients for {slide}: {before or 'blank'} and {patient or 'blank'}",
+                "Keep the correct line",
             )
-    return {slide: who for slide, (who, _) in found.items() if who}
+    return {slide: patient for slide, (patient, _) in seen.items() if patient}
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Give the number of each line of a table, from 1, and its stripped cells in `columns`; blank lines are skipped."""
+    """Yield the line number, from 1, and the stripped cells in `columns` of each row of a CSV file that is not blank."""
     try:
         raw = read_bytes(path)
     except ValueError as error:
-        raise HestFormatError(path, _reason(path, error), "Give one line a slide: id,patient") from None
+        raise HestFormatError(path, _strip_path(path, error), "Write one line per slide: id,patient") from None
     try:
         text = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise HestFormatError(path, f"is no text in UTF-8 ({error})", "Save the table as CSV in UTF-8") from None
+        raise HestFormatError(path, f"not UTF-8 text ({error})", "Save the table as CSV in UTF-8") from None
     head = text.lstrip().partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         table = [(lines.line_num, cells) for cells in lines]
     except csv.Error as error:
-        what = f"line {lines.line_num} is no line of a table ({error})"
-        raise HestFormatError(path, what, "Save the table as CSV") from None
+        problem = f"line {lines.line_num} is not valid CSV ({error})"
+        raise HestFormatError(path, problem, "Save the table as CSV") from None
     names: list[str] = []
     n_rows = 0
     for line, cells in table:
@@ -223,17 +223,17 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         if any(cells[len(names) :]):
             raise HestFormatError(
                 path,
-                f"line {line} has {len(cells)} fields, the first line {len(names)}",
-                'Put a field that holds the separator in "quotes"',
+                f"line {line} has {len(cells)} fields, the header {len(names)}",
+                'Put a field that contains the separator in "quotes"',
             )
-        cells += [""] * (len(names) - len(cells))  # spreadsheets leave blanks at the end out
+        cells += [""] * (len(names) - len(cells))  # spreadsheets omit trailing blanks
         yield line, {column: cells[names.index(column)] for column in columns}
     if not n_rows:
-        seen = describe_mismatch(path, {"text", "empty"})
+        reason = describe_mismatch(path, {"text", "empty"})
         raise HestFormatError(
             path,
-            f"columns {' and '.join(columns)} are missing" + (f" ({seen})" if seen else ""),
-            f"Give one line a slide: {','.join(columns)}",
+            f"columns {' and '.join(columns)} are missing" + (f" ({reason})" if reason else ""),
+            f"Write one line per slide: {','.join(columns)}",
         )
 
 
@@ -242,12 +242,12 @@ def read_metadata(path: Path) -> dict:
     try:
         fields = parse_json(read_text(path))
     except ValueError as error:
-        seen = describe_mismatch(path, {"text", "pickle"}) or _reason(path, error)
-        raise HestFormatError(path, f"not valid JSON ({seen})", "Download the file again") from None
+        reason = describe_mismatch(path, {"text", "pickle"}) or _strip_path(path, error)
+        raise HestFormatError(path, f"not valid JSON ({reason})", "Download the file again") from None
     if not isinstance(fields, dict):
-        raise HestFormatError(path, f"holds a {type(fields).__name__}", "It must hold one object of named fields")
+        raise HestFormatError(path, f"is a JSON {type(fields).__name__}", "It must be one JSON object")
     return fields
 
 
-def _reason(path: Path, error: ValueError) -> str:
+def _strip_path(path: Path, error: ValueError) -> str:
     return str(error).removeprefix(f"{path}: ")

@@ -1,4 +1,4 @@
-"""How a slide and a cohort show themselves in a notebook."""
+"""Render slides and cohorts as HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peka_lite._core.names import escape_html
 _THUMBNAIL_PX = 220
 
 
-def slide_html(slide) -> str:
-    """Thumbnail with spots, one tile and the facts of a slide, as self-contained HTML."""
+def render_slide(slide) -> str:
+    """Return a slide's thumbnail with spots, one tile and a table of facts as self-contained HTML."""
     pictures = "".join(
         f'<img src="data:image/png;base64,{png}" alt="{escape_html(alt)}" '
         f'style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
-        for png, alt in ((_thumbnail(slide), f"Slide {slide.id} with its spots"), (_tile(slide), "One tile"))
+        for png, alt in ((_draw_thumbnail(slide), f"Slide {slide.id} with its spots"), (_draw_tile(slide), "One tile"))
         if png
     )
     facts = {
@@ -27,7 +27,7 @@ def slide_html(slide) -> str:
         "patient": slide.patient or "unknown",
         "organ": slide.metadata.get("organ") or "unknown",
         "technology": slide.metadata.get("st_technology") or "unknown",
-        **{f"dropped: {why}": n for why, n in slide.dropped.items()},
+        **{f"dropped: {reason}": n for reason, n in slide.dropped.items()},
     }
     rows = "".join(
         f"<tr><th style='text-align:left'>{escape_html(k)}</th><td>{escape_html(v)}</td></tr>" for k, v in facts.items()
@@ -36,8 +36,8 @@ def slide_html(slide) -> str:
     return f"<div><strong>Slide {escape_html(slide.id)}</strong>{note}<div>{pictures}</div><table>{rows}</table></div>"
 
 
-def cohort_html(cohort) -> str:
-    """One line a slide, and what was left out."""
+def render_cohort(cohort) -> str:
+    """Return a table with one row per slide, and the slides left out, as HTML."""
     head = "".join(f"<th>{h}</th>" for h in ("slide", "patient", "organ", "spots", "genes", "dropped"))
     rows = "".join(
         "<tr>"
@@ -49,13 +49,13 @@ def cohort_html(cohort) -> str:
                 s.metadata.get("organ") or "",
                 s.n_spots,
                 s.adata.n_vars,
-                "; ".join(f"{n} {why}" for why, n in s.dropped.items()) or "none",
+                "; ".join(f"{n} {reason}" for reason, n in s.dropped.items()) or "none",
             )
         )
         + "</tr>"
         for s in cohort.slides
     )
-    out = "".join(f"<li>left out {escape_html(i)}: {escape_html(why)}</li>" for i, why in cohort.left_out.items())
+    out = "".join(f"<li>left out {escape_html(i)}: {escape_html(text)}</li>" for i, text in cohort.left_out.items())
     synthetic = any(s.metadata.get("synthetic") for s in cohort.slides)
     title = f"{len(cohort.slides)} slides, {len(cohort)} spots, {len(cohort.genes)} shared genes"
     return (
@@ -64,7 +64,7 @@ def cohort_html(cohort) -> str:
     )
 
 
-def _thumbnail(slide) -> str | None:
+def _draw_thumbnail(slide) -> str | None:
     from PIL import Image, ImageDraw
 
     library = next(iter(slide.adata.uns.get("spatial", {}).values()), None)
@@ -79,16 +79,16 @@ def _thumbnail(slide) -> str | None:
     radius = max(1.5, float(library["scalefactors"]["spot_diameter_fullres"]) * scale * zoom / 2)
     for x, y in np.asarray(slide.adata.obsm["spatial"])[:, :2] * scale * zoom:
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=(20, 60, 160))
-    return _png(picture)
+    return _encode_png(picture)
 
 
-def _tile(slide) -> str:
+def _draw_tile(slide) -> str:
     from PIL import Image
 
-    return _png(Image.fromarray(slide.tiles[slide.n_spots // 2]))
+    return _encode_png(Image.fromarray(slide.tiles[slide.n_spots // 2]))
 
 
-def _png(picture) -> str:
+def _encode_png(picture) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Cohorts by name: the embedded one, a fetched one, or any folder in HEST-1k's layout."""
+"""Find and open cohorts: the embedded one, a fetched one, or any folder in HEST-1k's layout."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data._fetch import read_record
 from peka_lite.data.download import cache_dir, find_fetched, patients_of, read_manifest
 
-# What reads or writes a cohort is imported where that is done: to look up where one is takes none of it.
+# Readers and writers are imported in the functions that use them: finding a cohort's folder needs none of them.
 if TYPE_CHECKING:
     from peka_lite.data.hest import Cohort
 
 
 def find_cohort(name: str | os.PathLike) -> Path:
-    """Return where a cohort is or, for ``"mini"``, will be; nothing is written.
+    """Return a cohort's folder without writing it; that of ``"mini"`` may not exist yet.
 
     Raises
     ------
     FileNotFoundError
-        For a name that is neither a folder nor a fetched cohort; the message says how to get one.
+        If `name` is neither a folder nor a fetched cohort; the message gives the fix.
     """
     if name == "mini":
-        return cache_dir() / f"mini-{MINI_FORMAT}"  # an older one stays for an older library
+        return cache_dir() / f"mini-{MINI_FORMAT}"  # older formats stay for older versions of the library
     if Path(name).is_dir():
         return Path(name)
     known = [entry.name for entry in read_manifest().values() if entry.kind == "cohort"]
@@ -34,13 +34,13 @@ def find_cohort(name: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"{name}: no such cohort folder; give one in HEST-1k's layout, 'mini', or one to fetch: {', '.join(known)}"
         )
-    if (found := find_fetched(name)) is None:
-        raise FileNotFoundError(f"cohort {name!r} is not here yet: run `peka-lite fetch {name}`")
-    return found
+    if (folder := find_fetched(name)) is None:
+        raise FileNotFoundError(f"cohort {name!r} is not downloaded yet: run `peka-lite fetch {name}`")
+    return folder
 
 
 def cohort_root(name: str | os.PathLike) -> Path:
-    """Return a cohort's folder, as `find_cohort`; the embedded cohort is written to the cache on first use.
+    """Return a cohort's folder; the embedded cohort is written to the cache on first use.
 
     Examples
     --------
@@ -66,8 +66,8 @@ def open_cohort(
 ) -> Cohort:
     """Read a cohort by name or folder and apply quality control, as every run does.
 
-    Parameters are those of `cohort_root`, `read_cohort` and `qc`. A cohort of the manifest takes its patients from
-    there where `patients` is None, and where `slides` is None leaves out slides that show the section of another one.
+    Parameters are those of `cohort_root`, `read_cohort` and `qc`. For a cohort of the manifest, `patients` defaults to
+    the manifest's patients, and `slides` to all but those that show the section of another slide.
 
     Examples
     --------
@@ -86,9 +86,9 @@ def open_cohort(
     if entry is not None and entry.kind == "cohort":
         patients = patients_of(entry) if patients is None else patients
         if slides is None:
-            here = {path.stem for path in (root / "st").glob("*.h5ad")}
-            copies = {s.id: f"same section as {s.same_as}" for s in entry.slides if {s.id, s.same_as} <= here}
-            slides = sorted(here - copies.keys())
+            available = {path.stem for path in (root / "st").glob("*.h5ad")}
+            copies = {s.id: f"same section as {s.same_as}" for s in entry.slides if {s.id, s.same_as} <= available}
+            slides = sorted(available - copies.keys())
     cohort = read_cohort(root, slides, patients=patients)
     cohort = dataclasses.replace(cohort, left_out=cohort.left_out | copies)
     return qc(cohort, min_genes=min_genes, max_mito=max_mito)

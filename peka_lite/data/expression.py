@@ -1,4 +1,4 @@
-"""Counts: which spots are good enough, how they are normalized, which genes are predicted."""
+"""Filter spots, normalize counts, and select and align genes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from peka_lite.data._choices import NORMALIZATIONS
 
 
 class GeneList(list):
-    """Gene names that know which rows chose them: ``fitted_on_`` holds their `row_ids`."""
+    """List of gene names with ``fitted_on_``, the `row_ids` of the spots that they were selected on."""
 
     fitted_on_: np.ndarray
 
 
 def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
-    """Drop spots that express too few genes, or too much of the mitochondrial genome.
+    """Drop spots with too few expressed genes or too large a mitochondrial fraction.
 
     Parameters
     ----------
     cohort
-        `peka_lite.data.Cohort`. Each slide is judged on all of its own genes.
+        `peka_lite.data.Cohort`. All genes of a slide count, shared or not.
     min_genes
-        Fewest genes with a count above zero; 200 is what scFoundation's preprocessing asks for
+        Smallest number of genes with a count above zero; 200 as in scFoundation's preprocessing
         (Hao et al. 2024, doi:10.1038/s41592-024-02305-7).
     max_mito
-        Largest fraction (0 to 1) of a spot's counts in genes named ``MT-*``; None keeps all.
+        Largest fraction (0 to 1) of a spot's counts in genes named ``MT-*``; None applies no limit.
 
     Returns
     -------
     Cohort
-        A new cohort; each slide's `dropped` says how many spots went and why.
+        A new cohort; each slide's `dropped` counts the removed spots by reason.
 
     Examples
     --------
@@ -49,10 +49,10 @@ def qc(cohort, *, min_genes: int = 200, max_mito: float | None = None):
     """
     if max_mito is not None and not 0 < max_mito <= 1:
         raise ValueError(f"max_mito is a fraction between 0 and 1, not {max_mito}")
-    expressed = np.concatenate([np.diff(s.adata.X.indptr) - _explicit_zeros(s.adata.X) for s in cohort.slides])
+    expressed = np.concatenate([np.diff(s.adata.X.indptr) - _count_explicit_zeros(s.adata.X) for s in cohort.slides])
     cohort = cohort.select(expressed >= min_genes, reason=f"spots with fewer than {min_genes} genes")
     if max_mito is not None:
-        mito = np.concatenate([_mito_fraction(s.adata) for s in cohort.slides])
+        mito = np.concatenate([_compute_mito_fraction(s.adata) for s in cohort.slides])
         cohort = cohort.select(mito <= max_mito, reason=f"spots above {max_mito:g} mitochondrial")
     return cohort
 
@@ -63,15 +63,15 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
     Parameters
     ----------
     adata
-        Raw counts (N, G); left as it is.
+        Raw counts (N, G); not modified.
     method
         ``"log1p-cp10k"``: each spot scaled to 10,000 counts over the given genes, then log1p (as scFoundation);
-        ``"log1p"``: log1p of the raw counts (what HEST-bench computes, so sequencing depth stays in).
+        ``"log1p"``: log1p of the raw counts (as HEST-bench; sequencing depth is not removed).
 
     Returns
     -------
     scipy.sparse.csr_matrix
-        (N, G) float32; a spot without counts stays zero.
+        (N, G) float32; zero for a spot without counts.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
     """
     if method not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {method!r}; known: {', '.join(NORMALIZATIONS)}")
-    # A copy: with another type alone scipy shares the indices, and log1p sorts them in place.
+    # Copy: a new dtype alone would share the indices, which log1p sorts in place.
     X = sparse.csr_matrix(adata.X, dtype=np.float64, copy=True)
     if method == "log1p-cp10k":
         total = np.asarray(X.sum(1)).ravel()  # (N,)
@@ -101,28 +101,28 @@ def normalize(adata: ad.AnnData, *, method: str = "log1p-cp10k") -> sparse.csr_m
 def top_hvg(
     adata: ad.AnnData, *, n: int = 50, rows=None, method: str = "log1p-cp10k", min_spots: float = 0.1
 ) -> list[str]:
-    """Choose the `n` most variable genes from the given rows only.
+    """Select the `n` most variable genes using the given rows only, so that held-out spots cause no leakage.
 
-    scanpy's dispersion ranking (Seurat flavour) among genes found in at least a share `min_spots` of the rows
-    (HEST-bench's filter), so that held-out spots have no say in what is predicted.
+    Ranks by scanpy's dispersion (Seurat flavor) the genes that are expressed in at least the fraction `min_spots` of
+    the rows (HEST-bench's filter).
 
     Parameters
     ----------
     adata
         Raw counts (N, G).
     n
-        How many genes.
+        Number of genes.
     rows
         Training rows (indices or mask); None means all.
     method
         Normalization before ranking, as in `normalize`.
     min_spots
-        Smallest share of rows in which a gene is seen.
+        Smallest fraction of rows in which a gene is expressed.
 
     Returns
     -------
     list of str
-        Gene names, most variable first; its ``fitted_on_`` holds the `row_ids` of the counts that chose them.
+        Gene names, most variable first; ``fitted_on_`` holds the `row_ids` of the rows used.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def top_hvg(
 
     Examples
     --------
-    Spots that are held out have no say, and the list remembers who had:
+    Held-out spots are not used, and the list records the rows that were:
 
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).adata
@@ -146,27 +146,27 @@ def top_hvg(
     seen = np.asarray((X > 0).sum(0)).ravel() >= max(1, math.ceil(min_spots * X.shape[0]))
     if seen.sum() < n:
         raise ValueError(
-            f"{seen.sum()} genes are seen in at least {min_spots:.0%} of {X.shape[0]} spots: fewer than n={n}. "
-            "Lower n or min_spots."
+            f"{seen.sum()} genes are expressed in at least {min_spots:.0%} of {X.shape[0]} spots, fewer than n={n}: "
+            "lower n or min_spots"
         )
     # Normalize over all genes first: the filter must not change a spot's total.
     work = ad.AnnData(normalize(train, method=method)[:, seen], var=pd.DataFrame(index=adata.var_names[seen]))
     work.uns["log1p"] = {"base": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = sc.pp.highly_variable_genes(work, n_top_genes=n, flavor="seurat", inplace=False)
-    found.index = work.var_names
-    # A gene that is the same everywhere has no dispersion (NaN) and comes last.
-    ranked = found.sort_values("dispersions_norm", ascending=False, kind="stable")
+        table = sc.pp.highly_variable_genes(work, n_top_genes=n, flavor="seurat", inplace=False)
+    table.index = work.var_names
+    # Constant genes have no dispersion (NaN) and are ranked last.
+    ranked = table.sort_values("dispersions_norm", ascending=False, kind="stable")
     genes = GeneList(ranked.index[:n])
     genes.fitted_on_ = row_ids(X)
     return genes
 
 
 def expression_targets(adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k") -> np.ndarray:
-    """Return what the probe predicts: normalized expression of `genes`, (N, len(genes)) float32.
+    """Return the probe's targets: normalized expression of `genes`, (N, len(genes)) float32.
 
-    Totals are taken over all genes of `adata`, before the selection.
+    Totals are computed over all genes of `adata`.
 
     Examples
     --------
@@ -185,33 +185,33 @@ def expression_targets(adata: ad.AnnData, genes: Sequence[str], *, method: str =
 
 
 def load_in_memory(adata: ad.AnnData) -> ad.AnnData:
-    """Return data with X in memory; one that lies on disk (``backed``) is read, one without X is refused."""
+    """Return `adata` with X in memory: read it if it is backed, raise ValueError if X is missing."""
     if adata.X is None:
-        raise ValueError("X is empty; it must hold expression (`adata.X = adata.layers[...]` puts a layer there)")
+        raise ValueError("X is missing; set it to expression values, for example `adata.X = adata.layers[...]`")
     return adata.to_memory() if adata.isbacked else adata
 
 
 def align_genes(
     adata: ad.AnnData, genes: Sequence[str], *, names: Sequence[str] | None = None
 ) -> tuple[sparse.csr_matrix, float]:
-    """Put counts into another gene order; a gene that was not measured becomes a column of zeros.
+    """Reorder the columns of counts to `genes`; genes that were not measured become zeros.
 
     Parameters
     ----------
     adata
         Counts (N, G).
     genes
-        The wanted order.
+        Genes of the result, in order.
     names
-        Name of each column; None takes var_names. Columns that name one gene are summed.
+        Gene of each column; None uses var_names. Columns of the same gene are summed.
 
     Returns
     -------
     scipy.sparse.csr_matrix
         (N, len(genes)) float32.
     float
-        Coverage: the share of the data's own genes that the wanted order knows, among those with a count in any row
-        (among all where no row has one).
+        Coverage: the fraction of the data's genes that are in `genes`, among those with a count in any row
+        (among all if there is no count).
 
     Examples
     --------
@@ -227,19 +227,19 @@ def align_genes(
     """
     genes = pd.Index(genes)
     if not genes.is_unique:
-        raise ValueError(f"gene {genes[genes.duplicated()][0]!r} stands more than once in the wanted order")
+        raise ValueError(f"gene {genes[genes.duplicated()][0]!r} is duplicated in genes")
     X = sparse.csr_matrix(load_in_memory(adata).X, dtype=np.float64)
-    to = genes.get_indexer(adata.var_names if names is None else pd.Index(names))  # (G,), -1 where not wanted
+    to = genes.get_indexer(adata.var_names if names is None else pd.Index(names))  # (G,), -1 if not in genes
     known = np.flatnonzero(to >= 0)
     pick = sparse.csr_matrix((np.ones(len(known)), (known, to[known])), shape=(len(to), len(genes)))
     expressed = np.asarray((X != 0).sum(0)).ravel() > 0
-    judged = to[expressed] if expressed.any() else to
-    coverage = float((judged >= 0).mean()) if len(judged) else 0.0
+    counted = to[expressed] if expressed.any() else to
+    coverage = float((counted >= 0).mean()) if len(counted) else 0.0
     return sparse.csr_matrix(X @ pick, dtype=np.float32), coverage
 
 
 def hash_counts(adata: ad.AnnData) -> str:
-    """Hash counts with their barcodes and gene names; 16 hex digits."""
+    """Return a hash of counts, barcodes and gene names, as 16 hex digits."""
     X = sparse.csr_matrix(load_in_memory(adata).X)
     digest = hashlib.sha256("\n".join([*map(str, adata.obs_names), *map(str, adata.var_names)]).encode())
     for part in (X.indptr.astype(np.int64), X.indices.astype(np.int64), X.data.astype(np.float32)):
@@ -247,14 +247,14 @@ def hash_counts(adata: ad.AnnData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _explicit_zeros(X: sparse.csr_matrix) -> np.ndarray:
+def _count_explicit_zeros(X: sparse.csr_matrix) -> np.ndarray:
     zeros = sparse.csr_matrix((X.data == 0, X.indices, X.indptr), shape=X.shape)
     return np.asarray(zeros.sum(1)).ravel()
 
 
-def _mito_fraction(adata: ad.AnnData) -> np.ndarray:
+def _compute_mito_fraction(adata: ad.AnnData) -> np.ndarray:
     mito = adata.var_names.str.upper().str.startswith("MT-")
     if not mito.any():
-        raise ValueError("max_mito was given, but no gene is named MT-*; leave max_mito out for such data")
+        raise ValueError("max_mito was given, but no gene is named MT-*; omit max_mito for such data")
     total = np.asarray(adata.X.sum(1)).ravel()
     return np.asarray(adata.X[:, mito].sum(1)).ravel() / np.maximum(total, 1)

@@ -1,4 +1,4 @@
-"""HEST-1k on disk: one slide, one cohort, with tiles and spots in one row order.
+"""Read slides and cohorts in HEST-1k's layout, with tiles and spots in the same row order.
 
 A cohort folder holds ``st/{id}.h5ad`` (raw counts), ``patches/{id}.h5`` (224 px tiles) and ``metadata/{id}.json``,
 as HEST-1k distributes them (Jaume et al. 2024, arXiv:2406.16192).
@@ -47,11 +47,11 @@ class Slide:
     tiles
         `TileStore` of N tiles; row i is the tile of spot i.
     patient
-        Who the tissue came from, or None where the metadata does not say.
+        Patient of the tissue, or None if unknown.
     metadata
         The slide's JSON fields.
     dropped
-        Why rows of the files are not here, and how many: ``{"spots without a tile": 2, ...}``.
+        Number of rows of the files that were dropped, by reason: ``{"spots without a tile": 2, ...}``.
 
     Examples
     --------
@@ -76,33 +76,33 @@ class Slide:
         return self.adata.n_obs
 
     def select(self, rows, *, reason: str) -> Slide:
-        """Keep the given rows (indices or mask) and count the others under `reason`."""
+        """Return the given rows (indices or mask); `dropped` counts the others under `reason`."""
         adata = self.adata[rows].copy()
-        lost = self.n_spots - adata.n_obs
-        dropped = self.dropped | ({reason: self.dropped.get(reason, 0) + lost} if lost else {})
+        n_dropped = self.n_spots - adata.n_obs
+        dropped = self.dropped | ({reason: self.dropped.get(reason, 0) + n_dropped} if n_dropped else {})
         return dataclasses.replace(self, adata=adata, tiles=self.tiles.select(rows), dropped=dropped)
 
     def __repr__(self) -> str:
-        lost = "".join(f"; dropped {n} {why}" for why, n in self.dropped.items())
-        who = self.patient or "patient unknown"
-        return f"Slide {self.id}: {self.n_spots} spots x {self.adata.n_vars} genes, {who}{lost}"
+        dropped = "".join(f"; dropped {n} {reason}" for reason, n in self.dropped.items())
+        patient = self.patient or "patient unknown"
+        return f"Slide {self.id}: {self.n_spots} spots x {self.adata.n_vars} genes, {patient}{dropped}"
 
     def _repr_html_(self) -> str:
-        from peka_lite.data._html import slide_html
+        from peka_lite.data._html import render_slide
 
-        return slide_html(self)
+        return render_slide(self)
 
 
 @dataclass(frozen=True, repr=False)
 class Cohort:
-    """Slides one after the other; row i means the same spot in every array made from a cohort.
+    """Concatenated slides; row i is the same spot in every array made from the cohort.
 
     Attributes
     ----------
     slides
         The slides, in order.
     left_out
-        Slides that were found but not taken: id -> why.
+        Slides that were left out: id -> reason.
 
     Examples
     --------
@@ -110,7 +110,7 @@ class Cohort:
     >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI7"])
     >>> len(cohort), len(cohort.genes), cohort.tiles.shape
     (416, 1500, (416, 224, 224, 3))
-    >>> cohort.obs.groupby(["patient", "slide"]).size()  # two sections of one person
+    >>> cohort.obs.groupby(["patient", "slide"]).size()  # two sections of one patient
     patient         slide
     Mini patient 1  MINI1    190
                     MINI7    226
@@ -127,7 +127,7 @@ class Cohort:
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """Table with a row for every spot and columns slide, patient (None where unknown) and barcode."""
+        """Table with one row per spot and columns slide, patient (None if unknown) and barcode."""
         sizes = [s.n_spots for s in self.slides]
         return pd.DataFrame(
             {
@@ -139,7 +139,7 @@ class Cohort:
 
     @cached_property
     def genes(self) -> pd.Index:
-        """Genes that every slide measured, in the order of the first slide."""
+        """Genes measured in every slide, in the order of the first slide."""
         shared = set.intersection(*(set(s.adata.var_names) for s in self.slides))
         return self.slides[0].adata.var_names[self.slides[0].adata.var_names.isin(list(shared))]
 
@@ -153,7 +153,7 @@ class Cohort:
         for column in self.obs:
             joined.obs[column] = self.obs[column].to_numpy()
         joined.X = sparse.csr_matrix(joined.X)
-        joined.X.sort_indices()  # joining slides of other genes leaves them in disorder
+        joined.X.sort_indices()  # concatenating slides with different genes leaves them unsorted
         return joined
 
     @cached_property
@@ -169,54 +169,54 @@ class Cohort:
         return rows
 
     def by_slide(self, rows) -> list[ad.AnnData]:
-        """Return the given rows (indices or mask) slide by slide, each with all genes of its slide: for a teacher."""
+        """Return the given rows (indices or mask) as one AnnData per slide, with all genes of the slide."""
         keep = np.zeros(len(self), dtype=bool)
         keep[rows] = True
         parts = [s.adata[keep[self.rows_of(s.id)]] for s in self.slides]
         return [part for part in parts if part.n_obs]
 
     def select(self, rows, *, reason: str) -> Cohort:
-        """Keep the given rows (indices or mask), in the order they stand in; the others are counted."""
+        """Return the given rows (indices or mask) in cohort order; `dropped` counts the others under `reason`."""
         keep = np.zeros(len(self), dtype=bool)
         keep[rows] = True
         masks = [keep[self.rows_of(s.id)] for s in self.slides]
-        kept = [s.select(m, reason=reason) for s, m in zip(self.slides, masks, strict=True) if m.any()]
-        gone = {s.id: reason for s, m in zip(self.slides, masks, strict=True) if not m.any()}
-        if not kept:
+        slides = [s.select(m, reason=reason) for s, m in zip(self.slides, masks, strict=True) if m.any()]
+        left_out = {s.id: reason for s, m in zip(self.slides, masks, strict=True) if not m.any()}
+        if not slides:
             raise ValueError(f"no spot is left: all {len(self)} were dropped for {reason!r}")
-        return Cohort(tuple(kept), self.left_out | gone)
+        return Cohort(tuple(slides), self.left_out | left_out)
 
     def __repr__(self) -> str:
         lines = [f"Cohort of {len(self.slides)} slides, {len(self)} spots, {len(self.genes)} shared genes"]
         lines += [f"  {s!r}" for s in self.slides]
-        lines += [f"  left out {i}: {why}" for i, why in self.left_out.items()]
+        lines += [f"  left out {i}: {reason}" for i, reason in self.left_out.items()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from peka_lite.data._html import cohort_html
+        from peka_lite.data._html import render_cohort
 
-        return cohort_html(self)
+        return render_cohort(self)
 
 
 def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = None) -> Slide:
     """Read one slide and join its tiles to its spots on the barcode.
 
-    Rows follow the order of the ``.h5ad``; spots without a tile and tiles without a spot are left out and counted.
+    Rows follow the order of the ``.h5ad``; spots without a tile and tiles without a spot are dropped and counted.
 
     Parameters
     ----------
     root
-        Folder that holds ``st``, ``patches`` and ``metadata``.
+        Folder with ``st``, ``patches`` and ``metadata``.
     slide_id
         HEST sample id, for example ``"TENX39"``.
     patient
-        Overrides the metadata's ``patient``.
+        Patient of the slide; by default the metadata's ``patient``.
 
     Raises
     ------
     HestFormatError
-        For a missing file or dataset, duplicate barcodes, no overlap, a wrong tile shape or dtype, counts that are
-        negative, NaN or not whole, and missing coordinates.
+        If a file, dataset or coordinate is missing, barcodes are duplicated or not shared, tiles have a wrong shape or
+        dtype, or counts are negative, NaN or not integers.
 
     Examples
     --------
@@ -232,9 +232,9 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
         root / "metadata" / f"{slide_id}.json",
     )
     for path in (st, patches, meta):
-        if not path.is_file():  # a pipe is none: nothing waits for its writer
-            what = "is no file but a folder, a pipe or a device" if path.exists() else "file is missing"
-            raise HestFormatError(path, what, f"HEST-1k distributes it as {path.parent.name}/{path.name}")
+        if not path.is_file():  # reading a pipe would hang
+            problem = "not a regular file" if path.exists() else "file is missing"
+            raise HestFormatError(path, problem, f"HEST-1k distributes it as {path.parent.name}/{path.name}")
     metadata = read_metadata(meta)
     adata = read_spots(st)
     barcodes = read_tile_barcodes(patches)
@@ -244,14 +244,15 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
         raise HestFormatError(
             patches,
             f"no barcode is shared with {st} (tiles: {barcodes[0]!r}, spots: {adata.obs_names[0]!r})",
-            "The two files must come from one slide and spell barcodes the same way",
+            "Both files must come from one slide and spell barcodes the same way",
         )
-    lost = {"spots without a tile": int((~has_tile).sum()), "tiles without a spot": len(barcodes) - int(has_tile.sum())}
+    n_joined = int(has_tile.sum())
+    dropped = {"spots without a tile": adata.n_obs - n_joined, "tiles without a spot": len(barcodes) - n_joined}
     adata = adata[has_tile].copy()
     rows = tile_of.loc[adata.obs_names].to_numpy()
     tiles = TileStore([patches], np.zeros(len(rows)), rows)
-    who = patient_name(patient) or patient_name(metadata.get("patient"))
-    return Slide(slide_id, adata, tiles, who, metadata, {why: n for why, n in lost.items() if n})
+    patient = patient_name(patient) or patient_name(metadata.get("patient"))
+    return Slide(slide_id, adata, tiles, patient, metadata, {reason: n for reason, n in dropped.items() if n})
 
 
 def read_cohort(
@@ -266,33 +267,33 @@ def read_cohort(
     Parameters
     ----------
     root
-        Folder that holds ``st/{id}.h5ad``, ``patches/{id}.h5`` and ``metadata/{id}.json``.
+        Folder with ``st/{id}.h5ad``, ``patches/{id}.h5`` and ``metadata/{id}.json``.
     ids
         Slides to read, in this order; by default every slide of ``st``, sorted by name.
     patients
-        Slide id -> patient, or a CSV file with columns ``id`` and ``patient``. It fills in and overrides the
-        metadata, which HEST leaves blank for whole cohorts. Blocks cut from one person get one name. Of a file every
-        row counts: one that names no slide of the folder, or another patient than a row before, is refused.
+        Slide id -> patient, or a CSV file with columns ``id`` and ``patient``. Overrides the metadata, which HEST
+        leaves blank for whole cohorts. Give all blocks of one person the same name. A row of the file with an unknown
+        slide, or with another patient than an earlier row, is an error.
     keep_targeted
         Keep slides measured with a targeted panel. By default a slide with fewer than half of the cohort's median
-        number of genes is left out, named in a warning and in `Cohort.left_out`: sharing genes with it would
-        shrink the whole cohort to its panel.
+        number of genes is left out, with a warning and an entry in `Cohort.left_out`, because the shared genes of the
+        cohort would shrink to its panel.
 
     Raises
     ------
     HestFormatError
-        As `read_slide`, and where the folder holds no slide, `patients` is not such a table, or fewer than two of
-        several slides name their genes alike.
+        As in `read_slide`, and if the folder has no slides, `patients` is not such a table, or fewer than two of
+        several slides have the same gene naming.
 
     Warns
     -----
     UserWarning
-        For each slide left out, for each whose genes another column of ``var`` names as the other slides do, and where
-        the slides share fewer than half of the genes of the smallest (`keep_one_naming`).
+        For each slide that is left out or whose gene names are taken from elsewhere (`keep_one_naming`), and if the
+        slides share fewer than half of the genes of the smallest.
 
     Examples
     --------
-    Blocks cut from one person get one name:
+    Two blocks of one person get the same patient:
 
     >>> import peka_lite as pk
     >>> cohort = pk.read_cohort(pk.data.cohort_root("mini"), ["MINI1", "MINI2"], patients={"MINI2": "Mini patient 1"})
@@ -300,38 +301,37 @@ def read_cohort(
     {'MINI1': 'Mini patient 1', 'MINI2': 'Mini patient 1'}
     """
     root = Path(root)
-    found = sorted(p.stem for p in (root / "st").glob("*.h5ad"))
-    if not found:
-        raise HestFormatError(root / "st", "no .h5ad file here", "Give the folder that holds st, patches and metadata")
-    ids = list(found if ids is None else ids)
-    if missing := [i for i in ids if i not in found]:
-        raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(found)}")
+    available = sorted(p.stem for p in (root / "st").glob("*.h5ad"))
+    if not available:
+        raise HestFormatError(root / "st", "no .h5ad file", "Give the folder with st, patches and metadata")
+    ids = list(available if ids is None else ids)
+    if missing := [i for i in ids if i not in available]:
+        raise HestFormatError(root / "st", f"no slide {', '.join(missing)}", f"It has {', '.join(available)}")
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
-        raise ValueError(f"slides asked for more than once: {', '.join(twice)}")
-    if odd := [i for i in ids if not i.isascii() and i != i.encode(errors="replace").decode()]:
-        raise HestFormatError(root / "st", f"the name of {odd[0]!r} is no text in UTF-8", "Rename the slide's files")
-    who = read_patients(patients, found)
-    if who and not who.keys() & set(found):
-        raise ValueError(
-            f"patients names none of the slides: {', '.join(list(who)[:3])}, ... against {', '.join(found[:3])}, ..."
-        )
-    slides, left_out = keep_one_naming([read_slide(root, i, patient=who.get(i)) for i in ids], root / "st")
+        raise ValueError(f"slides given more than once: {', '.join(twice)}")
+    if invalid := [i for i in ids if not i.isascii() and i != i.encode(errors="replace").decode()]:
+        raise HestFormatError(root / "st", f"file name {invalid[0]!r} is not UTF-8", "Rename the slide's files")
+    patients = read_patients(patients, available)
+    if patients and not patients.keys() & set(available):
+        given, expected = (", ".join(list(names)[:3]) for names in (patients, available))
+        raise ValueError(f"patients names none of the slides: it has {given}, ..., the cohort has {expected}, ...")
+    slides, left_out = keep_one_naming([read_slide(root, i, patient=patients.get(i)) for i in ids], root / "st")
 
     median = np.median([s.adata.n_vars for s in slides])
     targeted = {} if keep_targeted else {s.id: s.adata.n_vars for s in slides if s.adata.n_vars < median / 2}
     targeted = {i: f"targeted panel of {n} genes (cohort median {median:.0f})" for i, n in targeted.items()}
-    for slide_id, why in targeted.items():
-        warnings.warn(f"left out {slide_id}: {why}; keep_targeted=True keeps it", stacklevel=2)
+    for slide_id, reason in targeted.items():
+        warnings.warn(f"left out {slide_id}: {reason}; keep_targeted=True keeps it", stacklevel=2)
     slides = [s for s in slides if s.id not in targeted]
     if left_out and len(slides) == 1:
         raise HestFormatError(
-            root / "st", f"{slides[0].id} alone is left, without {', '.join(left_out | targeted)}", ONE_KIND
+            root / "st", f"only {slides[0].id} is left, without {', '.join(left_out | targeted)}", ONE_KIND
         )
 
-    # "Patient 1" of two studies is two people, so names from metadata carry their study. A name that the reader gave
-    # stays as it is, also where metadata use it: joining two people costs data, parting one person leaks him.
-    if len({str(s.metadata.get("dataset_title")) for s in slides}) > 1:  # of any type, as the file has it
-        given = {None, *who.values()}
+    # "Patient 1" of two studies is two people, so names from metadata get their study appended. Names in `patients`
+    # stay unchanged, also if metadata use them: merging two patients costs data, splitting one causes leakage.
+    if len({str(s.metadata.get("dataset_title")) for s in slides}) > 1:  # str: a title may have any type
+        given = {None, *patients.values()}
         slides = [
             s
             if s.patient in given
@@ -344,30 +344,30 @@ def read_cohort(
         raise HestFormatError(root / "st", "the slides share no gene", ONE_KIND)
     if 2 * len(cohort.genes) < fewest.adata.n_vars:
         warnings.warn(
-            f"the slides share {len(cohort.genes)} genes, {fewest.id} alone has {fewest.adata.n_vars}: with fewer "
-            "slides (ids, --slides) more genes are shared",
+            f"the slides share {len(cohort.genes)} genes, but {fewest.id} has {fewest.adata.n_vars}: read fewer slides "
+            "(ids, --slides) to share more genes",
             stacklevel=2,
         )
     return cohort
 
 
 def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[int, int, int, int]]:
-    """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the part with tissue.
+    """Return a slide's image, its scale, the spots' diameter in full-resolution pixels, and the window with tissue.
 
-    That part is (x0, y0, x1, y1) in the image's own pixels: the spots' centers and two diameters around them. Where
-    tiles of a grid were predicted it is the whole image: tissue that no tile covers is a part of it.
+    The window is (x0, y0, x1, y1) in image pixels: the bounding box of the spot centers plus two diameters. It is the
+    whole image for predictions on a grid of tiles, which need not cover all tissue.
     """
     library = next(iter(adata.uns["spatial"].values()))
     image, factors = library["images"][IMAGE_KEY], library["scalefactors"]
     if missing := {f"tissue_{IMAGE_KEY}_scalef", "spot_diameter_fullres"} - set(factors):
-        raise ValueError(f"uns['spatial'] has no scale factor {', '.join(sorted(missing))}; HEST-1k's slides hold both")
+        raise ValueError(f"uns['spatial'] has no scale factor {', '.join(sorted(missing))}; HEST-1k's slides have both")
     scale, diameter = float(factors[f"tissue_{IMAGE_KEY}_scalef"]), float(factors["spot_diameter_fullres"])
     coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     edge = image.shape[1::-1]  # width, height
     if not ((coords * scale >= 0) & (coords * scale <= edge)).all(1).any():
         raise ValueError(
-            f"no spot lies on the slide's picture of {edge[0]} x {edge[1]} px: obsm['spatial'] times its scale factor, "
-            f"{scale:g}, must be a place on it"
+            f"no spot is inside the slide's image of {edge[0]} x {edge[1]} px: obsm['spatial'] times the scale factor "
+            f"{scale:g} must give pixel coordinates of the image"
         )
     if "tissue_share" in adata.obs:
         return image, scale, diameter, (0, 0, *edge)

@@ -1,4 +1,4 @@
-"""Tiles on disk, read by row."""
+"""Read tiles from disk by row."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TILE_SHAPE = (224, 224, 3)
 
 
 class TileStore:
-    """Uint8 tiles of one or more slides, read from disk only when a row is asked for.
+    """Uint8 tiles of one or more slides, read from disk when they are indexed.
 
-    Rows keep the order they are given; no file is opened before the first read. A store can be pickled and
-    used in DataLoader workers: each process opens its own file handles.
+    Rows keep the given order. No file is opened before the first read. A store can be pickled and used in
+    DataLoader workers: each process opens its own file handles.
 
     Parameters
     ----------
     paths
-        Files that hold tiles: ``.h5`` with a dataset ``img``, or ``.npy``; each (n, 224, 224, 3) uint8.
+        Files with tiles: ``.h5`` with a dataset ``img``, or ``.npy``; each (n, 224, 224, 3) uint8.
     part
         (N,) int, for each row of the store the index of its file in `paths`.
     row
         (N,) int, for each row of the store the row inside that file.
     ids
-        (N,) uint64, what the property `ids` returns; None makes them from file names and rows.
+        (N,) uint64, the property `ids`; None derives them from file names and rows.
 
     Examples
     --------
@@ -57,9 +57,9 @@ class TileStore:
 
     @property
     def ids(self) -> np.ndarray:
-        """(N,) uint64: which tile each row is, by file name and place in it, also after `to_memmap`."""
+        """Identifier of each row's tile, (N,) uint64, from file name and row in it; `to_memmap` keeps it."""
         if self._ids is None:
-            file = np.array([_name_hash(p.name) for p in self.paths], dtype=np.uint64)
+            file = np.array([_hash_name(p.name) for p in self.paths], dtype=np.uint64)
             self._ids = file[self.part] + self.row.astype(np.uint64)  # wraps around
         return self._ids
 
@@ -68,14 +68,14 @@ class TileStore:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(N, 224, 224, 3)."""
+        """Shape of the array of all tiles, (N, 224, 224, 3)."""
         return (len(self), *TILE_SHAPE)
 
     def __repr__(self) -> str:
         return f"TileStore({len(self)} tiles of {TILE_SHAPE[0]} px from {len(self.paths)} file(s))"
 
     def __getitem__(self, index) -> np.ndarray:
-        """Read one row (224, 224, 3) or several (n, 224, 224, 3), in the order asked for."""
+        """Read one row (224, 224, 3) or several (n, 224, 224, 3), in the given order."""
         if isinstance(index, (int, np.integer)):
             i = range(len(self))[index]
             return np.array(self._source(self.part[i])[self.row[i]])
@@ -86,12 +86,12 @@ class TileStore:
         return tiles
 
     def select(self, rows) -> TileStore:
-        """Return a store of the given rows (indices or a boolean mask); reads nothing."""
+        """Return a store of the given rows (indices or a boolean mask) without reading tiles."""
         return TileStore(self.paths, self.part[rows], self.row[rows], None if self._ids is None else self._ids[rows])
 
     @staticmethod
     def concat(stores: Sequence[TileStore]) -> TileStore:
-        """Join stores end to end; reads nothing."""
+        """Concatenate stores without reading tiles."""
         offsets = np.cumsum([0, *(len(s.paths) for s in stores)])
         return TileStore(
             [p for s in stores for p in s.paths],
@@ -101,16 +101,16 @@ class TileStore:
         )
 
     def to_memmap(self, path: str | os.PathLike) -> TileStore:
-        """Lay all rows out once as a uint8 ``.npy`` memory map, and return a store that reads from it.
+        """Write all rows to a uint8 ``.npy`` memory map, and return a store that reads from it.
 
-        Reading a compressed HEST file decodes each tile every time; training reads each tile once an epoch.
-        The file is written under a temporary name and renamed when whole. It needs N x 147 KiB of disk. A file that is
-        there is replaced where this wrote it, else it is a FileExistsError, as is one that the store reads from.
+        Training reads each tile once per epoch; a memory map avoids decompressing it each time. The write is atomic
+        and needs N x 147 KiB of disk. An existing file is overwritten if this method wrote it; any other file, or one
+        that the store reads from, is a FileExistsError.
         """
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"{path}: a memory map of tiles is a .npy file; give a name that ends in .npy")
-        # Read by a memory map, not written by one: where a disk is full, that ends the process.
+        # Not written through a memory map: on a full disk that would kill the process (SIGBUS).
         with (
             report_full_disk(path, int(np.prod(self.shape))),
             write_output(path, "TileStore.to_memmap", inputs=self.paths) as partial,
@@ -123,7 +123,7 @@ class TileStore:
         return TileStore([path], np.zeros(len(self)), np.arange(len(self)), self.ids)
 
     def _source(self, part: int):
-        # A handle opened before a fork must not be shared with the child, so the key holds the process id.
+        # A handle opened before a fork must not be shared with the child, so the key contains the process id.
         key = (os.getpid(), int(part))
         if key not in self._open:
             path = self.paths[part]
@@ -137,10 +137,10 @@ class TileStore:
 
 
 def open_tiles(file: h5py.File, path: Path) -> h5py.Dataset:
-    """Return the tiles (n, 224, 224, 3) uint8 of an open patches file, after a look at how they are stored."""
+    """Return the tiles (n, 224, 224, 3) uint8 of an open patches file, after checking how they are stored."""
     img = file.get("img")
     if not isinstance(img, h5py.Dataset):
-        raise Hdf5Error(path, "dataset 'img' is missing", "HEST-1k patches hold img, barcode and coords")
+        raise Hdf5Error(path, "dataset 'img' is missing", "HEST-1k patches have img, barcode and coords")
     if img.shape is None or img.shape[1:] != TILE_SHAPE or img.dtype != np.uint8:
         fix = f"Tiles must be uint8 (N, {', '.join(map(str, TILE_SHAPE))})"
         raise Hdf5Error(path, f"img is {img.dtype} {img.shape}", fix)
@@ -148,5 +148,5 @@ def open_tiles(file: h5py.File, path: Path) -> h5py.Dataset:
     return img
 
 
-def _name_hash(name: str) -> int:
+def _hash_name(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
