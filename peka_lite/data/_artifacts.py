@@ -190,8 +190,7 @@ def _parse_entry(name: str, kind: str, fields: dict, sources: dict) -> Artifact:
     files = _check_list(field, fields.pop(field, None))
     files = [{"path": file} if isinstance(file, str) else _check_fields(file) for file in files]
     files = tuple(_build(File, f"{field}: {file.get('path')}: ", file) for file in files)
-    fields |= {"name": name, "kind": kind, "files": files, "any_of": field == "any_of"}
-    return _build(Artifact, "", fields)
+    return _build(Artifact, "", fields | {"name": name, "kind": kind, "files": files, "any_of": field == "any_of"})
 
 
 def _build(cls: type, where: str, fields: dict):

@@ -192,7 +192,7 @@ def read_patients(patients, known: Collection[str]) -> dict[str, str]:
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line number, from 1, and the stripped cells in `columns` of each row of a CSV file that is not blank."""
+    """Yield the line number, from 1, and the stripped cells in `columns` of each non-blank row of a CSV file."""
     try:
         raw = read_bytes(path)
     except ValueError as error:

@@ -73,16 +73,14 @@ def keep_one_naming(slides: Sequence[Slide], path: Path) -> tuple[list[Slide], d
     first, second = sorted(range(len(groups)), key=rank, reverse=True)[:2]
     group, renamed = groups[first], renamings[first]
     if len(group) + len(renamed) < 2 or (not renamed and rank(first) == rank(second)):
-        kinds = "; ".join(f"{', '.join(s.id for s in g[:3])}: {_join_first(g[0].adata.var_names)}" for g in groups[:4])
+        kinds = "; ".join(f"{', '.join(s.id for s in g[:3])}: {_show(g[0].adata.var_names)}" for g in groups[:4])
         raise HestFormatError(path, f"the slides share no gene naming ({kinds})", ONE_KIND)
     group_names, left_out = _collect_names(group), {}
     for slide in outside[first]:
         names = slide.adata.var_names
         if slide.id in renamed:
             new, source = renamed[slide.id]
-            warnings.warn(
-                f"{slide.id}: genes renamed to {source} ({_join_first(new)}) from {_join_first(names)}", stacklevel=3
-            )
+            warnings.warn(f"{slide.id}: genes renamed to {source} ({_show(new)}) from {_show(names)}", stacklevel=3)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Variable names are not unique")
                 slide.adata.var_names = new
@@ -90,8 +88,8 @@ def keep_one_naming(slides: Sequence[Slide], path: Path) -> tuple[list[Slide], d
             continue
         expected = group[0].adata.var_names
         left_out[slide.id] = (
-            f"gene names differ ({_join_first(names[~names.isin(group_names)])}) from the other slides' "
-            f"({_join_first(expected[~expected.isin(names)])}): {_overlap(set(names), group_names):.0%} are shared"
+            f"gene names differ ({_show(names[~names.isin(group_names)])}) from the other slides' "
+            f"({_show(expected[~expected.isin(names)])}): {_overlap(set(names), group_names):.0%} are shared"
         )
         warnings.warn(f"left out {slide.id}: {left_out[slide.id]}. {ONE_KIND}", stacklevel=3)
     return [s for s in slides if s.id not in left_out], left_out
@@ -146,5 +144,5 @@ def _collect_names(slides: Iterable[Slide]) -> set[str]:
     return set().union(*(s.adata.var_names for s in slides))
 
 
-def _join_first(names: Iterable[str]) -> str:
+def _show(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:3])

@@ -107,8 +107,8 @@ def test_every_reader_calls_another_file_what_it_is(write, name):
 
 @pytest.mark.parametrize("name", ["page", "page in UTF-16", "pointer"])
 def test_a_download_that_is_a_page_or_a_pointer_is_refused(write, name):
-    with pytest.raises(ValueError, match=r"^HGNC: a (web page|Git LFS pointer).* came instead of data"):
-        check_file(write(CONFUSED[name][0]), File("hgnc.txt"), what="HGNC")
+    with pytest.raises(ValueError, match=r"^HGNC: received a (web page|Git LFS pointer).* instead of data"):
+        check_file(write(CONFUSED[name][0]), File("hgnc.txt"), name="HGNC")
 
 
 @pytest.mark.parametrize(

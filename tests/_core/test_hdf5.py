@@ -356,7 +356,7 @@ HUGE = {
         lambda f: replace(f, "obsm/spatial", data=np.zeros((4, 2), [("a", "i4"), ("b", "i4")])),
         "neither numbers nor text",
     ),
-    "places far away": (H5AD, lambda f: replace(f, "obsm/spatial", data=np.full((4, 2), 1e300)), "lies 1e9 pixels"),
+    "places far away": (H5AD, lambda f: replace(f, "obsm/spatial", data=np.full((4, 2), 1e300)), "beyond 1e9 pixels"),
     "bombs together": (
         H5AD,
         lambda f: [

@@ -1,4 +1,4 @@
-"""Tiles on disk behave like one big array that is never in memory."""
+"""A store of tiles is indexed like an array, in every process."""
 
 import multiprocessing
 import os
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from peka_lite.data.tiles import TILE_SHAPE, TileStore
+from peka_lite.data import TileStore
+from peka_lite.data.tiles import TILE_SHAPE
 
 N = 6
 
@@ -21,20 +22,20 @@ def write_tiles(path, tiles):
     return path
 
 
-def store_of(*paths, rows):
-    """Rows (part, row) of several files."""
+def make_store(*paths, rows):
+    """Return a store of rows (part, row) of several files."""
     part, row = np.transpose(rows)
     return TileStore(paths, part, row)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """A store over two files in a mixed order, and the same tiles as an array."""
+    """Return a store over two files in mixed order, and the same tiles as an array."""
     folder = tmp_path_factory.mktemp("tiles")
     rng = np.random.default_rng(0)
     a, b = (np.repeat(rng.integers(0, 255, (n, 224, 1, 3), np.uint8), 224, axis=2) for n in (4, 3))
     rows = [(0, 3), (1, 0), (0, 0), (1, 2), (1, 1), (0, 2)]
-    store = store_of(write_tiles(folder / "a.h5", a), write_tiles(folder / "b.h5", b), rows=rows)
+    store = make_store(write_tiles(folder / "a.h5", a), write_tiles(folder / "b.h5", b), rows=rows)
     return store, np.stack([(a, b)[p][r] for p, r in rows])
 
 
@@ -49,16 +50,16 @@ several = indices.filter(lambda i: not isinstance(i, int))
 
 @given(index=indices)
 @settings(max_examples=25, deadline=None)
-def test_indexing_is_that_of_an_array(both, index):
+def test_indexing_matches_an_array(both, index):
     store, array = both
-    got = store[index]
-    assert got.dtype == np.uint8
-    np.testing.assert_array_equal(got, array[index])
+    tiles = store[index]
+    assert tiles.dtype == np.uint8
+    np.testing.assert_array_equal(tiles, array[index])
 
 
 @given(index=several)
 @settings(max_examples=25, deadline=None)
-def test_a_selection_is_that_of_an_array(both, index):
+def test_selecting_matches_an_array(both, index):
     store, array = both
     chosen = store.select(index)
     assert chosen.shape == array[index].shape
@@ -67,15 +68,15 @@ def test_a_selection_is_that_of_an_array(both, index):
 
 @given(first=several, last=several)
 @settings(max_examples=15, deadline=None)
-def test_stores_of_different_files_join_end_to_end(both, first, last):
+def test_stores_of_different_files_are_concatenated(both, first, last):
     store, array = both
-    of_b = store_of(store.paths[1], rows=[(0, 0), (0, 1), (0, 2)])
+    of_b = make_store(store.paths[1], rows=[(0, 0), (0, 1), (0, 2)])
     joined = TileStore.concat([store.select(first), of_b, store.select(last)])
     np.testing.assert_array_equal(joined[:], np.concatenate([array[first], array[[1, 4, 3]], array[last]]))
 
 
 @pytest.mark.parametrize("index", [N, -N - 1, np.array([0, N])])
-def test_a_row_beyond_the_end_is_an_index_error(both, index):
+def test_an_index_out_of_range_is_an_index_error(both, index):
     with pytest.raises(IndexError):
         both[0][index]
 
@@ -85,14 +86,14 @@ def test_iterating_stops_at_the_end(both):
 
 
 def test_no_file_is_opened_before_the_first_read(tmp_path):
-    store = store_of(tmp_path / "later.h5", rows=[(0, 1), (0, 0)])
+    store = make_store(tmp_path / "later.h5", rows=[(0, 1), (0, 0)])
     store = TileStore.concat([store, store.select([0])])
     assert store.shape == (3, 224, 224, 3)
     write_tiles(tmp_path / "later.h5", np.stack([np.zeros(TILE_SHAPE, np.uint8), np.ones(TILE_SHAPE, np.uint8)]))
     assert store[:][:, 0, 0, 0].tolist() == [1, 0, 1]
 
 
-def test_one_row_of_a_file_larger_than_memory_is_read_alone(tmp_path):
+def test_reading_one_row_of_a_huge_file_needs_little_memory(tmp_path):
     with h5py.File(tmp_path / "huge.h5", "w") as file:
         img = file.create_dataset("img", (10_000_000, *TILE_SHAPE), np.uint8, chunks=(1, *TILE_SHAPE))  # 1.5 TB
         img[9_999_999] = 5
@@ -104,28 +105,28 @@ def test_one_row_of_a_file_larger_than_memory_is_read_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
-def test_workers_read_the_same_tiles_as_this_process(both, context, workers):
+def test_workers_read_the_same_tiles_as_the_main_process(both, context, workers):
     store, array = both
-    assert store[0].any()  # a file handle is open here before the workers start
+    assert store[0].any()  # opens a file handle before the workers start
     loader = DataLoader(store, batch_size=2, num_workers=workers, multiprocessing_context=context)
     np.testing.assert_array_equal(np.concatenate([batch.numpy() for batch in loader]), array)
 
 
-def test_a_forked_process_opens_its_own_file(both, monkeypatch):
+def test_a_forked_process_opens_the_file_again(both, monkeypatch):
     opened_by, real_file = [], h5py.File
     monkeypatch.setattr(h5py, "File", lambda *args: (opened_by.append(os.getpid()), real_file(*args))[1])
     store = both[0].select([0])
     assert store[0].any()
     context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
-    child = context.Process(target=lambda: (store[0], told.put(opened_by[-1])))
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: (store[0], queue.put(opened_by[-1])))
     child.start()
     child.join(30)
     assert child.exitcode == 0
-    assert told.get() == child.pid
+    assert queue.get() == child.pid
 
 
-def test_this_process_reads_on_while_forked_workers_do(both):
+def test_the_main_process_reads_while_forked_workers_do(both):
     store, array = both
     loader = DataLoader(store.select(np.tile(np.arange(N), 10)), num_workers=2, multiprocessing_context="fork")
     for i, batch in enumerate(loader):
@@ -140,7 +141,7 @@ def test_forked_workers_read_a_memory_map(both, tmp_path):
     np.testing.assert_array_equal(np.concatenate([batch.numpy() for batch in loader]), both[1])
 
 
-def test_a_pickled_store_carries_no_tile_and_no_open_file(both):
+def test_a_pickled_store_contains_no_tiles_and_no_open_files(both):
     store, array = both
     assert store[0].any()
     data = pickle.dumps(store)
@@ -151,7 +152,7 @@ def test_a_pickled_store_carries_no_tile_and_no_open_file(both):
 # --- the memory map ------------------------------------------------------------------------------------------------
 
 
-def test_a_memory_map_holds_the_same_tiles_in_the_same_order(both, tmp_path):
+def test_a_memory_map_has_the_same_tiles_in_the_same_order(both, tmp_path):
     store = both[0].to_memmap(tmp_path / "new" / "tiles.npy")
     np.testing.assert_array_equal(store[:], both[1])
     np.testing.assert_array_equal(store.select([4, 1])[:], both[1][[4, 1]])
@@ -166,25 +167,25 @@ def test_a_memory_map_is_a_plain_uint8_npy_file(both, tmp_path):
 
 def test_a_memory_map_no_longer_needs_the_slides(tmp_path):
     path = write_tiles(tmp_path / "a.h5", np.full((2, *TILE_SHAPE), 9, np.uint8))
-    store = store_of(path, rows=[(0, 0), (0, 1)]).to_memmap(tmp_path / "tiles.npy")
+    store = make_store(path, rows=[(0, 0), (0, 1)]).to_memmap(tmp_path / "tiles.npy")
     path.unlink()
     assert store[:].mean() == 9
 
 
-def test_laying_out_again_replaces_the_old_map(both, tmp_path):
+def test_writing_a_memory_map_again_overwrites_it(both, tmp_path):
     both[0].to_memmap(tmp_path / "tiles.npy")
     again = both[0].select([5]).to_memmap(tmp_path / "tiles.npy")
     np.testing.assert_array_equal(again[:], both[1][[5]])
 
 
-def test_only_the_whole_map_is_left_on_disk(both, tmp_path):
+def test_writing_a_memory_map_leaves_no_other_file(both, tmp_path):
     both[0].to_memmap(tmp_path / "tiles.npy")
     assert [p.name for p in tmp_path.iterdir()] == ["tiles.npy"]
 
 
-def test_a_failed_layout_leaves_nothing_behind(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        store_of(tmp_path / "absent.h5", rows=[(0, 0)]).to_memmap(tmp_path / "tiles.npy")
+        make_store(tmp_path / "absent.h5", rows=[(0, 0)]).to_memmap(tmp_path / "tiles.npy")
     assert not list(tmp_path.iterdir())
 
 

@@ -182,7 +182,7 @@ def broken(counts, how):
         ("negative", "X holds negative counts"),
         ("no spatial", r"obsm\['spatial'\] is missing.*squidpy.read.visium"),
         ("nan", "missing or not finite"),
-        ("twice", "'SAME-1' stands more than once"),
+        ("twice", "'SAME-1' is duplicated in obs_names"),
         ("off", "no spot is on the tissue"),
         ("beyond", r"centers lie outside full\.tif, 1400 x 1400 px.*the image that Space Ranger was given"),
         ("too close", r"spots lie 25 um apart at 0\.5 um/px, Visium's 100 um.*'visium' as mpp takes 2 um/px"),

@@ -359,10 +359,10 @@ def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
 @pytest.mark.parametrize(
     ("spread", "factors", "words"),
     [
-        (1e300, {}, "no spot lies on the slide's picture"),
-        (np.nan, {}, "no spot lies on the slide's picture"),
+        (1e300, {}, "no spot is inside the slide's image"),
+        (np.nan, {}, "no spot is inside the slide's image"),
         (1, {"tissue_downscaled_fullres_scalef": 1e-300, "spot_diameter_fullres": None}, "has no scale factor"),
-        (1, {"tissue_downscaled_fullres_scalef": 1e300}, "no spot lies on the slide's picture"),
+        (1, {"tissue_downscaled_fullres_scalef": 1e300}, "no spot is inside the slide's image"),
     ],
 )
 def test_predictions_that_cannot_be_placed_name_the_file(tmp_path, spread, factors, words):

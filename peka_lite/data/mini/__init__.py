@@ -1,4 +1,4 @@
-"""The synthetic cohort: tissue, tiles and counts from one seed."""
+"""Synthetic cohort with tissue, tiles and counts drawn from one seed."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-"""The embedded default cohort: small, synthetic, and written in HEST-1k's own file layout.
+"""Write the embedded default cohort: small, synthetic, and in HEST-1k's file layout.
 
-Every slide is a map of tissue domains. The map is drawn as H&E and also sets the rates of the *visible* genes,
-so these can be predicted from the tiles. *Invisible* genes follow hidden niches, smooth in space but independent
-of the map, so no tile can tell them; *noise* genes follow nothing. Each kind takes the same expected share of
-the counts at every spot, so dividing by the total cannot carry a signal from one kind into another.
+Every slide has a map of tissue domains. The map is drawn as H&E and also sets the rates of the *visible* genes, so
+these can be predicted from the tiles. *Invisible* genes follow hidden niches, smooth in space but independent of the
+map, so tiles carry no information on them. *Noise* genes have no spatial pattern. Each kind has the same expected share
+of the counts at every spot, so dividing by the total transfers no signal between kinds.
 """
 
 import contextlib
@@ -37,26 +37,26 @@ from peka_lite.data.mini.tissue import (
     mix_domains,
 )
 
-N_WITHOUT_TILE = 2  # spots per slide whose tile is missing, as at the edge of a real scan
+N_WITHOUT_TILE = 2  # spots per slide without a tile, as at the edge of a real scan
 FILES = {"st": ".h5ad", "patches": ".h5", "metadata": ".json"}
 
 
 def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide=(150, 250)):
     """Write the synthetic cohort as ``st/{id}.h5ad``, ``patches/{id}.h5`` and ``metadata/{id}.json``.
 
-    The same seed and options give the same bytes, as long as the libraries stay the same. The cohort is written
-    beside `root` and moved there when complete; if `root` already holds that cohort, nothing is done.
+    The same seed, options and library versions give the same bytes. The write is atomic. Nothing is done if `root`
+    already holds that cohort.
 
     Parameters
     ----------
     root : str or os.PathLike
-        The cohort's folder; it must not exist yet, be empty, or hold the same cohort.
+        Folder of the cohort: missing, empty, or with the same cohort.
     seed : int
-        Any whole number from 0 on.
+        0 or more.
     n_patients, n_slides : int
-        Slide i belongs to patient i modulo `n_patients`; there are at least as many slides as patients.
+        Slide i is of patient i modulo `n_patients`; `n_slides` must not be below `n_patients`.
     spots_per_slide : (int, int)
-        Smallest and largest number of spots of a slide, both included, within 20 to 1000.
+        Smallest and largest number of spots of a slide, inclusive, within 20 to 1000.
 
     Returns
     -------
@@ -66,11 +66,11 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
     Raises
     ------
     TypeError
-        If a number is not whole.
+        If a number is not an integer.
     ValueError
         If an option is out of range.
     FileExistsError
-        If `root` exists and holds something else.
+        If `root` holds something else.
 
     Examples
     --------
@@ -97,14 +97,14 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         "n_slides": n_slides,
         "spots_per_slide": [low, high],
     }
-    if _is_there(root, options):
+    if _is_complete(root, options):
         return root
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because a rename is only atomic within one file system.
+    # Beside root: a rename is atomic only within one file system.
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        draft.chmod(0o755)  # mkdtemp makes it private
+        draft.chmod(0o755)  # mkdtemp creates it with 0o700
         for folder in FILES:
             (draft / folder).mkdir()
         of_genes, of_patients, of_slides = np.random.SeedSequence(seed).spawn(3)
@@ -119,40 +119,40 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
             slide, section, corners = _draw_slide(var, patients[number], (low, high), of_slide)
             order = np.random.default_rng(of_files).permutation(slide.n_obs)
             _write_slide(draft, f"MINI{index + 1}", number + 1, slide, section, corners, order)
-        write_file(draft / "mini.json", _record(options).encode())
+        write_file(draft / "mini.json", _format_record(options).encode())
         try:
             with contextlib.suppress(FileNotFoundError):
                 root.rmdir()  # only if it is empty
             os.replace(draft, root)
         except OSError:
-            if not _is_there(root, options):  # unless another process has finished the same cohort first
+            if not _is_complete(root, options):  # another process may have written the same cohort first
                 raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)  # gone already if all went well
+        shutil.rmtree(draft, ignore_errors=True)  # moved already on success
     return root
 
 
-def _is_there(root, options):
-    """Say whether `root` holds exactly this cohort; raise if it holds anything else."""
+def _is_complete(root, options):
+    """Return whether `root` holds exactly this cohort; raise if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     record, names = root / "mini.json", [f"MINI{index + 1}" for index in range(options["n_slides"])]
     files = [root / folder / f"{name}{end}" for folder, end in FILES.items() for name in names]
     complete = all(file.is_file() for file in [record, *files])
-    if complete and record.read_text(encoding="utf-8") == _record(options):
+    if complete and record.read_text(encoding="utf-8") == _format_record(options):
         return True
     raise FileExistsError(
         f"{root} exists and is not the complete mini cohort {options}; remove it or choose another folder"
     )
 
 
-def _record(options):
-    """Spell the options as ``mini.json`` holds them."""
+def _format_record(options):
+    """Return the options as the text of ``mini.json``."""
     return json.dumps(options, indent=1) + "\n"
 
 
 def _draw_patient(profiles, stream):
-    """Draw a patient: stain, depth and gene shifts, each from a stream of its own so that none tells another."""
+    """Draw the stain, depth and gene shifts of a patient from independent random streams."""
     stain, depth, shift = (np.random.default_rng(child) for child in stream.spawn(3))
     return {
         "stain": draw_stain(stain),
@@ -167,9 +167,9 @@ def _draw_slide(var, patient, spots_per_slide, stream):
     Returns
     -------
     slide : anndata.AnnData
-        Counts, positions and the truth they were drawn from.
+        Counts, positions and the ground truth of the counts.
     section : numpy.ndarray
-        uint8 (height, width, 3), the whole image.
+        uint8 (height, width, 3), the full-resolution image.
     corners : numpy.ndarray
         int64 (n_spots, 2), x and y of each tile's top left pixel.
     """
@@ -188,7 +188,7 @@ def _draw_slide(var, patient, spots_per_slide, stream):
     total = patient["depth"] * genes.draw_depth(depth, labels.shape, cell)
     drawn, rate = genes.draw_counts(counts, var, patient["profiles"], mixtures, total)
 
-    codes = names.choice(4**16, n_spots, replace=False)  # no two alike
+    codes = names.choice(4**16, n_spots, replace=False)  # unique
     letters = np.array(list("ACGT"))[codes[:, None] >> np.arange(0, 32, 2) & 3]  # (n_spots, 16)
     obs.index = ["".join(row) + "-1" for row in letters]
     obs["domain"] = pd.Categorical.from_codes(mixture.argmax(1), categories=list(DOMAINS))
@@ -202,17 +202,17 @@ def _draw_slide(var, patient, spots_per_slide, stream):
             "niche": pd.DataFrame(niche.astype(np.float32), index=obs.index, columns=list(genes.NICHES)),
         },
         layers={"rate": rate},
-        uns={"spatial": {"ST": _picture(section)}},
+        uns={"spatial": {"ST": _downscale(section)}},
     )
     return slide, section, corners
 
 
-def _picture(section):
-    """Build ``uns["spatial"]["ST"]``: the section shrunk to at most 1000 pixels a side, and its scale."""
-    factor = -(-max(section.shape) // 1000)  # whole, so that the scale is exact
+def _downscale(section):
+    """Return ``uns["spatial"]["ST"]``: the section downscaled to at most 1000 pixels a side, and its scale."""
+    factor = -(-max(section.shape) // 1000)  # an integer, so that the scale is exact
     height, width = (side // factor for side in section.shape[:2])
     trimmed = section[: height * factor, : width * factor]
-    # By rows first and in whole numbers: much faster than one mean over both.
+    # Rows first and in integers: much faster than one mean over both axes.
     sums = trimmed.reshape(height, factor, -1, 3).sum(1, dtype=np.uint16)
     sums = sums.reshape(height, width, factor, 3).sum(2)
     return {
@@ -225,7 +225,7 @@ def _picture(section):
 
 
 def _write_slide(root, name, number, slide, section, corners, order):
-    """Write the three files of one slide of patient `number`, the tiles in the order given."""
+    """Write the three files of one slide of patient `number`, with the tiles in `order`."""
     write_h5ad(slide, root / "st" / f"{name}.h5ad", compression="gzip")
 
     chosen = order[N_WITHOUT_TILE:]
@@ -238,15 +238,15 @@ def _write_slide(root, name, number, slide, section, corners, order):
     }
     write_tiles(
         root / "patches" / f"{name}.h5", tiles, slide.obs_names[chosen], corners[chosen], attributes=attributes,
-        field="barcodes" if name == "MINI2" else "barcode",  # HEST spells it both ways
+        field="barcodes" if name == "MINI2" else "barcode",  # HEST-1k has both
     )  # fmt: skip
 
-    metadata = _metadata(name, number, slide, section)
+    metadata = _build_metadata(name, number, slide, section)
     write_file(root / "metadata" / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
 
 
-def _metadata(name, number, slide, section):
-    """Fill in HEST's fields, with a plain statement that the slide is synthetic."""
+def _build_metadata(name, number, slide, section):
+    """Return HEST's metadata fields, with a note that the slide is synthetic."""
     return {
         "dataset_title": "peka_lite mini cohort (synthetic)",
         "id": name,

@@ -1,10 +1,10 @@
-"""Draw the counts of the mini cohort: which genes there are, what drives each, and how noisy each is.
+"""Draw the genes, expression rates and counts of the mini cohort.
 
-Within each kind of gene, rates are mixture x profile. Every row of a mixture and of a profile sums to 1, so a
-kind takes the same expected share of a spot's counts wherever the spot lies.
+Within each kind of gene, rates are mixture x profile. Every row of a mixture and of a profile sums to 1, so a kind has
+the same expected share of the counts at every spot.
 
-The numbers follow four real breast sections (``benchmarks/mini_counts.py``) but for the patterns: those of the visible
-and invisible genes are stronger, so that a small cohort can teach, and noise genes have none, though real ones do.
+The numbers follow four real breast sections (``benchmarks/mini_counts.py``) except for the patterns: those of visible
+and invisible genes are stronger, so that a small cohort suffices, and noise genes have none, unlike real ones.
 """
 
 from importlib import resources
@@ -17,19 +17,19 @@ from peka_lite.data.mini.tissue import DOMAINS, smooth_noise
 
 NICHES = ("interferon", "stress", "cycle", "sterol")
 NICHE_BIAS = (1.0, 0.0, -0.5, -0.5)  # some niches are rarer, as some tissue domains are
-SHARE = {"visible": 0.32, "invisible": 0.14, "noise": 0.54}  # of a spot's counts
+SHARE = {"visible": 0.32, "invisible": 0.14, "noise": 0.54}  # fraction of a spot's counts
 MEDIAN_DEPTH = 3300  # counts per spot
 
 
 def draw_genes(rng):
-    """Draw what is true of each gene in every patient.
+    """Draw the properties of each gene that are the same in every patient.
 
     Returns
     -------
     var : pandas.DataFrame
         One row per gene: kind, programme and negative-binomial dispersion.
     profiles : dict
-        For each kind, float64 (n_programmes, n_genes of the kind): how strongly a programme expresses a gene.
+        For each kind, float64 (n_programmes, n_genes of the kind): expression of each gene by each programme.
     """
     programme, rows = None, []
     for line in resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines():
@@ -37,7 +37,7 @@ def draw_genes(rng):
             programme = line[1:].strip()
         else:
             rows += [(symbol, programme) for symbol in line.split()]
-    # Sorted, so that the order of the columns does not give the kinds away.
+    # Sorted, so that the order of the columns does not reveal the kinds.
     var = pd.DataFrame(sorted(rows), columns=["gene", "programme"]).set_index("gene")
     of_domain, of_niche = var.programme.isin(DOMAINS), var.programme.isin(NICHES)
     var.insert(0, "kind", np.select([of_domain, of_niche], ["visible", "invisible"], "noise"))
@@ -45,7 +45,7 @@ def draw_genes(rng):
 
     base = np.exp(rng.normal(0, 1.1, len(var)))
     base *= var.programme.map({"mitochondrial": 15.0, "ribosomal": 2.5}).fillna(1.0).to_numpy()
-    # Of a marker, its own programme against any other: from weak to strong.
+    # Fold change of a marker in its programme, from weak to strong.
     contrast = np.exp(rng.uniform(np.log(4), np.log(30), len(var)))
     profiles = {}
     for kind, programmes in (("visible", DOMAINS), ("invisible", NICHES), ("noise", ("all",))):
@@ -57,7 +57,7 @@ def draw_genes(rng):
 
 
 def draw_patient_profiles(rng, profiles):
-    """Shift every gene a little for one patient, and scale each row of the profiles to sum to 1."""
+    """Draw a small shift of every gene for one patient, and scale each row of the profiles to sum to 1."""
     shifted = {}
     for kind, profile in profiles.items():
         profile = profile * np.exp(rng.normal(0, 0.2, profile.shape[1]))
@@ -71,7 +71,7 @@ def draw_niches(rng, shape, cell):
     Parameters
     ----------
     rng : numpy.random.Generator
-        A stream used for nothing else, so that the niches are independent of the tissue.
+        A stream used only here, so that the niches are independent of the tissue.
     shape : (int, int)
         Shape of the domain map.
     cell : (numpy.ndarray, numpy.ndarray)
@@ -82,20 +82,20 @@ def draw_niches(rng, shape, cell):
 
 
 def draw_depth(rng, shape, cell):
-    """Draw each spot's expected counts, float64 (n_spots,), from a smooth field and a lognormal, not the tissue."""
+    """Draw each spot's expected counts, float64 (n_spots,), from a smooth field and lognormal noise, not the tissue."""
     scatter = rng.normal(0, 0.2, len(cell[0]))
     return MEDIAN_DEPTH * np.exp(0.5 * smooth_noise(rng, shape, 22)[cell] + scatter)
 
 
 def draw_counts(rng, var, profiles, mixtures, depth):
-    """Draw the counts and give the rates they were drawn from.
+    """Draw counts, and return them with the rates they were drawn from.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-        The source of the counting noise.
+        Random numbers for the counts.
     var : pandas.DataFrame
-        What `draw_genes` returned.
+        Genes from `draw_genes`.
     profiles, mixtures : dict
         For each kind, (n_programmes, n_genes of the kind) and (n_spots, n_programmes).
     depth : numpy.ndarray
@@ -104,12 +104,12 @@ def draw_counts(rng, var, profiles, mixtures, depth):
     Returns
     -------
     counts, rate : numpy.ndarray
-        float32 (n_spots, n_genes): whole numbers, and the mean of the distribution each was drawn from.
+        float32 (n_spots, n_genes): integers, and the mean of the distribution of each.
     """
     rate = np.empty((len(depth), len(var)))
     for kind, share in SHARE.items():
         rate[:, var.kind == kind] = share * depth[:, None] * (mixtures[kind] @ profiles[kind])
     dispersion = var["dispersion"].to_numpy()
-    # A Poisson whose rate is spread like a gamma is negative binomial.
+    # Poisson counts with gamma-distributed rates are negative binomial.
     counts = rng.poisson(rng.gamma(1 / dispersion, rate * dispersion))
     return counts.astype(np.float32), rate.astype(np.float32)

@@ -1,8 +1,8 @@
-"""Draw one synthetic H&E section: tissue domains in, RGB pixels out.
+"""Draw the RGB image of one synthetic H&E section from its map of tissue domains.
 
 The whole section is drawn on one canvas at 0.5 um per pixel and the tiles are cut from it afterwards, so that
-neighboring tiles agree where they overlap, as they do on a real slide. Two float32 canvases hold how much
-haematoxylin and how much eosin every pixel carries; they become colors only at the very end.
+neighboring tiles agree where they overlap, as on a real slide. Two float32 canvases hold the amount of hematoxylin
+and of eosin of every pixel and are converted to colors at the end.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ from scipy.special import expit, ndtr
 from peka_lite.data.mini.tissue import DOMAINS, PIXEL_UM, STEP, smooth_noise
 
 # Optical density in red, green and blue, between the published matrix and what sections of breast cancer show.
-HAEMATOXYLIN, EOSIN = (0.71, 0.62, 0.32), (0.24, 0.88, 0.36)
+HEMATOXYLIN, EOSIN = (0.71, 0.62, 0.32), (0.24, 0.88, 0.36)
 
-# Diffuse stain of each domain, before any nucleus or fibre is drawn: (haematoxylin, eosin).
+# Diffuse stain of each domain, before nuclei and fibers are drawn: (hematoxylin, eosin).
 GROUND = {
     "tumor": (0.24, 0.34),
     "stroma": (0.12, 0.32),
@@ -25,7 +25,7 @@ GROUND = {
     "necrosis": (0.14, 0.46),
 }
 
-# Nuclei: length and width (um), their relative spread, irregularity of the outline, haematoxylin, coarseness.
+# Nuclei: length and width (um), their relative spread, irregularity of the outline, hematoxylin, coarseness.
 NUCLEI = {
     "tumor": (9.5, 7.5, 0.24, 0.16, 1.30, 0.40),
     "lymphocyte": (6.2, 5.6, 0.10, 0.07, 1.60, 0.30),
@@ -35,7 +35,7 @@ NUCLEI = {
     "debris": (2.6, 2.2, 0.40, 0.20, 1.60, 0.20),
 }
 
-# Cells per mm2 of each domain; a tile is 0.0125 mm2. Epithelium and fat nuclei have their own rules below.
+# Cells per mm2 of each domain; a tile is 0.0125 mm2. `_draw_glands` and `_draw_fat` place the other nuclei.
 DENSITY = {
     "tumor": {"tumor": 8500, "stroma": 60, "necrosis": 300},
     "lymphocyte": {"tumor": 400, "stroma": 500, "immune": 14000, "gland": 400, "fat": 20, "necrosis": 350},
@@ -53,30 +53,30 @@ def draw_section(rng, labels, stain):
     Parameters
     ----------
     rng : numpy.random.Generator
-        Places and shapes every cell.
+        Random numbers for the place and shape of every cell.
     labels : numpy.ndarray
         int8 (rows, columns): index into DOMAINS, or -1 off the tissue; one element is STEP x STEP pixels.
     stain : dict
-        What `draw_stain` returned for the patient.
+        The patient's stain, from `draw_stain`.
 
     Returns
     -------
     numpy.ndarray
         uint8 (rows * STEP, columns * STEP, 3), 0.5 um per pixel.
     """
-    angle, across, along = _fibre_course(rng, labels)
-    holes = _holes(rng, labels)
+    angle, across, along = _draw_fibers(rng, labels)
+    holes = _draw_holes(rng, labels)
     hematoxylin, eosin = _paint_ground(rng, labels, across, along, holes)
-    banks = {name: _nucleus_bank(rng, *spec) for name, spec in NUCLEI.items()}
-    _cells(rng, labels, holes, angle, hematoxylin, banks)
-    _adipocytes(rng, labels, hematoxylin, eosin, banks["adipocyte"])
-    _glands(rng, labels, hematoxylin, eosin, banks["epithelium"])
-    return _color(hematoxylin, eosin, stain)
+    banks = {name: _draw_nuclei(rng, *spec) for name, spec in NUCLEI.items()}
+    _draw_cells(rng, labels, holes, angle, hematoxylin, banks)
+    _draw_fat(rng, labels, hematoxylin, eosin, banks["adipocyte"])
+    _draw_glands(rng, labels, hematoxylin, eosin, banks["epithelium"])
+    return _convert_to_rgb(hematoxylin, eosin, stain)
 
 
 def draw_stain(rng):
     """Draw one patient's stain and scanner: density vectors, strengths, white point, gamma, and blur in pixels."""
-    vectors = np.array([HAEMATOXYLIN, EOSIN]) + rng.normal(0, 0.03, (2, 3))
+    vectors = np.array([HEMATOXYLIN, EOSIN]) + rng.normal(0, 0.03, (2, 3))
     return {
         "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),  # (2 stains, 3 colors)
         "strength": np.array([1.9, 1.15]) * np.exp(rng.normal(0, 0.18, 2)),
@@ -86,17 +86,17 @@ def draw_stain(rng):
     }
 
 
-def _layer(labels, value):
-    """Turn {domain: value} into a map of values, float32 of the shape of the labels."""
+def _map_domains(labels, value):
+    """Return the map of values that {domain: value} gives, float32 of the shape of the labels."""
     table = np.array([value.get(name, 0) for name in DOMAINS] + [0], np.float32)  # last: off the tissue
     return table[labels]
 
 
-def _fibre_course(rng, labels):
-    """Lay out the connective tissue's fibres: their direction (radians), and pixels across and along them."""
+def _draw_fibers(rng, labels):
+    """Draw the course of connective tissue fibers: direction (radians), and position across and along in pixels."""
     rows, columns = (axis.astype(np.float32) * STEP for axis in np.indices(labels.shape))
     heading = rng.uniform(0, np.pi)
-    # The fibres follow the contour lines of this height; the noise bends them.
+    # Fibers follow the contour lines of this height; the noise bends them.
     across = np.cos(heading) * rows + np.sin(heading) * columns
     across += 70 * smooth_noise(rng, labels.shape, 9) + 12 * smooth_noise(rng, labels.shape, 3)
     along = np.cos(heading) * columns - np.sin(heading) * rows
@@ -105,7 +105,7 @@ def _fibre_course(rng, labels):
 
 
 def _paint_ground(rng, labels, across, along, holes):
-    """Paint all that is not a cell: cytoplasm, wavy collagen, debris and the gaps beside tumor nests.
+    """Draw all but cells: cytoplasm, wavy collagen, debris and the gaps beside tumor nests.
 
     Returns
     -------
@@ -114,37 +114,37 @@ def _paint_ground(rng, labels, across, along, holes):
     """
     shape, canvas = labels.shape, (PERIOD, PERIOD)
     coarse, fine = smooth_noise(rng, canvas, (5.0, 60.0)), smooth_noise(rng, canvas, (1.3, 30.0))
-    fibre = 0.11 * np.tanh(1.5 * coarse) + 0.05 * fine  # (across, along)
+    fiber = 0.11 * np.tanh(1.5 * coarse) + 0.05 * fine  # (across, along)
     slit = 0.7 * expit(6 * (-1.7 - coarse))
     cloud, speckle = smooth_noise(rng, canvas, 9.0), smooth_noise(rng, canvas, 1.4)
 
-    connective = _layer(labels, {"stroma": 1, "gland": 1})
+    connective = _map_domains(labels, {"stroma": 1, "gland": 1})
     bundles = connective * (0.8 + 0.35 * smooth_noise(rng, shape, 5)).clip(0.2)
     loose = 0.55 * connective * (smooth_noise(rng, shape, 3) > 1.0)  # pale patches between the bundles
-    # Tumor nests shrink away from the stroma when tissue is fixed, which leaves white gaps.
-    tumor = ndimage.gaussian_filter(_layer(labels, {"tumor": 1}), 0.8)
-    stroma = ndimage.gaussian_filter(_layer(labels, {"stroma": 1}), 1.2)
+    # Fixation shrinks tumor nests away from the stroma, which leaves white gaps.
+    tumor = ndimage.gaussian_filter(_map_domains(labels, {"tumor": 1}), 0.8)
+    stroma = ndimage.gaussian_filter(_map_domains(labels, {"stroma": 1}), 1.2)
     gap = 4 * tumor * (1 - tumor) * np.minimum(5 * stroma, 1) * (smooth_noise(rng, shape, 4) > 0.3)
     layers = np.stack([
-        _layer(labels, {name: ground[0] for name, ground in GROUND.items()}),
-        _layer(labels, {name: ground[1] for name, ground in GROUND.items()}),
-        _layer(labels, {"tumor": 0.10, "stroma": 0.07, "immune": 0.10, "gland": 0.05, "necrosis": 0.15}),
-        _layer(labels, {"tumor": 0.02, "stroma": 0.01, "immune": 0.02, "necrosis": 0.09}),
+        _map_domains(labels, {name: ground[0] for name, ground in GROUND.items()}),
+        _map_domains(labels, {name: ground[1] for name, ground in GROUND.items()}),
+        _map_domains(labels, {"tumor": 0.10, "stroma": 0.07, "immune": 0.10, "gland": 0.05, "necrosis": 0.15}),
+        _map_domains(labels, {"tumor": 0.02, "stroma": 0.01, "immune": 0.02, "necrosis": 0.09}),
         bundles, loose, np.maximum(gap, holes), across, along,
     ]).astype(np.float32)  # (9, rows, columns)  # fmt: skip
-    layers = ndimage.gaussian_filter(layers, (0, 0.7, 0.7))  # rounds the steps of the map's cells
+    layers = ndimage.gaussian_filter(layers, (0, 0.7, 0.7))  # smooths the edges of the map's cells
     layers = np.pad(layers, ((0, 0), (1, 1), (1, 1)), mode="edge")
 
     hematoxylin = np.empty((shape[0] * STEP, shape[1] * STEP), np.float32)
     eosin = np.empty_like(hematoxylin)
     repeats = -(-hematoxylin.shape[1] // PERIOD)
     cloud, speckle = (np.tile(texture, repeats)[:, : hematoxylin.shape[1]] for texture in (cloud, speckle))
-    for row in range(shape[0]):  # by strips that fit the processor's cache: several times faster
+    for row in range(shape[0]):  # strips that fit the processor's cache are several times faster
         strip = np.arange(row * STEP, (row + 1) * STEP)
         h, e, cloudy, grainy, bundle, pale, white, u, v = _enlarge(layers[:, row : row + 3])
         grain = cloudy * cloud[strip % PERIOD] + grainy * speckle[strip % PERIOD]
         where = u.astype(np.int32) % PERIOD, v.astype(np.int32) % PERIOD
-        e = (e + grain + bundle * fibre[where]) * (1 - bundle * slit[where]) * (1 - pale)
+        e = (e + grain + bundle * fiber[where]) * (1 - bundle * slit[where]) * (1 - pale)
         glass = 1 - np.clip(5 * white - 2.2, 0, 0.95)
         eosin[strip] = np.maximum(e, 0) * glass
         hematoxylin[strip] = np.maximum(h + 0.7 * grain, 0) * glass
@@ -152,7 +152,7 @@ def _paint_ground(rng, labels, across, along, holes):
 
 
 def _enlarge(layers):
-    """Enlarge maps STEP times, linearly, so that borders are soft; the outermost cells are lost."""
+    """Enlarge maps STEP times by linear interpolation, without the outermost cells."""
     share = ((np.arange(STEP) + 0.5) / STEP).astype(np.float32)
     low, high = layers[:, :-1, None], layers[:, 1:, None]
     layers = (low + (high - low) * share[:, None]).reshape(len(layers), -1, layers.shape[2])
@@ -161,13 +161,13 @@ def _enlarge(layers):
     return (low + (high - low) * share).reshape(*layers.shape[:2], -1)[:, :, STEP // 2 : -STEP // 2]
 
 
-def _adipocytes(rng, labels, hematoxylin, eosin, bank):
-    """Pack fat with large empty vacuoles: thin membranes run halfway between neighboring cell centers."""
+def _draw_fat(rng, labels, hematoxylin, eosin, bank):
+    """Draw fat as large empty vacuoles, with thin membranes halfway between neighboring cell centers."""
     is_fat = labels == DOMAINS.index("fat")
     if not is_fat.any():
         return
-    centers = _lattice(rng, eosin.shape, spacing=115, jitter=0.3)
-    half = STEP // 2  # half resolution is enough: membranes are several pixels thick
+    centers = _draw_lattice(rng, eosin.shape, spacing=115, jitter=0.3)
+    half = STEP // 2  # half resolution suffices: membranes are several pixels thick
     pixels = np.argwhere(np.repeat(np.repeat(is_fat, half, 0), half, 1))
     distance, nearest = cKDTree(centers).query(pixels * 2.0, k=3)  # (n_pixels, 3)
     gap = distance[:, 1] - distance[:, 0]
@@ -186,27 +186,27 @@ def _adipocytes(rng, labels, hematoxylin, eosin, bank):
     _place(rng, hematoxylin, pixels[chosen] * 2, bank, np.arctan2(rows, columns) + np.pi / 2)
 
 
-def _holes(rng, labels):
-    """Tear small holes and spaces into solid tissue, float32 of the labels' shape: 1 where there is glass."""
-    share = _layer(labels, {"tumor": 0.09, "stroma": 0.04, "immune": 0.05, "necrosis": 0.03})
+def _draw_holes(rng, labels):
+    """Draw small holes in solid tissue, float32 of the labels' shape: 1 where there is glass."""
+    share = _map_domains(labels, {"tumor": 0.09, "stroma": 0.04, "immune": 0.05, "necrosis": 0.03})
     return (ndtr(-smooth_noise(rng, labels.shape, 1.3)) < share).astype(np.float32)
 
 
-def _lattice(rng, shape, spacing, jitter):
-    """Points on a shaken lattice: random, but never much closer than the spacing."""
+def _draw_lattice(rng, shape, spacing, jitter):
+    """Draw points on a jittered lattice: random, but never much closer than the spacing."""
     grid = np.stack(np.meshgrid(*(np.arange(0.0, side, spacing) for side in shape), indexing="ij"), -1)
-    grid[1::2, :, 1] += spacing / 2  # every other row shifts, or straight columns would show
+    grid[1::2, :, 1] += spacing / 2  # shift every other row, to avoid straight columns
     points = grid.reshape(-1, 2) + rng.uniform(-jitter, jitter, (grid.size // 2, 2)) * spacing
     return np.clip(points, 0, np.array(shape) - 1)  # (n_points, 2), row and column in pixels
 
 
-def _cell_of(points, labels):
-    """Index of the domain map under each canvas point, as a pair of arrays."""
+def _find_map_cells(points, labels):
+    """Return the row and column of the domain map under each canvas point."""
     return tuple(np.clip(points // STEP, 0, np.array(labels.shape) - 1).astype(int).T)
 
 
-def _nucleus_bank(rng, length, width, spread, irregular, density, coarse):
-    """Draw a bank of nuclei, (N_ANGLES, N_VARIANTS, STAMP, STAMP) of haematoxylin."""
+def _draw_nuclei(rng, length, width, spread, irregular, density, coarse):
+    """Draw a bank of nuclei, (N_ANGLES, N_VARIANTS, STAMP, STAMP) of hematoxylin."""
     y, x = np.indices((STAMP, STAMP), dtype=np.float32) - STAMP // 2
     texture = np.tanh(smooth_noise(rng, (PERIOD, PERIOD), 1.5))
     bank = np.empty((N_ANGLES, N_VARIANTS, STAMP, STAMP), np.float32)
@@ -227,28 +227,28 @@ def _nucleus_bank(rng, length, width, spread, irregular, density, coarse):
     return bank
 
 
-def _stamp(hematoxylin, points, bank, which_angle, which_variant):
-    """Place nuclei; where two overlap the darker one shows."""
+def _stamp(hematoxylin, points, bank, angles, variants):
+    """Draw nuclei of the given angles and variants in the bank; where two overlap the darker one shows."""
     reach = STAMP // 2
     height, width = hematoxylin.shape
     points = points.astype(int)
     inside = ((points >= reach) & (points < np.array([height, width]) - reach)).all(1)
     for (row, column), a, v in zip(
-        points[inside].tolist(), which_angle[inside].tolist(), which_variant[inside].tolist(), strict=True
+        points[inside].tolist(), angles[inside].tolist(), variants[inside].tolist(), strict=True
     ):
         window = hematoxylin[row - reach : row + reach + 1, column - reach : column + reach + 1]
         np.maximum(window, bank[a, v], out=window)
 
 
-def _cells(rng, labels, holes, angle, hematoxylin, banks):
-    """Scatter every free cell type at its density in each domain, in clumps and not over holes."""
+def _draw_cells(rng, labels, holes, angle, hematoxylin, banks):
+    """Draw every free cell type at its density in each domain, in clumps and not over holes."""
     for name, density in DENSITY.items():
         densest = max(density.values())
-        points = _lattice(rng, hematoxylin.shape, 1000 / PIXEL_UM / np.sqrt(densest), jitter=0.42)
-        # Shaken by half a cell of the map, or the borders of the domains would look square.
-        cell = _cell_of(points + rng.uniform(-STEP / 2, STEP / 2, points.shape), labels)
+        points = _draw_lattice(rng, hematoxylin.shape, 1000 / PIXEL_UM / np.sqrt(densest), jitter=0.42)
+        # Jittered by half a map cell, or the borders of the domains would look square.
+        cell = _find_map_cells(points + rng.uniform(-STEP / 2, STEP / 2, points.shape), labels)
         clumps = np.exp(0.3 * smooth_noise(rng, labels.shape, 4) + 0.5 * smooth_noise(rng, labels.shape, 1.5) - 0.17)
-        crowding = clumps * (1 - holes) * _layer(labels, density) / densest
+        crowding = clumps * (1 - holes) * _map_domains(labels, density) / densest
         keep = rng.random(len(points)) < crowding[cell]
         points, cell = points[keep], tuple(axis[keep] for axis in cell)
         turn = angle[cell] if name == "fibroblast" else rng.uniform(0, np.pi, len(points))
@@ -256,15 +256,15 @@ def _cells(rng, labels, holes, angle, hematoxylin, banks):
 
 
 def _place(rng, hematoxylin, points, bank, turn):
-    """Stamp nuclei of one type, turned by `turn` radians give or take a little."""
-    which = np.round((turn + rng.normal(0, 0.15, len(points))) / np.pi * N_ANGLES).astype(int) % N_ANGLES
-    _stamp(hematoxylin, points, bank, which, rng.integers(0, N_VARIANTS, len(points)))
+    """Draw nuclei of one type, turned by about `turn` radians."""
+    angles = np.round((turn + rng.normal(0, 0.15, len(points))) / np.pi * N_ANGLES).astype(int) % N_ANGLES
+    _stamp(hematoxylin, points, bank, angles, rng.integers(0, N_VARIANTS, len(points)))
 
 
-def _glands(rng, labels, hematoxylin, eosin, bank):
+def _draw_glands(rng, labels, hematoxylin, eosin, bank):
     """Draw glands: an empty lumen, a belt of pink cytoplasm and a ring of nuclei in it."""
-    centers = _lattice(rng, labels.shape, spacing=150 / STEP, jitter=0.22) * STEP
-    centers = centers[labels[_cell_of(centers, labels)] == DOMAINS.index("gland")]
+    centers = _draw_lattice(rng, labels.shape, spacing=150 / STEP, jitter=0.22) * STEP
+    centers = centers[labels[_find_map_cells(centers, labels)] == DOMAINS.index("gland")]
     reach = 80
     y, x = np.indices((2 * reach + 1, 2 * reach + 1), dtype=np.float32) - reach
     for row, column in centers.astype(int).tolist():
@@ -292,14 +292,14 @@ def _glands(rng, labels, hematoxylin, eosin, bank):
             _place(rng, hematoxylin, points, bank, theta if layer < 0.6 else theta + np.pi / 2)
 
 
-def _color(hematoxylin, eosin, stain):
-    """Mix the two stains in optical density and let the scanner see them, uint8 (height, width, 3)."""
-    for canvas in (hematoxylin, eosin):  # the microscope's focus
+def _convert_to_rgb(hematoxylin, eosin, stain):
+    """Return the RGB image of two stains in optical density, uint8 (height, width, 3)."""
+    for canvas in (hematoxylin, eosin):  # blur of the microscope
         ndimage.gaussian_filter(canvas, stain["blur"], output=canvas, truncate=3)
     dyes = (stain["gamma"] * stain["strength"][:, None] * stain["vectors"]).astype(np.float32)  # (2, 3)
     white = stain["white"].astype(np.float32)
     rgb = np.empty((*eosin.shape, 3), np.uint8)
-    for h, e, out in zip(hematoxylin, eosin, rgb, strict=True):  # row by row, to stay in cache
+    for h, e, out in zip(hematoxylin, eosin, rgb, strict=True):  # by row, to stay in the processor's cache
         e = e * (1 - 0.45 * np.minimum(h, 1))  # nuclei hold little eosin
         out[:] = np.rint(white * np.exp(-(h[:, None] * dyes[0] + e[:, None] * dyes[1])))
     return rgb
