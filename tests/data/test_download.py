@@ -1,4 +1,4 @@
-"""The manifest says what is outside; fetch brings it whole and checked, or says in one sentence why not."""
+"""The packaged manifest is correct; fetch downloads and checks artifacts, with errors that give the fix."""
 
 import csv
 import dataclasses
@@ -28,7 +28,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peka_lite._core import locks
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data import _fetch
-from peka_lite.data.download import cache_dir, fetch, find_fetched, patients_of, read_manifest
+from peka_lite.data import fetch, find_fetched, read_manifest
+from peka_lite.data.download import cache_dir, patients_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -41,7 +42,7 @@ def sha(data):
     return hashlib.sha256(data).hexdigest()
 
 
-# --- what the package's manifest says ----------------------------------------------------------------------------
+# --- the packaged manifest ---------------------------------------------------------------------------------------
 
 
 def test_the_cohorts_have_the_slides_of_the_paper():
@@ -49,26 +50,26 @@ def test_the_cohorts_have_the_slides_of_the_paper():
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_slides_are_those_of_hests_table(name):
+def test_slides_match_hests_table(name):
     table = SHARED / "real" / "HEST_v1_1_0.csv"
     if not table.is_file():
         pytest.skip("../shared/real/HEST_v1_1_0.csv is absent: the slides cannot be compared with HEST's table")
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["species"] == "Homo sapiens" and r["st_technology"] == "Visium"]
     rows = [r for r in rows if r["organ"].lower() == name and (name != "kidney" or r["oncotree_code"] == "SCCRCC")]
-    theirs = {
+    expected = {
         r["id"]: (int(r["spots_under_tissue"]), int(r["nb_genes"]), r["disease_state"], r["oncotree_code"] or None)
         for r in rows
     }
-    ours = {s.id: (s.spots, s.genes, s.disease_state, s.oncotree) for s in read_manifest()[name].slides}
-    assert ours == theirs
+    slides = {s.id: (s.spots, s.genes, s.disease_state, s.oncotree) for s in read_manifest()[name].slides}
+    assert slides == expected
     assert {s.id: s.license for s in read_manifest()[name].slides} == {r["id"]: r["license"] or None for r in rows}
     named = {r["id"]: r["patient"].strip() for r in rows if r["patient"].strip()}
     assert {s.id for s in read_manifest()[name].slides if s.patient_basis == "table"} == named.keys()
-    assert all(patients_of(name)[i] == f"{name} {who}" for i, who in named.items())
+    assert all(patients_of(name)[i] == f"{name} {patient}" for i, patient in named.items())
 
 
-def test_notes_count_what_the_slides_say():
+def test_notes_match_the_counts_of_slides():
     states = {name: Counter(s.disease_state for s in read_manifest()[name].slides) for name in COHORTS}
     assert states["breast"].keys() == states["kidney"].keys() == {"Cancer"}
     assert states["liver"] == {"Diseased": 5 + 4, "Healthy": 3, "Cancer": 2}
@@ -92,34 +93,34 @@ def test_slides_of_one_section_have_one_patient_and_one_number_of_spots():
     assert pairs.keys() == {"TENX23", "NCBI534", "NCBI535", "NCBI536", "NCBI537"}
 
 
-def test_patients_are_joined_where_the_source_is_silent_and_named_apart_between_cohorts():
+def test_patients_are_merged_if_the_source_gives_none_and_differ_between_cohorts():
     patients = {name: set(patients_of(name).values()) for name in COHORTS}
-    assert {name: len(who) for name, who in patients.items()} == {"breast": 6, "kidney": 24, "liver": 10, "lung": 5}
+    assert {name: len(names) for name, names in patients.items()} == {"breast": 6, "kidney": 24, "liver": 10, "lung": 5}
     assert len(set.union(*patients.values())) == sum(map(len, patients.values()))
     blocks = Counter(patients_of("breast").values())
     assert blocks["TENX Block A"] == 2
     for slide in (s for name in COHORTS for s in read_manifest()[name].slides):
-        alone = Counter(patients_of(slide_cohort(slide.id)).values())[slide.patient] == 1
+        alone = Counter(patients_of(find_cohort_of(slide.id)).values())[slide.patient] == 1
         assert alone or slide.patient_basis in ("title", "joined"), slide.id
         assert not (alone and slide.patient_basis == "joined"), slide.id
 
 
-def slide_cohort(slide_id):
+def find_cohort_of(slide_id):
     return next(name for name in COHORTS if slide_id in patients_of(name))
 
 
 def test_only_a_cohort_has_patients():
-    with pytest.raises(ValueError, match="uni is no cohort but student"):
+    with pytest.raises(ValueError, match="uni has no patients: it is a student"):
         patients_of("uni")
 
 
-def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
+def test_students_of_the_manifest_match_the_registry():
     students = {a.name: a for a in read_manifest().values() if a.kind == "student"}
     assert students.keys() == set(BACKBONES) - {"mini"}
     for name, entry in students.items():
         spec = BACKBONES[name]
-        theirs = (spec.license, spec.gate, spec.access, spec.revision)
-        assert (entry.license, entry.gate, entry.access, entry.revision) == theirs, name
+        expected = (spec.license, spec.gate, spec.access, spec.revision)
+        assert (entry.license, entry.gate, entry.access, entry.revision) == expected, name
         if entry.any_of:
             assert (spec.source, entry.repo_type) == (entry.repo, "model"), name
             assert [f.path for f in entry.files] == ["model.safetensors", "pytorch_model.bin"], name
@@ -127,7 +128,7 @@ def test_every_student_whose_weights_are_fetched_agrees_with_the_registry():
             assert spec.source == f"{entry.repo_type}s/{entry.repo}/{entry.files[0].path}", name
 
 
-def test_the_licenses_and_gates_of_the_weights_are_those_that_their_owners_state():
+def test_licenses_and_gates_of_weights_match_their_sources():
     manifest = read_manifest()
     teacher, ctranspath = manifest["scfoundation"], manifest["ctranspath"]
     assert teacher.license == "scFoundation License (non-commercial research)"
@@ -141,10 +142,10 @@ def test_the_licenses_and_gates_of_the_weights_are_those_that_their_owners_state
     assert {access[name] for name in (*COHORTS, "h-optimus-0")} == {"automatic"}
     assert {access[name] for name in ("h0-mini", "h-optimus-1", "gigapath")} == {"manual"}
     assert {access[name] for name in ("uni", "uni2-h")} == {"institution"}
-    assert access["virchow2"] is None  # not found in a public source
+    assert access["virchow2"] is None  # not in a public source
 
 
-def test_the_gene_lists_hash_is_that_of_the_file():
+def test_the_hash_of_the_gene_list_matches_the_file():
     path = SHARED / "real" / "scfoundation" / "OS_scRNA_gene_index.19264.tsv"
     if not path.is_file():
         pytest.skip("../shared/real/scfoundation is absent: the gene list's hash cannot be compared")
@@ -153,21 +154,21 @@ def test_the_gene_lists_hash_is_that_of_the_file():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    for ask in (fetch, find_fetched, patients_of):
+    for function in (fetch, find_fetched, patients_of):
         with pytest.raises(ValueError, match=r"nothing called 'heart' in data_manifest.yml; known: breast, kidney"):
-            ask("heart")
+            function("heart")
     with pytest.raises(KeyError, match="heart"):
         read_manifest()["heart"]
     assert "heart" not in read_manifest()
 
 
-# --- a manifest of one's own, checked ----------------------------------------------------------------------------
+# --- the check of a manifest -------------------------------------------------------------------------------------
 
 SLIDE = {"spots": 3, "genes": 2, "patient": "P", "patient_basis": "alone", "disease_state": "Cancer"}
 SLIDE |= {"oncotree": None, "license": None}
 
 
-def entries():
+def make_entries():
     hub = {"repo": "lab/hest", "repo_type": "dataset", "revision": None, "license": "MIT", "gate": "https://ask.here"}
     model = {"title": "A model", "repo": "lab/model", "repo_type": "model", "license": None, "gate": None}
     return {
@@ -179,7 +180,7 @@ def entries():
 
 
 def write(folder, top):
-    path = folder / "mine.yml"
+    path = folder / "custom.yml"
     path.write_text(top if isinstance(top, str) else yaml.safe_dump(top, sort_keys=False))
     return path
 
@@ -198,9 +199,9 @@ def edit(where, **fields):
     [
         (edit((), extras={}), "unknown extras; known: checkpoints"),
         (edit(("checkpoints", "big"), sise=3), "checkpoints: big: unknown sise"),
-        (edit(("cohorts", "two"), license="MIT"), "cohorts: two: license: given by source hest already"),
+        (edit(("cohorts", "two"), license="MIT"), "cohorts: two: license: already given by source hest"),
         (edit(("cohorts", "two"), source="nest"), "cohorts: two: source 'nest' is not one of hest"),
-        (edit(("cohorts", "two"), slides=None), "cohorts: two: slides must be a list"),
+        (edit(("cohorts", "two"), slides=None), "cohorts: two: slides must be a non-empty list"),
         (edit(("cohorts", "two", "slides", 1), id="S1"), "cohorts: two: .* S1.* is given more than once"),
         (edit(("cohorts", "two", "slides", 1), spots="many"), "two: slide S2: spots must be int, not 'many'"),
         (edit(("cohorts", "two", "slides", 1), patient_basis="guess"), "slide S2: patient_basis 'guess' is not one"),
@@ -221,40 +222,40 @@ def edit(where, **fields):
             edit(("checkpoints", "big"), gate="https://ask.here", access="hand"),
             "big: access must be one of automatic, manual",
         ),
-        (edit(("checkpoints", "big"), gate=None, access="manual"), "big: access goes with gate"),
+        (edit(("checkpoints", "big"), gate=None, access="manual"), "big: access needs gate"),
         (edit(("checkpoints", "big"), repo_type="space"), "big: repo_type must be 'model' or 'dataset'"),
-        (edit(("checkpoints", "big"), slides=[]), "big: slides: only a cohort has that"),
-        (lambda top: top["checkpoints"]["big"].pop("gate"), "big: gate missing; null says that it is not known"),
+        (edit(("checkpoints", "big"), slides=[]), "big: slides: only cohorts have this field"),
+        (lambda top: top["checkpoints"]["big"].pop("gate"), "big: gate missing; give null if unknown"),
         (
             lambda top: top["students"].update(big=json.loads(json.dumps(top["students"]["small"]))),
             "name big is given more than once",
         ),
-        (lambda top: top["students"].update(small="UNI"), "students: small: named fields are wanted here, not 'UNI'"),
+        (lambda top: top["students"].update(small="UNI"), "students: small: must be a mapping of fields, not 'UNI'"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused_by_entry_and_field(tmp_path, change, message):
-    top = json.loads(json.dumps(entries()))
+def test_errors_in_a_manifest_name_entry_and_field(tmp_path, change, message):
+    top = json.loads(json.dumps(make_entries()))
     change(top)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/mine.yml: .*{message}"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/custom.yml: .*{message}"):
         read_manifest(write(tmp_path, top))
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
-    text = yaml.safe_dump(entries(), sort_keys=False).replace("  big:", "  big: {}\n  big:")
-    with pytest.raises(ValueError, match=r"mine.yml: no YAML: 'big' is there twice at line \d+"):
+    text = yaml.safe_dump(make_entries(), sort_keys=False).replace("  big:", "  big: {}\n  big:")
+    with pytest.raises(ValueError, match=r"custom.yml: no YAML: 'big' is there twice at line \d+"):
         read_manifest(write(tmp_path, text))
 
 
-def test_a_manifest_that_is_missing_is_named(tmp_path):
+def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.yml: no such manifest"):
         read_manifest(tmp_path / "none.yml")
 
 
-# --- a hub on this machine ---------------------------------------------------------------------------------------
+# --- a local hub -------------------------------------------------------------------------------------------------
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """As much of the hub as is asked for: revision, paths-info, and files that are redirected to another host."""
+    """Server with the hub's endpoints in use: revision, paths-info, and files, redirected to another host."""
 
     daemon_threads = True
 
@@ -267,7 +268,7 @@ class Hub(http.server.ThreadingHTTPServer):
         return [path.rpartition(f"/{self.commit}/")[2] for path, _ in self.seen if "/cdn/" in path]
 
     def handle_error(self, request, client_address):
-        pass  # a client that hangs up
+        pass  # a client that closes the connection
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -295,15 +296,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         self.server.seen.append((self.path, self.headers))
-        found = []
+        entries = []
         for name in body["paths"]:
             if name in self.server.files:
                 data = self.server.files[name]
                 entry = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                 if not name.endswith(".json"):
                     entry["lfs"] = {"oid": sha(data), "size": len(data), "pointerSize": 130}
-                found.append(entry)
-        self.reply(200, json.dumps(found).encode())
+                entries.append(entry)
+        self.reply(200, json.dumps(entries).encode())
 
     def send_file(self, data, bad):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
@@ -313,7 +314,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.close_connection = True
-            for _ in range(500):  # far more than a client may take
+            for _ in range(500):  # far more than a client should accept
                 self.server.sent += self.wfile.write(bytes(MIB))
         data = data[start:]
         sent = {"short": data[: len(data) // 2], "other": data[::-1], "stall": data[: 12 * MIB]}.get(bad, data)
@@ -325,7 +326,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(sent)
         if bad == "stall":
             self.wfile.flush()
-            self.rfile.read(1)  # until the client is gone
+            self.rfile.read(1)  # until the client closes the connection
         self.close_connection = True
 
     def reply(self, status, body, **headers):
@@ -348,7 +349,7 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between tries
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between attempts
     for slide in ("S1", "S2"):
         server.files[f"st/{slide}.h5ad"] = f"counts of {slide} ".encode() * 99
         server.files[f"patches/{slide}.h5"] = f"tiles of {slide} ".encode() * 99
@@ -365,61 +366,61 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def mine(tmp_path, hub):
-    """A manifest of that hub."""
-    top = entries()
+def manifest(tmp_path, hub):
+    """Return a manifest of that hub."""
+    top = make_entries()
     genes = {"path": "genes.tsv", "size": None, "sha256": sha(hub.files["genes.tsv"])}
     url = f"{hub.address}/cdn/{COMMIT}/genes.tsv"
     top["genes"] = {"list": {"title": "Genes", "url": url, "files": [genes], "license": "MIT", "gate": None}}
     return read_manifest(write(tmp_path, top))
 
 
-def names(root):
+def list_files(root):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
-def test_a_cohort_comes_whole_with_a_record_and_is_not_fetched_twice(tmp_path, hub, mine, capsys):
+def test_a_cohort_is_fetched_with_a_record_and_not_twice(tmp_path, hub, manifest, capsys):
     root = tmp_path / "deep" / "two"
-    assert find_fetched(mine["two"], root=root) is None
-    assert fetch(mine["two"], root=root, progress=False) == root
+    assert find_fetched(manifest["two"], root=root) is None
+    assert fetch(manifest["two"], root=root, progress=False) == root
     assert capsys.readouterr() == ("", "")
-    wanted = [
+    expected = [
         f"{kind}/{s}.{end}"
         for kind, end in (("metadata", "json"), ("patches", "h5"), ("st", "h5ad"))
         for s in ("S1", "S2")
     ]
-    assert names(root) == ["fetched.json", *wanted]
+    assert list_files(root) == ["fetched.json", *expected]
     record = json.loads((root / "fetched.json").read_text())
     assert (record["name"], record["source"], record["commit"]) == ("two", "dataset lab/hest", COMMIT)
     assert record["license"] == "MIT"
-    told = {f["path"]: (f["size"], f["sha256"]) for f in record["files"]}
-    assert told == {name: (len(hub.files[name]), sha((root / name).read_bytes())) for name in wanted}
+    recorded = {f["path"]: (f["size"], f["sha256"]) for f in record["files"]}
+    assert recorded == {name: (len(hub.files[name]), sha((root / name).read_bytes())) for name in expected}
 
     hub.seen.clear()
-    assert find_fetched(mine["two"], root=root) == fetch(mine["two"], root=root, progress=False) == root
+    assert find_fetched(manifest["two"], root=root) == fetch(manifest["two"], root=root, progress=False) == root
     assert not hub.seen
 
 
-def test_a_lost_or_cut_file_alone_is_fetched_again_of_the_recorded_commit(tmp_path, hub, mine):
-    fetch(mine["two"], root=tmp_path / "two", progress=False)
+def test_only_missing_or_truncated_files_are_fetched_again_of_the_recorded_commit(tmp_path, hub, manifest):
+    fetch(manifest["two"], root=tmp_path / "two", progress=False)
     (tmp_path / "two/metadata/S2.json").write_text("{}")
-    assert find_fetched(mine["two"], root=tmp_path / "two") is None
+    assert find_fetched(manifest["two"], root=tmp_path / "two") is None
     (tmp_path / "two/metadata/S2.json").write_bytes(hub.files["metadata/S2.json"])
-    assert find_fetched(mine["two"], root=tmp_path / "two") is not None
+    assert find_fetched(manifest["two"], root=tmp_path / "two") is not None
     (tmp_path / "two/metadata/S2.json").write_text("{}")
     (tmp_path / "two/st/S1.h5ad").unlink()
-    assert find_fetched(mine["two"], root=tmp_path / "two") is None
+    assert find_fetched(manifest["two"], root=tmp_path / "two") is None
     hub.seen.clear()
-    fetch(mine["two"], root=tmp_path / "two", progress=False)
+    fetch(manifest["two"], root=tmp_path / "two", progress=False)
     assert sorted(hub.downloads()) == ["metadata/S2.json", "st/S1.h5ad"]
-    asked = [path for path, _ in hub.seen if path.startswith("/api/")]
-    assert asked == [f"/api/datasets/lab/hest/{what}/{COMMIT}" for what in ("revision", "paths-info")]
+    requests = [path for path, _ in hub.seen if path.startswith("/api/")]
+    assert requests == [f"/api/datasets/lab/hest/{endpoint}/{COMMIT}" for endpoint in ("revision", "paths-info")]
     assert (tmp_path / "two/st/S1.h5ad").read_bytes() == hub.files["st/S1.h5ad"]
 
 
-def test_a_pinned_revision_or_hash_is_not_met_by_what_came_before(tmp_path, hub, mine):
-    fetch(mine["big"], root=tmp_path / "big", progress=False)
-    later = dataclasses.replace(mine["big"], revision=OTHER)
+def test_files_of_another_revision_or_hash_than_pinned_are_fetched_again(tmp_path, hub, manifest):
+    fetch(manifest["big"], root=tmp_path / "big", progress=False)
+    later = dataclasses.replace(manifest["big"], revision=OTHER)
     assert find_fetched(later, root=tmp_path / "big") is None
     hub.commit, hub.files["models.ckpt"] = OTHER, b"WEIGHTS" * 999
     assert fetch(later, root=tmp_path / "big", progress=False).read_bytes() == hub.files["models.ckpt"]
@@ -427,19 +428,19 @@ def test_a_pinned_revision_or_hash_is_not_met_by_what_came_before(tmp_path, hub,
     assert find_fetched(dataclasses.replace(later, files=(file,)), root=tmp_path / "big") is None
 
 
-def test_a_record_does_not_vouch_for_files_of_another_commit(tmp_path, hub, mine):
+def test_a_record_does_not_cover_files_of_another_commit(tmp_path, hub, manifest):
     root = tmp_path / "two"
-    fetch(mine["two"], root=root, progress=False)
+    fetch(manifest["two"], root=root, progress=False)
     hub.commit, hub.bad["st/S2.h5ad"] = OTHER, "short"
     hub.files["st/S1.h5ad"] = hub.files["st/S1.h5ad"][::-1]  # of the same size
     hub.files["st/S2.h5ad"] = hub.files["st/S2.h5ad"][::-1]
     with pytest.raises(OSError, match="truncated"):
-        fetch(dataclasses.replace(mine["two"], revision=OTHER), root=root, progress=False)
+        fetch(dataclasses.replace(manifest["two"], revision=OTHER), root=root, progress=False)
     assert (root / "st/S1.h5ad").read_bytes() == hub.files["st/S1.h5ad"]
-    assert find_fetched(mine["two"], root=root) is None
+    assert find_fetched(manifest["two"], root=root) is None
 
 
-def test_bars_are_off_while_nothing_is_to_be_said_and_back_on_afterwards(tmp_path, hub, mine, monkeypatch):
+def test_progress_bars_are_disabled_during_a_silent_fetch(tmp_path, hub, manifest, monkeypatch):
     from huggingface_hub import file_download
     from huggingface_hub.utils import are_progress_bars_disabled
 
@@ -450,58 +451,58 @@ def test_bars_are_off_while_nothing_is_to_be_said_and_back_on_afterwards(tmp_pat
     )
     for k, (progress, terminal) in enumerate([(False, True), (True, False), (True, True)]):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        fetch(mine["big"], root=tmp_path / str(k), progress=progress)
+        fetch(manifest["big"], root=tmp_path / str(k), progress=progress)
     assert off == [True, True, False]
     assert not are_progress_bars_disabled()
 
 
-def test_one_file_goes_to_the_cache_and_the_hub_tells_its_license(tmp_path, hub, mine, monkeypatch, capsys):
+def test_a_file_is_fetched_to_the_cache_with_the_hubs_license(tmp_path, hub, manifest, monkeypatch, capsys):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
-    place = fetch(mine["big"])
-    assert place == cache_dir() / "models" / "big" / "models.ckpt" == find_fetched(mine["big"])
+    place = fetch(manifest["big"])
+    assert place == cache_dir() / "models" / "big" / "models.ckpt" == find_fetched(manifest["big"])
     assert json.loads((place.parent / "fetched.json").read_text())["license"] == "mit"
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("fetching big: 1 files, 7.0 kB; ")
     assert line.endswith("license mit")
 
 
-def test_of_alternatives_the_first_that_the_repository_holds_is_taken(tmp_path, hub, mine):
-    assert fetch(mine["small"], root=tmp_path / "a", progress=False).name == "pytorch_model.bin"
+def test_the_first_available_file_of_any_of_is_fetched(tmp_path, hub, manifest):
+    assert fetch(manifest["small"], root=tmp_path / "a", progress=False).name == "pytorch_model.bin"
     hub.files["model.safetensors"] = b"tensors"
-    assert fetch(mine["small"], root=tmp_path / "b", progress=False).name == "model.safetensors"
-    assert names(tmp_path / "b") == ["fetched.json", "model.safetensors"]
+    assert fetch(manifest["small"], root=tmp_path / "b", progress=False).name == "model.safetensors"
+    assert list_files(tmp_path / "b") == ["fetched.json", "model.safetensors"]
 
 
-def test_the_token_goes_to_the_hub_alone(tmp_path, hub, mine):
-    fetch(mine["big"], root=tmp_path / "big", progress=False)
-    asked = {"cdn" if "/cdn/" in path else "hub": h.get("Authorization") for path, h in hub.seen}
-    assert asked == {"hub": "Bearer hf_secret", "cdn": None}
+def test_the_token_is_sent_to_the_hub_only(tmp_path, hub, manifest):
+    fetch(manifest["big"], root=tmp_path / "big", progress=False)
+    tokens = {"cdn" if "/cdn/" in path else "hub": h.get("Authorization") for path, h in hub.seen}
+    assert tokens == {"hub": "Bearer hf_secret", "cdn": None}
 
 
-def test_a_folder_of_another_artifact_is_left_alone(tmp_path, hub, mine):
-    fetch(mine["big"], root=tmp_path / "x", progress=False)
-    assert find_fetched(dataclasses.replace(mine["big"], name="other"), root=tmp_path / "x") is None
-    with pytest.raises(ValueError, match="holds big already; give small a folder of its own"):
-        fetch(mine["small"], root=tmp_path / "x", progress=False)
-    assert names(tmp_path / "x") == ["fetched.json", "models.ckpt"]
+def test_a_folder_of_another_artifact_is_not_changed(tmp_path, hub, manifest):
+    fetch(manifest["big"], root=tmp_path / "x", progress=False)
+    assert find_fetched(dataclasses.replace(manifest["big"], name="other"), root=tmp_path / "x") is None
+    with pytest.raises(ValueError, match="already has big; fetch small to another folder"):
+        fetch(manifest["small"], root=tmp_path / "x", progress=False)
+    assert list_files(tmp_path / "x") == ["fetched.json", "models.ckpt"]
 
 
 FAILURES = {
-    "short": (OSError, r"truncated: the connection broke off before all of it came; fetch it again"),
+    "short": (OSError, r"truncated: the connection was lost; fetch it again"),
     "other": (ValueError, r"wrong hash: SHA-256 \w{64}, not \w{64}; fetch it again"),
-    "page": (ValueError, r"a web page came instead of data"),
+    "page": (ValueError, r"received a web page instead of data"),
     "gated": (PermissionError, r"is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"),
     "gone": (FileNotFoundError, r"is not in its repository"),
 }
 
 
 @pytest.mark.parametrize("bad", FAILURES)
-def test_a_hub_file_that_is_not_what_was_meant_is_refused_and_leaves_nothing(tmp_path, hub, mine, bad):
+def test_an_invalid_file_from_the_hub_is_refused_and_leaves_no_files(tmp_path, hub, manifest, bad):
     kind, sentence = FAILURES[bad]
     hub.bad["models.ckpt"] = bad
     page = "https://huggingface.co/lab/model"
     with pytest.raises(kind, match=r"^big \(models.ckpt\).*" + sentence.replace("{page}", page)) as caught:
-        fetch(mine["big"], root=tmp_path / "deep" / "big", progress=False)
+        fetch(manifest["big"], root=tmp_path / "deep" / "big", progress=False)
     assert caught.type is kind
     assert not (tmp_path / "deep").exists()
 
@@ -514,18 +515,18 @@ def test_a_hub_file_that_is_not_what_was_meant_is_refused_and_leaves_nothing(tmp
             PermissionError,
             r"^two is gated: ask for access at https://ask.here, then log in with `hf auth login`",
         ),
-        ("page", ValueError, r"^two: a web page came instead of the hub's answer; log in to your network first$"),
+        ("page", ValueError, r"^two: received a web page instead of the hub's answer; log in to your network first$"),
     ],
 )
-def test_a_hub_that_does_not_answer_the_question_is_said_to_do_so(tmp_path, hub, mine, bad, kind, sentence):
+def test_the_error_for_an_invalid_answer_of_the_hub_explains_it(tmp_path, hub, manifest, bad, kind, sentence):
     hub.bad["api"] = bad
     with pytest.raises(kind, match=sentence):
-        fetch(mine["two"], root=tmp_path / "two", progress=False)
+        fetch(manifest["two"], root=tmp_path / "two", progress=False)
     assert not (tmp_path / "two").exists()
 
 
-def answered(status):
-    error = OSError("the server's own words")
+def make_error(status):
+    error = OSError("message of the server")
     error.response = SimpleNamespace(status_code=status)
     return error
 
@@ -535,17 +536,17 @@ def answered(status):
     [
         (LocalEntryNotFoundError("x"), ConnectionError, "UNI could not be fetched: the hub cannot be reached"),
         (OfflineModeIsEnabled("x"), ConnectionError, "UNI could not be fetched: HF_HUB_OFFLINE is set; unset it"),
-        (answered(401), PermissionError, "UNI is gated: ask its owner for access, then log in with `hf auth login`"),
-        (answered(503), ConnectionError, "UNI could not be fetched: the server answered 503; try again later"),
+        (make_error(401), PermissionError, "UNI is gated: ask its owner for access, then log in with `hf auth login`"),
+        (make_error(503), ConnectionError, "UNI could not be fetched: the server answered 503; try again later"),
         (OSError(errno.ENOSPC, "No space left"), OSError, "UNI does not fit on the disk; free some space"),
         (PermissionError(errno.EACCES, "Denied", "/x"), PermissionError, r"UNI could not be written: Denied \(/x\)"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "no"), ConnectionError, "UNI could not be fetched .*; go online"),
     ],
 )
-def test_each_error_of_a_download_has_its_own_sentence(error, kind, sentence):
-    said = _fetch.hub_error(error, what="UNI", gate=None)
-    assert type(said) is kind
-    assert re.match(sentence, str(said))
+def test_errors_of_downloads_are_explained(error, kind, sentence):
+    explained = _fetch.explain_error(error, name="UNI", gate=None)
+    assert type(explained) is kind
+    assert re.match(sentence, str(explained))
 
 
 @pytest.mark.parametrize(
@@ -554,39 +555,39 @@ def test_each_error_of_a_download_has_its_own_sentence(error, kind, sentence):
      ("institution", "; it is granted to institutional e-mail addresses alone, by hand, which may take days"),
      (None, "")],
 )  # fmt: skip
-def test_a_closed_gate_says_how_it_is_opened(tmp_path, hub, mine, access, how):
+def test_the_error_for_a_gated_artifact_explains_access(tmp_path, hub, manifest, access, how):
     hub.bad["api"] = "gated"
-    entry = dataclasses.replace(mine["two"], access=access)
+    entry = dataclasses.replace(manifest["two"], access=access)
     with pytest.raises(PermissionError, match=r"^two is gated") as caught:
         fetch(entry, root=tmp_path / "two", progress=False)
     assert str(caught.value).endswith(f"then log in with `hf auth login` or set HF_TOKEN{how}")
 
 
-@pytest.mark.parametrize(("announced", "wrong"), [(10_000, "truncated"), (1_000, "too long")])
-def test_a_size_that_the_manifest_announces_is_kept_to(tmp_path, hub, mine, announced, wrong):
-    file = dataclasses.replace(mine["list"].files[0], size=announced)
-    with pytest.raises(OSError, match=rf"list \(genes.tsv\) is {wrong}: 1,584 of {announced:,} bytes came"):
-        fetch(dataclasses.replace(mine["list"], files=(file,)), root=tmp_path / "genes", progress=False)
+@pytest.mark.parametrize(("announced", "problem"), [(10_000, "truncated"), (1_000, "too long")])
+def test_the_size_in_the_manifest_is_checked(tmp_path, hub, manifest, announced, problem):
+    file = dataclasses.replace(manifest["list"].files[0], size=announced)
+    with pytest.raises(OSError, match=rf"list \(genes.tsv\) is {problem}: received 1,584 of {announced:,} bytes"):
+        fetch(dataclasses.replace(manifest["list"], files=(file,)), root=tmp_path / "genes", progress=False)
     assert not (tmp_path / "genes").exists()
 
 
 @pytest.mark.parametrize(("name", "path"), [("list", "genes.tsv"), ("big", "models.ckpt")])
-def test_a_server_that_never_ends_is_hung_up_on(tmp_path, hub, mine, name, path):
+def test_an_endless_download_is_stopped(tmp_path, hub, manifest, name, path):
     hub.bad[path] = "endless"
     size = len(hub.files[path])
-    entry = dataclasses.replace(mine[name], files=(dataclasses.replace(mine[name].files[0], size=size),))
-    with pytest.raises(OSError, match=rf"{name} \({path}\) is too long: [\d,]+ of {size:,} bytes came"):
+    entry = dataclasses.replace(manifest[name], files=(dataclasses.replace(manifest[name].files[0], size=size),))
+    with pytest.raises(OSError, match=rf"{name} \({path}\) is too long: received [\d,]+ of {size:,} bytes"):
         fetch(entry, root=tmp_path / "x", progress=False)
     assert not (tmp_path / "x").exists()
     assert hub.sent < 100 * MIB
 
 
-def test_a_download_of_unknown_size_leaves_room_on_the_disk(tmp_path, hub, mine, monkeypatch):
+def test_a_download_of_unknown_size_leaves_free_disk_space(tmp_path, hub, manifest, monkeypatch):
     hub.bad["genes.tsv"] = "endless"
-    file = dataclasses.replace(mine["list"].files[0], size=None, sha256=None)
+    file = dataclasses.replace(manifest["list"].files[0], size=None, sha256=None)
     monkeypatch.setattr("peka_lite.data._fetch.HEADROOM", shutil.disk_usage(tmp_path).free - 20 * MIB)
     with pytest.raises(OSError, match=r"list \(genes.tsv\) does not fit on the disk"):
-        fetch(dataclasses.replace(mine["list"], files=(file,)), root=tmp_path / "x", progress=False)
+        fetch(dataclasses.replace(manifest["list"], files=(file,)), root=tmp_path / "x", progress=False)
     assert hub.sent < 100 * MIB
 
 
@@ -594,71 +595,73 @@ def test_a_download_of_unknown_size_leaves_room_on_the_disk(tmp_path, hub, mine,
     "record",
     ["[]", "5", '{"name": "big", "files": 3}', '{"files": [1]}', '{"files": [{"path": "a"}]}', "[" * 10_000],
 )
-def test_a_record_of_something_else_is_named(tmp_path, mine, record):
+def test_an_invalid_record_is_refused(tmp_path, manifest, record):
     (tmp_path / "fetched.json").write_text(record)
     with pytest.raises(ValueError, match=r"fetched\.json: .*remove it and fetch again"):
-        find_fetched(mine["big"], root=tmp_path)
+        find_fetched(manifest["big"], root=tmp_path)
 
 
 @pytest.mark.parametrize("bad", ["short", "other", "page", "gone"])
-def test_a_file_from_an_address_that_is_not_what_was_meant_is_refused_and_leaves_nothing(tmp_path, hub, mine, bad):
+def test_an_invalid_file_from_an_address_is_refused_and_leaves_no_files(tmp_path, hub, manifest, bad):
     kind, sentence = FAILURES[bad]
     if bad == "gone":
-        sentence = "is not at its address any more"
+        sentence = "is no longer at its address"
     hub.bad["genes.tsv"] = bad
     with pytest.raises(kind, match=r"^list \(genes.tsv\).*" + sentence) as caught:
-        fetch(mine["list"], root=tmp_path / "deep" / "genes", progress=False)
+        fetch(manifest["list"], root=tmp_path / "deep" / "genes", progress=False)
     assert caught.type is kind
     assert not (tmp_path / "deep").exists()
 
 
-def test_a_file_from_an_address_comes_whole_with_a_record(tmp_path, hub, mine):
-    place = fetch(mine["list"], root=tmp_path / "genes", progress=False)
+def test_a_file_from_an_address_is_fetched_with_a_record(tmp_path, hub, manifest):
+    place = fetch(manifest["list"], root=tmp_path / "genes", progress=False)
     assert place.read_bytes() == hub.files["genes.tsv"]
     record = json.loads((tmp_path / "genes/fetched.json").read_text())
-    assert (record["source"], record["commit"], record["license"]) == (mine["list"].url, None, "MIT")
-    assert names(tmp_path / "genes") == ["fetched.json", "genes.tsv"]
+    assert (record["source"], record["commit"], record["license"]) == (manifest["list"].url, None, "MIT")
+    assert list_files(tmp_path / "genes") == ["fetched.json", "genes.tsv"]
 
 
-def test_a_file_that_the_repository_lacks_is_named_before_anything_is_fetched(tmp_path, hub, mine):
+def test_a_missing_file_in_the_repository_is_reported_before_downloads(tmp_path, hub, manifest):
     del hub.files["patches/S2.h5"]
     with pytest.raises(
-        FileNotFoundError, match=r"lab/hest on the hub does not hold patches/S2.h5 of two \(commit aaaa"
+        FileNotFoundError, match=r"lab/hest on the hub does not have patches/S2.h5 of two \(commit aaaa"
     ):
-        fetch(mine["two"], root=tmp_path / "two", progress=False)
+        fetch(manifest["two"], root=tmp_path / "two", progress=False)
     del hub.files["pytorch_model.bin"]
-    with pytest.raises(FileNotFoundError, match=r"does not hold model.safetensors, pytorch_model.bin of small"):
-        fetch(mine["small"], root=tmp_path / "small", progress=False)
+    with pytest.raises(FileNotFoundError, match=r"does not have model.safetensors, pytorch_model.bin of small"):
+        fetch(manifest["small"], root=tmp_path / "small", progress=False)
     assert not hub.downloads()
     assert not (tmp_path / "two").exists()
 
 
-def test_a_cohort_that_fails_keeps_its_finished_files_and_nothing_half_written(tmp_path, hub, mine):
+def test_a_failed_cohort_keeps_its_finished_files_only(tmp_path, hub, manifest):
     root = tmp_path / "two"
     hub.bad["patches/S2.h5"] = "short"
     with pytest.raises(OSError, match=r"two \(patches/S2.h5\) is truncated"):
-        fetch(mine["two"], root=root, progress=False)
-    assert names(root) == ["metadata/S1.json", "patches/S1.h5", "st/S1.h5ad", "st/S2.h5ad"]
+        fetch(manifest["two"], root=root, progress=False)
+    assert list_files(root) == ["metadata/S1.json", "patches/S1.h5", "st/S1.h5ad", "st/S2.h5ad"]
     assert not (root / ".partial").exists()
-    assert find_fetched(mine["two"], root=root) is None
+    assert find_fetched(manifest["two"], root=root) is None
 
-    (root / "st/S1.h5ad").write_bytes(hub.files["st/S1.h5ad"][::-1])  # right size, wrong bytes, no record yet
+    (root / "st/S1.h5ad").write_bytes(hub.files["st/S1.h5ad"][::-1])  # same size, other bytes, no record yet
     hub.bad.clear()
     hub.seen.clear()
-    fetch(mine["two"], root=root, progress=False)
+    fetch(manifest["two"], root=root, progress=False)
     assert {"patches/S2.h5", "st/S1.h5ad"} <= set(hub.downloads())
     assert not {"patches/S1.h5", "st/S2.h5ad"} & set(hub.downloads())
     assert (root / "st/S1.h5ad").read_bytes() == hub.files["st/S1.h5ad"]
 
 
-def test_a_process_that_was_killed_goes_on_where_it_stopped(tmp_path, hub, mine):
+def test_fetch_resumes_after_a_killed_process(tmp_path, hub, manifest):
     data = os.urandom(MIB) * 22  # the hub's client writes 10 MiB at a time
     hub.files["models.ckpt"], hub.bad["models.ckpt"] = data, "stall"
     root = tmp_path / "big"
     code = (
         "import sys; from peka_lite.data.download import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, mine.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, manifest.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
     part = root / ".partial" / COMMIT / "models.ckpt"
     try:
         give_up = time.monotonic() + 60
@@ -669,120 +672,122 @@ def test_a_process_that_was_killed_goes_on_where_it_stopped(tmp_path, hub, mine)
     finally:
         child.kill()
         child.wait()
-    begun = part.stat().st_size
-    assert find_fetched(mine["big"], root=root) is None
+    size = part.stat().st_size
+    assert find_fetched(manifest["big"], root=root) is None
 
     hub.bad.clear()
     hub.seen.clear()
-    assert fetch(mine["big"], root=root, progress=False).read_bytes() == data
-    assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={begun}-"]
-    assert names(root) == ["fetched.json", "models.ckpt"]
+    assert fetch(manifest["big"], root=root, progress=False).read_bytes() == data
+    assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={size}-"]
+    assert list_files(root) == ["fetched.json", "models.ckpt"]
 
 
-def test_a_second_fetch_waits_and_goes_on_where_the_first_ended(tmp_path, hub, mine, monkeypatch):
+def test_a_second_fetch_waits_and_resumes_the_first(tmp_path, hub, manifest, monkeypatch):
     data = os.urandom(MIB) * 22
     hub.files["models.ckpt"], hub.bad["models.ckpt"] = data, "stall"
-    root, said = tmp_path / "big", []
+    root, printed, sizes = tmp_path / "big", [], []
     code = (
         "import sys; from peka_lite.data.download import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, mine.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, manifest.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
     part = root / ".partial" / COMMIT / "models.ckpt"
 
-    def end(text):
-        said.append(text)
+    def stop_child(text):
+        printed.append(text)
         child.kill()
         child.wait()
-        said.append(part.stat().st_size)
+        sizes.append(part.stat().st_size)
         hub.bad.clear()
         hub.seen.clear()
 
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=end, flush=lambda: None)))
+    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=stop_child, flush=lambda: None)))
     try:
         give_up = time.monotonic() + 60
         while not (part.is_file() and part.stat().st_size >= 10 * MIB):
             assert child.poll() is None
             assert time.monotonic() < give_up
             threading.Event().wait(0.02)
-        assert fetch(mine["big"], root=root, progress=False).read_bytes() == data
+        assert fetch(manifest["big"], root=root, progress=False).read_bytes() == data
     finally:
         child.kill()
         child.wait()
-    assert said[0].startswith(f"waiting for another process that writes {root}")
-    assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={said[1]}-"]
-    assert names(root) == ["fetched.json", "models.ckpt"]
+    assert printed[0].startswith(f"waiting for another process that writes {root}")
+    assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [f"bytes={sizes[0]}-"]
+    assert list_files(root) == ["fetched.json", "models.ckpt"]
 
 
-def test_without_locks_two_fetches_do_not_share_what_has_come(tmp_path, hub, mine, monkeypatch):
+def test_without_locks_two_fetches_do_not_share_partial_files(tmp_path, hub, manifest, monkeypatch):
     from huggingface_hub import file_download
 
     def refuse(_file, _how):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    def half(url, data, **options):
+    def interleave(url, data, **options):
         monkeypatch.setattr(file_download, "http_get", get)
         data.write(hub.files["models.ckpt"][:1000])
         data.flush()
-        assert fetch(mine["big"], root=tmp_path / "big", progress=False).is_file()
+        assert fetch(manifest["big"], root=tmp_path / "big", progress=False).is_file()
         get(url, data, **options | {"resume_size": 1000})
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
     get = file_download.http_get
-    monkeypatch.setattr(file_download, "http_get", half)
-    assert fetch(mine["big"], root=tmp_path / "big", progress=False).read_bytes() == hub.files["models.ckpt"]
-    assert names(tmp_path / "big") == ["fetched.json", "models.ckpt"]
+    monkeypatch.setattr(file_download, "http_get", interleave)
+    assert fetch(manifest["big"], root=tmp_path / "big", progress=False).read_bytes() == hub.files["models.ckpt"]
+    assert list_files(tmp_path / "big") == ["fetched.json", "models.ckpt"]
 
 
-def test_an_interrupted_file_is_kept_and_gone_on_with_but_not_that_of_another_commit(tmp_path, hub, mine, monkeypatch):
+def test_an_interrupted_file_is_resumed_unless_the_commit_changed(tmp_path, hub, manifest, monkeypatch):
     def interrupt(_url, data, **_):
         data.write(hub.files["models.ckpt"][:1000])
         raise KeyboardInterrupt
 
-    for commit, asked in ((COMMIT, "bytes=1000-"), (OTHER, None)):
+    for commit, requested in ((COMMIT, "bytes=1000-"), (OTHER, None)):
         root = tmp_path / commit
         with monkeypatch.context() as patch:
             patch.setattr("huggingface_hub.file_download.http_get", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                fetch(mine["big"], root=root, progress=False)
-        assert names(root) == [f".partial/{COMMIT}/models.ckpt"]
+                fetch(manifest["big"], root=root, progress=False)
+        assert list_files(root) == [f".partial/{COMMIT}/models.ckpt"]
         hub.commit = commit
         hub.seen.clear()
-        fetch(mine["big"], root=root, progress=False)
-        assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [asked]
-        assert names(root) == ["fetched.json", "models.ckpt"]
+        fetch(manifest["big"], root=root, progress=False)
+        assert [h["Range"] for path, h in hub.seen if "/cdn/" in path] == [requested]
+        assert list_files(root) == ["fetched.json", "models.ckpt"]
 
 
-def test_too_small_a_disk_is_named_before_anything_is_fetched(tmp_path, hub, mine, monkeypatch):
-    needed = sum(len(hub.files[f.path]) for f in mine["two"].files)
+def test_too_small_a_disk_is_reported_before_downloads(tmp_path, hub, manifest, monkeypatch):
+    needed = sum(len(hub.files[f.path]) for f in manifest["two"].files)
     free = _fetch.HEADROOM + needed - 1
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(OSError, match=r"two needs 5\.\d kB and 268\.4 MB to spare, but .* has 268\.4 MB free"):
-        fetch(mine["two"], root=tmp_path / "deep" / "two", progress=False)
+        fetch(manifest["two"], root=tmp_path / "deep" / "two", progress=False)
     assert not hub.downloads()
     assert not (tmp_path / "deep").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free + 1))
-    fetch(mine["two"], root=tmp_path / "deep" / "two", progress=False)
+    fetch(manifest["two"], root=tmp_path / "deep" / "two", progress=False)
 
 
-def test_no_network_is_one_sentence_and_leaves_what_was_begun(tmp_path, hub, mine, monkeypatch):
+def test_a_network_error_is_explained_and_keeps_partial_files(tmp_path, hub, manifest, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", nobody)
-    begun = tmp_path / "big" / ".partial" / COMMIT / "models.ckpt"
-    begun.parent.mkdir(parents=True)
-    begun.write_bytes(b"wei")
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    partial = tmp_path / "big" / ".partial" / COMMIT / "models.ckpt"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"wei")
     with pytest.raises(ConnectionError, match=r"^big could not be fetched \(\w+\); go online and try again$"):
-        fetch(mine["big"], root=tmp_path / "big", progress=False)
-    assert begun.read_bytes() == b"wei"
-    genes = dataclasses.replace(mine["list"], url=f"{nobody}/genes.tsv")
+        fetch(manifest["big"], root=tmp_path / "big", progress=False)
+    assert partial.read_bytes() == b"wei"
+    genes = dataclasses.replace(manifest["list"], url=f"{address}/genes.tsv")
     with pytest.raises(ConnectionError, match=r"^list \(genes.tsv\) could not be fetched"):
         fetch(genes, root=tmp_path / "deep" / "genes", progress=False)
     assert not (tmp_path / "deep").exists()
 
 
-def test_the_wheel_holds_the_manifest(tmp_path):
+def test_the_wheel_contains_the_manifest(tmp_path):
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is absent: no wheel can be built")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]

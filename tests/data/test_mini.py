@@ -1,4 +1,4 @@
-"""The mini cohort: HEST's layout, the same bytes for the same seed, and the statistics it promises."""
+"""The mini cohort has HEST's layout, the same bytes for the same seed, and the documented statistics."""
 
 import hashlib
 import json
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peka_lite.data.mini import cohort as mini, counts as _mini_genes
-from peka_lite.data.mini.cohort import write_mini_cohort
+from peka_lite.data.mini import cohort as mini, counts as mini_counts, write_mini_cohort
 from peka_lite.evaluation import noise_ceiling
 
 SMALL = {"n_patients": 3, "n_slides": 4, "spots_per_slide": (40, 60)}
@@ -42,11 +41,11 @@ def digests(root):
 
 @pytest.fixture(scope="module")
 def many_slides():
-    """Thirty slides whose section is not drawn, to see what holds on average over slides."""
+    """Draw thirty slides without their images, for statistics over slides."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini, "draw_section", lambda rng, labels, stain: np.zeros((320, 320, 3), np.uint8))
         seeds = np.random.SeedSequence(5)
-        var, profiles = _mini_genes.draw_genes(np.random.default_rng(seeds.spawn(1)[0]))
+        var, profiles = mini_counts.draw_genes(np.random.default_rng(seeds.spawn(1)[0]))
         return [
             mini._draw_slide(var, mini._draw_patient(profiles, of_patient), (100, 140), of_slide)[0]
             for of_patient, of_slide in zip(seeds.spawn(30), seeds.spawn(30), strict=True)
@@ -89,7 +88,7 @@ def test_spots_lie_on_a_visium_grid(slides, name):
     assert obs.array_col.between(0, 127).all()
     position = slides[name].obsm["spatial"] * 0.5  # um
     distance = np.linalg.norm(position[:, None] - position[None], axis=2) + 1e6 * np.eye(len(position))
-    # 100 um to the nearest spot, but for the rounding to whole pixels.
+    # 100 um to the nearest spot, up to rounding to whole pixels.
     np.testing.assert_allclose(distance.min(1), 100, atol=1)
 
 
@@ -100,7 +99,7 @@ def test_layout_of_the_patches(root, slides, name):
     assert tiles.shape == (slide.n_obs - mini.N_WITHOUT_TILE, 224, 224, 3)
     assert tiles.dtype == np.uint8
     assert set(codes) < set(slide.obs_names)
-    assert codes != [code for code in slide.obs_names if code in set(codes)]  # another order than the h5ad's
+    assert codes != [code for code in slide.obs_names if code in set(codes)]  # not in the order of the h5ad
     np.testing.assert_array_equal(coords + 112, slide[codes].obsm["spatial"])
     with h5py.File(root / "patches" / f"{name}.h5") as file:
         for field in ("img", "coords"):
@@ -120,7 +119,7 @@ def test_both_spellings_of_barcode_occur(root):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_metadata_say_that_the_slide_is_synthetic(root, slides, name):
+def test_metadata_state_that_the_slide_is_synthetic(root, slides, name):
     metadata = json.loads((root / "metadata" / f"{name}.json").read_text())
     assert metadata["synthetic"] is True
     assert "ynthetic" in metadata["note"]
@@ -150,7 +149,7 @@ def test_tiles_match_the_small_image(root, slides, name):
 
 
 def test_tiles_show_their_domain(root, slides):
-    """Crowded nuclei take up red light and fat is empty: each slide's tiles must tell one from the other."""
+    """Dense nuclei absorb red light and fat does not: the tiles of each slide must show the difference."""
     for name, slide in slides.items():
         codes, _, tiles = read_patches(root, name)
         mixture = slide[codes].obsm["mixture"]
@@ -164,25 +163,25 @@ def test_same_seed_gives_the_same_bytes(root, tmp_path):
 
 
 def test_another_seed_gives_other_files(root, tmp_path):
-    other, here = digests(write_mini_cohort(tmp_path / "other", seed=1, **SMALL)), digests(root)
-    assert other.keys() == here.keys()
-    same = [name for name in here if here[name] == other[name] and not name.startswith("metadata")]
+    other, first = digests(write_mini_cohort(tmp_path / "other", seed=1, **SMALL)), digests(root)
+    assert other.keys() == first.keys()
+    same = [name for name in first if first[name] == other[name] and not name.startswith("metadata")]
     assert same == []
 
 
-def test_a_finished_cohort_is_left_alone(root):
+def test_a_complete_cohort_is_not_written_again(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert write_mini_cohort(str(root), **SMALL) == root
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_other_options_are_refused(root):
+def test_a_folder_with_a_cohort_of_other_options_is_refused(root):
     with pytest.raises(FileExistsError, match="not the complete mini cohort"):
         write_mini_cohort(root, seed=3, **SMALL)
 
 
-def test_a_foreign_folder_is_refused_and_kept(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(FileExistsError, match="not the complete mini cohort"):
         write_mini_cohort(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -191,14 +190,14 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path):
 def test_an_incomplete_cohort_is_refused(tmp_path):
     options = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}
     root = tmp_path / "cohort"
-    root.mkdir()  # an empty folder may be there already
+    root.mkdir()  # an empty folder is allowed
     write_mini_cohort(root, **options)
     (root / "patches" / "MINI1.h5").unlink()
     with pytest.raises(FileExistsError, match="not the complete mini cohort"):
         write_mini_cohort(root, **options)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failure_leaves_no_files(tmp_path, monkeypatch):
     calls = []
     write = mini._write_slide
 
@@ -215,30 +214,30 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_writers_at_once_the_second_uses_what_the_first_wrote(tmp_path, monkeypatch):
-    small, there = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}, tmp_path / "cohort"
+def test_the_slower_of_two_writers_uses_the_other_ones_cohort(tmp_path, monkeypatch):
+    small, root = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}, tmp_path / "cohort"
     first, replace = write_mini_cohort(tmp_path / "first", **small), os.replace
 
-    def overtaken(draft, to):
+    def replace_late(draft, to):
         os.rename(first, to)
         replace(draft, to)
 
-    monkeypatch.setattr(mini.os, "replace", overtaken)
+    monkeypatch.setattr(mini.os, "replace", replace_late)
     inode = (first / "mini.json").stat().st_ino
-    assert write_mini_cohort(there, **small) == there
-    assert (there / "mini.json").stat().st_ino == inode
-    assert list(tmp_path.iterdir()) == [there]
+    assert write_mini_cohort(root, **small) == root
+    assert (root / "mini.json").stat().st_ino == inode
+    assert list(tmp_path.iterdir()) == [root]
 
 
-def test_two_writers_may_find_the_same_empty_folder(tmp_path, monkeypatch):
+def test_two_writers_may_start_from_one_empty_folder(tmp_path, monkeypatch):
     small, rmdir = {"n_patients": 1, "n_slides": 1, "spots_per_slide": (20, 20)}, Path.rmdir
     (tmp_path / "cohort").mkdir()
 
-    def overtaken(path):
-        rmdir(path)  # by the other one
+    def remove_twice(path):
+        rmdir(path)  # by the other writer
         rmdir(path)
 
-    monkeypatch.setattr(Path, "rmdir", overtaken)
+    monkeypatch.setattr(Path, "rmdir", remove_twice)
     assert (write_mini_cohort(tmp_path / "cohort", **small) / "mini.json").is_file()
 
 
@@ -270,7 +269,7 @@ def test_genes_of_each_kind(slides):
         assert slide.var.equals(var)
 
 
-def test_counts_are_whole_and_every_spot_expresses_enough_genes(slides):
+def test_counts_are_integers_and_every_spot_expresses_enough_genes(slides):
     for slide in slides.values():
         assert (slide.X.data == np.rint(slide.X.data)).all()
         assert slide.X.data.min() >= 1
@@ -279,7 +278,7 @@ def test_counts_are_whole_and_every_spot_expresses_enough_genes(slides):
 
 
 def test_counts_are_as_spread_as_in_real_sections(many_slides):
-    """Over the 1,345 genes that real breast sections share (benchmarks/mini_counts.py): 0.49, 0.66, -1.16 and 0.87."""
+    """Compare with the 1,345 shared genes of real breast sections (mini_counts.py): 0.49, 0.66, -1.16 and 0.87."""
     counts = [slide.X.toarray() for slide in many_slides]
     assert 0.35 < np.mean([(x == 0).mean() for x in counts]) < 0.55
     assert 0.45 < np.mean([x.sum(1).std() / x.sum(1).mean() for x in counts]) < 0.75
@@ -289,7 +288,7 @@ def test_counts_are_as_spread_as_in_real_sections(many_slides):
 
 
 def test_counts_are_negative_binomial_around_the_rate(slides):
-    """Squared residuals over the variance average to 1; about 250,000 of them leave an error below 0.01."""
+    """Squared residuals over the variance have mean 1; with about 250,000 of them the error is below 0.01."""
     ratio, poisson_ratio, total = [], [], []
     for slide in slides.values():
         rate, counts = slide.layers["rate"].astype(float), slide.X.toarray()
@@ -299,13 +298,13 @@ def test_counts_are_negative_binomial_around_the_rate(slides):
         total.append(counts.sum() / rate.sum())
     np.testing.assert_allclose(total, 1, atol=0.01)
     assert abs(np.concatenate(ratio).mean() - 1) < 0.04
-    assert np.concatenate(poisson_ratio).mean() > 1.2  # so a plain Poisson would not pass
+    assert np.concatenate(poisson_ratio).mean() > 1.2  # a Poisson distribution would fail
 
 
-def test_each_kind_takes_the_same_share_of_every_spot(slides):
+def test_each_kind_has_the_same_share_of_every_spot(slides):
     for slide in slides.values():
         rate = slide.layers["rate"].astype(float)
-        for kind, share in _mini_genes.SHARE.items():
+        for kind, share in mini_counts.SHARE.items():
             block = rate[:, slide.var.kind == kind].sum(1) / rate.sum(1)
             np.testing.assert_allclose(block, share, rtol=1e-5)
 
@@ -317,13 +316,13 @@ def test_noise_genes_have_a_constant_share(slides):
 
 
 def correlations(slides, value):
-    """Correlation of each column of `value(slide)` with each domain's share, (n_slides, n_columns, n_domains)."""
-    found = []
+    """Return the correlation of each column of `value(slide)` with each domain, (n_slides, n_columns, n_domains)."""
+    coefficients = []
     for slide in slides:
         left, right = np.asarray(value(slide)), np.asarray(slide.obsm["mixture"])
         both = np.corrcoef(left, right, rowvar=False)
-        found.append(both[: left.shape[1], left.shape[1] :])
-    return np.array(found)
+        coefficients.append(both[: left.shape[1], left.shape[1] :])
+    return np.array(coefficients)
 
 
 @pytest.mark.parametrize(
@@ -335,19 +334,18 @@ def correlations(slides, value):
     ids=["depth", "niche"],
 )
 def test_depth_and_niches_do_not_follow_the_domains(many_slides, value):
-    """Smooth maps correlate by chance within a slide, so the mean over 30 independent slides is tested.
+    """Test the mean over 30 independent slides, since smooth maps correlate by chance within a slide.
 
-    With four columns and six domains there are 24 t statistics; |t| < 4 fails one fair cohort in about 100.
+    With four columns and six domains there are 24 t statistics; |t| < 4 fails one independent cohort in about 100.
     """
-    found = correlations(many_slides, value)
-    t = stats.ttest_1samp(found, 0, axis=0).statistic
+    t = stats.ttest_1samp(correlations(many_slides, value), 0, axis=0).statistic
     assert np.abs(t).max() < 4
 
 
-def test_the_test_above_can_fail(many_slides):
-    """A visible gene's true rate is caught by the same statistic."""
-    found = correlations(many_slides, lambda s: np.log(s[:, ["EPCAM", "COL1A1"]].layers["rate"]))
-    assert np.abs(stats.ttest_1samp(found, 0, axis=0).statistic).max() > 8
+def test_rates_of_visible_genes_follow_the_domains(many_slides):
+    """The statistic of the test above detects a true correlation."""
+    correlation = correlations(many_slides, lambda s: np.log(s[:, ["EPCAM", "COL1A1"]].layers["rate"]))
+    assert np.abs(stats.ttest_1samp(correlation, 0, axis=0).statistic).max() > 8
 
 
 def test_domains_and_niches_all_occur(many_slides):
@@ -359,7 +357,7 @@ def test_domains_and_niches_all_occur(many_slides):
 
 
 def test_invisible_genes_are_smooth_in_space(slides):
-    """Neighboring spots agree on a niche far more than two spots drawn at random."""
+    """Niches of neighboring spots differ less than those of two random spots."""
     for slide in slides.values():
         niche, place = slide.obsm["niche"].to_numpy(), slide.obsm["spatial"]
         distance = np.linalg.norm(place[:, None] - place[None], axis=2)
@@ -373,8 +371,8 @@ def test_noise_ceiling_is_the_correlation_of_rate_and_counts(slides):
     ceiling = noise_ceiling(slide)
     counts, rate = slide.X.toarray(), slide.layers["rate"]
     gene = slide.var_names.get_loc("EPCAM")
-    seen, true = (np.log1p(1e4 * values[:, gene] / values.sum(1)) for values in (counts, rate))
-    assert ceiling["EPCAM"] == pytest.approx(np.corrcoef(seen, true)[0, 1], abs=1e-4)
+    counted, true = (np.log1p(1e4 * values[:, gene] / values.sum(1)) for values in (counts, rate))
+    assert ceiling["EPCAM"] == pytest.approx(np.corrcoef(counted, true)[0, 1], abs=1e-4)
     assert ceiling[slide.var.kind == "visible"].mean() > 0.6
     assert ceiling[slide.var.kind == "invisible"].mean() > 0.6
     assert ceiling[slide.var.kind == "noise"].isna().all()

@@ -1,4 +1,4 @@
-"""Received runs, sweeps and models: nothing outside their folder is read, and no text in them is code anywhere."""
+"""Received runs, sweeps and models are untrusted: no file outside their folder is read, all their text is escaped."""
 
 import ast
 import csv
@@ -63,10 +63,10 @@ SECRET = "SECRET-of-the-user"
 
 @pytest.fixture(autouse=True)
 def _no_hang():
-    """End a test that waits for a pipe, as the code did before."""
+    """Fail a test that hangs, for example on a pipe."""
 
     def stop(*_):
-        raise AssertionError("it hangs")
+        raise AssertionError("the test hangs")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(100)
@@ -77,14 +77,14 @@ def _no_hang():
 
 @pytest.fixture
 def outside(tmp_path):
-    """A folder of the user's own, which nothing received may show."""
+    """Return a private folder, which nothing received may reveal."""
     folder = tmp_path / "private"
     folder.mkdir()
     (folder / "notes.txt").write_text(SECRET)
     return folder
 
 
-def all_of(folder):
+def read_all(folder):
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file()).decode(errors="replace")
 
 
@@ -102,7 +102,7 @@ def test_only_regular_files_inside_are_read(tmp_path, outside):
     run.mkdir()
     (run / "real.csv").write_text("12345")
     (run / "inside").symlink_to("real.csv")
-    (tmp_path / "given").symlink_to(run)  # as the user named it
+    (tmp_path / "given").symlink_to(run)  # a link given by the user
     assert file_inside(tmp_path / "given", "inside").read_text() == "12345"
     (run / "out").symlink_to(outside / "notes.txt")
     (run / "folder").symlink_to(outside)
@@ -110,11 +110,11 @@ def test_only_regular_files_inside_are_read(tmp_path, outside):
     (run / "gone").symlink_to("nowhere")
     os.mkfifo(run / "pipe")
     (run / "device").symlink_to("/dev/zero")
-    for names, says in (
+    for names, message in (
         (("out",), "leads out of"), (("folder", "notes.txt"), "leads out of"), (("device",), "leads out of"),
         (("pipe",), "no regular file"), (("circle",), "leads nowhere"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             file_inside(run, *names)
     for name in ("gone", "missing", "x" * 300):
         with pytest.raises(FileNotFoundError):
@@ -140,7 +140,7 @@ def test_a_model_in_the_hubs_cache_is_read_through_its_links(tmp_path, outside):
     "text",
     ["[" * 100_000, "[" * 40 + "]" * 40, "9" * 5000, "9" * 30, json.dumps("x" * 10_000), "{", "\xff"],
 )
-def test_a_record_that_no_run_writes_is_refused(tmp_path, text):
+def test_a_record_with_invalid_json_is_refused(tmp_path, text):
     (tmp_path / "summary.json").write_text(text, "latin-1")
     with pytest.raises(ValueError, match=r"summary\.json is no JSON that can be read here"):
         read_json_inside(tmp_path, "summary.json")
@@ -148,14 +148,14 @@ def test_a_record_that_no_run_writes_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("notebook", [None, "03.ipynb"])
-def test_a_point_that_is_named_by_a_path_is_refused(tmp_path, outside, notebook, absolute, capsys):
+def test_a_point_name_that_is_a_path_is_refused(tmp_path, outside, notebook, absolute, capsys):
     write_run_folder(outside / "run", cohort=SECRET)
     name = str(outside / "run") if absolute else "../private/run"
     folder = write_sweep_file(tmp_path / "sweep", {name: {"tau": 1}}, notebook=notebook)
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "sweep.yml" in said
-    assert "no plain name" in said
+    error = capsys.readouterr().err
+    assert "sweep.yml" in error
+    assert "no plain name" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -166,15 +166,15 @@ def test_a_point_or_a_run_that_is_a_link_out_of_the_folder_is_not_read(tmp_path,
     with pytest.raises(ValueError, match="leads out of"):
         pk.write_report([sweep], tmp_path / "out")
     runs = tmp_path / "runs"
-    write_run_folder(runs / "own")
+    write_run_folder(runs / "inner")
     (runs / "other").symlink_to(outside / "run")
-    (runs / "again").symlink_to("own")
+    (runs / "again").symlink_to("inner")
     with pytest.raises(ValueError, match="one run twice"):
         read_runs([runs])  # a link inside is followed
     (runs / "again").unlink()
     with pytest.warns(UserWarning, match="leads out of"):
-        assert [run.name for run in read_runs([runs])] == ["own"]
-    assert [run.name for run in read_runs([runs / "other"])] == ["run"]  # the user's own word
+        assert [run.name for run in read_runs([runs])] == ["inner"]
+    assert [run.name for run in read_runs([runs / "other"])] == ["run"]  # a link given by the user is followed
 
 
 @pytest.mark.parametrize("name", ["config.yml", "summary.json", "slides.parquet", "metrics.csv"])
@@ -187,11 +187,11 @@ def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(tmp_path, outside,
     (bad / name).symlink_to(outside / name)
     with pytest.warns(UserWarning, match=rf"left out: .*bad.*{re.escape(name)} is a link that leads out of"):
         pk.write_report([good.parent], tmp_path / "out")
-    assert SECRET not in all_of(tmp_path / "out")
+    assert SECRET not in read_all(tmp_path / "out")
     assert [run.name for run in read_runs([good])] == ["good"]
 
 
-def test_what_a_sweeps_log_and_a_notebooks_summary_link_to_is_not_read(tmp_path, outside):
+def test_links_in_a_sweeps_log_or_a_notebooks_output_are_not_read(tmp_path, outside):
     (outside / "log.json").write_text(json.dumps({"state": "failed", "last_line": SECRET}))
     (outside / "summary.json").write_text(json.dumps({"accuracy": SECRET}))
     folder = write_sweep_file(tmp_path / "sweep", {"k=1": {"k": 1}, "k=2": {"k": 2}}, notebook="03.ipynb")
@@ -209,12 +209,12 @@ def test_what_a_sweeps_log_and_a_notebooks_summary_link_to_is_not_read(tmp_path,
         pk.write_report([folder], tmp_path / "out")
     (folder / "k=2" / "deep" / "summary.json").unlink()
     (folder / "k=2" / "true.json").write_text(json.dumps({"accuracy": 0.5}))
-    (folder / "k=2" / "deep" / "summary.json").symlink_to("../true.json")  # inside: as good as a file
+    (folder / "k=2" / "deep" / "summary.json").symlink_to("../true.json")  # a link inside is followed
     pk.write_report([folder], tmp_path / "out")
     assert pd.read_csv(tmp_path / "out" / "points.csv")["accuracy"].tolist() == [0.5]
 
 
-def test_a_models_files_are_its_own(tmp_path, outside):
+def test_links_among_a_models_files_are_refused(tmp_path, outside):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "summary.json").write_text("{}")
@@ -236,14 +236,14 @@ def test_a_models_files_are_its_own(tmp_path, outside):
         read_run(folder)
 
 
-def test_a_command_to_finish_a_run_shows_no_other_file_and_no_option_of_its_own(tmp_path, outside):
+def test_a_command_to_finish_a_run_is_quoted_and_reads_no_other_file(tmp_path, outside):
     work = tmp_path / "run.partial"
     (work / "scratch").mkdir(parents=True)
     (work / "config.yml").write_text(yaml.safe_dump({"cohort": "--out=/x; rm -r y", "weights": "a'b"}))
     (work / "scratch" / "command").symlink_to(outside / "notes.txt")
-    said = remake_command(work)
-    assert SECRET not in said
-    assert said.startswith("""peka-lite run --cohort='--out=/x; rm -r y' --weights 'a'"'"'b' --out """)
+    command = remake_command(work)
+    assert SECRET not in command
+    assert command.startswith("""peka-lite run --cohort='--out=/x; rm -r y' --weights 'a'"'"'b' --out """)
     (work / "scratch" / "command").unlink()
     (work / "scratch" / "command").write_text("train; rm -r y")
     assert remake_command(work).startswith("peka-lite run ")
@@ -252,9 +252,9 @@ def test_a_command_to_finish_a_run_shows_no_other_file_and_no_option_of_its_own(
 
 
 def change_json(path, change):
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def change_json(path, change):
         ("seconds", "1"),
     ],
 )  # fmt: skip
-def test_a_summary_with_a_value_of_another_kind_is_refused_by_name(tmp_path, field, value):
+def test_the_error_for_a_summary_value_of_wrong_type_names_it(tmp_path, field, value):
     run = write_run_folder(tmp_path / "run")
-    change_json(run / "summary.json", lambda found: found.update({field: value}))
+    change_json(run / "summary.json", lambda summary: summary.update({field: value}))
     with pytest.raises(ValueError, match=rf"run: .*{field if field not in ('scores',) else 'score'}"):
         read_runs([run])
 
@@ -278,7 +278,7 @@ def test_a_summary_with_a_value_of_another_kind_is_refused_by_name(tmp_path, fie
     [("seed", "0), x()#"), ("seed", 1.5), ("seed", True), ("cohort", 3), ("weights", None), ("slides", "S1"),
      ("train_share", "x"), ("tau", {"a": 1}), ("layers", [[1]]), (5, 1)],
 )  # fmt: skip
-def test_settings_of_another_kind_are_refused_by_name(tmp_path, field, value):
+def test_the_error_for_a_setting_of_wrong_type_names_it(tmp_path, field, value):
     run = write_run_folder(tmp_path / "run")
     config = yaml.safe_load((run / "config.yml").read_text()) | {field: value}
     (run / "config.yml").write_text(yaml.safe_dump(config))
@@ -286,7 +286,7 @@ def test_settings_of_another_kind_are_refused_by_name(tmp_path, field, value):
         read_runs([run])
 
 
-def test_moments_are_read_by_their_known_columns_alone_and_no_more_than_the_file_holds(tmp_path):
+def test_only_known_columns_of_moments_are_read_and_their_size_is_limited(tmp_path):
     run = write_run_folder(tmp_path / "run")
     path = run / "slides.parquet"
     whole = pd.read_parquet(path)
@@ -300,7 +300,7 @@ def test_moments_are_read_by_their_known_columns_alone_and_no_more_than_the_file
     words = {"slide": "S", "patient": "P", "gene": "x" * 5000, "normalization": "log1p"}
     columns |= {k: pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [word]) for k, word in words.items()}
     table = pa.table(columns)
-    for change, says in (
+    for change, message in (
         (lambda: pq.write_table(table, path), "cannot hold the 1,048,577 rows"),
         (lambda: pq.write_table(table.slice(0, 2**20), path), "names in column gene are too long"),
         (lambda: whole.to_parquet(path, compression="zstd"), "packed in a way"),
@@ -314,11 +314,11 @@ def test_moments_are_read_by_their_known_columns_alone_and_no_more_than_the_file
         (lambda: path.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1"), "slides.parquet"),
     ):  # fmt: skip
         change()
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             read_runs([run])
 
 
-def test_metrics_hold_their_known_columns_and_numbers(tmp_path):
+def test_only_known_columns_and_numbers_of_metrics_are_read(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(f"fold,gene,pcc,notes\n0,NA,0.5,{SECRET}\n1,=x,,y\n")
     table = read_metrics(path)
@@ -336,7 +336,7 @@ def test_metrics_hold_their_known_columns_and_numbers(tmp_path):
 
 
 class Page(HTMLParser):
-    """Tags and attributes of a page."""
+    """Collect the tags and attributes of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -351,54 +351,54 @@ class Page(HTMLParser):
         self.tags.append("comment")
 
 
-def rendered(text):
-    """Markdown as HTML, with raw HTML let through, tables, strikethrough and links of bare addresses."""
+def render(text):
+    """Return Markdown as HTML, with raw HTML, tables and strikethrough enabled."""
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
 
 
-def text_of(html):
-    found = []
+def extract_text(html):
+    texts = []
     page = HTMLParser()
-    page.handle_data = found.append
+    page.handle_data = texts.append
     page.feed(html)
-    return "".join(found)
+    return "".join(texts)
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_name_is_text_wherever_markdown_shows_it(name):
-    told, words = escape_markdown(name), escape_control(" ".join(name.splitlines())).strip()
+def test_a_name_is_escaped_in_markdown(name):
+    escaped, words = escape_markdown(name), escape_control(" ".join(name.splitlines())).strip()
     for around, tags in (("{}", ["p"]), ("# {}", ["h1"]), ("- {}", ["ul", "li"]), ("a {} b", ["p"]), ("{}: x", ["p"])):
-        html = rendered(around.format(told))
+        html = render(around.format(escaped))
         assert Page(html).tags == tags
-        assert words in text_of(html)
-    table = rendered(f"| {told} | x |\n| --- | --- |\n| y | {told} |\n")
+        assert words in extract_text(html)
+    table = render(f"| {escaped} | x |\n| --- | --- |\n| y | {escaped} |\n")
     assert Page(table).tags == ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td"]
-    assert text_of(table).count(words) == 2
-    assert not re.search(r"(?<!\\)(?:\\\\)*[{$]", told)  # no role, directive, substitution or formula
-    assert not ESCAPES.search(told)
+    assert extract_text(table).count(words) == 2
+    assert not re.search(r"(?<!\\)(?:\\\\)*[{$]", escaped)  # no role, directive, substitution or formula
+    assert not ESCAPES.search(escaped)
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_name_is_code_and_no_more_in_backticks(name):
-    html = rendered(f"missing: {inline_code(name)} (x)")
+def test_a_name_is_escaped_in_markdown_code(name):
+    html = render(f"missing: {inline_code(name)} (x)")
     assert Page(html).tags == ["p", "code"]
-    assert escape_control(name) in text_of(html)
-    html = rendered(f"{fenced_code(f'x = 1  # {name}', 'python')}\n\nend")
+    assert escape_control(name) in extract_text(html)
+    html = render(f"{fenced_code(f'x = 1  # {name}', 'python')}\n\nend")
     assert Page(html).tags == ["pre", "code", "p"]
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_name_is_text_in_html_and_on_a_terminal(name):
+def test_a_name_is_escaped_in_html_and_on_a_terminal(name):
     page = Page(f"<td title='{escape_html(name)}' alt=\"{escape_html(name)}\">{escape_html(name)}</td>")
     assert page.tags == ["td"]
     assert dict(page.attributes) == {"title": escape_control(name), "alt": escape_control(name)}
     assert not ESCAPES.search(escape_control(name))
     assert "\n" not in escape_control(name)
-    escape_control(name).encode("utf-8")  # half letters too can be printed
+    escape_control(name).encode("utf-8")  # lone surrogates are escaped too
     assert len(short_name(name * 100, longest=40)) == 40
 
 
-def test_escapes_keep_a_name_recognisable_and_plain_names_as_they_are():
+def test_escaping_does_not_change_plain_names():
     assert escape_control("a\x1b[2K\u202e\udcff\n") == "a\\x1b[2K\\u202e\\udcff\\n"
     plain = "Größe 大 \N{DNA DOUBLE HELIX} e\u0301 a\u00a0b\u202f\\ HLA-DRB1*15:01"
     assert escape_control(plain) == plain
@@ -406,16 +406,16 @@ def test_escapes_keep_a_name_recognisable_and_plain_names_as_they_are():
         assert escape_markdown(name) == name
 
 
-def formulas(text):
-    """Cells that a spreadsheet would run, whichever sign it takes between them."""
-    found = []
+def find_formulas(text):
+    """Return the cells that a spreadsheet would run as formulas, for any separator."""
+    formulas = []
     for sign in (",", ";", "\t"):
         for row in csv.reader(io.StringIO(text, newline=""), delimiter=sign):
             cells = [cell.lstrip(' "') for cell in row]
-            found += [
+            formulas += [
                 c for c in cells if c[:1] in tuple("=+-@\t\r\uff1d") and not re.fullmatch(r"[-+]?[\d.e-]+(,.*)?", c)
             ]
-    return found
+    return formulas
 
 
 def test_no_cell_of_a_reports_csv_is_a_formula(tmp_path):
@@ -431,7 +431,7 @@ def test_no_cell_of_a_reports_csv_is_a_formula(tmp_path):
     table.index = pd.Index(names, name="row")
     write_spreadsheet_csv(table, tmp_path / "a.csv", index=True)
     text = (tmp_path / "a.csv").read_text("utf-8")
-    assert formulas(text) == []
+    assert find_formulas(text) == []
     assert len(text.splitlines()) == len(names) + 1
     back = pd.read_csv(tmp_path / "a.csv", keep_default_na=False, na_values={"mixed": [""]})
     assert back["mixed"].dropna().unique().tolist() == [-2.5]
@@ -443,7 +443,7 @@ def test_no_cell_of_a_reports_csv_is_a_formula(tmp_path):
 
 @pytest.fixture
 def nasty_sweep(tmp_path):
-    """A sweep in which every text that a sender may choose is code for something."""
+    """Return a sweep in which every text from the sender is code in some format."""
     folder, name = tmp_path / "sweep", iter(NASTY * 9)
 
     def take(n=1):
@@ -457,7 +457,7 @@ def nasty_sweep(tmp_path):
             {"layers": take(), f"{take()}{k}": take(), "slides": [take(6), take(6)]} if k else {"cohort": "mini"}
         )
         run = write_run_folder(folder / point, method=method, data=take(2), **settings)
-        change_json(run / "summary.json", lambda found: found["ceiling"]["log1p"].update(basis=take(9)))
+        change_json(run / "summary.json", lambda summary: summary["ceiling"]["log1p"].update(basis=take(9)))
         genes = [n for n in NASTY if "\udcff" not in n and "\x00" not in n]
         write_metrics(pd.DataFrame({"fold": 0, "gene": genes, "pcc": -0.5}), run / "metrics.csv")
         points[point] = {"tau": settings["tau"], "=1+1": take(2)}
@@ -467,7 +467,7 @@ def nasty_sweep(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*constrained_layout")
-def test_a_report_of_nasty_names_holds_no_code(nasty_sweep, tmp_path, capsys):
+def test_a_report_escapes_nasty_names(nasty_sweep, tmp_path, capsys):
     assert main(["report", str(nasty_sweep), "--out", str(tmp_path / "out")]) == 0
     assert not ESCAPES.search("".join(capsys.readouterr()))
     out = tmp_path / "out"
@@ -475,7 +475,7 @@ def test_a_report_of_nasty_names_holds_no_code(nasty_sweep, tmp_path, capsys):
     assert {"report.md", "table1.md"} <= set(pages)
     for text in pages.values():
         assert not ESCAPES.search(text)
-        page = Page(rendered(text))
+        page = Page(render(text))
         assert {*page.tags} <= {"h1", "h2", "h3", "p", "code", "img", "table", "thead", "tbody", "tr", "th", "td", "hr"}
         assert {key for key, _ in page.attributes} <= {"src", "alt"}
         pictures = [value for key, value in page.attributes if key == "src"]
@@ -485,10 +485,10 @@ def test_a_report_of_nasty_names_holds_no_code(nasty_sweep, tmp_path, capsys):
     tables = list(out.glob("*.csv"))
     assert len(tables) > 4
     for path in tables:
-        assert formulas(path.read_text("utf-8")) == []
+        assert find_formulas(path.read_text("utf-8")) == []
         assert not ESCAPES.search(path.read_text("utf-8"))
     genes = pd.read_parquet(out / "metrics.parquet")["gene"]
-    assert {"=cmd|' /C calc'!A0", "\x1b[2Kx", "<b"} <= {*genes}  # data are exact where nothing runs them
+    assert {"=cmd|' /C calc'!A0", "\x1b[2Kx", "<b"} <= {*genes}  # not escaped: parquet is data
     assert not [path for path in tmp_path.iterdir() if path.name not in ("sweep", "out")]
 
 
@@ -501,7 +501,7 @@ def model(tmp_path_factory):
 
 
 def changed(model, *, config=None, summary=None, spec=None, genes=None):
-    """The same model with other values in its record, as if none had been checked."""
+    """Return a copy of the model with other, unchecked values in its record."""
     student = type("Student", (), {})()
     student.spec = replace(model.student.spec, **(spec or {}))
     student.weights_origin = (spec or {}).get("license", model.student.weights_origin)
@@ -514,11 +514,11 @@ def changed(model, *, config=None, summary=None, spec=None, genes=None):
     )
 
 
-def calls(card):
-    """Names that the Python code of a card calls."""
+def find_calls(card):
+    """Return the names that the Python code of a card calls."""
     (code,) = re.findall(r"^```+python\n(.*?)^```+$", card, re.DOTALL | re.MULTILINE)
-    found = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    return [call.attr if isinstance(call, ast.Attribute) else call.id for call in found]
+    calls = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return [call.attr if isinstance(call, ast.Attribute) else call.id for call in calls]
 
 
 @pytest.mark.parametrize(
@@ -533,14 +533,14 @@ def calls(card):
         ("summary", "mean_pcc_per_fold", "ab"), ("summary", "versions", ["torch"]), ("summary", "slides", "S1"),
     ],
 )  # fmt: skip
-def test_a_card_is_not_written_of_values_that_are_no_literals(model, where, field, value):
+def test_a_card_with_values_that_are_not_literals_is_refused(model, where, field, value):
     with pytest.raises(ValueError, match=r"card cannot be written|no name of an argument"):
         model_card(changed(model, **{where: {field: value}}))
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_card_of_nasty_names_holds_no_code(model, name):
-    def card_of(name):
+def test_a_card_escapes_nasty_names(model, name):
+    def write_card(name):
         config = {"cohort": f"x{name}", "method": "bone", "normalization": f"y{name}", "weights": "hub"}
         summary = {"slides": [name, name], "data_fingerprint": name, "n_spots": name, "unit": name}
         summary |= {"versions": {name: name, "torch": name}}
@@ -548,17 +548,17 @@ def test_a_card_of_nasty_names_holds_no_code(model, name):
         spec["options"] = {"x": name, "y": [1, None]}
         card = model_card(changed(model, config=config, summary=summary, spec=spec, genes=(name, "B")))
         front, _, body = card.removeprefix("---\n").partition("\n---\n")
-        return card, yaml.safe_load(front), Page(rendered(body))
+        return card, yaml.safe_load(front), Page(render(body))
 
-    (card, front, page), (plain, plain_front, plain_page) = card_of(name), card_of("plain")
+    (card, front, page), (plain, plain_front, plain_page) = write_card(name), write_card("plain")
     assert not ESCAPES.search(card)
     assert front.keys() == plain_front.keys()
     assert front["base_model"] == escape_control(name)
-    assert calls(card) == calls(plain)
+    assert find_calls(card) == find_calls(plain)
     assert (page.tags, page.attributes) == (plain_page.tags, plain_page.attributes)
 
 
-def test_a_seed_that_is_code_does_not_reach_an_export(tmp_path, capsys):
+def test_a_seed_that_is_code_is_not_exported(tmp_path, capsys):
     folder = write_folder(tmp_path / "run", method="none", features="frozen+student", weights="hub")
     save_probes(folder / "probe.safetensors", {"fold0": (probe(384, 0), GENES)}, normalization="log1p-cp10k")
     settings = yaml.safe_load((folder / "config.yml").read_text())
@@ -569,7 +569,7 @@ def test_a_seed_that_is_code_does_not_reach_an_export(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a\x1b]0;t\x07b", "a\x1b[2K\rb", "a\u202eb", "a\npeka-lite: all is well", "a\x9b2Jb"])
-def test_names_reach_a_terminal_without_what_it_obeys(tmp_path, name, capsys):
+def test_control_characters_in_names_are_escaped_on_a_terminal(tmp_path, name, capsys):
     from peka_lite.experiments.sweeps.read import Point, Sweep
 
     folder = tmp_path / name
@@ -580,7 +580,7 @@ def test_names_reach_a_terminal_without_what_it_obeys(tmp_path, name, capsys):
     run = write_run_folder(folder / "run", method="none")
     (folder / "bad").mkdir()
     (folder / "bad" / "config.yml").write_text("x")
-    assert main(["report", str(folder), "--out", str(folder / "out")]) == 0  # with a warning of what is left out
+    assert main(["report", str(folder), "--out", str(folder / "out")]) == 0  # with a warning
     with Stage("", reports=True):
         print_line(f"plan: {name}")
     with pytest.raises(SystemExit):
@@ -599,13 +599,13 @@ def test_names_reach_a_terminal_without_what_it_obeys(tmp_path, name, capsys):
     board.end(states)
     print(report([Check("disk", "note", name, name)]))
     more_out, more_err = capsys.readouterr()
-    said = out + err + more_out + more_err
-    assert not ESCAPES.search(said)
-    assert said.count(escape_control(name)) > 8
-    assert not any(line.startswith("peka-lite: all is well") for line in said.splitlines())
+    printed = out + err + more_out + more_err
+    assert not ESCAPES.search(printed)
+    assert printed.count(escape_control(name)) > 8
+    assert not any(line.startswith("peka-lite: all is well") for line in printed.splitlines())
 
 
-def test_warnings_of_libraries_reach_a_terminal_without_what_it_obeys(monkeypatch, capsys):
+def test_control_characters_in_warnings_are_escaped_on_a_terminal(monkeypatch, capsys):
     def report(**_):
         warnings.warn("columns \x1b[2K of\nyours", FutureWarning, stacklevel=1)
         warnings.warn("slide \x1b[2K\nx", stacklevel=1)
@@ -623,8 +623,8 @@ def test_warnings_of_libraries_reach_a_terminal_without_what_it_obeys(monkeypatc
     assert err == "peka-lite: slide \\x1b[2K\\nx\n"
 
 
-def test_a_slide_shows_itself_without_code():
-    from peka_lite.data._html import cohort_html
+def test_names_are_escaped_in_a_cohorts_html():
+    from peka_lite.data._html import render_cohort
 
     data = SimpleNamespace(n_vars=2)
     slides = [
@@ -633,7 +633,7 @@ def test_a_slide_shows_itself_without_code():
     ]
     cohort = type("Cohort", (), {"__len__": lambda self: 0})()
     cohort.slides, cohort.genes, cohort.left_out = slides, (), {name: name for name in NASTY}
-    html = cohort_html(cohort)
+    html = render_cohort(cohort)
     page = Page(html)
     assert {*page.tags} == {"div", "strong", "table", "tr", "th", "td", "ul", "li"}
     assert page.attributes == []
