@@ -27,8 +27,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from peka_lite._core import locks
 from peka_lite.backbones.registry import BACKBONES
-from peka_lite.data import _fetch
-from peka_lite.data import fetch, find_fetched, read_manifest
+from peka_lite.data import _fetch, fetch, find_fetched, read_manifest
 from peka_lite.data.download import cache_dir, patients_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -652,16 +651,18 @@ def test_a_failed_cohort_keeps_its_finished_files_only(tmp_path, hub, manifest):
     assert (root / "st/S1.h5ad").read_bytes() == hub.files["st/S1.h5ad"]
 
 
+def start_fetch(manifest, root):
+    """Fetch the artifact "big" in another process."""
+    code = "import sys; from peka_lite.data import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
+    command = [sys.executable, "-c", code, manifest.path, root]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+
+
 def test_fetch_resumes_after_a_killed_process(tmp_path, hub, manifest):
     data = os.urandom(MIB) * 22  # the hub's client writes 10 MiB at a time
     hub.files["models.ckpt"], hub.bad["models.ckpt"] = data, "stall"
     root = tmp_path / "big"
-    code = (
-        "import sys; from peka_lite.data.download import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, manifest.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
+    child = start_fetch(manifest, root)
     part = root / ".partial" / COMMIT / "models.ckpt"
     try:
         give_up = time.monotonic() + 60
@@ -686,12 +687,7 @@ def test_a_second_fetch_waits_and_resumes_the_first(tmp_path, hub, manifest, mon
     data = os.urandom(MIB) * 22
     hub.files["models.ckpt"], hub.bad["models.ckpt"] = data, "stall"
     root, printed, sizes = tmp_path / "big", [], []
-    code = (
-        "import sys; from peka_lite.data.download import *; fetch(read_manifest(sys.argv[1])['big'], root=sys.argv[2])"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, manifest.path, root], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
+    child = start_fetch(manifest, root)
     part = root / ".partial" / COMMIT / "models.ckpt"
 
     def stop_child(text):

@@ -8,17 +8,8 @@ import scanpy as sc
 from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
-from peka_lite.data import (
-    Cohort,
-    Slide,
-    TileStore,
-    align_genes,
-    expression_targets,
-    normalize,
-    qc,
-    read_cohort,
-    top_hvg,
-)
+import peka_lite as pk
+from peka_lite.data import Cohort, Slide, TileStore, align_genes, expression_targets, normalize, qc, top_hvg
 from peka_lite.data.expression import hash_counts
 
 
@@ -262,7 +253,7 @@ def test_n_may_be_the_number_of_eligible_genes():
 
 
 def test_genes_of_a_real_training_slide_do_not_depend_on_the_other(her2st):
-    adata = read_cohort(her2st, ["HER2_C2", "HER2_C3"]).adata
+    adata = pk.read_cohort(her2st, ["HER2_C2", "HER2_C3"]).adata
     train = np.flatnonzero(adata.obs["slide"] == "HER2_C2")
     assert top_hvg(adata, rows=train) == top_hvg(adata[train].copy())
 
