@@ -261,7 +261,7 @@ class _TooLong(OSError):
 
 
 class _Download(io.BufferedWriter):
-    """File that stops a download at more than its announced `size` or, if None, than leaves `HEADROOM` on the disk."""
+    """File that stops a download beyond its announced `size`, or beyond the free disk space less `HEADROOM`."""
 
     def __init__(self, path: Path, mode: str, size: int | None, label: str):
         super().__init__(path.open(mode, buffering=0))

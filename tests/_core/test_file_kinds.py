@@ -232,7 +232,7 @@ def test_the_published_file_is_not_advised_to_whoever_has_it(tmp_path, monkeypat
     assert "names: argparse.Namespace; take the published file (`peka-lite fetch scfoundation`)" in said
     known = read_manifest()["scfoundation"]
     file = dataclasses.replace(known.files[0], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(manifest, "_artifact", lambda name: dataclasses.replace(known, files=(file,)))
+    monkeypatch.setattr(manifest, "_get_artifact", lambda name: dataclasses.replace(known, files=(file,)))
     assert is_published("scfoundation", path)
     said = refused(path)
     assert "names: argparse.Namespace; it is the published file, by its SHA-256" in said
