@@ -1,4 +1,4 @@
-"""What a teacher says about a cohort: embeddings and pseudo-labels, made once, kept by fingerprint."""
+"""Cache of a teacher's embeddings of a cohort and of pseudo-labels."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from peka_lite._core.progress import Stage
 from peka_lite.data.download import cache_dir
 from peka_lite.teachers.load import embed_cohort
 
-FORMAT = 1  # raise it when the same key would hold other numbers
-EMBEDDED_BY = ("torch", "numpy", "scipy", "scanpy", "scikit-learn")
-CLUSTERED_BY = ("igraph", "leidenalg", "umap-learn", "pynndescent")
+FORMAT = 1  # increase when the same key would give other numbers
+EMBEDDING_PACKAGES = ("torch", "numpy", "scipy", "scanpy", "scikit-learn")
+CLUSTERING_PACKAGES = ("igraph", "leidenalg", "umap-learn", "pynndescent")
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What a student learns from the rows that teach.
+    """Training targets of a student.
 
     Attributes
     ----------
     embedding
-        (n, D_t) float32, the teacher's, of these rows.
+        (n, D_t) float32, the teacher's embedding of the training rows.
     labels
-        (n,) int64 pseudo-labels of these rows.
+        (n,) int64 pseudo-labels of the training rows.
     n_labels
-        How many there are.
+        Number of different labels.
     ids
-        `row_ids`: of what the ``"teacher"`` (None where it came trained) and the ``"clusters"`` learned from, and of
+        `row_ids` of the rows that the ``"teacher"`` (None if pretrained) and the ``"clusters"`` were fitted on, and of
         the teacher's ``"embedding"`` of every spot.
     """
 
@@ -51,13 +51,13 @@ class TeacherTargets:
 def embed_teacher(
     teacher, cohort, rows: np.ndarray, *, data: str, device: str, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the teacher's embedding of every spot, from the cache where the same was made before.
+    """Return the teacher's embedding of every spot, from the cache if possible.
 
     Parameters
     ----------
     teacher
-        From `load_teacher`; fitted here, on `rows`, if the embedding is not there yet. One whose ``fitted_on_`` is None
-        before any fit came trained: its embedding is the same whatever the rows, and all folds share it.
+        From `load_teacher`; fitted on `rows` if the embedding is not cached. A teacher whose ``fitted_on_`` is None
+        before any fit is pretrained: its embedding does not depend on `rows`, and all folds share it.
     rows
         Training rows.
     data
@@ -68,62 +68,62 @@ def embed_teacher(
     embedding : numpy.ndarray
         (N, D_t) float32, a read-only memory map.
     learned_from : numpy.ndarray or None
-        `row_ids` that the teacher's fit recorded; None for one that came trained.
+        `row_ids` recorded by the teacher's fit; None if pretrained.
 
     Raises
     ------
     ValueError
-        For a teacher that says it came trained, yet learns from the rows.
+        If a teacher marked as pretrained is fitted on rows.
 
     Notes
     -----
-    Folders of ``embeddings`` in the cache, named by a hash of teacher, data, versions, kind of device, and for a
-    teacher that learns the rows. Of two jobs that want one the second waits for the first. A stopped job loses nothing
-    that `embed_cohort` keeps.
+    Folders in ``embeddings`` of the cache are named by a hash of teacher, data, versions, kind of device and, for a
+    fitted teacher, the rows. If two jobs need the same embedding, the second waits for the first. A stopped job loses
+    nothing that `embed_cohort` has stored.
     """
-    return _kept(_folder(teacher, cohort, rows, data, device), teacher, cohort, rows, device, progress)
+    return _load_or_embed(_find_folder(teacher, cohort, rows, data, device), teacher, cohort, rows, device, progress)
 
 
 def make_targets(
     config, cohort, rows: np.ndarray, *, teacher, data: str, device: str, progress: bool = False
 ) -> TeacherTargets:
-    """Return what the given rows teach: their embedding and its clusters, from the cache where the same was made.
+    """Return the training targets of the given rows, from the cache if possible.
 
     Parameters
     ----------
     config
         `RunConfig`, for its `labeler`.
     teacher, rows, data
-        As in `embed_teacher`; the clusters see the embedding of these rows alone.
+        As in `embed_teacher`; only the embedding of these rows is clustered.
 
     Notes
     -----
-    Folders of ``labels`` in the cache, named by a hash of the embedding's key, labeler, rows and versions.
+    Folders in ``labels`` of the cache are named by a hash of the embedding's key, labeler, rows and versions.
     """
-    folder = _folder(teacher, cohort, rows, data, device)
-    E, taught = _kept(folder, teacher, cohort, rows, device, progress)  # (N, D_t)
-    labeler, mine = config.labeler(), E[rows]  # (n, D_t)
-    key = [folder.name, _name(labeler), _digest(rows), _versions(CLUSTERED_BY)]
+    folder = _find_folder(teacher, cohort, rows, data, device)
+    E, learned_from = _load_or_embed(folder, teacher, cohort, rows, device, progress)  # (N, D_t)
+    labeler, selected = config.labeler(), E[rows]  # (n, D_t)
+    key = [folder.name, _full_name(labeler), _hash_rows(rows), _list_versions(CLUSTERING_PACKAGES)]
     folder = cache_dir() / "labels" / _hash(key)
     if not (folder / RECORD).is_file():
         with lock(folder):
             if not (folder / RECORD).is_file():
-                with Stage(f"clustering {len(mine):,} spots"):
-                    labeler.fit(mine)
+                with Stage(f"clustering {len(selected):,} spots"):
+                    labeler.fit(selected)
                 arrays = {"labels": labeler.labels_, "learned_from": labeler.fitted_on_}
-                _keep(folder, arrays, {"labeler": repr(labeler), "n_labels": labeler.n_labels_})
-    ids = {"teacher": taught, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
+                _store(folder, arrays, {"labeler": repr(labeler), "n_labels": labeler.n_labels_})
+    ids = {"teacher": learned_from, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
     n_labels = json.loads((folder / RECORD).read_text())["n_labels"]
-    return TeacherTargets(mine, np.load(folder / "labels.npy"), n_labels, ids)
+    return TeacherTargets(selected, np.load(folder / "labels.npy"), n_labels, ids)
 
 
-def missing_embeddings(teacher, cohort, rows: Iterable[np.ndarray], *, data: str, device: str) -> int:
-    """Return how many embeddings the cache lacks of those that `embed_teacher` would return for these sets of rows."""
-    folders = {_folder(teacher, cohort, chosen, data, device) for chosen in rows}
+def count_missing_embeddings(teacher, cohort, rows: Iterable[np.ndarray], *, data: str, device: str) -> int:
+    """Return how many of the embeddings that `embed_teacher` returns for these sets of rows are not cached."""
+    folders = {_find_folder(teacher, cohort, chosen, data, device) for chosen in rows}
     return sum(not (folder / RECORD).is_file() for folder in folders)
 
 
-def _kept(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.ndarray, np.ndarray | None]:
+def _load_or_embed(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.ndarray, np.ndarray | None]:
     if not (folder / RECORD).is_file():
         with lock(folder):
             if not (folder / RECORD).is_file():
@@ -133,20 +133,19 @@ def _kept(folder: Path, teacher, cohort, rows, device, progress) -> tuple[np.nda
 
 
 def _embed(teacher, cohort, rows, folder, device, progress) -> None:
-    came_trained = _came_trained(teacher)
-    # A teacher that does not say what it learned from cannot be judged, so it must say None itself.
+    pretrained = _is_pretrained(teacher)
     with Stage("fitting the teacher"):
-        learned = teacher.fit(cohort.by_slide(rows)).fitted_on_
-    if came_trained and learned is not None:
-        raise ValueError(f"{teacher!r} says by fitted_on_ = None that it came trained, yet its fit learned from rows")
+        learned = teacher.fit(cohort.by_slide(rows)).fitted_on_  # required: without it, leakage cannot be checked
+    if pretrained and learned is not None:
+        raise ValueError(f"{teacher!r} has fitted_on_ = None, as if pretrained, but fit learns from rows; remove it")
     with Stage(f"teacher's embedding of {len(cohort):,} spots"):
         E = embed_cohort(teacher, cohort, device=device, progress=progress)
     arrays = {"E": E} if learned is None else {"E": E, "learned_from": learned}
-    _keep(folder, arrays, {"teacher": repr(teacher), "pretrained": learned is None})
+    _store(folder, arrays, {"teacher": repr(teacher), "pretrained": learned is None})
 
 
-def _keep(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
-    """Write a folder whole, unless another writer was first: then his is kept, and is what all of them read."""
+def _store(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
+    """Write a folder atomically; if another process has written it first, keep that one."""
     work = partial_path(folder, held=False)
     work.mkdir()
     try:
@@ -158,32 +157,32 @@ def _keep(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _came_trained(teacher) -> bool:
+def _is_pretrained(teacher) -> bool:
     return getattr(teacher, "fitted_on_", "not fitted") is None
 
 
-def _folder(teacher, cohort, rows, data: str, device: str) -> Path:
+def _find_folder(teacher, cohort, rows, data: str, device: str) -> Path:
     settings = {
-        "teacher": [_name(teacher), getattr(teacher, "fingerprint", None)],
+        "teacher": [_full_name(teacher), getattr(teacher, "fingerprint", None)],
         "data": data,
-        "rows": None if _came_trained(teacher) else _digest(rows),
+        "rows": None if _is_pretrained(teacher) else _hash_rows(rows),
         "device": str(device).split(":")[0],
-        "versions": _versions(EMBEDDED_BY),
+        "versions": _list_versions(EMBEDDING_PACKAGES),
     }
-    if hasattr(teacher, "cache_key"):  # it knows what else decides: its compute type on this device
+    if hasattr(teacher, "cache_key"):  # further settings that change the numbers, such as the compute type
         settings["own"] = teacher.cache_key(cohort.slides[0].adata, device=device)
     return cache_dir() / "embeddings" / _hash(settings)
 
 
-def _name(thing) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__} {thing!r}"
+def _full_name(model) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__} {model!r}"
 
 
-def _digest(rows) -> str:
+def _hash_rows(rows) -> str:
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()
 
 
-def _versions(packages) -> list:
+def _list_versions(packages) -> list:
     return [FORMAT, __version__, *(version(package) for package in packages)]
 
 

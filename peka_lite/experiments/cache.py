@@ -1,4 +1,4 @@
-"""A student taught on some rows of a cohort, and its features of all rows: made once, kept by fingerprint."""
+"""Cache of students trained on some rows of a cohort, with their features of all rows."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ FITTING = (
 
 @dataclass(frozen=True)
 class Student:
-    """Features of every spot, and what each step behind them learned from.
+    """Features of every spot, and the rows that each step behind them learned from.
 
     Attributes
     ----------
     features
         (N, D_s) float32, a memory map.
     learned_from
-        Step -> `row_ids` recorded by its fit, None where it came trained from elsewhere; empty for a frozen student.
+        Step -> `row_ids` recorded by its fit, None for a pretrained step; empty for a frozen student.
     embedding_ids
-        (N,) `row_ids` of the teacher's embedding of every spot, which the clusters learned from; None for a frozen one.
+        (N,) `row_ids` of the teacher's embedding of every spot, input of the clustering; None for a frozen student.
     record
-        weights (where they came from), fingerprint (`backbone_fingerprint`), and of a taught one share (of weights
-        adapted) and n_labels.
+        weights (their origin), fingerprint (`backbone_fingerprint`), and for an adapted student share (of adapted
+        weights) and n_labels.
     folder
-        Holds ``adapter.safetensors``, ``projector.safetensors`` and ``training.csv`` unless the student is frozen.
+        Contains ``adapter.safetensors``, ``projector.safetensors`` and ``training.csv`` unless the student is frozen.
 
     Examples
     --------
@@ -88,29 +88,29 @@ def train_student(
     config, cohort, tiles, rows, *, teacher, data: str, device: str,
     processes: Processes | None = None, progress: bool = False,
 ) -> Student:  # fmt: skip
-    """Return the student that the given rows taught, from the cache where the same was made before.
+    """Return the student trained on the given rows, from the cache if possible.
 
     Parameters
     ----------
     config
-        `RunConfig`; the fields of `TRAINING` decide the student.
+        `RunConfig`; the fields in `TRAINING` determine the student.
     tiles
-        Function that returns the cohort's tiles; called only when there is work to do.
+        Function that returns the cohort's tiles; called only if the student is not cached.
     rows
         Training rows; None for a frozen student (method ``"none"``).
     teacher
-        From `load_teacher`; what it says comes from `make_targets`.
+        From `load_teacher`; `make_targets` computes the targets from it.
     data
         `hash_cohort` of the cohort.
     processes
-        Those that make it together: each asks for the same students in the same order. None: this process alone.
+        Processes that train together; each must request the same students in the same order. None: this process alone.
 
     Notes
     -----
-    Folders of ``students`` in the cache are named by a hash of data, rows, settings, versions and, where the weights
-    are a file of one's own or of the package, its content. A stopped job goes
-    on from its last epoch, on another machine too; of two jobs that want one student the second waits for the first
-    (`alone`), and where a disk has no locks both make it, and the one that is through first puts it there.
+    Folders in ``students`` of the cache are named by a hash of data, rows, settings, versions and the content of the
+    weights file, if there is one. A stopped job resumes from its last epoch, also on another machine. If two jobs need
+    the same student, the second waits for the first. On a disk without locks both train it, and the first to finish
+    moves it into place.
     """
     processes = processes or Processes(device)
     folder = student_folder(config, rows, teacher=teacher, data=data, device=device)
@@ -124,8 +124,8 @@ def train_student(
                 work = folder.with_name(processes.same(work.name))
                 if processes.first:
                     work.mkdir(parents=True, exist_ok=True)
-                    _take_over(folder, work)
-                _make(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
+                    _copy_checkpoint(folder, work)
+                _make_student(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
                 if processes.first:
                     move_into_place(work, folder)
                 processes.wait()
@@ -137,40 +137,42 @@ def train_student(
 
 
 def student_folder(config, rows, *, teacher, data: str, device: str) -> Path:
-    """Return where the cache keeps the student of these rows: whole once its record is there (`RECORD`)."""
+    """Return the cache folder of these rows' student, complete once it contains `RECORD`."""
     return cache_dir() / "students" / _key(config, data, rows, teacher, device)
 
 
 def optimizer_steps(config, n: int) -> int:
-    """Return how many steps a training on `n` tiles takes."""
+    """Return the number of optimizer steps of a training on `n` tiles."""
     return config.epochs * -(-n // config.batch_size)
 
 
 def project_features(student: Student) -> np.ndarray:
-    """Return what a taught student's projector makes of its features: S of the paper's equation 4, (N, D_t) float32."""
+    """Return an adapted student's projected features: S of the paper's equation 4, (N, D_t) float32."""
     state = load_file(student.folder / PROJECTOR)
     hidden, dim = state["0.weight"].shape
     projector = mlp(dim, hidden, len(state["2.weight"]))
     projector.load_state_dict(state)
     with torch.inference_mode():
-        pieces = torch.from_numpy(np.array(student.features)).split(4096)
-        return torch.cat([projector(piece) for piece in pieces]).numpy()
+        batches = torch.from_numpy(np.array(student.features)).split(4096)
+        return torch.cat([projector(batch) for batch in batches]).numpy()
 
 
-def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress) -> None:
+def _make_student(
+    config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress
+) -> None:
     progress = progress and processes.first
     with Stage(f"loading {config.backbone}"):
         student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     ids, record = {}, {"weights": student.weights_origin, "fingerprint": backbone_fingerprint(student)}
     if rows is not None:
         if not processes.first:
-            processes.wait()  # the first makes the lesson, and the others find it
-        taught = make_targets(config, cohort, rows, teacher=teacher, data=data, device=device, progress=progress)
+            processes.wait()  # until the first process has cached the targets
+        targets = make_targets(config, cohort, rows, teacher=teacher, data=data, device=device, progress=progress)
         if processes.first:
             processes.wait()
-        ids |= taught.ids
-        history, projector = _teach(config, student, tiles.select(rows), taught, cohort, rows, work, device, progress)
-        record |= {"share": adapted_share(student), "n_labels": taught.n_labels}
+        ids |= targets.ids
+        history, projector = _train(config, student, tiles.select(rows), targets, cohort, rows, work, device, progress)
+        record |= {"share": adapted_share(student), "n_labels": targets.n_labels}
         ids["student"] = student.adapter.fitted_on
         if processes.first:
             write_file(work / "training.csv", history.to_csv(index=False).encode())
@@ -178,7 +180,7 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
             with report_full_disk(work / PROJECTOR):
                 save_file({name: p.detach().cpu() for name, p in projector.named_parameters()}, work / PROJECTOR)
         student = merge(student)
-    _embed(student, tiles, work / "features.npy", device, processes, progress)
+    _write_features(student, tiles, work / "features.npy", device, processes, progress)
     if processes.first:
         pretrained = [step for step, learned in ids.items() if learned is None]
         with open_new_file(work / "learned_from.npz") as file:
@@ -187,41 +189,41 @@ def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, proces
         write_file(work / RECORD, json.dumps(record | {"pretrained": pretrained}).encode())
 
 
-def _take_over(folder: Path, work: Path) -> None:
-    """Copy the newest checkpoint that another writer of this student left, where there is none here.
+def _copy_checkpoint(folder: Path, work: Path) -> None:
+    """Copy the newest checkpoint of another process that trains this student, unless `work` has one.
 
-    A checkpoint is whole whenever it is read, and whoever made it would go on to the same student.
+    Checkpoints are written atomically, and training from any of them gives the same student.
     """
     if (work / "student.pt").is_file():
         return
-    with suppress(FileNotFoundError):  # whoever it belongs to has just finished
-        left = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
-        if newest := max(left, key=lambda path: path.stat().st_mtime, default=None):
-            with newest.open("rb") as left, open_new_file(work / "student.pt.copy", newest.stat().st_size) as copy:
-                shutil.copyfileobj(left, copy)
+    with suppress(FileNotFoundError):  # the other process has just finished
+        checkpoints = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
+        if newest := max(checkpoints, key=lambda path: path.stat().st_mtime, default=None):
+            with newest.open("rb") as source, open_new_file(work / "student.pt.copy", newest.stat().st_size) as copy:
+                shutil.copyfileobj(source, copy)
             os.replace(work / "student.pt.copy", work / "student.pt")
 
 
-def _embed(student, tiles, path: Path, device, processes: Processes, progress) -> None:
-    """Write (N, D_s) features, each process its share of the rows."""
+def _write_features(student, tiles, path: Path, device, processes: Processes, progress) -> None:
+    """Embed the tiles and write (N, D_s) features, each process its share of the rows."""
     n = len(tiles)
     if processes.first:
         new_array(path, (n, student.spec.dim), np.float32)
     processes.wait()
     start, stop = (n * k // processes.count for k in (processes.rank, processes.rank + 1))
     if stop > start:
-        mine = tiles.select(np.arange(start, stop)) if processes.count > 1 else tiles
-        features = np.ascontiguousarray(embed_tiles(student, mine, device=device, progress=progress), np.float32)
-        # Not by a memory map: where a disk without room meets one, the process dies.
+        share = tiles.select(np.arange(start, stop)) if processes.count > 1 else tiles
+        features = np.ascontiguousarray(embed_tiles(student, share, device=device, progress=progress), np.float32)
+        # Not through a memory map: a full disk would kill the process with SIGBUS.
         with report_full_disk(path), path.open("r+b") as file:
             file.seek(np.load(path, mmap_mode="r").offset + start * features[0].nbytes)
             file.write(features)
     processes.wait()
 
 
-def _teach(config, student, tiles, lesson: TeacherTargets, cohort, rows, work, device, progress):
-    E, labels, n_labels = lesson.embedding, lesson.labels, lesson.n_labels
-    if config.shuffle_teacher:  # a control: the tile of one spot with the expression of another
+def _train(config, student, tiles, targets: TeacherTargets, cohort, rows, work, device, progress):
+    E, labels, n_labels = targets.embedding, targets.labels, targets.n_labels
+    if config.shuffle_teacher:  # control: each tile gets the targets of another spot
         order = np.random.default_rng(config.seed).permutation(len(E))
         E, labels = E[order], labels[order]
     adapt(

@@ -1,4 +1,4 @@
-"""What decides a run's numbers, checked before any work starts."""
+"""Settings of a run, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from peka_lite.probe._choices import check_alpha
 from peka_lite.teachers._choices import LABEL_METHODS, TEACHERS
 from peka_lite.transfer._choices import KD_SPACES
 
-# A sweep checks thousands of settings: what does the work (PyTorch, scanpy, ...) is imported where the work is done.
+# A sweep checks thousands of settings, so heavy packages (PyTorch, scanpy, ...) are imported where they are used.
 if TYPE_CHECKING:
     from peka_lite.teachers.pseudolabels import PseudoLabeler
 
 FEATURES = ("student", "frozen+student", "projector", "teacher", "color", "coordinates", "depth")
 WITH_STUDENT = FEATURES[:3]
-OLD_FEATURES = {"backbone": "student", "colour": "color"}  # words of earlier versions, still read
+OLD_FEATURES = {"backbone": "student", "colour": "color"}  # names of earlier versions, still accepted
 
 _TYPES = {
     "str": ((str,), "text (str)"),
@@ -47,63 +47,63 @@ _NAMES = {
 }  # fmt: skip
 _ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
 _AT_LEAST = {"r": 1, "kd_weight": 0, "ce_weight": 0, "micro_batch": 1, "n_splits": 2, "seed": 0}
-_AT_MOST = {"seed": 2**32 - 1}  # NumPy's and scikit-learn's
+_AT_MOST = {"seed": 2**32 - 1}  # the limit of NumPy and scikit-learn
 _SHARES = ("train_share", "max_mito")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run's numbers; `config.yml` in the run's folder is this, field by field.
+    """Settings that decide a run's numbers, stored field by field as `config.yml` in its folder.
 
     Attributes
     ----------
     cohort
-        ``"mini"`` (the embedded synthetic cohort, written to the cache when missing), a folder in HEST-1k's layout, or
-        a cohort of the manifest that was fetched (``"breast"``, ...).
+        ``"mini"`` (the packaged synthetic cohort, written to the cache when missing), a folder in HEST-1k's layout, or
+        a fetched cohort of the manifest (``"breast"``, ...).
     slides
         Slide ids to use; all by default.
     patients
-        CSV file with columns id and patient, where neither the metadata nor the manifest has them.
+        CSV file with columns id and patient, for cohorts whose metadata and manifest name no patients.
     protocol
-        ``"paper"`` (the folds of its released code), ``"hest"`` or ``"strict"`` (`PROTOCOLS`): sets split,
-        normalization and alpha, and which rows each step may see. None: those three as given here, everything that
-        learns on training rows.
+        ``"paper"`` (the folds of its released code), ``"hest"`` or ``"strict"`` (`PROTOCOLS`). It sets split,
+        normalization, alpha and the rows that each step may use. With None the three fields apply as given, and every
+        step is fitted on training rows.
     features
-        What the probe reads: ``"student"`` (``"backbone"`` is another word for it), the backbone's pooled output;
-        ``"frozen+student"``, the frozen student's features beside the taught one's; ``"projector"``, an ablation: what
-        the projector that was taught beside the adapters makes of them, in the teacher's space; or a control
-        without a student: ``"color"`` and texture of the tile, ``"coordinates"`` on the slide,
-        ``"depth"`` (total count), and ``"teacher"``, which sees the expression itself: the upper line.
+        Input of the probe. ``"student"`` (alias ``"backbone"``): the backbone's pooled output. ``"frozen+student"``:
+        features of the frozen and the adapted student, concatenated. ``"projector"``, an ablation: the adapted
+        student's features after its projector, in the teacher's space. Controls without a student: ``"color"`` (color
+        and texture of the tile), ``"coordinates"`` (position on the slide), ``"depth"`` (total count) and
+        ``"teacher"`` (embedding of the measured expression, an upper bound).
     teacher, backbone, method
-        Names known to `load_teacher`, `BACKBONES` and `adapt`. A YAML file is a backbone too (`read_backbone`): its row
-        is registered, and its name takes the file's place here.
+        Names that `load_teacher`, `BACKBONES` and `adapt` accept. A backbone may be a YAML file (`read_backbone`): it
+        is registered, and the field then holds its name.
     split
-        As in `folds`; a protocol that holds patients out takes ``"slide"`` where there is one patient.
+        As in `folds`. A protocol that holds out patients accepts ``"slide"`` for a cohort of one patient.
     layers
-        Attention layer that gets the adapters, ``"qkv"`` or ``"proj"``.
+        Attention layer that is adapted, ``"qkv"`` or ``"proj"``.
     shuffle_teacher
-        A control: the student is taught with another spot's teacher embedding and label.
+        Control: train the student on the teacher embedding and label of another spot.
     train_share
-        Share of the training spots of every slide that is used, 0 to 1.
+        Share of every slide's training spots that is used, 0 to 1.
     teacher_checkpoint, teacher_genes, teacher_mapping
         Files of teacher ``"scfoundation"``: weights, gene list and gene mapping, as in `ScFoundation.from_checkpoint`.
     weights
-        ``"hub"`` (the published ones; for ``"mini"`` they lie inside the package), a file, or ``"random"``.
+        ``"hub"`` (published weights; those of ``"mini"`` are part of the package), a file, or ``"random"``.
     r
-        Block size or rank; None takes the backbone's own.
+        Block size or rank; None takes the backbone's default.
     label_method, resolution, n_clusters
         Pseudo-labels: ``"knn-leiden"`` with `resolution`, or ``"kmeans"`` with `n_clusters`.
     kd_space, tau, kd_weight, ce_weight, epochs, batch_size, lr, augment
         As in `TransferModel` and `fit`.
     micro_batch, recompute, compile
-        How `fit` uses memory and compiler; the results stay the same up to rounding.
+        Memory use and compilation, as in `fit`; results are equal up to rounding.
     normalization, n_genes
-        Targets: how counts are normalized, and how many highly variable genes are predicted.
+        Targets: normalization of the counts, and number of highly variable genes.
     alpha
-        The probe's ridge penalty: ``"hest"`` or a number (`PCARidge`), or ``"inner"``, chosen on inner folds. Never
-        choose a number by looking at test scores.
+        Regularization strength of the probe: ``"hest"`` or a number (`PCARidge`), or ``"inner"``, chosen by inner
+        cross-validation. Never choose a number from test scores.
     n_splits, seed, min_genes, max_mito, device
-        Folds wanted; seed of every random choice; quality control as in `qc`; None takes a GPU where there is one.
+        Number of folds; seed of every random choice; quality control as in `qc`; None takes a GPU if there is one.
 
     Examples
     --------
@@ -162,13 +162,13 @@ class RunConfig:
         object.__setattr__(self, "backbone", backbone_row(self.backbone).name)
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
-        self._settle_protocol()
+        self._resolve_protocol()
         object.__setattr__(self, "features", OLD_FEATURES.get(self.features, self.features))
         if self.features not in WITH_STUDENT and self.method != "none":
-            raise ValueError(f"features {self.features!r} take no student: give method 'none' with them")
+            raise ValueError(f"features {self.features!r} use no student: set method 'none'")
         if self.method == "none" and (self.features in ("frozen+student", "projector") or self.shuffle_teacher):
             raise ValueError(
-                "method 'none' teaches no student: neither 'frozen+student', 'projector' nor shuffle_teacher fits it"
+                "method 'none' trains no student: 'frozen+student', 'projector' and shuffle_teacher need another method"
             )
         if self.resolution is not None and self.label_method != "knn-leiden":
             raise ValueError("resolution belongs to label_method 'knn-leiden'; kmeans takes n_clusters")
@@ -176,13 +176,15 @@ class RunConfig:
             raise ValueError("n_clusters belongs to label_method 'kmeans'; knn-leiden takes resolution")
         spec = BACKBONES[self.backbone]
         if self.method != "none" and spec.bone_r is None:
-            raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention to adapt")
+            raise ValueError(
+                f"backbone {spec.name!r} takes only method 'none': it has no attention layer that can be adapted"
+            )
         if self.r is not None and self.method == "none":
-            raise ValueError(f"r={self.r} does not fit method {self.method!r}")
+            raise ValueError(f"r={self.r} does not fit method {self.method!r}; leave r out")
         if self.method == "bone":
             check_block_size(spec, self.block_size)
         if self.weights == "hub":
-            find_packaged(spec)  # raises where the package should hold them and does not
+            find_packaged(spec)  # raises if packaged weights are missing
         if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
@@ -202,22 +204,22 @@ class RunConfig:
             from peka_lite._core.device import default_device
 
             if default_device() == "cpu":
-                raise ValueError(f"device {self.device!r}: PyTorch sees no GPU here; `peka-lite doctor` says why")
+                raise ValueError(f"device {self.device!r}: PyTorch finds no GPU; run `peka-lite doctor` for the reason")
 
-    def _settle_protocol(self):
-        """Fill in what the protocol sets, and refuse what contradicts it."""
-        sets = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
+    def _resolve_protocol(self):
+        """Fill in the fields that the protocol sets, and check that given ones agree."""
+        protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
         for field in ("split", "normalization", "alpha"):
-            given, meant = getattr(self, field), getattr(sets, field)
+            given, fixed = getattr(self, field), getattr(protocol, field)
             if given is None:
-                object.__setattr__(self, field, meant)
-            elif self.protocol and given != meant and (field, meant, given) != ("split", "patient", "slide"):
-                raise ValueError(f"protocol {self.protocol!r} has {field} {meant!r}, not {given!r}; leave {field} out")
+                object.__setattr__(self, field, fixed)
+            elif self.protocol and given != fixed and (field, fixed, given) != ("split", "patient", "slide"):
+                raise ValueError(f"protocol {self.protocol!r} has {field} {fixed!r}, not {given!r}; leave {field} out")
 
     def settled_protocol(self) -> Protocol:
-        """Return the protocol in use; ``"custom"`` where none is named."""
-        sets = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split=self.split)
-        return dataclasses.replace(sets, split=self.split, normalization=self.normalization, alpha=self.alpha)
+        """Return the protocol in use, named ``"custom"`` if `protocol` is None."""
+        protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split=self.split)
+        return dataclasses.replace(protocol, split=self.split, normalization=self.normalization, alpha=self.alpha)
 
     @property
     def block_size(self) -> int:
@@ -225,7 +227,7 @@ class RunConfig:
         return self.r or BACKBONES[self.backbone].bone_r or 0
 
     def load_teacher(self):
-        """Return the teacher these settings ask for; one that learns from data is not fitted."""
+        """Return the teacher, not yet fitted if it learns from data."""
         from peka_lite.teachers.load import load_teacher
 
         names = ("checkpoint", "genes", "mapping")
@@ -233,14 +235,14 @@ class RunConfig:
         return load_teacher(self.teacher, **files)
 
     def labeler(self) -> PseudoLabeler:
-        """Return the pseudo-labeler these settings ask for, not fitted."""
+        """Return the pseudo-labeler, not yet fitted."""
         from peka_lite.teachers.pseudolabels import PseudoLabeler
 
-        wanted = {"resolution": self.resolution, "n_clusters": self.n_clusters}
-        return PseudoLabeler(self.label_method, seed=self.seed, **{k: v for k, v in wanted.items() if v is not None})
+        options = {"resolution": self.resolution, "n_clusters": self.n_clusters}
+        return PseudoLabeler(self.label_method, seed=self.seed, **{k: v for k, v in options.items() if v is not None})
 
     def as_dict(self) -> dict:
-        """Return the fields as plain values, as `config.yml` holds them."""
+        """Return the fields as plain values, as in `config.yml`."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
@@ -248,20 +250,20 @@ _FIELDS = {field.name: field.type.split(" | ") for field in dataclasses.fields(R
 
 
 def check_field(field: str, value) -> None:
-    """Refuse what cannot be the value of one setting, whatever the others are.
+    """Check that one setting has a valid value, whatever the others are.
 
     Parameters
     ----------
     field
         A field of `RunConfig`.
     value
-        Of the type that the field declares; an int does for a float. Names must be known and numbers within bounds;
-        files and cohorts are not looked for.
+        Must have the declared type (an int passes as a float), a known name, and numbers within bounds. Files and
+        cohorts are not looked up.
 
     Raises
     ------
     ValueError
-        Naming field and value, what is known or allowed and, of a name, the nearest that is right.
+        Names the field, the value, the allowed values and the closest valid name.
 
     Examples
     --------
@@ -275,13 +277,13 @@ def check_field(field: str, value) -> None:
     ValueError: epochs is a whole number (int), not 2.0
     """
     if field not in _FIELDS:
-        meant = did_you_mean(str(field), _FIELDS) or f"; known: {', '.join(_FIELDS)}"
-        raise ValueError(f"unknown setting {field!r}{meant}")
-    # These types exactly: what derives from them, as NumPy's numbers, cannot be written to config.yml.
-    right = any(type(value) in _TYPES[kind][0] for kind in _FIELDS[field])
-    if not right or (field == "slides" and not all(type(slide) is str for slide in value or ())):
-        told = " or ".join(_TYPES[kind][1] for kind in _FIELDS[field])
-        raise ValueError(f"{field} is {told}, not {value!r}")
+        hint = did_you_mean(str(field), _FIELDS) or f"; known: {', '.join(_FIELDS)}"
+        raise ValueError(f"unknown setting {field!r}{hint}")
+    # Subclasses, such as NumPy's numbers, cannot be written to config.yml.
+    valid = any(type(value) in _TYPES[kind][0] for kind in _FIELDS[field])
+    if not valid or (field == "slides" and not all(type(slide) is str for slide in value or ())):
+        expected = " or ".join(_TYPES[kind][1] for kind in _FIELDS[field])
+        raise ValueError(f"{field} is {expected}, not {value!r}")
     if value is None:
         return
     if isinstance(value, str) and value and not is_line(value):
@@ -309,5 +311,5 @@ def check_field(field: str, value) -> None:
 
 @functools.cache
 def _require_cohort(name: str, cache: Path) -> None:
-    """Raise where no cohort of this name is in the cache; one that was there is not looked for again."""
+    """Check that the cache has a cohort of this name; only success is remembered."""
     find_cohort(name)

@@ -1,4 +1,4 @@
-"""Where the probe's features come from: a taught student, the frozen one, the teacher, or a control without either."""
+"""Features for the probe: of an adapted student, a frozen student, the teacher, or a control without either."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from peka_lite._core.progress import Stage, print_line
 from peka_lite.adapters.files import join_adapters
 from peka_lite.data.tiles import TileStore
 from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
-from peka_lite.experiments._teacher_labels import embed_teacher, missing_embeddings
+from peka_lite.experiments._teacher_labels import count_missing_embeddings, embed_teacher
 from peka_lite.experiments.cache import Student, optimizer_steps, project_features, student_folder, train_student
 from peka_lite.experiments.folder import hash_cohort
 
 
-def training_spots(cohort, share: float, seed: int) -> np.ndarray:
-    """Choose the spots that may teach, the same share of every slide; (N,) bool."""
+def select_training_spots(cohort, share: float, seed: int) -> np.ndarray:
+    """Select the spots that may be trained on, the same share of every slide; (N,) bool."""
     use = np.ones(len(cohort), dtype=bool)
     if share < 1:
         rng = np.random.default_rng(seed)
@@ -35,16 +35,16 @@ def training_spots(cohort, share: float, seed: int) -> np.ndarray:
 
 
 class FeatureSource:
-    """Gives `evaluate` the features that learned from none of the given folds' test rows.
+    """Features for `evaluate`, fitted without the test rows of the given folds.
 
     Parameters
     ----------
     config, cohort, folds
-        The run; with protocol ``"paper"`` one student learns from the whole cohort, whatever the fold.
+        Those of the run. With protocol ``"paper"`` one student is trained on the whole cohort and used for all folds.
     use
-        (N,) bool, rows that may teach.
+        (N,) bool, rows that may be trained on.
     scratch
-        Folder for a memory map of the tiles; written only when tiles are needed.
+        Folder for a memory map of the tiles, written only when tiles are needed.
     """
 
     def __init__(self, config, cohort, folds, *, use, scratch: Path, device: str, progress: bool = False):
@@ -54,64 +54,66 @@ class FeatureSource:
         self.teacher = config.load_teacher() if self.taught or config.features == "teacher" else None
         self.data = hash_cohort(cohort)
         self.processes = Processes(device)
-        self._sees_all = config.settled_protocol().student == "all"
-        self._made: dict[str, Student] = {}  # students by name, kept as long as no other is asked for
+        self._uses_all = config.settled_protocol().student == "all"
+        self._latest: dict[str, Student] = {}  # the last student by name
 
     def __call__(self, left_out: tuple[int, ...]) -> Student:
-        """Return a `Student` (features and what they learned from)."""
+        """Return a `Student`: features, and the rows that each step learned from."""
         kind = self.config.features
         if kind in ("color", "coordinates", "depth"):
-            return self._once(kind, self._control)
-        who = "all" if self._sees_all else "-".join(map(str, left_out))
+            return self._reuse(kind, self._compute_control)
+        key = "all" if self._uses_all else "-".join(map(str, left_out))
         if not self.taught and kind == "student":
-            return self._once("frozen", lambda: self._student(None))
+            return self._reuse("frozen", lambda: self._load_student(None))
         if kind == "teacher":
-            return self._once(f"teacher {who}", lambda: self._embedding(self._rows(left_out)))
+            return self._reuse(f"teacher {key}", lambda: self._embed_teacher(self._rows(left_out)))
         if kind == "student":
-            return self._once(who, lambda: self._student(self._rows(left_out)))
-        make = {"frozen+student": self._both, "projector": self._projected}[kind]
-        return self._once(f"{kind} {who}", lambda: make(self._rows(left_out)))
+            return self._reuse(key, lambda: self._load_student(self._rows(left_out)))
+        make = {"frozen+student": self._concatenate, "projector": self._project}[kind]
+        return self._reuse(f"{kind} {key}", lambda: make(self._rows(left_out)))
 
     def coverage(self) -> float | None:
-        """Return the share of expressed genes that a pretrained teacher knows, on the slide where it knows fewest."""
+        """Return the smallest share, over slides, of expressed genes in a pretrained teacher's gene list."""
         if not hasattr(self.teacher, "coverage"):
             return None
         return min(self.teacher.coverage(slide.adata) for slide in self.cohort.slides)
 
     def prepare(self, left_out: Sequence[tuple[int, ...]]) -> None:
-        """Print the plan and make the students these folds ask for, with every process; the others do no more."""
-        asked = {}  # folder -> folds left out, None for the frozen student
+        """Print the plan and train the missing students of these folds, with every process."""
+        required = {}  # folder -> folds left out, None for the frozen student
         for folds in left_out if self.taught else ():
-            asked.setdefault(self._folder(self._rows(folds)), () if self._sees_all else folds)
+            required.setdefault(self._find_folder(self._rows(folds)), () if self._uses_all else folds)
         if self.config.features == "frozen+student" or (self.config.features == "student" and not self.taught):
-            asked[self._folder(None)] = None
-        missing = [folds for folder, folds in asked.items() if not (folder / RECORD).is_file()]
-        missing = self.processes.same(missing)  # a job beside this one may be through with one of them meanwhile
-        print_line(f"plan: {self._plan(missing, cached=len(asked) - len(missing), sets=left_out)}")
+            required[self._find_folder(None)] = None
+        missing = [folds for folder, folds in required.items() if not (folder / RECORD).is_file()]
+        missing = self.processes.same(missing)  # another job may finish one of them meanwhile
+        print_line(f"plan: {self._plan(missing, cached=len(required) - len(missing), sets=left_out)}")
         for folds in Stage("training", [folds for folds in missing if folds is not None]):
-            self._student(self._rows(folds))
+            self._load_student(self._rows(folds))
         if None in missing:
-            self._student(None)
+            self._load_student(None)
         if self.config.features == "color":
-            self._tiles  # noqa: B018 - the processes write it together
+            self._tiles  # noqa: B018 - needs every process
         self.processes = Processes(self.device, alone=True)
 
     def _plan(self, missing: list[tuple[int, ...] | None], *, cached: int, sets: Sequence[tuple[int, ...]]) -> str:
-        """Say in numbers what is to be done for the students that are missing, or without any for these folds."""
+        """Return the amount of work: trainings and tiles for the missing students, or embeddings for these folds."""
         n, trainings = len(self.cohort), [folds for folds in missing if folds is not None]
         parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) < 2 else 'trainings'}"]
         if trainings:
             kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
             counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
-            told = [f"{count} {words}" if count < len(trainings) else words for words, count in counts.items() if count]
-            parts[0] += f" ({', '.join(told)})"
+            groups = [
+                f"{count} {words}" if count < len(trainings) else words for words, count in counts.items() if count
+            ]
+            parts[0] += f" ({', '.join(groups)})"
             steps = sum(optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
             parts.append(f"{steps:,} optimizer steps")
         if cached:
             parts.append(f"{cached} more from the cache" if missing else f"{cached} from the cache")
-        asked = sets if self.config.features == "teacher" else trainings
-        at = {"data": self.data, "device": self.device}
-        if asked and (fits := missing_embeddings(self.teacher, self.cohort, map(self._rows, asked), **at)):
+        used = sets if self.config.features == "teacher" else trainings
+        options = {"data": self.data, "device": self.device}
+        if used and (fits := count_missing_embeddings(self.teacher, self.cohort, map(self._rows, used), **options)):
             parts.append(f"{fits * n:,} spots for the teacher to embed")
         if missing:
             each = f" ({n:,} after each training)" if len(trainings) > 1 else ""
@@ -121,33 +123,33 @@ class FeatureSource:
         return ", ".join(parts)
 
     def outer(self) -> dict[str, tuple[int, ...]]:
-        """Return the name of each outer fold's student and the folds left out: one ``"all"`` where it saw every row."""
-        if self._sees_all:
+        """Return student name -> folds left out, for the outer folds or the one student ``"all"``."""
+        if self._uses_all:
             return {"all": ()}
         return {f"fold{fold}": (fold,) for fold in range(len(self.folds))}
 
     def save(self, work: Path, named: Mapping[str, tuple[int, ...]]) -> None:
-        """Write adapters and training curves of these students, by name and folds left out, into a run folder."""
+        """Write the adapters and training curves of these students (name -> folds left out) to a run folder."""
         if not self.taught:
             return
         adapters, curves = {}, []
         for name, left_out in named.items():
-            student = self._student(self._rows(left_out))
+            student = self._load_student(self._rows(left_out))
             adapters[name] = student.folder / "adapter.safetensors"
             curves.append(pd.read_csv(student.folder / "training.csv").assign(fold=name.removeprefix("fold")))
         join_adapters(adapters, work / "adapter.safetensors")
         write_file(work / "training.csv", pd.concat(curves, ignore_index=True).to_csv(index=False).encode())
 
     def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
-        """Return weights, backbone_fingerprint, adapted_share and n_labels_per_fold for the summary."""
-        students = [self._student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
+        """Return the summary's weights, backbone_fingerprint, adapted_share and n_labels_per_fold."""
+        students = [self._load_student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
         if not self.taught and self.config.features == "student":
-            students = [self._student(None)]
-        of = students[0].record if students else {}
+            students = [self._load_student(None)]
+        record = students[0].record if students else {}
         return {
-            "weights": of.get("weights"),
-            "backbone_fingerprint": of.get("fingerprint"),
-            "adapted_share": of.get("share", 0.0),
+            "weights": record.get("weights"),
+            "backbone_fingerprint": record.get("fingerprint"),
+            "adapted_share": record.get("share", 0.0),
             "n_labels_per_fold": [student.record["n_labels"] for student in students if self.taught],
         }
 
@@ -158,26 +160,26 @@ class FeatureSource:
                 keep[self.folds[fold][1]] = False
         return np.flatnonzero(keep)
 
-    def _once(self, name: str, make) -> Student:
-        if name not in self._made:
-            self._made = {name: make()}
-        return self._made[name]
+    def _reuse(self, name: str, make) -> Student:
+        if name not in self._latest:
+            self._latest = {name: make()}
+        return self._latest[name]
 
     @cached_property
     def _tiles(self):
         path, tiles = self.scratch / "tiles.npy", self.cohort.tiles
         if self.processes.first:
-            path.unlink(missing_ok=True)  # of a stopped run, maybe of an older version
+            path.unlink(missing_ok=True)  # left by a stopped run, possibly of an older version
             tiles = tiles.to_memmap(path)
         self.processes.wait()
         return (
             tiles if self.processes.first else TileStore([path], np.zeros(len(tiles)), np.arange(len(tiles)), tiles.ids)
         )
 
-    def _folder(self, rows: np.ndarray | None) -> Path:
+    def _find_folder(self, rows: np.ndarray | None) -> Path:
         return student_folder(self.config, rows, teacher=self.teacher, data=self.data, device=self.device)
 
-    def _student(self, rows: np.ndarray | None) -> Student:
+    def _load_student(self, rows: np.ndarray | None) -> Student:
         return train_student(
             self.config,
             self.cohort,
@@ -190,20 +192,20 @@ class FeatureSource:
             progress=self.progress,
         )
 
-    def _both(self, rows: np.ndarray) -> Student:
-        taught, frozen = self._student(rows), self._student(None)
-        return replace(taught, features=np.hstack([frozen.features, taught.features]))
+    def _concatenate(self, rows: np.ndarray) -> Student:
+        adapted, frozen = self._load_student(rows), self._load_student(None)
+        return replace(adapted, features=np.hstack([frozen.features, adapted.features]))
 
-    def _projected(self, rows: np.ndarray) -> Student:
-        taught = self._student(rows)
-        return replace(taught, features=project_features(taught))
+    def _project(self, rows: np.ndarray) -> Student:
+        adapted = self._load_student(rows)
+        return replace(adapted, features=project_features(adapted))
 
-    def _embedding(self, rows: np.ndarray) -> Student:
-        at = {"data": self.data, "device": self.device, "progress": self.progress}
-        E, learned_from = embed_teacher(self.teacher, self.cohort, rows, **at)
+    def _embed_teacher(self, rows: np.ndarray) -> Student:
+        options = {"data": self.data, "device": self.device, "progress": self.progress}
+        E, learned_from = embed_teacher(self.teacher, self.cohort, rows, **options)
         return Student(E, {"teacher": learned_from}, row_ids(E), {}, None)
 
-    def _control(self) -> Student:
+    def _compute_control(self) -> Student:
         name = self.config.features
         X = {
             "color": lambda: color_features(self._tiles, progress=self.progress),

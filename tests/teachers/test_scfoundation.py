@@ -732,7 +732,7 @@ def test_backed_data_equal_data_in_memory(tmp_path):
     np.testing.assert_array_equal(make_model().embed(backed), make_model().embed(adata))
 
 
-def test_data_without_expression_are_refused():
+def test_data_without_expression_are_rejected():
     with pytest.raises(ValueError, match="X is missing"):
         make_model().embed(ad.AnnData(obs=pd.DataFrame(index=["a"]), var=pd.DataFrame(index=["G0"])))
 
