@@ -1,4 +1,4 @@
-"""What the folder of a sweep holds: points that are finished, run folders below them, and what is missing."""
+"""Reading the folder of a sweep: finished points, their run folders, and missing points."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peka_lite._core.names import escape_markdown, inline_code
 from peka_lite._core.received import check_name, check_values, file_inside, folder_inside, read_json_inside
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
-LONGEST_NAME = 240  # bytes of a folder's name, of which `.partial` leaves so many
-_MOST_SCALARS = 10_000  # of a notebook's summary, each a column of a report
+LONGEST_NAME = 240  # bytes of a point's name, so that `.partial` can be added
+_MAX_SCALARS = 10_000  # in a notebook's summary, each a column of a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,17 @@ class SweepFolder:
     Attributes
     ----------
     title, notebook
-        As the sweep names them; None where its points are runs.
+        As in the sweep; notebook is None if the points are runs.
     varied
         Names of the settings that vary.
     points
-        What each point sets.
+        Point -> its settings.
     finished
-        Points whose folder is there.
+        Points whose folder is complete.
     missing
-        The other points, with what their logs say of them: ``"missing"``, ``"unfinished"``, ``"failed: ..."``.
+        Other points -> state from their logs: ``"missing"``, ``"unfinished"`` or ``"failed: ..."``.
     seconds
-        What the last attempt of each point took, where that is on record.
+        Point -> duration of the last attempt, if recorded.
 
     Examples
     --------
@@ -64,23 +64,23 @@ class SweepFolder:
             if self.notebook is None:
                 yield point, self.folder / point
             else:
-                yield from ((point, here) for here, names in _below(self.folder / point) if names >= {*RUN_FILES})
+                yield from ((point, path) for path, names in _walk(self.folder / point) if names >= {*RUN_FILES})
 
     def summaries(self) -> Iterator[tuple[str, dict]]:
-        """Yield point and scalars (numbers, text, truth values) of every summary that is a notebook's own.
+        """Yield point and scalars (numbers, text, booleans) of every summary written by a notebook itself.
 
         Raises
         ------
         ValueError
-            For a file that is no JSON, or no mapping, and as `file_inside`.
+            For a file that is no JSON mapping, and as `file_inside`.
         """
         for point in self.finished if self.notebook is not None else ():
-            for here, names in _below(self.folder / point):
+            for path, names in _walk(self.folder / point):
                 if "summary.json" in names and "config.yml" not in names:
-                    yield point, _scalars(here, within=self.folder)
+                    yield point, _read_scalars(path, within=self.folder)
 
     def told(self) -> str:
-        """Return in Markdown how many points are finished, and what became of the others."""
+        """Return, as Markdown, how many points are finished, and the state of the others."""
         words = f"{len(self.finished)} of {len(self.points)} points finished"
         groups = {"missing": [], "unfinished": [], "failed": []}
         for point, state in self.missing.items():
@@ -90,18 +90,18 @@ class SweepFolder:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Tell whether `peka-lite sweep` made a folder."""
+    """Return whether a folder was made by `peka-lite sweep`."""
     return (folder / "sweep.yml").is_file()
 
 
 def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
-    """Read what a sweep's folder says of itself, and look which of its points are there.
+    """Read the folder of a sweep, and find which of its points are finished.
 
     Raises
     ------
     ValueError
-        If ``sweep.yml`` is not what `peka-lite sweep` writes into its folder, and for a point that lies elsewhere: one
-        that is named by a path, or is a link out of the folder.
+        If ``sweep.yml`` was not written by `peka-lite sweep`, and for a point outside the folder: one named by a path,
+        or a symbolic link to elsewhere.
 
     Examples
     --------
@@ -119,12 +119,12 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     folder = Path(folder)
     path = file_inside(folder, "sweep.yml")
     try:
-        asked = read_yaml(path)
-        title, notebook, varied = asked["title"], asked["notebook"], tuple(asked["varied"])
-        points = {name: dict(given) for name, given in asked["points"].items()}
-        if not (isinstance(title, str) and isinstance(notebook, str | None) and isinstance(asked["varied"], list)):
+        sweep = read_yaml(path)
+        title, notebook, varied = sweep["title"], sweep["notebook"], tuple(sweep["varied"])
+        points = {name: dict(settings) for name, settings in sweep["points"].items()}
+        if not (isinstance(title, str) and isinstance(notebook, str | None) and isinstance(sweep["varied"], list)):
             raise TypeError
-        if not all(isinstance(name, str) for given in (varied, *points.values()) for name in given):
+        if not all(isinstance(name, str) for names in (varied, *points.values()) for name in names):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
@@ -132,15 +132,15 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
             "give that folder, or the run folders themselves"
         ) from None
     try:
-        check_values(asked)
+        check_values(sweep)
         for name in points:
             if len(os.fsencode(check_name(name))) > LONGEST_NAME:
-                raise ValueError(f"point {name[:40]!r}... has a name of more than {LONGEST_NAME} bytes")
+                raise ValueError(f"point {name[:40]!r}... has a name of more than {LONGEST_NAME} bytes; shorten it")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     finished, missing, seconds = [], {}, {}
     for name in points:
-        record = _record(folder, name)
+        record = _read_record(folder, name)
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
         if (folder / name).is_dir() and _is_finished(folder_inside(folder, name), notebook):
@@ -158,35 +158,37 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
 def _is_finished(folder: Path, notebook: str | None) -> bool:
     if notebook is None:
         return (folder / "summary.json").is_file()
-    return any("summary.json" in names for _, names in _below(folder))
+    return any("summary.json" in names for _, names in _walk(folder))
 
 
-def _below(folder: Path) -> Iterator[tuple[Path, set[str]]]:
-    """Yield a folder and those below it, with the names of their files; nothing that is unfinished."""
-    for here, folders, files in os.walk(folder):
+def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Yield a folder and those below it, with the names of their files; skip unfinished ones."""
+    for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
-        yield Path(here), set(files)
+        yield Path(path), set(files)
 
 
-def _record(folder: Path, point: str) -> dict:
-    """Return what is on record of a point's last attempt; nothing where its writing was cut short."""
+def _read_record(folder: Path, point: str) -> dict:
+    """Return the record of a point's last attempt, empty if absent or truncated."""
     if not os.path.lexists(folder / "log" / f"{point}.json"):
         return {}
     file_inside(folder, "log", f"{point}.json")
     try:
-        found = read_json_inside(folder, "log", f"{point}.json", largest=2**20)
+        record = read_json_inside(folder, "log", f"{point}.json", largest=2**20)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _scalars(folder: Path, *, within: Path) -> dict:
+def _read_scalars(folder: Path, *, within: Path) -> dict:
     path = file_inside(folder, "summary.json", within=within)
     try:
         summary = read_json_inside(folder, "summary.json", within=within)
-        found = {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
+        scalars = {name: value for name, value in summary.items() if isinstance(value, str | bool | int | float)}
     except (ValueError, AttributeError):
-        raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it anew") from None
-    if len(found) > _MOST_SCALARS:
-        raise ValueError(f"{path} holds {len(found):,} values; a report has a column for each, of {_MOST_SCALARS:,}")
-    return found
+        raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it again") from None
+    if len(scalars) > _MAX_SCALARS:
+        raise ValueError(
+            f"{path} holds {len(scalars):,} values; a report has at most {_MAX_SCALARS:,} columns for them"
+        )
+    return scalars

@@ -137,7 +137,7 @@ def _embed(teacher, cohort, rows, folder, device, progress) -> None:
     with Stage("fitting the teacher"):
         learned = teacher.fit(cohort.by_slide(rows)).fitted_on_  # required: without it, leakage cannot be checked
     if pretrained and learned is not None:
-        raise ValueError(f"{teacher!r} has fitted_on_ = None, as if pretrained, but fit learns from rows; remove it")
+        raise ValueError(f"{teacher!r} has fitted_on_ = None (pretrained) but learns in fit; set fitted_on_ only there")
     with Stage(f"teacher's embedding of {len(cohort):,} spots"):
         E = embed_cohort(teacher, cohort, device=device, progress=progress)
     arrays = {"E": E} if learned is None else {"E": E, "learned_from": learned}

@@ -1,4 +1,4 @@
-"""Folders that hold no finished run or training: what each is instead, and the command that helps."""
+"""Messages about folders without a finished run or training, with the command that fixes them."""
 
 from __future__ import annotations
 
@@ -16,73 +16,70 @@ from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
 from peka_lite.experiments.config import RunConfig
 
-COMMAND = Path("scratch", "command")  # in a folder at work; scratch goes at the end
+COMMAND = Path("scratch", "command")  # in an unfinished folder; scratch is removed at the end
 SETTINGS, SUMMARY = "config.yml", "summary.json"
 
 
-def explain_missing(folder: Path, *, needs: Sequence[str], what: str) -> str:
-    """Say in one sentence what a folder is in place of a finished run, and what to do.
+def explain_missing(folder: Path, *, needs: Sequence[str], kind: str) -> str:
+    """Return one sentence on why a path is no finished run, and how to fix it.
 
     Parameters
     ----------
     folder
-        Whatever was given: a folder, a file or a path where nothing is.
+        Path of a folder or a file, or one that does not exist.
     needs
-        Files that it should hold.
-    what
-        Words for what it should be: ``"run"`` or ``"run or training"``.
+        Files that the folder should contain.
+    kind
+        ``"run"`` or ``"run or training"``.
     """
-    said = f"{folder}: no finished {what} here"
-    at_work = folder.with_name(folder.name + PARTIAL)
-    if folder.name.endswith(PARTIAL) or (at_work.is_dir() and not folder.exists()):
-        work = folder if folder.name.endswith(PARTIAL) else at_work
+    message = f"{folder}: no finished {kind} here"
+    partial = folder.with_name(folder.name + PARTIAL)
+    if folder.name.endswith(PARTIAL) or (partial.is_dir() and not folder.exists()):
+        work = folder if folder.name.endswith(PARTIAL) else partial
         if not (work / SETTINGS).is_file():
-            return f"{said}, only what a stopped command left in {work}: give that command again, or remove the folder"
-        return f"{said}, it was stopped before its end ({work}): finish it with `{remake_command(work)}`"
+            return f"{message}, only files of a stopped command in {work}: run that command again, or remove the folder"
+        return f"{message}, it was stopped before its end ({work}): finish it with `{remake_command(work)}`"
     if folder.is_file():
-        return f"{said}, it is a file: give the folder that `peka-lite run` or `peka-lite train` made"
+        return f"{message}, it is a file: give the folder that `peka-lite run` or `peka-lite train` made"
     if not folder.exists():
         known = [path.name for path in folder.parent.glob("*") if (path / SUMMARY).is_file()]
-        return (
-            f"{said}, there is no such folder{did_you_mean(folder.name, known)}; `peka-lite {_makes(what)}` makes one"
-        )
+        hint = did_you_mean(folder.name, known)
+        return f"{message}, there is no such folder{hint}; `peka-lite {_choose_command(kind)}` makes one"
     if is_sweep(folder):
         points = [str(path) for _, path in read_sweep_folder(folder).run_folders()]
-        give = f"give one of its points: {_some(points)}" if points else "none of its points is finished"
-        return f"{said}, it is the folder of a sweep: {give}"
+        fix = f"give one of its points: {_shorten(points)}" if points else "none of its points is finished"
+        return f"{message}, it is the folder of a sweep: {fix}"
     if (folder / "model.safetensors").is_file():
-        return f"{said}, it is an export, which timm reads: give the folder that it was exported from"
+        return f"{message}, it is an export, which timm reads: give the folder that it was exported from"
     missing = [name for name in needs if not (folder / name).is_file()]
-    inside = [str(path) for path in sorted(folder.iterdir()) if path.is_dir() and (path / SUMMARY).is_file()]
-    if len(missing) == len(needs) and inside:
-        return f"{said}, it holds folders of runs: give one of them: {_some(inside)}"
-    said += f" ({', '.join(missing)} missing)"
+    runs = [str(path) for path in sorted(folder.iterdir()) if path.is_dir() and (path / SUMMARY).is_file()]
+    if len(missing) == len(needs) and runs:
+        return f"{message}, it holds folders of runs: give one of them: {_shorten(runs)}"
+    message += f" ({', '.join(missing)} missing)"
     if not (folder / SETTINGS).is_file():
-        return f"{said}; `peka-lite {_makes(what)}` makes one"
-    if (
-        (folder / SUMMARY).is_file()
-        and (folder / "probe.safetensors").is_file()
-        and not (folder / "metrics.csv").is_file()
-    ):
-        return f"{said}, a training is not scored: score its settings with `{remake_command(folder, 'run', out='NEW_FOLDER')}`"
-    return f"{said}: remove the folder and give `{remake_command(folder)}`, or leave it out"
+        return f"{message}; `peka-lite {_choose_command(kind)}` makes one"
+    is_training = all((folder / name).is_file() for name in (SUMMARY, "probe.safetensors"))
+    if is_training and not (folder / "metrics.csv").is_file():
+        command = remake_command(folder, "run", out="NEW_FOLDER")
+        return f"{message}, a training is not scored: score its settings with `{command}`"
+    return f"{message}: remove the folder and give `{remake_command(folder)}`, or leave it out"
 
 
 def remake_command(folder: Path, name: str | None = None, *, out: str | None = None) -> str:
-    """Return the command that makes what a folder was to be, from the settings that it holds.
+    """Return the command that makes a folder again, from the settings stored in it.
 
-    `name` is ``"run"`` or ``"train"``; None is the one that the folder notes, and ``"run"`` where it notes none.
+    `name` is ``"run"`` or ``"train"``; None takes the command stored in the folder, or ``"run"`` if there is none.
     """
-    name = name or _noted(folder)
+    name = name or _read_command(folder)
     out = out or str(folder.with_name(folder.name.removesuffix(PARTIAL)))
     try:
-        words = _options(read_yaml_inside(folder, SETTINGS), folder)
+        words = _format_options(read_yaml_inside(folder, SETTINGS), folder)
     except (OSError, ValueError, AttributeError, TypeError):
         words = ["OPTIONS"]
     return " ".join(["peka-lite", name, *words, "--out", shlex.quote(out)])
 
 
-def _noted(folder: Path) -> str:
+def _read_command(folder: Path) -> str:
     try:
         name = file_inside(folder, *COMMAND.parts, largest=32).read_text("utf-8")
     except (OSError, ValueError):
@@ -90,12 +87,12 @@ def _noted(folder: Path) -> str:
     return name if re.fullmatch(r"run|train( --fold \d{1,9})?", name) else "run"
 
 
-def _options(given: dict, folder: Path) -> list[str]:
-    """Return the options of settings that are neither the defaults nor set by the protocol."""
-    protocol = PROTOCOLS.get(given.get("protocol"), Protocol(name="custom", split="patient"))
+def _format_options(settings: dict, folder: Path) -> list[str]:
+    """Return the command-line options of settings that are neither defaults nor set by the protocol."""
+    protocol = PROTOCOLS.get(settings.get("protocol"), Protocol(name="custom", split="patient"))
     words = []
     for field in dataclasses.fields(RunConfig):
-        value = given.get(field.name, field.default)
+        value = settings.get(field.name, field.default)
         if field.name == "backbone" and (folder / BACKBONE).is_file():
             value = str(folder / BACKBONE)
         if value in (field.default, getattr(protocol, field.name, None)) and field.name != "protocol":
@@ -111,9 +108,9 @@ def _options(given: dict, folder: Path) -> list[str]:
     return words
 
 
-def _makes(what: str) -> str:
-    return "run" if what == "run" else "train"
+def _choose_command(kind: str) -> str:
+    return "run" if kind == "run" else "train"
 
 
-def _some(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -125,7 +125,7 @@ def train_student(
                 if processes.first:
                     work.mkdir(parents=True, exist_ok=True)
                     _copy_checkpoint(folder, work)
-                _make_student(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
+                _make(config, cohort, tiles(), rows, teacher, data, device, work, processes, progress)
                 if processes.first:
                     move_into_place(work, folder)
                 processes.wait()
@@ -157,9 +157,7 @@ def project_features(student: Student) -> np.ndarray:
         return torch.cat([projector(batch) for batch in batches]).numpy()
 
 
-def _make_student(
-    config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress
-) -> None:
+def _make(config, cohort, tiles, rows, teacher, data, device, work: Path, processes: Processes, progress) -> None:
     progress = progress and processes.first
     with Stage(f"loading {config.backbone}"):
         student = load_backbone(config.backbone, weights=config.weights, seed=config.seed)

@@ -176,9 +176,7 @@ class RunConfig:
             raise ValueError("n_clusters belongs to label_method 'kmeans'; knn-leiden takes resolution")
         spec = BACKBONES[self.backbone]
         if self.method != "none" and spec.bone_r is None:
-            raise ValueError(
-                f"backbone {spec.name!r} takes only method 'none': it has no attention layer that can be adapted"
-            )
+            raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention layers")
         if self.r is not None and self.method == "none":
             raise ValueError(f"r={self.r} does not fit method {self.method!r}; leave r out")
         if self.method == "bone":

@@ -64,11 +64,11 @@ class FeatureSource:
             return self._reuse(kind, self._compute_control)
         key = "all" if self._uses_all else "-".join(map(str, left_out))
         if not self.taught and kind == "student":
-            return self._reuse("frozen", lambda: self._load_student(None))
+            return self._reuse("frozen", lambda: self._get_student(None))
         if kind == "teacher":
             return self._reuse(f"teacher {key}", lambda: self._embed_teacher(self._rows(left_out)))
         if kind == "student":
-            return self._reuse(key, lambda: self._load_student(self._rows(left_out)))
+            return self._reuse(key, lambda: self._get_student(self._rows(left_out)))
         make = {"frozen+student": self._concatenate, "projector": self._project}[kind]
         return self._reuse(f"{kind} {key}", lambda: make(self._rows(left_out)))
 
@@ -89,9 +89,9 @@ class FeatureSource:
         missing = self.processes.same(missing)  # another job may finish one of them meanwhile
         print_line(f"plan: {self._plan(missing, cached=len(required) - len(missing), sets=left_out)}")
         for folds in Stage("training", [folds for folds in missing if folds is not None]):
-            self._load_student(self._rows(folds))
+            self._get_student(self._rows(folds))
         if None in missing:
-            self._load_student(None)
+            self._get_student(None)
         if self.config.features == "color":
             self._tiles  # noqa: B018 - needs every process
         self.processes = Processes(self.device, alone=True)
@@ -103,10 +103,8 @@ class FeatureSource:
         if trainings:
             kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
             counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
-            groups = [
-                f"{count} {words}" if count < len(trainings) else words for words, count in counts.items() if count
-            ]
-            parts[0] += f" ({', '.join(groups)})"
+            kinds = [f"{k} {words}" if k < len(trainings) else words for words, k in counts.items() if k]
+            parts[0] += f" ({', '.join(kinds)})"
             steps = sum(optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
             parts.append(f"{steps:,} optimizer steps")
         if cached:
@@ -134,7 +132,7 @@ class FeatureSource:
             return
         adapters, curves = {}, []
         for name, left_out in named.items():
-            student = self._load_student(self._rows(left_out))
+            student = self._get_student(self._rows(left_out))
             adapters[name] = student.folder / "adapter.safetensors"
             curves.append(pd.read_csv(student.folder / "training.csv").assign(fold=name.removeprefix("fold")))
         join_adapters(adapters, work / "adapter.safetensors")
@@ -142,9 +140,9 @@ class FeatureSource:
 
     def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
         """Return the summary's weights, backbone_fingerprint, adapted_share and n_labels_per_fold."""
-        students = [self._load_student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
+        students = [self._get_student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
         if not self.taught and self.config.features == "student":
-            students = [self._load_student(None)]
+            students = [self._get_student(None)]
         record = students[0].record if students else {}
         return {
             "weights": record.get("weights"),
@@ -179,7 +177,7 @@ class FeatureSource:
     def _find_folder(self, rows: np.ndarray | None) -> Path:
         return student_folder(self.config, rows, teacher=self.teacher, data=self.data, device=self.device)
 
-    def _load_student(self, rows: np.ndarray | None) -> Student:
+    def _get_student(self, rows: np.ndarray | None) -> Student:
         return train_student(
             self.config,
             self.cohort,
@@ -193,11 +191,11 @@ class FeatureSource:
         )
 
     def _concatenate(self, rows: np.ndarray) -> Student:
-        adapted, frozen = self._load_student(rows), self._load_student(None)
+        adapted, frozen = self._get_student(rows), self._get_student(None)
         return replace(adapted, features=np.hstack([frozen.features, adapted.features]))
 
     def _project(self, rows: np.ndarray) -> Student:
-        adapted = self._load_student(rows)
+        adapted = self._get_student(rows)
         return replace(adapted, features=project_features(adapted))
 
     def _embed_teacher(self, rows: np.ndarray) -> Student:

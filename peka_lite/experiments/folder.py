@@ -1,4 +1,4 @@
-"""What a run leaves behind: held-out predictions, maps, and the fingerprint of its data."""
+"""Run folders: locking, held-out predictions, maps, and the hash of the data."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def hash_cohort(cohort: Cohort) -> str:
 
 @contextlib.contextmanager
 def lock_run_folder(config, out: Path, processes: Processes) -> Iterator[Path]:
-    """Hold a folder to be made, and give the one to work in, which becomes it at the end; refuse as `claim`.
+    """Lock an output folder, yield a work folder, and move it to `out` at the end; check both as `check_folders`.
 
-    The first process alone holds it. The others wait until it does, and raise what it raises there.
+    Only the first process holds the lock. The others wait for it, and raise the same error if it fails.
     """
     if not processes.first:
         work = processes.same(None)
@@ -63,28 +63,28 @@ def lock_run_folder(config, out: Path, processes: Processes) -> Iterator[Path]:
             raise work
         yield work
         return
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             check_free(out)
-            work = held.enter_context(lock_output_folder(out))
-            claim(config, out, work)
+            work = stack.enter_context(lock_output_folder(out))
+            check_folders(config, out, work)
         except Exception as error:
             processes.same(error)
             raise
         processes.same(work)
-        with removed_on_error(work):
+        with remove_on_error(work):
             yield work
             move_if_absent(work, out)
 
 
-def claim(config, out: Path, work: Path) -> None:
-    """Refuse a folder that is there, or a ``work`` folder of another config."""
+def check_folders(config, out: Path, work: Path) -> None:
+    """Check that `out` does not exist, and that `work` is absent or an unfinished run of the same config."""
     check_free(out)
     check_work(work)
     if link := find_link(work):
-        raise FileExistsError(f"{work} holds a link ({link}), which no command makes: remove that folder")
-    left = work / "config.yml"
-    if left.is_file() and read_yaml(left) != config.as_dict():
+        raise FileExistsError(f"{work} holds a link ({link}), which no command writes: remove that folder")
+    path = work / "config.yml"
+    if path.is_file() and read_yaml(path) != config.as_dict():
         raise FileExistsError(
             f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
             f"with `{remake_command(work)}`"
@@ -92,7 +92,7 @@ def claim(config, out: Path, work: Path) -> None:
 
 
 def start_run_folder(config, work: Path, name: str) -> None:
-    """Make the folder to work in, with the settings and the name of the command that began it (`remake_command`)."""
+    """Create the work folder, with the settings and the command's name (for `remake_command`)."""
     (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(work / COMMAND, name.encode())
     write_file_atomically(work / "config.yml", yaml_text(config.as_dict()).encode())
@@ -100,19 +100,19 @@ def start_run_folder(config, work: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def removed_on_error(work: Path):
-    """Remove the folder that was made inside where that ends in an error; what was trained by then is in the cache."""
-    there = work.exists()
+def remove_on_error(work: Path):
+    """Remove a work folder that was created in the block if it raises; trained students stay in the cache."""
+    existed = work.exists()
     try:
         yield
     except Exception:
-        if not there:
+        if not existed:
             shutil.rmtree(work, ignore_errors=True)
         raise
 
 
 def record_environment(device: str) -> dict:
-    """Return the device and the versions that a summary names."""
+    """Return the device and the package versions for a summary."""
     import torch
 
     name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -124,7 +124,7 @@ def record_environment(device: str) -> dict:
 
 
 def to_h5ad_values(value):
-    """Turn plain JSON values into what .h5ad holds; None, empty, mixed and nested lists become JSON text."""
+    """Convert JSON values to types that .h5ad can store; None, empty, mixed and nested lists become JSON text."""
     if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
         return {k: to_h5ad_values(v) for k, v in value.items()}
     if isinstance(value, str | bool | int | float):
@@ -136,20 +136,20 @@ def to_h5ad_values(value):
     return json.dumps(value)
 
 
-def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
+def join_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
     """Join the folds' test predictions into one AnnData in the cohort's row order.
 
-    `predicted` maps a fold to (test rows, genes, measured, predicted). ``X`` holds predictions (N, genes of any fold)
-    float32, ``layers["measured"]`` the measured values; both are NaN where a gene was not among a fold's targets.
+    `predicted` maps fold -> (test rows, genes, measured, predicted). ``X`` is the prediction (N, genes of any fold),
+    float32, and ``layers["measured"]`` the measured values. Both are NaN where a gene was not among a fold's targets.
     """
     genes = sorted({g for _, names, _, _ in predicted.values() for g in names})
     column = {g: j for j, g in enumerate(genes)}
     P = np.full((len(cohort), len(genes)), np.nan, dtype=np.float32)
-    Y, held_out_in = P.copy(), np.full(len(cohort), -1)
-    for fold, (test, names, measured, guess) in predicted.items():
-        at = np.ix_(test, [column[g] for g in names])
-        P[at], Y[at], held_out_in[test] = guess, measured, fold
-    obs = cohort.obs.astype({"slide": str, "barcode": str}).assign(fold=held_out_in)
+    Y, fold_of = P.copy(), np.full(len(cohort), -1)
+    for fold, (test, names, measured, values) in predicted.items():
+        index = np.ix_(test, [column[g] for g in names])
+        P[index], Y[index], fold_of[test] = values, measured, fold
+    obs = cohort.obs.astype({"slide": str, "barcode": str}).assign(fold=fold_of)
     obs["patient"] = obs["patient"].fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names
     spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
@@ -157,9 +157,9 @@ def held_out_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
 
 
 def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, folder: Path) -> None:
-    """Draw for each slide the gene its folds predicted best, and where its predictions hold, as PNG files.
+    """Draw for each slide, as PNG files, the best predicted gene and the local PCC of all genes.
 
-    It is the best of those whose prediction varies on the slide, where one does.
+    Genes with a constant prediction on the slide are skipped, unless all are constant.
     """
     import matplotlib.pyplot as plt
 
@@ -169,28 +169,28 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
     from peka_lite.maps.tissue import describe_constant, expression_map
 
     folder.mkdir(exist_ok=True)
-    given = {}
-    local = {slide.id: unique_file_name(f"{slide.id}_pcc", given) for slide in cohort.slides}
+    used_names = {}
+    pcc_names = {slide.id: unique_file_name(f"{slide.id}_pcc", used_names) for slide in cohort.slides}
     for slide in Stage("maps: slide", cohort.slides):
         library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
         if IMAGE_KEY not in library.get("images", {}):
             warnings.warn(
-                f"{slide.id} has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}]: no maps", stacklevel=3
+                f"{slide.id} has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}]: no maps are drawn", stacklevel=3
             )
             continue
-        here = predictions[cohort.rows_of(slide.id)]
-        shown = ~np.isnan(here.X).any(0)  # genes that every fold of this slide predicted
-        scores = table[table["gene"].isin(here.var_names[shown])].groupby("gene")["pcc"].mean().dropna()
+        current = predictions[cohort.rows_of(slide.id)]
+        complete = ~np.isnan(current.X).any(0)  # genes that every fold of this slide predicted
+        scores = table[table["gene"].isin(current.var_names[complete])].groupby("gene")["pcc"].mean().dropna()
         if scores.empty:
-            warnings.warn(f"{slide.id}: no gene was predicted at all of its spots: no maps", stacklevel=3)
+            warnings.warn(f"{slide.id}: no gene was predicted at all of its spots, no maps are drawn", stacklevel=3)
             continue
-        varies = [gene for gene in scores.index if describe_constant(here[:, gene].X, "spots") is None]
-        best = (scores[varies] if varies else scores).idxmax()
-        j = here.var_names.get_loc(best)
-        name = unique_file_name(f"{slide.id}_{best}", given, of=(slide.id, best))
-        figures = {name: expression_map(slide.adata, here.layers["measured"][:, j], here.X[:, j], gene=best)}
-        if shown.sum() >= 3 and slide.n_spots > 18:
-            figures[local[slide.id]] = pcc_map(slide.adata, here.layers["measured"][:, shown], here.X[:, shown])
+        varying = [gene for gene in scores.index if describe_constant(current[:, gene].X, "spots") is None]
+        best = (scores[varying] if varying else scores).idxmax()
+        measured, j = current.layers["measured"], current.var_names.get_loc(best)
+        name = unique_file_name(f"{slide.id}_{best}", used_names, of=(slide.id, best))
+        figures = {name: expression_map(slide.adata, measured[:, j], current.X[:, j], gene=best)}
+        if complete.sum() >= 3 and slide.n_spots > 18:
+            figures[pcc_names[slide.id]] = pcc_map(slide.adata, measured[:, complete], current.X[:, complete])
         for name, figure in figures.items():
             write_file(folder / f"{name}.png", figure_bytes(figure, dpi=90))
             plt.close(figure)

@@ -257,7 +257,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     """Return settings and summary of a finished run or training, wherever its cohort and teacher are now."""
     needs = ("config.yml", "summary.json")
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
-        raise FileNotFoundError(explain_missing(folder, needs=needs, what="run or training"))
+        raise FileNotFoundError(explain_missing(folder, needs=needs, kind="run or training"))
     restore_backbone(folder)
     fields, summary = (_read(file_inside(folder, name, largest=2**24)) for name in needs)
     known = {f.name: f.default for f in dataclasses.fields(RunConfig)}

@@ -31,10 +31,10 @@ from peka_lite.evaluation.folds import protocol_folds
 from peka_lite.evaluation.scores import bootstrap_interval, pool_pcc
 from peka_lite.experiments._unfinished import explain_missing
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.features import FeatureSource, training_spots
+from peka_lite.experiments.features import FeatureSource, select_training_spots
 from peka_lite.experiments.folder import (
     draw_maps,
-    held_out_predictions,
+    join_predictions,
     lock_run_folder,
     record_environment,
     start_run_folder,
@@ -46,39 +46,38 @@ from peka_lite.probe.files import save_probes
 def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False) -> dict:
     """Run one experiment and write its folder.
 
-    The protocol decides what is held out and which rows each step may learn from (`PROTOCOLS`); without one, whatever
-    learns (highly variable genes, teacher, clusters, student, probe) sees training rows only.
+    The protocol sets what is held out and which rows each step may be fitted on (`PROTOCOLS`). Without a protocol,
+    highly variable genes, teacher, clusters, student and probe are all fitted on training rows.
 
     Parameters
     ----------
     config
-        What to run.
+        Settings of the run.
     out
-        Folder to make. It appears when the run is complete: ``config.yml``, ``metrics.csv`` (tidy: method, backbone,
-        split, protocol, features, normalization, fold, gene, pcc, n_train, n_test; the protocol's own targets, PCC
-        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalizations, from which
-        every score follows), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
-        among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` where the backbone is one's own,
-        and where a student was taught ``training.csv`` and ``adapter.safetensors`` (one set of tensors a fold, or one
-        for all). Until then the work is in ``{out}.partial``. Taught students are kept in the cache (`train_student`),
-        so running the same again after an interruption goes on from there. Where a student is judged,
-        ``probe.safetensors`` holds each fold's probe, and `load_trained` makes of the folder a model to predict with.
+        Folder to create, once the run is complete: ``config.yml``, ``metrics.csv`` (tidy: method, backbone, split,
+        protocol, features, normalization, fold, gene, pcc, n_train, n_test; for the protocol's normalization, PCC
+        pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalizations, from which all
+        scores are computed), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a gene was not
+        among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` for a custom backbone, and for an
+        adapted student ``training.csv`` and ``adapter.safetensors`` (one set of tensors per fold, or one for all
+        folds). With features ``"student"`` or ``"frozen+student"`` there is also ``probe.safetensors`` (one probe per
+        fold), and `load_trained` reads the folder. An incomplete run is in ``{out}.partial``. Students are cached
+        (`train_student`), so an interrupted run resumes when it is started again.
     maps
-        Draw the maps, the slowest part of a run whose students are taught already.
+        Draw the maps, the slowest part of a run with cached students.
     progress
-        Print the plan, then bars, or where stderr is no terminal a line every half minute.
+        Print the plan, then progress bars, or a line every half minute if stderr is no terminal.
 
     Returns
     -------
     dict
-        The summary; in other processes than the first of an ``accelerate launch``, which teach and embed with it,
-        nothing.
+        The summary; empty in all but the first process of an ``accelerate launch``.
 
     Raises
     ------
     FileExistsError
-        If `out` is there already, or ``{out}.partial`` holds a run with other settings. Where another process is at
-        work on `out`, that is seen when it is through.
+        If `out` exists, or ``{out}.partial`` is a run with other settings. If another process is
+        working on `out`, the call waits for it first.
 
     Examples
     --------
@@ -97,15 +96,15 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     device = config.device or default_device()
     processes = Processes(device)
     with lock_run_folder(config, out, processes) as work, Stage("reading the cohort", reports=progress) as stage:
-        at = {"device": device, "processes": processes, "stage": stage}
-        return _run(config, work, **at, maps=maps, progress=progress)
+        options = {"device": device, "processes": processes, "stage": stage}
+        return _run(config, work, **options, maps=maps, progress=progress)
 
 
 def _run(
     config: RunConfig, work: Path, *, device: str, processes: Processes, stage: Stage, maps: bool, progress: bool
 ) -> dict:
-    """Do `run`'s work, and say in `stage` what is being done where nothing inside says it."""
-    begun = time.perf_counter()
+    """Run in the locked folder, with the current step as text of `stage`."""
+    start = time.perf_counter()
     cohort = open_cohort(
         config.cohort,
         slides=config.slides,
@@ -116,8 +115,8 @@ def _run(
     protocol = config.settled_protocol()
     stage.text = "checking the folds"
     splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
-    use = training_spots(cohort, config.train_share, config.seed)
-    # Before any work: folds that break the protocol, and a teacher that does not fit the data, are refused at once.
+    use = select_training_spots(cohort, config.train_share, config.seed)
+    # Before any work, raise for folds that violate the protocol and for a teacher that does not match the data.
     LeakChecker(cohort, splits, protocol)
     source = FeatureSource(config, cohort, splits, use=use, scratch=work / "scratch", device=device, progress=progress)
     coverage = source.coverage()
@@ -128,34 +127,34 @@ def _run(
     if not processes.first:
         return {}
 
-    done = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
+    result = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
     stage.text = "scores and files"
-    write_file(work / "slides.parquet", done.moments.to_parquet(index=False))
-    table = _metrics(config, protocol, splits, use, done.moments)
+    write_file(work / "slides.parquet", result.moments.to_parquet(index=False))
+    table = _make_table(config, protocol, splits, use, result.moments)
     write_metrics(table, work / "metrics.csv")
     source.save(work, source.outer())
     record = source.record(source.outer())
     if config.features in ("student", "frozen+student"):
-        probes = {f"fold{i}": probe for i, probe in done.probes.items()}
-        at = {"normalization": protocol.normalization, "fingerprint": record["backbone_fingerprint"]}
-        save_probes(work / "probe.safetensors", probes, **at)
-    predictions = held_out_predictions(cohort, done.predicted)
+        probes = {f"fold{i}": probe for i, probe in result.probes.items()}
+        options = {"normalization": protocol.normalization, "fingerprint": record["backbone_fingerprint"]}
+        save_probes(work / "probe.safetensors", probes, **options)
+    predictions = join_predictions(cohort, result.predicted)
     write_h5ad(predictions, work / "predictions.h5ad")
     if maps:
         draw_maps(cohort, predictions, table, work / "maps")
-    own = done.moments[done.moments["normalization"] == protocol.normalization]
+    patients = result.moments.loc[result.moments["normalization"] == protocol.normalization, "patient"]
     scores = {
         m: {how: bootstrap_interval(moments, how=how, seed=config.seed) for how in ("pooled", "slides")}
-        for m, moments in done.moments.groupby("normalization", sort=False)
+        for m, moments in result.moments.groupby("normalization", sort=False)
     }
-    score, lost = scores[protocol.normalization]["pooled"], table[table["pcc"].isna()]
+    score, undefined = scores[protocol.normalization]["pooled"], table[table["pcc"].isna()]
     summary = {
         "mean_pcc": score["pcc"],
         "ci_low": score["ci_low"],
         "ci_high": score["ci_high"],
         "mean_pcc_per_fold": score["per_fold"],
-        "n_nan": len(lost),
-        "nan_genes": sorted(set(lost["gene"].astype(str))),
+        "n_nan": len(undefined),
+        "nan_genes": sorted(set(undefined["gene"].astype(str))),
         "protocol": protocol.name,
         "method": config.method,
         "features": config.features,
@@ -166,9 +165,9 @@ def _run(
         "normalization": protocol.normalization,
         "scores": scores,
         "unit": score["unit"],
-        "one_patient": own["patient"].nunique() == 1 and own["patient"].iloc[0] != "unknown",
-        "ceiling": _ceiling(cohort, done, splits),
-        "alphas": done.alphas[protocol.normalization],
+        "one_patient": patients.nunique() == 1 and patients.iloc[0] != "unknown",
+        "ceiling": _compute_ceiling(cohort, result, splits),
+        "alphas": result.alphas[protocol.normalization],
         "epochs": config.epochs if source.taught else None,
         "teacher": None if source.teacher is None else repr(source.teacher),
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None),
@@ -178,9 +177,9 @@ def _run(
         "n_spots": len(cohort),
         "slides": [s.id for s in cohort.slides],
         "synthetic": any(bool(s.metadata.get("synthetic")) for s in cohort.slides),
-        "pca_components": done.n_components,
+        "pca_components": result.n_components,
         "data_fingerprint": source.data,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(time.perf_counter() - start, 1),
         **record_environment(device),
     }
     write_file(work / "summary.json", json.dumps(summary, indent=1).encode())
@@ -189,7 +188,7 @@ def _run(
 
 
 def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.AnnData]:
-    """Read a finished run's config, result table, summary and predictions.
+    """Read the config, result table, summary and predictions of a finished run.
 
     Examples
     --------
@@ -207,7 +206,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
     """
     out = Path(out)
     if not (out / "summary.json").is_file():
-        raise FileNotFoundError(explain_missing(out, needs=("config.yml", "summary.json"), what="run"))
+        raise FileNotFoundError(explain_missing(out, needs=("config.yml", "summary.json"), kind="run"))
     config, summary = read_run(out)
     config = RunConfig(**config.as_dict())
     predictions = read_anndata(file_inside(out, "predictions.h5ad"), layers=("measured",))
@@ -215,7 +214,7 @@ def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.
 
 
 def run_name(config: RunConfig) -> str:
-    """Return a folder name that is readable and differs whenever any setting does.
+    """Return a readable folder name, different for any two configs.
 
     Examples
     --------
@@ -229,9 +228,9 @@ def run_name(config: RunConfig) -> str:
 
 
 def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False):
-    """Return `load_run` of `out`, running the experiment first where it is not there.
+    """Return `load_run` of `out`, after running the experiment if `out` does not exist.
 
-    Other settings, another teacher under the same name, or other weights inside the package are a FileExistsError.
+    Raises FileExistsError if `out` was run with other settings, or if its teacher or packaged weights have changed.
 
     Examples
     --------
@@ -249,25 +248,25 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     if not (out / "summary.json").is_file():
         try:
             run(config, out, maps=maps, progress=progress)
-        except FileExistsError:  # unless another process has just made it
+        except FileExistsError:  # another process may have just finished it
             if not (out / "summary.json").is_file():
                 raise
     loaded = load_run(out)
     if loaded[0] != config:
         raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")
-    made_by = loaded[2].get("teacher_fingerprint")
-    if made_by is not None and config.load_teacher().fingerprint != made_by:
-        raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run anew")
+    fingerprint = loaded[2].get("teacher_fingerprint")
+    if fingerprint is not None and config.load_teacher().fingerprint != fingerprint:
+        raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run again")
     file = find_packaged(BACKBONES[config.backbone]) if config.weights == "hub" else None
     if file is not None and (used := loaded[2].get("weights")) not in (None, describe_file(file)):
         raise FileExistsError(
-            f"{out} holds a run with weights {used!r}, now {describe_file(file)!r}; remove it to run anew"
+            f"{out} holds a run with weights {used!r}, now {describe_file(file)!r}; remove it to run again"
         )
     return loaded
 
 
-def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
-    """Return the result table of the protocol's own targets."""
+def _make_table(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFrame:
+    """Return the result table for the protocol's normalization."""
     table = pool_pcc(moments[moments["normalization"] == protocol.normalization])
     sizes = {i: (int(use[train].sum()), len(test)) for i, (train, test) in enumerate(splits)}
     names = {"method": config.method, "backbone": config.backbone, "split": protocol.split}
@@ -280,13 +279,13 @@ def _metrics(config, protocol, splits, use, moments: pd.DataFrame) -> pd.DataFra
     )
 
 
-def _ceiling(cohort: Cohort, done, splits) -> dict:
-    """Mean over folds and genes of the PCC that counting noise leaves to a perfect model, on the rows scored."""
-    found = {}
+def _compute_ceiling(cohort: Cohort, result, splits) -> dict:
+    """Return the mean over folds and genes of the PCC that counting noise permits on the test rows."""
+    ceilings = {}
     for m in NORMALIZATIONS:
         means, basis = [], None
         for i, (_, test) in enumerate(splits):
-            values, basis = expression_ceiling(cohort.adata[test], done.predicted[i][1], method=m)
+            values, basis = expression_ceiling(cohort.adata[test], result.predicted[i][1], method=m)
             means.append(float(values.mean()))
-        found[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
-    return found
+        ceilings[m] = {"pcc": float(np.nanmean(means)), "basis": basis}
+    return ceilings

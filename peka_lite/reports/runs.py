@@ -302,7 +302,7 @@ def _read(folder: Path, within: Path) -> Run:
     if folder != within:
         folder_inside(folder, within=within)
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
-        raise FileNotFoundError(explain_missing(folder, needs=RUN_FILES, what="run"))
+        raise FileNotFoundError(explain_missing(folder, needs=RUN_FILES, kind="run"))
     for name in (*RUN_FILES, "metrics.csv"):
         if name in RUN_FILES or (folder / name).exists():
             file_inside(folder, name, within=within)

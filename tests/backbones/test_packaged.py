@@ -98,7 +98,7 @@ def test_run_with_other_packaged_weights_is_not_reused(mini_root, own_cache, tmp
     run(RunConfig(**settings, features="color"), tmp_path / "control", maps=False)
     save_file({"x": torch.zeros(1)}, replace_package_data(monkeypatch, tmp_path / "package"))
     load_or_run(RunConfig(**settings, features="color"), tmp_path / "control")  # this run uses no student
-    with pytest.raises(FileExistsError, match=r"student holds a run with weights 'package .* remove it"):
+    with pytest.raises(FileExistsError, match=r"student holds a run with weights 'package .* remove it to run again"):
         load_or_run(RunConfig(**settings), tmp_path / "student")
 
 
