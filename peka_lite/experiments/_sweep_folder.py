@@ -188,7 +188,5 @@ def _read_scalars(folder: Path, *, within: Path) -> dict:
     except (ValueError, AttributeError):
         raise ValueError(f"{path} is no JSON mapping; remove the point's folder and run it again") from None
     if len(scalars) > _MAX_SCALARS:
-        raise ValueError(
-            f"{path} holds {len(scalars):,} values; a report has at most {_MAX_SCALARS:,} columns for them"
-        )
+        raise ValueError(f"{path} holds {len(scalars):,} values; a report takes at most {_MAX_SCALARS:,}")
     return scalars

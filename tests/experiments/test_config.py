@@ -1,4 +1,4 @@
-"""Settings, one by one and together: what is refused, in which words, and how little it takes to check them."""
+"""Checks of settings, alone and combined: errors, messages, and no heavy imports."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-import peka_lite.experiments.config as room
-from peka_lite.data.download import read_manifest
-from peka_lite.experiments.config import RunConfig, check_field
+import peka_lite.experiments.config as config_module
+from peka_lite.data import read_manifest
+from peka_lite.experiments import RunConfig, check_field
 
 HEAVY = ["torch", "torchvision", "timm", "peft", "scanpy", "anndata", "sklearn", "skimage", "squidpy", "h5py", "pandas"]
 
@@ -22,8 +22,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def fetch_breast(cache):
-    """Put empty files where `fetch` puts a cohort, and its record beside them."""
+def write_fetched_breast(cache):
+    """Write empty files and the record of a fetched cohort."""
     artifact, root = read_manifest()["breast"], cache / "cohorts" / "breast"
     for file in artifact.files:
         (root / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -32,11 +32,11 @@ def fetch_breast(cache):
     (root / "fetched.json").write_text(json.dumps({"name": "breast", "commit": artifact.revision, "files": files}))
 
 
-def test_settings_are_checked_without_what_does_the_work(cache):
-    fetch_breast(cache)
+def test_checking_settings_imports_no_heavy_packages(cache):
+    write_fetched_breast(cache)
     code = f"""
 import sys
-from peka_lite.experiments.config import RunConfig, check_field
+from peka_lite.experiments import RunConfig, check_field
 for settings in (
     {{"weights": "random"}},
     {{"backbone": "uni2-h", "cohort": "breast", "protocol": "strict"}},
@@ -44,12 +44,12 @@ for settings in (
     {{"backbone": "ctranspath", "method": "none", "features": "student"}},
 ):
     RunConfig(**settings)
-for wrong in ({{"r": 7, "weights": "random"}}, {{"teacher": "scgpt"}}, {{"method": "bonne"}}, {{"cohort": "nowhere"}}):
+for bad in ({{"r": 7, "weights": "random"}}, {{"teacher": "scgpt"}}, {{"method": "bonne"}}, {{"cohort": "nowhere"}}):
     try:
-        RunConfig(**wrong)
+        RunConfig(**bad)
     except (ValueError, FileNotFoundError):
         continue
-    raise AssertionError(wrong)
+    raise AssertionError(bad)
 from peka_lite.cli.main import main
 try:
     main(["run", "--help"])
@@ -62,7 +62,7 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-WRONG = [
+INVALID = [
     ("method", "bonne", "unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?"),
     ("method", "xyz", "unknown method 'xyz'; known: none, bone, lora, adalora, miss"),
     ("protocol", "strickt", "unknown protocol 'strickt'; known: paper, hest, strict; did you mean 'strict'?"),
@@ -114,13 +114,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "words"), WRONG, ids=lambda v: str(v)[:20])
-def test_an_impossible_value_is_refused_alone_and_in_a_run_in_the_same_words(field, value, words):
-    with pytest.raises(ValueError, match=f"{re.escape(words)}$") as alone:
+@pytest.mark.parametrize(("field", "value", "message"), INVALID, ids=lambda v: str(v)[:20])
+def test_invalid_value_gives_same_error_in_check_field_and_run_config(field, value, message):
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$") as from_field:
         check_field(field, value)
-    with pytest.raises(ValueError, match=f"{re.escape(words)}$") as together:
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$") as from_config:
         RunConfig(**{"weights": "random", field: value})
-    assert str(together.value) == str(alone.value)
+    assert str(from_config.value) == str(from_field.value)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_an_impossible_value_is_refused_alone_and_in_a_run_in_the_same_words(fie
         ("slides", ("MINI1", "MINI2")), ("cohort", "not looked for"), ("weights", "nor/this.bin"),
     ],
 )  # fmt: skip
-def test_a_possible_value_is_not_refused_whatever_the_others_are(field, value):
+def test_valid_value_passes_check_field(field, value):
     check_field(field, value)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(RunConfig), ids=lambda f: f.name)
-def test_defaults_pass_and_none_only_where_it_is_declared(field):
+def test_default_is_valid_and_none_only_if_declared(field):
     check_field(field.name, field.default)
     if "None" in field.type:
         check_field(field.name, None)
@@ -145,34 +145,34 @@ def test_defaults_pass_and_none_only_where_it_is_declared(field):
             check_field(field.name, None)
 
 
-def test_an_unknown_setting_is_told_the_nearest_or_all():
+def test_error_of_unknown_setting_names_closest_or_all():
     with pytest.raises(ValueError, match=r"^unknown setting 'metod'; did you mean 'method'\?$"):
         check_field("metod", "bone")
     with pytest.raises(ValueError, match=r"^unknown setting 'qqq'; known: cohort, slides, .*, max_mito, device$"):
         check_field("qqq", 1)
 
 
-def test_slides_become_a_tuple_and_none_takes_what_the_protocol_sets():
+def test_slides_become_a_tuple_and_protocol_fills_in_none():
     config = RunConfig(weights="random", slides=["MINI1"], protocol="paper")
     assert (config.slides, config.split, config.alpha) == (("MINI1",), "spot", 1.0)
 
 
-def test_a_cohort_that_was_found_is_not_looked_for_again_and_one_that_was_not_is(cache, monkeypatch):
-    looked = []
-    real = room.find_cohort
-    monkeypatch.setattr(room, "find_cohort", lambda name: looked.append(name) or real(name))
+def test_only_successful_cohort_lookups_are_cached(cache, monkeypatch):
+    lookups = []
+    real = config_module.find_cohort
+    monkeypatch.setattr(config_module, "find_cohort", lambda name: lookups.append(name) or real(name))
     with pytest.raises(FileNotFoundError, match="peka-lite fetch breast"):
         RunConfig(cohort="breast", weights="random")
-    fetch_breast(cache)
+    write_fetched_breast(cache)
     assert len({RunConfig(cohort="breast", weights="random", seed=seed) for seed in range(5)}) == 5
-    assert looked == ["breast", "breast"]
+    assert lookups == ["breast", "breast"]
     monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "other"))
     with pytest.raises(FileNotFoundError, match="peka-lite fetch breast"):
         RunConfig(cohort="breast", weights="random")
 
 
-def test_a_folder_is_looked_for_every_time(tmp_path):
-    folder = tmp_path / "mine"
+def test_lookup_of_cohort_folder_is_not_cached(tmp_path):
+    folder = tmp_path / "cohort"
     folder.mkdir()
     RunConfig(cohort=str(folder), weights="random")
     folder.rmdir()

@@ -1,4 +1,4 @@
-"""One experiment from start to end: its folder, its honesty, its refusals."""
+"""One experiment from start to end: output folder, leakage, resuming, and errors."""
 
 import json
 import re
@@ -13,15 +13,11 @@ import yaml
 from safetensors import safe_open
 from scipy import sparse
 
-from peka_lite.backbones.registry import BACKBONES
-from peka_lite.data.cohorts import open_cohort
-from peka_lite.evaluation.leaks import LeakError
-from peka_lite.evaluation.protocols import ALPHAS
-from peka_lite.evaluation.scores import pool_pcc
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import hash_cohort
-from peka_lite.experiments.run import load_or_run, load_run, run, run_name
-from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.backbones import BACKBONES
+from peka_lite.data import open_cohort
+from peka_lite.evaluation import ALPHAS, LeakError, pool_pcc
+from peka_lite.experiments import RunConfig, hash_cohort, load_or_run, load_run, run, run_name
+from peka_lite.teachers import ScFoundation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
@@ -38,7 +34,7 @@ def config(root, **changes):
 
 
 CHOSEN = ("HER2_C2", "HER2_C3")
-TEACHES_FAST = {"backbone": "tiny", "weights": "random"}  # where the student does not matter, but that there is one
+TINY_STUDENT = {"backbone": "tiny", "weights": "random"}  # fast, for tests that need any trained student
 
 
 @pytest.fixture
@@ -55,10 +51,10 @@ def bone_run(own_cache, mini_root, tmp_path_factory):
 
 def adapters(out):
     with safe_open(out / "adapter.safetensors", "np") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - safe_open is not iterable
 
 
-def test_run_folder_holds_everything_and_nothing_else(bone_run):
+def test_run_folder_has_exactly_the_documented_files(bone_run):
     assert {p.name for p in bone_run.iterdir()} == {
         "config.yml", "metrics.csv", "slides.parquet", "summary.json", "training.csv", "adapter.safetensors",
         "predictions.h5ad", "probe.safetensors", "maps",
@@ -78,7 +74,7 @@ def test_metrics_are_tidy(bone_run, mini_cohort):
     assert (table["n_train"] + table["n_test"] == len(mini_cohort)).all()
 
 
-def test_summary_says_what_ran(bone_run, mini_cohort):
+def test_summary_describes_the_run(bone_run, mini_cohort):
     summary = json.loads((bone_run / "summary.json").read_text())
     table = pd.read_csv(bone_run / "metrics.csv")
     assert summary["mean_pcc"] == pytest.approx(table.groupby("fold")["pcc"].mean().mean())
@@ -100,8 +96,8 @@ def test_adapters_of_each_fold_are_saved_and_trained(bone_run):
 def test_predictions_agree_with_metrics(bone_run):
     _, table, _, predictions = load_run(bone_run)
     row = table.dropna(subset="pcc").iloc[0]
-    here = predictions[predictions.obs["fold"] == row["fold"], row["gene"]]
-    assert np.corrcoef(here.X.ravel(), here.layers["measured"].ravel())[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
+    test = predictions[predictions.obs["fold"] == row["fold"], row["gene"]]
+    assert np.corrcoef(test.X.ravel(), test.layers["measured"].ravel())[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
 
 
 def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_cache):
@@ -132,45 +128,46 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_c
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
-def test_every_choice_runs(mini_root, tmp_path, changes):
-    summary = run(config(mini_root, **TEACHES_FAST | {"n_splits": 2} | changes), tmp_path / "out", maps=False)
+def test_every_option_runs(mini_root, tmp_path, changes):
+    summary = run(config(mini_root, **TINY_STUDENT | {"n_splits": 2} | changes), tmp_path / "out", maps=False)
     assert -1 <= summary["mean_pcc"] <= 1
     assert summary["ceiling"]["log1p-cp10k"]["basis"] == "known"
     assert summary["mean_pcc"] == summary["scores"][summary["normalization"]]["pooled"]["pcc"]
     assert (tmp_path / "out" / "adapter.safetensors").exists() == (changes.get("method") != "none")
 
 
-def test_projector_features_are_what_the_taught_model_projects(mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as room
-    from peka_lite.backbones.load import preprocess
+def test_projector_features_are_projections_of_the_adapted_student(mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.experiments.cache as cache
+    from peka_lite.backbones import preprocess
 
-    real, taught, given = room.fit, [], []
-    monkeypatch.setattr(room, "fit", lambda model, *a, **k: (taught.append(model), real(model, *a, **k))[1])
-    kept = room.project_features
+    real, models, features = cache.fit, [], []
+    monkeypatch.setattr(cache, "fit", lambda model, *a, **k: (models.append(model), real(model, *a, **k))[1])
+    project = cache.project_features
     monkeypatch.setattr(
-        "peka_lite.experiments.features.project_features", lambda student: (given.append(kept(student)), given[-1])[1]
+        "peka_lite.experiments.features.project_features",
+        lambda student: (features.append(project(student)), features[-1])[1],
     )
-    run(config(mini_root, **TEACHES_FAST, features="projector", protocol="paper"), tmp_path / "out", maps=False)
-    (model,), tiles = taught, open_cohort(mini_root).tiles
+    run(config(mini_root, **TINY_STUDENT, features="projector", protocol="paper"), tmp_path / "out", maps=False)
+    (model,), tiles = models, open_cohort(mini_root).tiles
     with torch.inference_mode():
         projected, _ = model(preprocess(torch.from_numpy(tiles[:16]), model.backbone.spec))
-    assert given[0].shape == (len(tiles), model.projector[-1].out_features)
-    assert np.allclose(given[0][:16], projected, atol=2e-3)
+    assert features[0].shape == (len(tiles), model.projector[-1].out_features)
+    assert np.allclose(features[0][:16], projected, atol=2e-3)
     assert not (tmp_path / "out" / "probe.safetensors").exists()
 
 
-def test_backbone_is_another_word_for_student_features():
+def test_features_backbone_is_an_alias_of_student():
     assert RunConfig(features="backbone") == RunConfig(features="student")
 
 
-def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_path, fresh_cache):
-    """Replace one patient's counts by noise: the folds that hold him out must not notice, the others must."""
+def test_no_step_is_fitted_on_a_test_patient(bone_run, mini_root, tmp_path, fresh_cache):
+    """Replace one patient's counts by noise: only folds that train on this patient may change."""
     cohort = open_cohort(mini_root)
-    victim = cohort.slides[0].patient
+    patient = cohort.slides[0].patient
     root = tmp_path / "cohort"
     shutil.copytree(mini_root, root)
     rng = np.random.default_rng(0)
-    for slide in (s for s in cohort.slides if s.patient == victim):
+    for slide in (s for s in cohort.slides if s.patient == patient):
         path = root / "st" / f"{slide.id}.h5ad"
         adata = ad.read_h5ad(path)
         adata.X = sparse.csr_matrix(rng.poisson(3, adata.shape).astype(np.float32))
@@ -179,20 +176,20 @@ def test_nothing_that_learns_sees_a_held_out_patient(bone_run, mini_root, tmp_pa
 
     _, before, _, predictions = load_run(bone_run)
     _, after, _, _ = load_run(tmp_path / "out")
-    held_out_in = set(predictions.obs.loc[predictions.obs["patient"] == victim, "fold"])
-    assert len(held_out_in) == 1
+    test_folds = set(predictions.obs.loc[predictions.obs["patient"] == patient, "fold"])
+    assert len(test_folds) == 1
     clean, noisy = adapters(bone_run), adapters(tmp_path / "out")
     for fold in range(3):
         names = [k for k in clean if k.startswith(f"fold{fold}.")]
         same_student = all(np.array_equal(clean[k], noisy[k]) for k in names)
         same_genes = before[before["fold"] == fold]["gene"].tolist() == after[after["fold"] == fold]["gene"].tolist()
-        assert (same_student, same_genes) == ((True, True) if fold in held_out_in else (False, False))
+        assert (same_student, same_genes) == ((True, True) if fold in test_folds else (False, False))
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as room
+def test_interrupted_run_resumes_with_the_same_result(bone_run, mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.experiments.cache as cache
 
-    real, calls = room.fit, []
+    real, calls = cache.fit, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -200,7 +197,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_p
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(room, "fit", interrupted)
+    monkeypatch.setattr(cache, "fit", interrupted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(config(mini_root), out, maps=False)
@@ -211,12 +208,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(bone_run, mini_root, tmp_p
     assert (out / "metrics.csv").read_bytes() == (bone_run / "metrics.csv").read_bytes()
 
 
-def test_a_finished_folder_is_never_overwritten(bone_run, mini_root):
+def test_finished_folder_is_not_overwritten(bone_run, mini_root):
     with pytest.raises(FileExistsError, match="there already"):
         run(config(mini_root), bone_run)
 
 
-def test_load_or_run_reads_what_is_there_and_refuses_other_settings(bone_run, mini_root):
+def test_load_or_run_reads_a_finished_run_and_rejects_other_settings(bone_run, mini_root):
     stamp = (bone_run / "summary.json").stat().st_mtime_ns
     loaded, *_ = load_or_run(config(mini_root), bone_run)
     assert loaded == config(mini_root)
@@ -230,7 +227,7 @@ def test_load_run_needs_a_finished_run(tmp_path):
         load_run(tmp_path)
 
 
-def test_config_file_holds_every_field(bone_run, mini_root):
+def test_config_file_has_every_field(bone_run, mini_root):
     assert RunConfig(**yaml.safe_load((bone_run / "config.yml").read_text())) == config(mini_root)
 
 
@@ -257,25 +254,25 @@ def test_run_names_differ_with_any_setting(mini_root):
         ({"epochs": 0}, "epochs must be above 0"),
         ({"n_splits": 1}, "at least 2"),
         ({"alpha": -1.0}, "alpha"),
-        ({"protocol": "honest"}, "unknown protocol 'honest'; known: paper, hest, strict"),
+        ({"protocol": "loose"}, "unknown protocol 'loose'; known: paper, hest, strict"),
         ({"protocol": "strict", "alpha": 3.0}, "protocol 'strict' has alpha 'inner', not 3.0; leave alpha out"),
         ({"protocol": "strict", "split": "spot"}, "has split 'patient', not 'spot'"),
         ({"protocol": "paper", "split": "slide"}, "has split 'spot', not 'slide'"),
         ({"protocol": "hest", "normalization": "log1p-cp10k"}, "has normalization 'log1p', not"),
-        ({"features": "teacher"}, "take no student: give method 'none'"),
-        ({"features": "frozen+student", "method": "none"}, "teaches no student"),
-        ({"features": "projector", "method": "none"}, "teaches no student"),
-        ({"shuffle_teacher": True, "method": "none"}, "teaches no student"),
+        ({"features": "teacher"}, "use no student: set method 'none'"),
+        ({"features": "frozen+student", "method": "none"}, "trains no student"),
+        ({"features": "projector", "method": "none"}, "trains no student"),
+        ({"shuffle_teacher": True, "method": "none"}, "trains no student"),
         ({"train_share": 0.0}, "train_share is above 0"),
         ({"layers": "fc1"}, "unknown layers 'fc1'; known: qkv, proj"),
     ],
 )
-def test_bad_settings_are_refused_before_any_work(mini_root, changes, message):
+def test_invalid_settings_raise_before_any_work(mini_root, changes, message):
     with pytest.raises(ValueError, match=message):
         config(mini_root, **changes)
 
 
-def test_missing_files_are_refused_before_any_work(mini_root, tmp_path):
+def test_missing_files_raise_before_any_work(mini_root, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such weights file"):
         config(mini_root, weights=str(tmp_path / "uni.bin"))
     with pytest.raises(FileNotFoundError, match="no such cohort folder"):
@@ -309,7 +306,7 @@ def checkpoint(golden):
 
 @pytest.fixture
 def few_real_spots(her2st, tmp_path):
-    """Two of the real slides with every sixth of their spots."""
+    """Two real slides with every sixth spot."""
     root = tmp_path / "few"
     for part in ("patches", "metadata"):
         shutil.copytree(her2st / part, root / part, ignore=lambda _, names: {n for n in names if n[:7] not in CHOSEN})
@@ -320,16 +317,16 @@ def few_real_spots(her2st, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*tiles without a spot")
-def test_scfoundation_teaches_on_real_slides(few_real_spots, checkpoint, tmp_path, monkeypatch):
+def test_scfoundation_trains_a_student_on_real_slides(few_real_spots, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     chosen = {"teacher": "scfoundation", "teacher_checkpoint": checkpoint, "split": "slide"}
-    settings = config(few_real_spots, **TEACHES_FAST, **chosen, n_splits=2)
+    settings = config(few_real_spots, **TINY_STUDENT, **chosen, n_splits=2)
     summary = run(settings, tmp_path / "out", maps=False)
     assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
     assert 0.9 < summary["teacher_coverage"] < 1
-    kept = list((tmp_path / "cache" / "embeddings").iterdir())
-    assert sorted(p.name[:8] for p in kept if p.is_file()) == ["HER2_C2_", "HER2_C3_"]
-    assert len([p for p in kept if p.is_dir()]) == 1  # both folds share it
+    cached = list((tmp_path / "cache" / "embeddings").iterdir())
+    assert sorted(p.name[:8] for p in cached if p.is_file()) == ["HER2_C2_", "HER2_C3_"]
+    assert len([p for p in cached if p.is_dir()]) == 1  # both folds share it
 
 
 @pytest.mark.parametrize(
@@ -341,22 +338,22 @@ def test_scfoundation_teaches_on_real_slides(few_real_spots, checkpoint, tmp_pat
         ({"teacher_mapping": __file__}, ValueError, "belongs to teacher 'scfoundation'"),
     ],
 )
-def test_the_teachers_files_are_checked_before_any_work(mini_root, tmp_path, monkeypatch, changes, error, message):
+def test_teacher_files_are_checked_before_any_work(mini_root, tmp_path, monkeypatch, changes, error, message):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     with pytest.raises(error, match=message):
         config(mini_root, **changes)
 
 
-def test_a_teacher_that_does_not_know_the_genes_is_refused_before_tiles_are_copied(mini_root, tmp_path, monkeypatch):
+def test_teacher_without_the_cohorts_genes_raises_before_tiles_are_copied(mini_root, tmp_path, monkeypatch):
     monkeypatch.setattr(RunConfig, "load_teacher", lambda self: ScFoundation.random([f"X{i}" for i in range(20)]))
     with pytest.raises(ValueError, match="at least half must be"):
         run(config(mini_root), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_another_teacher_under_the_same_name_is_not_shown(mini_root, tmp_path, monkeypatch):
+def test_load_or_run_rejects_another_teacher_of_the_same_name(mini_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
-    genes, settings = open_cohort(mini_root).genes, config(mini_root, **TEACHES_FAST, n_splits=2)
+    genes, settings = open_cohort(mini_root).genes, config(mini_root, **TINY_STUDENT, n_splits=2)
     for seed in (0, 1):
         teacher = ScFoundation.random(genes, hidden_dim=8, depth=1, seed=seed)
         monkeypatch.setattr(RunConfig, "load_teacher", lambda self, teacher=teacher: teacher)
@@ -367,13 +364,13 @@ def test_a_run_of_another_teacher_under_the_same_name_is_not_shown(mini_root, tm
         load_or_run(settings, tmp_path / "out", maps=False)
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_any_work(mini_root, monkeypatch):
+def test_missing_gpu_raises_before_any_work(mini_root, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="sees no GPU"):
+    with pytest.raises(ValueError, match="finds no GPU"):
         config(mini_root, device="cuda:0")
 
 
-def test_strict_chooses_its_penalty_and_keeps_both_targets(mini_root, tmp_path):
+def test_strict_chooses_alpha_and_scores_both_normalizations(mini_root, tmp_path):
     summary = run(config(mini_root, protocol="strict", method="none"), tmp_path / "out", maps=False)
     assert (summary["protocol"], summary["split"], summary["unit"]) == ("strict", "patient", "patient")
     assert len(summary["alphas"]) == 3
@@ -391,45 +388,45 @@ def test_strict_needs_three_folds(mini_root, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", ["hest", "strict"])
-def test_sections_do_not_stand_for_patients_where_there_are_several(mini_root, tmp_path, protocol):
+def test_slide_split_is_rejected_with_several_patients(mini_root, tmp_path, protocol):
     with pytest.raises(LeakError, match="holds out patients; sections may stand for them only within one known"):
         run(config(mini_root, protocol=protocol, split="slide", method="none"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_strict_teaches_one_student_for_every_pair_of_folds(mini_root, tmp_path, monkeypatch, fresh_cache):
-    run(config(mini_root, **TEACHES_FAST, protocol="strict"), tmp_path / "strict", maps=False)
-    made = {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")}
-    assert len(made) == 3 + 3  # three folds, three pairs of them
-    run(config(mini_root, **TEACHES_FAST, protocol="hest"), tmp_path / "hest", maps=False)  # strict's outer folds
-    assert {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")} == made
+def test_strict_trains_one_student_per_fold_and_pair_of_folds(mini_root, tmp_path, monkeypatch, fresh_cache):
+    run(config(mini_root, **TINY_STUDENT, protocol="strict"), tmp_path / "strict", maps=False)
+    students = {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")}
+    assert len(students) == 3 + 3  # three folds, three pairs of them
+    run(config(mini_root, **TINY_STUDENT, protocol="hest"), tmp_path / "hest", maps=False)  # strict's outer folds
+    assert {p.name for p in (tmp_path / "cache" / "students").iterdir() if not p.name.startswith(".")} == students
 
 
-def test_the_papers_student_is_taught_once_on_every_spot(mini_root, mini_cohort, tmp_path):
-    run(config(mini_root, **TEACHES_FAST, protocol="paper"), tmp_path / "out", maps=False)
+def test_paper_protocol_trains_one_student_on_every_spot(mini_root, mini_cohort, tmp_path):
+    run(config(mini_root, **TINY_STUDENT, protocol="paper"), tmp_path / "out", maps=False)
     assert {k.split(".")[0] for k in adapters(tmp_path / "out")} == {"all"}
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert table.groupby("fold")["gene"].apply(tuple).nunique() == 1  # chosen on all rows
     assert table["split"].unique() == ["spot"]
 
 
-def test_a_student_is_found_again_only_for_the_same_settings(mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as room
+def test_cached_student_is_reused_only_for_the_same_settings(mini_root, tmp_path, monkeypatch, fresh_cache):
+    import peka_lite.experiments.cache as cache
 
-    taught = []
-    real = room.fit
-    monkeypatch.setattr(room, "fit", lambda *a, **k: taught.append(1) or real(*a, **k))
-    fast = TEACHES_FAST | {"n_splits": 2}
+    trainings = []
+    real = cache.fit
+    monkeypatch.setattr(cache, "fit", lambda *a, **k: trainings.append(1) or real(*a, **k))
+    fast = TINY_STUDENT | {"n_splits": 2}
     run(config(mini_root, **fast), tmp_path / "a", maps=False)
-    assert len(taught) == 2
+    assert len(trainings) == 2
     run(config(mini_root, **fast, n_genes=10, alpha=5.0), tmp_path / "b", maps=False)  # only the probe differs
-    assert len(taught) == 2
+    assert len(trainings) == 2
     for k, changes in enumerate([{"tau": 1.0}, {"shuffle_teacher": True}]):
         run(config(mini_root, **fast, **changes), tmp_path / f"c{k}", maps=False)
-        assert len(taught) == 4 + 2 * k
+        assert len(trainings) == 4 + 2 * k
 
 
-def test_half_the_training_spots_of_each_slide_teach(mini_root, mini_cohort, tmp_path):
+def test_train_share_applies_to_every_slide(mini_root, mini_cohort, tmp_path):
     run(config(mini_root, method="none", train_share=0.5), tmp_path / "out", maps=False)
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     whole = len(mini_cohort) - table["n_test"]

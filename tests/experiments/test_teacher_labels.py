@@ -1,4 +1,4 @@
-"""Embeddings and pseudo-labels are made once, hold the numbers of making them anew, and bear many writers."""
+"""The cache of embeddings, pseudo-labels and students: same numbers, reuse, resuming and concurrent writers."""
 
 import dataclasses
 import errno
@@ -16,23 +16,17 @@ import torch
 from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import row_ids
 from peka_lite._core.locks import RECORD
-from peka_lite.adapters.adapt import adapt, merge
-from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import load_backbone
-from peka_lite.data.hest import Cohort, read_cohort
-from peka_lite.experiments import _teacher_labels as lessons, cache as students
+from peka_lite.adapters import adapt, merge
+from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.data import Cohort, read_cohort
+from peka_lite.experiments import RunConfig, _teacher_labels, hash_cohort, train_student
 from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
-from peka_lite.experiments.cache import train_student
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import hash_cohort
-from peka_lite.teachers.load import embed_cohort
-from peka_lite.teachers.pca import PCATeacher
-from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.experiments.cache import FITTING
+from peka_lite.teachers import PCATeacher, ScFoundation, embed_cohort
+from peka_lite.transfer import TransferModel, fit
 from peka_lite.transfer._training import Epochs
-from peka_lite.transfer.fit import fit
-from peka_lite.transfer.model import TransferModel
 
-transfer = importlib.import_module("peka_lite.transfer.fit")  # the module: its package offers the function
+fit_module = importlib.import_module("peka_lite.transfer.fit")  # `from peka_lite.transfer import fit` is the function
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*allow")
 ROWS = np.arange(0, 40)
@@ -50,15 +44,15 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """How many spots the PCA teacher was asked for, slide by slide."""
-    return count_asked(monkeypatch.setattr)
+def embedded(monkeypatch):
+    """List the number of spots in each call of the PCA teacher's `embed`."""
+    return count_embedded(monkeypatch.setattr)
 
 
-def count_asked(patch):
-    real, asked = PCATeacher.embed, []
-    patch(PCATeacher, "embed", lambda self, adata, **k: asked.append(adata.n_obs) or real(self, adata, **k))
-    return asked
+def count_embedded(patch):
+    real, embedded = PCATeacher.embed, []
+    patch(PCATeacher, "embed", lambda self, adata, **k: embedded.append(adata.n_obs) or real(self, adata, **k))
+    return embedded
 
 
 def config(**changes):
@@ -70,30 +64,30 @@ def pretrained(cohort, **options):
     return ScFoundation.random(cohort.genes, hidden_dim=8, depth=1, **options)
 
 
-def learn(cohort, settings=None, rows=ROWS, teacher=None, **changes):
-    at = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
-    return make_targets(settings or config(), cohort, rows, **at | changes)
+def targets(cohort, settings=None, rows=ROWS, teacher=None, **changes):
+    options = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
+    return make_targets(settings or config(), cohort, rows, **options | changes)
 
 
-def teach(cohort, settings=None, rows=ROWS, teacher=None):
-    at = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
+def train(cohort, settings=None, rows=ROWS, teacher=None):
+    options = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
     settings = settings or config()
-    return train_student(settings, cohort, lambda: cohort.tiles, rows, processes=Processes("cpu"), **at)
+    return train_student(settings, cohort, lambda: cohort.tiles, rows, processes=Processes("cpu"), **options)
 
 
-def folders(cache, room):
-    return sorted(p.name for p in (cache / room).iterdir() if p.is_dir())
+def folders(cache, kind):
+    return sorted(p.name for p in (cache / kind).iterdir() if p.is_dir())
 
 
-def everything(cache):
-    """All that the cache holds, but for what is in a folder that is whole."""
+def outer_paths(cache):
+    """Return all paths in the cache except those inside complete folders."""
     return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if not (p.parent / RECORD).is_file())
 
 
 def assert_one_of_each(cache):
-    rooms = ("embeddings", "labels", "students")
-    assert [len(folders(cache, room)) for room in rooms] == [1, 1, 1]
-    assert everything(cache) == sorted(name for r in rooms for name in (r, f"{r}/{folders(cache, r)[0]}"))
+    kinds = ("embeddings", "labels", "students")
+    assert [len(folders(cache, kind)) for kind in kinds] == [1, 1, 1]
+    assert outer_paths(cache) == sorted(name for k in kinds for name in (k, f"{k}/{folders(cache, k)[0]}"))
 
 
 def assert_same(one, other):
@@ -104,32 +98,33 @@ def assert_same(one, other):
         np.testing.assert_array_equal(ids, other.ids[step])
 
 
-# --- the numbers ---------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_lesson_is_what_teacher_and_labeler_say(cohort):
+def test_targets_equal_direct_calls_of_teacher_and_labeler(cohort):
     teacher = PCATeacher().fit(cohort.by_slide(ROWS))
     E = embed_cohort(teacher, cohort)
     labeler = config().labeler().fit(E[ROWS])
-    for _ in ("made", "found"):
-        got = learn(cohort)
-        np.testing.assert_array_equal(got.embedding, E[ROWS])
-        np.testing.assert_array_equal(got.labels, labeler.labels_)
-        assert (got.embedding.dtype, got.labels.dtype, got.n_labels) == (np.float32, np.int64, labeler.n_labels_)
-        assert got.ids.keys() == {"teacher", "clusters", "embedding"}
-        np.testing.assert_array_equal(got.ids["teacher"], teacher.fitted_on_)
-        np.testing.assert_array_equal(got.ids["clusters"], labeler.fitted_on_)
-        np.testing.assert_array_equal(got.ids["embedding"], row_ids(E))
+    for _ in ("computed", "cached"):
+        result = targets(cohort)
+        np.testing.assert_array_equal(result.embedding, E[ROWS])
+        np.testing.assert_array_equal(result.labels, labeler.labels_)
+        assert (result.embedding.dtype, result.labels.dtype) == (np.float32, np.int64)
+        assert result.n_labels == labeler.n_labels_
+        assert result.ids.keys() == {"teacher", "clusters", "embedding"}
+        np.testing.assert_array_equal(result.ids["teacher"], teacher.fitted_on_)
+        np.testing.assert_array_equal(result.ids["clusters"], labeler.fitted_on_)
+        np.testing.assert_array_equal(result.ids["embedding"], row_ids(E))
 
 
-def test_an_embedding_is_a_memory_map_of_all_spots(cohort):
+def test_embedding_is_a_read_only_memory_map_of_all_spots(cohort):
     E, learned_from = embed_teacher(PCATeacher(), cohort, ROWS, data="d", device="cpu")
     assert isinstance(E, np.memmap)
     assert (E.shape[0], E.dtype, E.flags.writeable) == (len(cohort), np.float32, False)
     np.testing.assert_array_equal(learned_from, PCATeacher().fit(cohort.by_slide(ROWS)).fitted_on_)
 
 
-def test_a_student_is_what_teaching_by_hand_gives(cohort):
+def test_student_equals_one_trained_by_direct_calls(cohort):
     settings = config()
     E = embed_cohort(PCATeacher().fit(cohort.by_slide(ROWS)), cohort)
     labeler = settings.labeler().fit(E[ROWS])
@@ -138,62 +133,62 @@ def test_a_student_is_what_teaching_by_hand_gives(cohort):
     model = TransferModel(
         backbone, teacher_dim=E.shape[1], n_classes=labeler.n_labels_, kd_space=settings.kd_space, seed=0
     )
-    options = {name: getattr(settings, name) for name in students.FITTING}
+    options = {name: getattr(settings, name) for name in FITTING}
     fit(model, cohort.tiles.select(ROWS), E[ROWS], labeler.labels_, **options, device="cpu")
-    student = teach(cohort)
+    student = train(cohort)
     np.testing.assert_array_equal(student.features, embed_tiles(merge(backbone), cohort.tiles, device="cpu"))
     np.testing.assert_array_equal(student.embedding_ids, row_ids(E))
     assert student.learned_from.keys() == {"teacher", "clusters", "student"}
     np.testing.assert_array_equal(student.learned_from["clusters"], labeler.fitted_on_)
 
 
-# --- what is shared, and what is not ---------------------------------------------------------------------------------
+# --- reuse -----------------------------------------------------------------------------------------------------------
 
 
-def test_other_ways_of_teaching_share_embedding_and_labels(cohort, cache, asked):
+def test_students_with_other_training_settings_share_embedding_and_labels(cohort, cache, embedded):
     for changes in ({}, {"tau": 1.0}, {"method": "lora", "r": 8}):
-        teach(cohort, config(**changes))
+        train(cohort, config(**changes))
     assert len(folders(cache, "students")) == 3
-    assert asked == [slide.n_spots for slide in cohort.slides]
+    assert embedded == [slide.n_spots for slide in cohort.slides]
     assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (1, 1)
 
 
-def test_another_labeler_has_labels_of_its_own_of_the_same_embedding(cohort, cache, asked):
+def test_each_labeler_has_separate_labels_of_the_same_embedding(cohort, cache, embedded):
     for k, changes in enumerate(({}, {"n_clusters": 5}, {"seed": 1})):
-        learn(cohort, config(**changes))
+        targets(cohort, config(**changes))
         assert len(folders(cache, "labels")) == k + 1
-    assert asked == [slide.n_spots for slide in cohort.slides]
+    assert embedded == [slide.n_spots for slide in cohort.slides]
 
 
-def test_a_teacher_that_learns_is_asked_for_every_fold(cohort, cache, asked):
-    one, two = learn(cohort), learn(cohort, rows=ROWS + 10)
+def test_fitted_teacher_is_fitted_again_for_every_fold(cohort, cache, embedded):
+    one, two = targets(cohort), targets(cohort, rows=ROWS + 10)
     assert not np.array_equal(one.ids["embedding"], two.ids["embedding"])
-    assert len(asked) == 2 * len(cohort.slides)
+    assert len(embedded) == 2 * len(cohort.slides)
     assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (2, 2)
 
 
-def test_folds_share_what_a_pretrained_teacher_says(cohort, cache, monkeypatch):
+def test_folds_share_the_embedding_of_a_pretrained_teacher(cohort, cache, monkeypatch):
     teacher, calls = pretrained(cohort), []
-    monkeypatch.setattr(lessons, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
-    one, two = (learn(cohort, rows=rows, teacher=teacher) for rows in (ROWS, ROWS + 10))
+    monkeypatch.setattr(_teacher_labels, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
+    one, two = (targets(cohort, rows=rows, teacher=teacher) for rows in (ROWS, ROWS + 10))
     assert (one.ids["teacher"], two.ids["teacher"], len(calls)) == (None, None, 1)
     np.testing.assert_array_equal(one.ids["embedding"], two.ids["embedding"])
     np.testing.assert_array_equal(one.embedding, embed_cohort(teacher, cohort)[ROWS])
     assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (1, 2)
 
 
-def test_a_teacher_that_only_says_it_came_trained_is_refused(cohort, cache):
-    class Boaster(PCATeacher):
+def test_teacher_marked_as_pretrained_that_learns_in_fit_raises(cohort, cache):
+    class FalselyPretrained(PCATeacher):
         fitted_on_ = None
 
-    with pytest.raises(ValueError, match="says by fitted_on_ = None that it came trained, yet"):
-        learn(cohort, teacher=Boaster())
-    assert everything(cache) == []
+    with pytest.raises(ValueError, match=r"has fitted_on_ = None \(pretrained\) but learns in fit"):
+        targets(cohort, teacher=FalselyPretrained())
+    assert outer_paths(cache) == []
 
 
 @pytest.mark.parametrize("other", ["data", "teacher", "kind", "device", "fingerprint", "precision"])
-def test_what_decides_an_embedding_has_a_place_of_its_own(cohort, cache, other):
-    class Kin(PCATeacher):  # another teacher that calls itself the same
+def test_any_other_input_of_an_embedding_changes_its_folder(cohort, cache, other):
+    class SameRepr(PCATeacher):
         pass
 
     first, second, changes = PCATeacher(), PCATeacher(), {}
@@ -202,43 +197,43 @@ def test_what_decides_an_embedding_has_a_place_of_its_own(cohort, cache, other):
     elif other == "teacher":
         second = PCATeacher(n_genes=90)
     elif other == "kind":
-        second = Kin()
+        second = SameRepr()
     elif other == "fingerprint":
         second.fingerprint = "other"
     elif other == "device":
-        changes = {"device": "meta"}  # a PCA needs none
+        changes = {"device": "meta"}  # PCA uses no device
     else:
         assert other == "precision"
         first = pretrained(cohort)
         second = pretrained(cohort, precision={"cpu": torch.bfloat16})
-    learn(cohort, teacher=first)
-    learn(cohort, teacher=second, **changes)
+    targets(cohort, teacher=first)
+    targets(cohort, teacher=second, **changes)
     assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (2, 2)
 
 
-def test_other_counts_have_another_fingerprint_and_place(cohort, cache):
+def test_changed_counts_change_hash_and_folder(cohort, cache):
     first, *others = cohort.slides
     adata = first.adata.copy()
     adata.X.data[5] += 1
     changed = Cohort((dataclasses.replace(first, adata=adata), *others))
-    learn(cohort), learn(changed)
+    targets(cohort), targets(changed)
     assert len(folders(cache, "embeddings")) == 2
 
 
-# --- stopped, and half there -----------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 def stop_after_an_epoch(cohort, settings, monkeypatch):
-    real = transfer.save_checkpoint
+    real = fit_module.save_checkpoint
 
-    def once(*args):
+    def save_and_stop(*args):
         real(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "save_checkpoint", once)
+        patch.setattr(fit_module, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            teach(cohort, settings)
+            train(cohort, settings)
 
 
 @pytest.fixture
@@ -253,61 +248,60 @@ def count_epochs(patch):
 
 
 @pytest.mark.parametrize("machine", ["same", "other"])
-def test_a_stopped_student_goes_on(cohort, cache, epochs, monkeypatch, machine):
+def test_stopped_training_resumes_with_the_same_result(cohort, cache, epochs, monkeypatch, machine):
     settings = config(epochs=2)
     stop_after_an_epoch(cohort, settings, monkeypatch)
     assert epochs.pop() == 0
-    (left,) = (cache / "students").iterdir()
+    (partial,) = (cache / "students").iterdir()
     if machine == "other":
         monkeypatch.setattr(platform, "node", lambda: "elsewhere")
-    broken = teach(cohort, settings)
+    resumed = train(cohort, settings)
     assert epochs == [1]
-    assert left.exists() == (machine == "other")  # which may be at work there
-    monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "unbroken"))
-    np.testing.assert_array_equal(broken.features, teach(cohort, settings).features)
+    assert partial.exists() == (machine == "other")  # another machine may still use it
+    monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "uninterrupted"))
+    np.testing.assert_array_equal(resumed.features, train(cohort, settings).features)
 
 
-def test_a_student_stopped_without_a_lock_leaves_nothing(cohort, cache, epochs, monkeypatch):
+def test_training_stopped_without_a_lock_leaves_no_files(cohort, cache, epochs, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_lock)
     stop_after_an_epoch(cohort, config(), monkeypatch)
-    assert everything(cache / "students") == []
+    assert outer_paths(cache / "students") == []
 
 
-def test_a_stopped_teacher_goes_on(cohort, cache, monkeypatch):
+def test_stopped_embedding_resumes(cohort, cache, monkeypatch):
     teacher, seen = pretrained(cohort), []
     forward = teacher.encoder.forward
 
-    def until_the_second_slide(values, positions, lengths):
+    def stop_at_the_second_slide(values, positions, lengths):
         if sum(seen) > cohort.slides[0].n_spots + 4:
             raise KeyboardInterrupt
         seen.append(len(values))
         return forward(values, positions, lengths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher.encoder, "forward", until_the_second_slide)
+        patch.setattr(teacher.encoder, "forward", stop_at_the_second_slide)
         with pytest.raises(KeyboardInterrupt):
-            learn(cohort, teacher=teacher)
-    left = []
-    teacher.encoder.register_forward_pre_hook(lambda _, args: left.append(len(args[0])))
-    learn(cohort, teacher=teacher)
-    assert sum(seen) + sum(left) == len(cohort)
-    assert not [name for name in everything(cache) if "partial" in name]
+            targets(cohort, teacher=teacher)
+    remaining = []
+    teacher.encoder.register_forward_pre_hook(lambda _, args: remaining.append(len(args[0])))
+    targets(cohort, teacher=teacher)
+    assert sum(seen) + sum(remaining) == len(cohort)
+    assert not [name for name in outer_paths(cache) if "partial" in name]
 
 
-@pytest.mark.parametrize("room", ["embeddings", "labels", "students"])
-def test_half_an_entry_is_made_anew(cohort, cache, room):
-    before, taught = learn(cohort), teach(cohort)
-    features = np.array(taught.features)
-    (folder,) = (cache / room).iterdir()
+@pytest.mark.parametrize("kind", ["embeddings", "labels", "students"])
+def test_incomplete_cache_folder_is_replaced(cohort, cache, kind):
+    before, features = targets(cohort), np.array(train(cohort).features)
+    (folder,) = (cache / kind).iterdir()
     (folder / RECORD).unlink()
     for file in folder.glob("*.npy"):
         file.write_bytes(b"half")
-    assert_same(learn(cohort), before)
-    np.testing.assert_array_equal(teach(cohort).features, features)
+    assert_same(targets(cohort), before)
+    np.testing.assert_array_equal(train(cohort).features, features)
     assert_one_of_each(cache)
 
 
-# --- many writers ----------------------------------------------------------------------------------------------------
+# --- concurrent writers ----------------------------------------------------------------------------------------------
 
 
 def no_lock(file, how):
@@ -317,7 +311,7 @@ def no_lock(file, how):
 KINDS = {
     "locks": lambda rank: None,
     "no locks": lambda rank: setattr(fcntl, "flock", no_lock),
-    # Held on one machine alone: both writers believe that they are the only one.
+    # Locks that other machines do not see: both processes get one.
     "local locks": lambda rank: (
         setattr(fcntl, "flock", lambda file, how: None),
         setattr(platform, "node", lambda: f"machine{rank}"),
@@ -325,54 +319,54 @@ KINDS = {
 }
 
 
-def compete(rank, start, told, root, base):
-    """Want the same lesson and student as the other process, at the same time, under each kind of lock."""
+def compete(rank, start, results, root, base):
+    """Request the same targets and student as the other process, at the same time, under each kind of lock."""
     torch.set_num_threads(1)
     try:
-        cohort, asked, rows = read_cohort(root, ["MINI1"]), count_asked(setattr), np.arange(30)
-        taught = count_epochs(setattr)
+        cohort, embedded, rows = read_cohort(root, ["MINI1"]), count_embedded(setattr), np.arange(30)
+        epochs = count_epochs(setattr)
         for kind, prepare in KINDS.items():
             prepare(rank)
             os.environ["PEKA_LITE_CACHE"] = f"{base}/{kind}"
-            asked.clear(), taught.clear()
+            embedded.clear(), epochs.clear()
             start.wait(timeout=120)
-            got = learn(cohort, rows=rows)
+            result = targets(cohort, rows=rows)
             start.wait(timeout=120)
-            student = teach(cohort, rows=rows)
-            digest = hashlib.sha256(student.features.tobytes() + got.labels.tobytes() + got.embedding.tobytes())
-            kept = (student.folder / "features.npy").stat().st_ino
-            told.put((kind, sum(asked), len(taught), (digest.hexdigest(), kept)))
+            student = train(cohort, rows=rows)
+            digest = hashlib.sha256(student.features.tobytes() + result.labels.tobytes() + result.embedding.tobytes())
+            inode = (student.folder / "features.npy").stat().st_ino
+            results.put((kind, sum(embedded), len(epochs), (digest.hexdigest(), inode)))
     except BaseException:
-        start.abort()  # the other one waits for this one
+        start.abort()  # so that the other process does not wait
         raise
 
 
 @pytest.fixture(scope="module")
 def raced(mini_root, tmp_path_factory):
-    """Where two processes raced, and what they said of it."""
+    """Return the cache folder and the results of two competing processes."""
     base = tmp_path_factory.mktemp("raced")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peka_lite.experiments.cache", "peka_lite.teachers.scfoundation"])
-    start, told = context.Barrier(2), context.Queue()
-    jobs = [context.Process(target=compete, args=(rank, start, told, str(mini_root), str(base))) for rank in (0, 1)]
+    start, queue = context.Barrier(2), context.Queue()
+    jobs = [context.Process(target=compete, args=(rank, start, queue, str(mini_root), str(base))) for rank in (0, 1)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(180)
     assert [job.exitcode for job in jobs] == [0, 0]
-    said = [told.get(timeout=10) for _ in range(2 * len(KINDS))]
-    return base, said
+    results = [queue.get(timeout=10) for _ in range(2 * len(KINDS))]
+    return base, results
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_that_want_one_student_get_the_same_and_leave_nothing_else(raced, kind):
-    base, said = raced
-    said = [words for words in said if words[0] == kind]
-    assert len({found for *_, found in said}) == 1  # the same numbers, in the very file
+def test_two_processes_get_the_same_student_and_leave_no_other_files(raced, kind):
+    base, results = raced
+    results = [result for result in results if result[0] == kind]
+    assert len({digest_and_inode for *_, digest_and_inode in results}) == 1  # the same numbers from the same file
     assert_one_of_each(base / kind)
 
 
-def test_under_a_lock_the_work_is_done_once(raced, mini_root):
+def test_work_is_done_once_under_a_lock(raced, mini_root):
     spots = read_cohort(mini_root, ["MINI1"]).slides[0].n_spots
-    done = [(asked, taught) for kind, asked, taught, _ in raced[1] if kind == "locks"]
-    assert np.sum(done, axis=0).tolist() == [spots, 1]
+    work = [(embedded, epochs) for kind, embedded, epochs, _ in raced[1] if kind == "locks"]
+    assert np.sum(work, axis=0).tolist() == [spots, 1]

@@ -1,4 +1,4 @@
-"""Folders without a finished run: each refusal names what is there, and its command asks for the same settings."""
+"""Errors for folders without a finished run: each names the cause and a command with the same settings."""
 
 import json
 import shlex
@@ -7,13 +7,10 @@ import pytest
 import yaml
 
 from peka_lite.cli.options import parser
-from peka_lite.experiments._predict_from import predict_from
-from peka_lite.experiments._train import train
+from peka_lite.experiments import RunConfig, load_run, predict_from, run, train
 from peka_lite.experiments._unfinished import remake_command
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.folder import claim, start_run_folder
+from peka_lite.experiments.folder import check_folders, start_run_folder
 from peka_lite.experiments.model import read_run
-from peka_lite.experiments.run import load_run, run
 
 SETTINGS = [
     {},
@@ -26,7 +23,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", ["run", "train"])
-def test_the_command_named_asks_for_the_same_settings(mini_root, tmp_path, settings, name):
+def test_suggested_command_has_the_same_settings(mini_root, tmp_path, settings, name):
     config = RunConfig(cohort=str(mini_root), **settings)
     work = tmp_path / "my runs" / "bone.partial"
     start_run_folder(config, work, name)
@@ -34,34 +31,34 @@ def test_the_command_named_asks_for_the_same_settings(mini_root, tmp_path, setti
     assert words[:2] == ["peka-lite", name]
     options = vars(parser(command=name).parse_args(words[1:]))
     assert options.pop("out") == str(tmp_path / "my runs" / "bone")
-    for other in ("command", "maps", "fold"):
-        options.pop(other, None)
+    for extra in ("command", "maps", "fold"):
+        options.pop(extra, None)
     assert RunConfig(**options) == config
 
 
-def test_a_fold_of_a_training_is_named_again(mini_root, tmp_path):
+def test_suggested_command_has_the_fold_of_a_training(mini_root, tmp_path):
     start_run_folder(RunConfig(cohort=str(mini_root)), tmp_path / "m.partial", "train --fold 2")
     assert remake_command(tmp_path / "m.partial").startswith("peka-lite train --fold 2 --cohort")
 
 
-def test_other_settings_of_a_stopped_run_are_named(mini_root, tmp_path):
+def test_error_of_other_settings_names_the_command_of_the_stopped_run(mini_root, tmp_path):
     start_run_folder(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a.partial", "run")
     with pytest.raises(FileExistsError, match=r"finish that one with `peka-lite run .*--epochs 3 --out .*/a`"):
-        claim(RunConfig(cohort=str(mini_root)), tmp_path / "a", tmp_path / "a.partial")
+        check_folders(RunConfig(cohort=str(mini_root)), tmp_path / "a", tmp_path / "a.partial")
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError, match="b is there already: give another --out, or remove it"):
-        claim(RunConfig(cohort=str(mini_root)), tmp_path / "b", tmp_path / "b.partial")
+        check_folders(RunConfig(cohort=str(mini_root)), tmp_path / "b", tmp_path / "b.partial")
 
 
 @pytest.mark.parametrize("command", [run, train])
-def test_input_that_is_refused_after_the_beginning_leaves_no_folder_in_the_way(mini_root, tmp_path, command):
+def test_error_of_invalid_weights_removes_only_a_new_work_folder(mini_root, tmp_path, command):
     (tmp_path / "weights.bin").write_text("<html>log in</html>")
     config = RunConfig(cohort=str(mini_root), method="none", weights=str(tmp_path / "weights.bin"))
     with pytest.raises(ValueError, match=r"weights\.bin: cannot be read as weights"):
         command(config, tmp_path / "m")
-    claim(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
+    check_folders(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
     assert not (tmp_path / "m.partial").exists()
-    start_run_folder(config, tmp_path / "m.partial", "run")  # what an earlier command left stays
+    start_run_folder(config, tmp_path / "m.partial", "run")  # of an earlier command
     with pytest.raises(ValueError, match="cannot be read as weights"):
         command(config, tmp_path / "m")
     assert (tmp_path / "m.partial").is_dir()
@@ -76,7 +73,7 @@ def write(folder, **files):
 
 @pytest.fixture
 def folders(mini_root, tmp_path):
-    """One folder of each kind that is no finished run."""
+    """One path of each kind that is no finished run."""
     start_run_folder(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone.partial", "run")
     settings = yaml.safe_dump(RunConfig(cohort=str(mini_root), epochs=4).as_dict())
     write(tmp_path / "cut", config_yml=settings)
@@ -96,7 +93,7 @@ def folders(mini_root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("bone", r"bone: .*stopped before its end.*`peka-lite run .*--protocol strict --epochs 4 --out \S+/bone`"),
         ("bone.partial", r"bone\.partial: .*stopped.*`peka-lite run .*--epochs 4 --out \S+/bone`"),
@@ -109,28 +106,26 @@ def folders(mini_root, tmp_path):
         ("around", r"around: .*holds folders of runs: give one of them: \S+/around/lora$"),
         ("sweep", r"sweep: .*the folder of a sweep: give one of its points: \S+/sweep/seed=1$"),
         ("genes.h5ad", "it is a file: give the folder that `peka-lite run` or `peka-lite train` made"),
-        ("genes.h5ad.node7.partial", "what a stopped command left in .*: give that command again, or remove"),
+        ("genes.h5ad.node7.partial", "only files of a stopped command in .*: run that command again, or remove"),
         ("shrot", "no finished run or training here, there is no such folder; did you mean 'short'"),
         ("nowhere/x", "no such folder; `peka-lite train` makes one"),
     ],
 )  # fmt: skip
-def test_what_is_no_trained_model_is_named_with_its_fix(folders, name, words):
-    with pytest.raises((FileNotFoundError, ValueError), match=words) as caught:
+def test_error_of_a_folder_without_a_model_names_cause_and_fix(folders, name, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
         predict_from(folders / name, "MINI1", folders / "out.h5ad")
     assert "\n" not in str(caught.value)
-    with pytest.raises((FileNotFoundError, ValueError), match=words):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         read_run(folders / name)
     assert not (folders / "out.h5ad").exists()
 
 
-def test_a_run_that_was_stopped_is_named_where_a_run_is_read(folders):
+def test_load_run_reports_a_stopped_run(folders):
     with pytest.raises(FileNotFoundError, match=r"no finished run here, it was stopped .*`peka-lite run .*/bone`"):
         load_run(folders / "bone")
 
 
-def test_scratch_with_the_command_goes_with_the_rest(mini_root, tmp_path):
-    from peka_lite.experiments.run import run
-
+def test_scratch_folder_is_removed_from_a_finished_run(mini_root, tmp_path):
     config = RunConfig(cohort=str(mini_root), features="depth", method="none", split="spot", n_splits=2, n_genes=3)
     run(config, tmp_path / "depth", maps=False)
     assert not (tmp_path / "depth" / "scratch").exists()
