@@ -103,8 +103,8 @@ class FeatureSource:
         if trainings:
             kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
             counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
-            kinds = [f"{k} {words}" if k < len(trainings) else words for words, k in counts.items() if k]
-            parts[0] += f" ({', '.join(kinds)})"
+            counted = [f"{k} {words}" if k < len(trainings) else words for words, k in counts.items() if k]
+            parts[0] += f" ({', '.join(counted)})"
             steps = sum(optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
             parts.append(f"{steps:,} optimizer steps")
         if cached:
