@@ -1,4 +1,4 @@
-"""A slide of one's own in HEST-1k's layout: counts with the centers of their spots, and the image they lie on."""
+"""Add a custom slide to a folder in HEST-1k's layout: spot counts, and tiles cut from the slide image."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from peka_lite.data.tiles import TILE_SHAPE
 from peka_lite.data.tissue import check_stain
 from peka_lite.data.wsi import ResolutionError, SlideError, WholeSlide, open_slide
 
-FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort's slides are those of st
-MOVING = "moving.json"  # in the draft: what the three files are known by, wherever they are
-PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium's spots: center to center, diameter
-NAMES_OF_GENES = {  # columns of var in small letters, by which `keep_one_naming` may read the genes of another slide
+FILES = {"patches": ".h5", "metadata": ".json", "st": ".h5ad"}  # st last: a cohort lists the slides in st
+MOVING = "moving.json"  # in the draft: inode, size and time of the three files, which a move does not change
+PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium: distance between spot centers, spot diameter
+GENE_COLUMNS = {  # columns of var, in lower case, that may name the genes in another way
     "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
     "symbols", "hgnc_symbol", "feature_id", "feature_name", "ensembl", "ensembl_id", "ensembl_ids", "ensembl_gene_id",
     "ensg", "original_name", "name", "id",
 }  # fmt: skip
-OFF = 0.1  # most by which the distance between spots may miss PITCH_UM
+MAX_PITCH_ERROR = 0.1  # of the distance between spots, relative to PITCH_UM
 
 
 def add_slide(
@@ -63,53 +63,52 @@ def add_slide(
     metadata: Mapping | None = None,
     progress: bool = False,
 ) -> Slide:
-    """Add a slide to a folder in HEST-1k's layout, which is made where it is not there.
+    """Add a slide to a folder in HEST-1k's layout; a missing folder is created.
 
-    A tile of 224 px at 0.5 um/px (112 um) is cut around every spot. The three files are written beside their places and
-    moved there when all are complete.
+    A tile of 224 px at 0.5 um/px (112 um) is cut around every spot. The three files are written to a temporary folder
+    and moved into place when all are complete.
 
     Parameters
     ----------
     root
         The cohort's folder.
     slide_id
-        Name of the slide, new to the folder.
+        Id of the slide, new to the folder.
     counts
-        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): the spots' centers, x first, in
-        pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` give them. Spots whose
-        ``obs["in_tissue"]`` is 0 are left out. Kept are: of ``obs`` in_tissue, array_row and array_col, of ``var`` what
-        names the genes in another way (`NAMES_OF_GENES`, such as gene_ids), no layers and no other tables.
+        Raw counts (N, G) with barcodes as ``obs_names`` and ``obsm["spatial"]`` (N, 2): spot centers, x first, in
+        pixels of the full-resolution image, as `squidpy.read.visium` and `scanpy.read_visium` return them. Spots with
+        ``obs["in_tissue"]`` 0 are dropped. Written are in_tissue, array_row and array_col of ``obs`` and other gene
+        names (such as gene_ids) of ``var``; layers and other tables are not.
     image
-        The image that these pixels are counted on, as `open_slide` takes it: the one given to Space Ranger, not the
-        ``hires`` or ``lowres`` picture that it wrote.
+        The full-resolution image that Space Ranger read, as for `open_slide`; not its ``hires`` or ``lowres`` image.
     patient
-        Who the tissue came from. Blocks of one person get one name. None: unknown, and no split by patient.
+        Patient id, the same for all sections of a patient. None: unknown, which rules out splits by patient.
     mpp
-        Microns per pixel of the image. None: what the file says. ``"visium"``: from the spots, 100 um apart.
+        Microns per pixel of the image. None: from the file. ``"visium"``: from the spots, which are 100 um apart.
     technology
-        ``"Visium"``: the distance between spots must agree with the resolution. Of others nothing is known.
+        ``"Visium"``: the distance between spots must agree with the resolution. Other names: no such check.
     spot_um
-        Diameter of a spot in um, for maps.
+        Spot diameter in um, for maps.
     metadata
         More fields for the slide's JSON file, such as organ or disease_state.
     progress
-        Print the plan and show a bar, or where stderr is no terminal a line every half minute.
+        Print the plan and show a progress bar; if stderr is not a terminal, print a line every half minute.
 
     Returns
     -------
     Slide
-        As `read_slide` gives it. ``dropped`` counts spots off the tissue and spots whose tile reaches over the edge of
-        the image.
+        As `read_slide` returns it. ``dropped`` counts spots off the tissue and spots whose tile crosses the image's
+        edge.
 
     Raises
     ------
     FileExistsError
-        If the folder holds a file of that slide, or when another process that adds it is through.
+        If the folder holds a file of that slide, or another process has added it meanwhile.
     HestFormatError
-        For counts that are not raw, duplicate barcodes, missing coordinates, and centers that do not fit the image.
+        If counts are not raw, barcodes repeat, coordinates are missing, or centers do not fit the image.
     FileNotFoundError, SlideError
-        As `open_slide`, also where no resolution is known, for an image that is turned by an Orientation tag, and for
-        one that is gray, fluorescent or inverted where the spots are.
+        As `open_slide`. Also if the resolution is unknown, the image has an Orientation tag, or it is gray, fluorescent
+        or inverted around the spots.
 
     Examples
     --------
@@ -118,7 +117,7 @@ def add_slide(
     >>> import peka_lite as pk
     >>> from PIL import Image
     >>> Image.new("RGB", (800, 600), (220, 180, 210)).save("scan.png")
-    >>> counts = ad.AnnData(np.ones((3, 4), dtype=int))  # three spots, 200 px apart; the last lies at the edge
+    >>> counts = ad.AnnData(np.ones((3, 4), dtype=int))  # three spots, 200 px apart; the last is at the edge
     >>> counts.obsm["spatial"] = np.array([[300, 300], [500, 300], [700, 300]])
     >>> pk.data.add_slide("my_slides", "S1", counts, "scan.png", patient="P1", mpp=0.5)
     Slide S1: 2 spots x 4 genes, P1; dropped 1 spots without a tile
@@ -126,13 +125,13 @@ def add_slide(
     root = Path(root)
     _check_names(root, slide_id, metadata)
     if not spot_um > 0:
-        raise ValueError(f"spot_um is the diameter of a spot in um, above 0, not {spot_um}")
+        raise ValueError(f"spot_um must be a spot diameter in um above 0, not {spot_um}")
     with lock_work_folder(root / slide_id) as draft:
         check_work(draft, (*FILES, Path(MOVING).stem))
-        _undo(draft, root, slide_id)
-        _check_place(root, slide_id)
+        _remove_leftovers(draft, root, slide_id)
+        _check_slide_is_new(root, slide_id)
         try:
-            return _add(
+            return _create_slide(
                 root, slide_id, counts, image, draft, patient=patient, mpp=mpp, technology=technology, spot_um=spot_um,
                 metadata=metadata, progress=progress,
             )  # fmt: skip
@@ -140,17 +139,17 @@ def add_slide(
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _add(
+def _create_slide(
     root: Path, slide_id: str, counts: ad.AnnData, image, draft: Path, *, patient, mpp, technology, spot_um, metadata,
     progress,
 ) -> Slide:  # fmt: skip
-    """Do `add_slide`'s work in a folder `draft`, which is not there yet."""
-    spots = _spots_of(counts, f"counts of {slide_id}")
+    """Check the slide, write its files by way of the new folder `draft`, and read it back."""
+    spots = _select_spots(counts, f"counts of {slide_id}")
     off_tissue = counts.n_obs - spots.n_obs
     centers = spots.obsm["spatial"]  # (N, 2)
     distance = spot_distance(centers) if len(centers) > 1 else None  # px
     if isinstance(mpp, str):
-        mpp = _from_spots(mpp, distance)
+        mpp = _compute_mpp(mpp, distance)
         embedded = None
     else:
         embedded = mpp is None
@@ -158,14 +157,14 @@ def _add(
         opened = open_slide(image, mpp=mpp)
     except ResolutionError as error:
         raise ResolutionError(
-            error.path, error.what, f"{error.fix}; for Visium 'visium' takes them from the distance between spots"
+            error.path, error.what, f"{error.fix}; for Visium, 'visium' derives them from the distance between spots"
         ) from None
     with opened as slide:
         if slide.orientation != 1:
             raise SlideError(
                 image,
-                f"its Orientation tag, {slide.orientation}, turns or mirrors it, and nothing says whether centers are "
-                "counted on the image as it is stored or as it is shown",
+                f"its Orientation tag, {slide.orientation}, rotates or mirrors it, so spot centers could refer to the "
+                "image as stored or as displayed",
                 "Save it as Space Ranger read it, without the tag",
             )
         _check_centers(centers, slide, slide_id)
@@ -174,27 +173,29 @@ def _add(
         half = np.array(slide.tile) / 2
         inside = ((centers - half >= 0) & (centers + half <= slide.size)).all(1)  # (N,)
         if not inside.any():
-            raise HestFormatError(slide.path, f"none of {len(centers)} tiles of 112 um lies in it", "Is it cut close?")
+            raise HestFormatError(
+                slide.path, f"none of {len(centers)} tiles of 112 um is inside it", "Give an uncropped image"
+            )
         picture, scale = slide.thumbnail(1000)
-        check_stain(slide, _around(picture, centers[inside] * scale, half * scale))
-        fields = _fields(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
+        check_stain(slide, _select_pixels(picture, centers[inside] * scale, half * scale))
+        fields = _describe_slide(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
         fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
         factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
         spots.uns["spatial"] = {"ST": {"images": {IMAGE_KEY: picture}, "scalefactors": factors}}
-        _write(root, slide_id, slide, spots, np.flatnonzero(inside), fields, draft, progress)
-    made = read_slide(root, slide_id)
-    dropped = made.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
-    return dataclasses.replace(made, dropped=dropped)
+        _write_files(root, slide_id, slide, spots, np.flatnonzero(inside), fields, draft, progress)
+    stored = read_slide(root, slide_id)
+    dropped = stored.dropped | ({"spots off the tissue": off_tissue} if off_tissue else {})
+    return dataclasses.replace(stored, dropped=dropped)
 
 
 def describe_next_step(root: str | os.PathLike) -> str:
-    """Say what a folder of added slides is ready for, with the command."""
+    """Return a sentence with the next command for a folder of added slides."""
     root = Path(root)
-    people = [
+    patients = [
         patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
     ]  # (slides,)
-    known, unknown = len(set(people) - {None}), people.count(None)
-    has = f"{root} has {_counted(len(people), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
+    known, unknown = len(set(patients) - {None}), patients.count(None)
+    has = f"{root} has {_counted(len(patients), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
     if unknown:
         has += f", {unknown} with no patient named"
     cohort, out = shlex.quote(str(root)), shlex.quote(f"runs/{root.resolve().name}")
@@ -211,7 +212,7 @@ def _counted(n: int, noun: str) -> str:
 
 
 def spot_distance(centers: np.ndarray) -> float:
-    """Return how far neighboring spots lie apart, center to center, in the unit of `centers` (N, 2).
+    """Return the distance between the centers of neighboring spots, in the unit of `centers` (N, 2).
 
     Examples
     --------
@@ -221,85 +222,85 @@ def spot_distance(centers: np.ndarray) -> float:
     >>> pk.data.spot_distance(np.column_stack([x.ravel(), y.ravel()]))
     20.0
     """
-    n = min(7, len(centers))  # itself and six on a hexagonal grid
+    n = min(7, len(centers))  # the spot and its six neighbors on a hexagonal grid
     near = NearestNeighbors(n_neighbors=n).fit(centers).kneighbors(centers)[0][:, 1:]  # (N, n - 1)
     return float(np.median(near[near <= 1.2 * np.median(near[:, 0])]))
 
 
 def _check_names(root: Path, slide_id: str, metadata: Mapping | None) -> None:
     if not slide_id or slide_id.startswith(".") or Path(slide_id).name != slide_id:
-        raise ValueError(f"{slide_id!r} is no id of a slide: it names files, so without a folder or a dot at its start")
+        raise ValueError(f"{slide_id!r} is not a slide id: give a file name without a folder or a leading dot")
     if str(root) == "mini" or (root / "mini.json").is_file():
-        raise ValueError(f"{root}: this is the embedded cohort, which stays as it is; give a folder of your own")
-    if odd := {"id", "patient", "st_technology", "spot_diameter"} & set(metadata or {}):
-        raise ValueError(f"metadata: {', '.join(sorted(odd))} has an argument of its own")
+        raise ValueError(f"{root}: this is the embedded cohort, which must not change; give another folder")
+    if reserved := {"id", "patient", "st_technology", "spot_diameter"} & set(metadata or {}):
+        raise ValueError(f"metadata: remove {', '.join(sorted(reserved))}, which arguments of add_slide set")
 
 
-def _check_place(root: Path, slide_id: str) -> None:
+def _check_slide_is_new(root: Path, slide_id: str) -> None:
     for folder in (root, *(root / name for name in FILES)):
         if os.path.lexists(folder) and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is no folder, where the slide's files go; give another --cohort")
-    there = [path for path in _places(root, slide_id).values() if os.path.lexists(path)]
-    if there:
-        raise FileExistsError(f"{there[0]} is there already; choose another id, or remove the slide's files")
+            raise NotADirectoryError(f"{folder} is not a folder; give another --cohort")
+    existing = [path for path in _slide_paths(root, slide_id).values() if os.path.lexists(path)]
+    if existing:
+        raise FileExistsError(f"{existing[0]} exists already; choose another id, or remove the slide's files")
 
 
-def _places(root: Path, slide_id: str) -> dict[str, Path]:
+def _slide_paths(root: Path, slide_id: str) -> dict[str, Path]:
     return {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
 
 
-def _undo(draft: Path, root: Path, slide_id: str) -> None:
-    """Remove what a job that was killed left: its draft, and the files that it had moved where the last was not."""
+def _remove_leftovers(draft: Path, root: Path, slide_id: str) -> None:
+    """Remove the draft of a killed job, and the files that it moved unless it moved all of them."""
     try:
         moving = json.loads((draft / MOVING).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):  # it was stopped before
+    except (FileNotFoundError, ValueError):  # killed before any move
         moving = {}
-    places = _places(root, slide_id)
-    if moving and not os.path.lexists(places["st"]):
-        for folder, place in places.items():
-            if place.is_file() and (place.stat().st_size == 0 or _stat(place) == moving[folder]):
-                place.unlink()
+    paths = _slide_paths(root, slide_id)
+    if moving and not os.path.lexists(paths["st"]):
+        for folder, path in paths.items():
+            if path.is_file() and (path.stat().st_size == 0 or _identify(path) == moving[folder]):
+                path.unlink()
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def _stat(path: Path) -> list[int]:
-    """Return what stays the same when a file is moved, and changes when it is written: number, size, time."""
-    found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns]
+def _identify(path: Path) -> list[int]:
+    """Return inode, size and time: a move leaves them unchanged, a write does not."""
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
-def _spots_of(counts: ad.AnnData, name: str) -> ad.AnnData:
-    """Return the spots on tissue, as `read_spots` would: a copy of what is kept."""
+def _select_spots(counts: ad.AnnData, name: str) -> ad.AnnData:
+    """Return a copy of the spots on tissue, in the form of `read_spots`."""
     if "spatial" not in counts.obsm:
         raise HestFormatError(
             name,
             "obsm['spatial'] is missing",
-            "Read them with squidpy.read.visium, or put the (N, 2) pixel centers there",
+            "Read the counts with squidpy.read.visium, or add the (N, 2) pixel centers",
         )
     spatial = pixel_centers(counts, name)
     rows = np.ones(counts.n_obs, dtype=bool)
     if "in_tissue" in counts.obs:
         rows = pd.to_numeric(counts.obs["in_tissue"].astype(object), errors="coerce").to_numpy(float) == 1
     if not rows.any():
-        raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 there")
-    elsewhere = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
+        raise HestFormatError(name, "no spot is on the tissue", "obs['in_tissue'] must be 1 for spots on tissue")
+    hint = " They may be in layers['counts']: X = layers['counts']." if "counts" in counts.layers else ""
     if counts.X is not None:
         counts = load_in_memory(counts)
-        check_sparse(counts.X, name)  # before rows of it are taken
-    kept = ad.AnnData(
+        check_sparse(counts.X, name)  # before indexing rows
+    spots = ad.AnnData(
         sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
         obs=counts.obs.loc[rows, [c for c in PLACES if c in counts.obs and is_numeric_dtype(counts.obs[c])]].copy(),
-        var=counts.var[[c for c in counts.var if str(c).lower() in NAMES_OF_GENES]].copy(),
+        var=counts.var[[c for c in counts.var if str(c).lower() in GENE_COLUMNS]].copy(),
         obsm={"spatial": spatial[rows]},
     )
-    return check_spots(kept, name, raw=f"X must hold raw counts, neither normalized nor logarithms.{elsewhere}")
+    return check_spots(spots, name, raw=f"X must hold raw counts, neither normalized nor logarithms.{hint}")
 
 
-def _from_spots(mpp: str, distance: float | None) -> float:
+def _compute_mpp(mpp: str, distance: float | None) -> float:
     if mpp != "visium":
-        raise ValueError(f"mpp is microns per pixel, 'visium' or None, not {mpp!r}")
+        raise ValueError(f"mpp must be microns per pixel, 'visium' or None, not {mpp!r}")
     if not distance:
-        raise ValueError("mpp='visium' takes the resolution from the distance between spots; there is one spot alone")
+        raise ValueError("mpp='visium' needs two spots at least: it derives the resolution from their distance")
     return PITCH_UM / distance
 
 
@@ -310,33 +311,33 @@ def _check_centers(centers: np.ndarray, slide: WholeSlide, slide_id: str) -> Non
         x, y = centers.max(0)
         raise HestFormatError(
             f"counts of {slide_id}",
-            f"{outside.sum()} of {len(centers)} centers lie outside {slide.path.name}, {width} x {height} px "
-            f"(they reach x={x:.0f}, y={y:.0f})",
-            "obsm['spatial'] counts pixels of the full-resolution image: give the image that Space Ranger was given",
+            f"{outside.sum()} of {len(centers)} centers are outside {slide.path.name}, {width} x {height} px "
+            f"(the largest are x={x:.0f}, y={y:.0f})",
+            "obsm['spatial'] is in pixels of the full-resolution image: give the input image of Space Ranger",
         )
 
 
 def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
-    found = distance * float(np.sqrt(np.prod(slide.mpp)))  # um
-    if abs(found / PITCH_UM - 1) > OFF:
+    pitch = distance * float(np.sqrt(np.prod(slide.mpp)))  # um
+    if abs(pitch / PITCH_UM - 1) > MAX_PITCH_ERROR:
         raise HestFormatError(
             f"counts of {slide_id}",
-            f"spots lie {found:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um",
-            f"If {slide.path.name} is the image that Space Ranger was given, 'visium' as mpp takes "
-            f"{PITCH_UM / distance:.4g} um/px from the spots; if they are not Visium's, give their technology",
+            f"spots are {pitch:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um",
+            f"If {slide.path.name} is the input image of Space Ranger, 'visium' as mpp derives "
+            f"{PITCH_UM / distance:.4g} um/px from the spots; for other spots, give their technology",
         )
 
 
-def _around(picture: np.ndarray, centers: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Return the pixels (n, 3) of a picture that lie on any tile, given the tiles' centers and half their sides."""
+def _select_pixels(picture: np.ndarray, centers: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Return the pixels (n, 3) of a picture inside any tile, given the tiles' centers and half their sides."""
     covered = np.zeros(picture.shape[:2], dtype=bool)
     for (left, top), (right, bottom) in zip((centers - half).astype(int), (centers + half).astype(int), strict=True):
         covered[top : bottom + 1, left : right + 1] = True
     return picture[covered]
 
 
-def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:
-    """Fill in HEST's fields."""
+def _describe_slide(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:
+    """Return HEST's metadata fields."""
     return {
         "dataset_title": "own slides",
         "id": slide_id,
@@ -353,10 +354,10 @@ def _fields(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, dis
     }
 
 
-def _write(
+def _write_files(
     root: Path, slide_id: str, slide: WholeSlide, spots: ad.AnnData, rows, fields: dict, draft: Path, progress: bool
 ) -> None:
-    """Write three files in a folder of their own, then move them to their places; on an error nothing stays."""
+    """Write the three files to `draft` and move them into place; remove all of them on an error."""
     centers, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
     corners = np.rint(centers - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
     factor = slide.tile[0] / side
@@ -364,39 +365,38 @@ def _write(
     attributes["pixel_size"] = slide.mpp[0]
     text = json.dumps(fields, indent=1) + "\n"
     draft.mkdir()
-    places, moved = _places(root, slide_id), []
+    paths, moved = _slide_paths(root, slide_id), []
     try:
         with (
             Stage("", reports=progress),
-            progress_bar(centers, desc="cut tiles", unit=" tiles", enabled=progress) as shown,
+            progress_bar(centers, desc="cut tiles", unit=" tiles", enabled=progress) as shown_centers,
         ):
             print_line(f"plan: {len(centers):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
-            tiles = (slide.read_around(x, y) for x, y in shown)
-            at = {folder: root / folder / f"{slide_id}{end}" for folder, end in FILES.items()}
+            tiles = (slide.read_around(x, y) for x, y in shown_centers)
             names = spots.obs_names[rows]
-            write_tiles(draft / "patches", tiles, names, corners, attributes=attributes, of=at["patches"])
+            write_tiles(draft / "patches", tiles, names, corners, attributes=attributes, of=paths["patches"])
         write_file(draft / "metadata", text.encode())
         with Stage("writing the counts"):
-            write_h5ad(spots, draft / "st", compression="gzip", of=places["st"])
+            write_h5ad(spots, draft / "st", compression="gzip", of=paths["st"])
         for folder in FILES:
             (root / folder).mkdir(exist_ok=True)
-        _check_place(root, slide_id)  # a slide that came here meanwhile, by other means, stays
-        write_file(draft / MOVING, json.dumps({folder: _stat(draft / folder) for folder in FILES}).encode())
+        _check_slide_is_new(root, slide_id)  # never overwrite a slide that another program wrote meanwhile
+        write_file(draft / MOVING, json.dumps({folder: _identify(draft / folder) for folder in FILES}).encode())
         with defer_signals():
             try:
-                places["patches"].open("x").close()  # without locks, the first to come here has the slide
+                paths["patches"].open("x").close()  # without locks, the first process to create it wins
             except FileExistsError:
-                _check_place(root, slide_id)
+                _check_slide_is_new(root, slide_id)
                 raise
-            moved.append(places["patches"])
-            for folder, place in places.items():
-                os.replace(draft / folder, place)
-                moved.append(place)
+            moved.append(paths["patches"])
+            for folder, path in paths.items():
+                os.replace(draft / folder, path)
+                moved.append(path)
     except BaseException:
-        for place in moved:
-            place.unlink(missing_ok=True)
+        for path in moved:
+            path.unlink(missing_ok=True)
         raise
     finally:
         for folder in FILES:
-            with suppress(OSError):  # only where it is empty
+            with suppress(OSError):  # removed only if empty
                 (root / folder).rmdir()
