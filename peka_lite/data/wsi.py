@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from peka_lite.data._picture_limits import CONVERT, PictureError, check_slide, check_tags, slide_files
+from peka_lite.data._picture_limits import CONVERT, PictureError, check_slide, check_tags, find_slide_files
 from peka_lite.data._pictures import read_picture
 from peka_lite.data.tiles import TILE_SHAPE
 
@@ -254,7 +254,7 @@ def open_slide(path: str | os.PathLike, *, mpp: float | None = None) -> WholeSli
     reopen, handle, properties, reason, orientation = functools.partial(openslide.OpenSlide, path), None, {}, "", 1
     try:
         check_tags(path)
-        files = slide_files(path)
+        files = find_slide_files(path)
         try:
             handle = reopen()
             properties = dict(handle.properties)
