@@ -1,4 +1,4 @@
-"""Maps of the correlation around each spot."""
+"""Compute and map the correlation around each spot."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def local_pcc(
     over: str = "neighbors",
     n_neighbors: int = 18,
 ) -> np.ndarray:
-    """Pearson correlation between measured and predicted expression at every spot.
+    """Compute the Pearson correlation between measured and predicted expression at every spot.
 
     Parameters
     ----------
     coords
         (N, 2) spot centers, any unit.
     measured, predicted
-        (N, G) normalized expression. With ``over="genes"`` each gene is first centered and scaled over the spots,
-        or genes that are high everywhere would decide.
+        (N, G) normalized expression. With ``over="genes"``, each gene is first standardized over the spots, so that
+        highly expressed genes do not dominate.
     over
-        ``"neighbors"``: per gene over the spot and its `n_neighbors` nearest neighbors, then the mean over genes
-        (18 are the two rings around a spot on Visium's hexagons). ``"genes"``: over genes at the spot alone.
+        ``"neighbors"``: per gene over the spot and its `n_neighbors` nearest neighbors, then the mean over genes (18:
+        the two rings around a spot of Visium's hexagonal grid). ``"genes"``: over the genes at the spot.
 
     Returns
     -------
     numpy.ndarray
-        (N,) float64; NaN where it is not defined (no gene varies).
+        (N,) float64; NaN where it is undefined (no gene varies).
 
     Examples
     --------
@@ -57,7 +57,7 @@ def local_pcc(
     if over not in OVER:
         raise ValueError(f"unknown over={over!r}; known: {', '.join(OVER)}")
     if Y.shape != P.shape or len(coords) != len(Y):
-        raise ValueError(f"rows disagree: coords {np.shape(coords)}, measured {Y.shape}, predicted {P.shape}")
+        raise ValueError(f"shapes do not match: coords {np.shape(coords)}, measured {Y.shape}, predicted {P.shape}")
     if over == "genes":
         if Y.shape[1] < 3:
             raise ValueError(f"over='genes' needs at least 3 genes, not {Y.shape[1]}")
@@ -67,12 +67,12 @@ def local_pcc(
     near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(coords).kneighbors(coords, return_distance=False)
     per_gene = np.stack([pearson(Y[rows], P[rows]) for rows in near])  # (N, G)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a spot where no gene varies stays NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN where no gene varies
         return np.nanmean(per_gene, axis=1)
 
 
 def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:
-    """Draw where on the slide a prediction holds: `local_pcc` over neighbourhoods and over genes, beside the H&E.
+    """Map the local agreement of a prediction: `local_pcc` over neighborhoods and over genes, beside the H&E.
 
     `measured` and `predicted` are (N, G) normalized expression at the slide's spots.
 
@@ -89,16 +89,13 @@ def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     draw_spots(axes[0], adata, None, title="H&E")
     shared = {"cmap": "RdBu_r", "norm": Normalize(-1, 1), "label": "PCC"}
-    for ax, over, words in (
-        (axes[1], "neighbors", "neighbourhoods"),
-        (axes[2], "genes", "genes"),
-    ):
+    for ax, over, label in ((axes[1], "neighbors", "neighborhoods"), (axes[2], "genes", "genes")):
         values = local_pcc(coords, measured, predicted, over=over, n_neighbors=n_neighbors)
-        draw_spots(ax, adata, values, title=f"PCC over {words} (mean {pd.Series(values).mean():.2f})", **shared)
+        draw_spots(ax, adata, values, title=f"PCC over {label} (mean {pd.Series(values).mean():.2f})", **shared)
     return fig
 
 
 def _zscore(A: np.ndarray) -> np.ndarray:
     mean, std = A.mean(0), A.std(0)
-    varies = std > 1e-10 * np.abs(mean)  # rounding leaves a constant gene with a tiny spread, not with none
+    varies = std > 1e-10 * np.abs(mean)  # rounding gives a constant gene a tiny standard deviation
     return np.where(varies, A - mean, 0) / np.where(varies, std, 1)

@@ -1,15 +1,15 @@
-"""One look for every figure of the book and of reports."""
+"""Set the matplotlib style of the book's and the reports' figures."""
 
 from __future__ import annotations
 
-STYLE = "peka_lite.maps.peka"  # peka.mplstyle beside this file, by the name that matplotlib finds it under
+STYLE = "peka_lite.maps.peka"  # matplotlib's name of peka.mplstyle in this folder
 
 
 def use_style() -> None:
-    """Draw from now on in the project's matplotlib style; in Jupyter, as vector graphics.
+    """Switch to the project's matplotlib style; in Jupyter, also to vector graphics.
 
-    The style is ``peka_lite/maps/peka.mplstyle``, in the color-blind-safe colors of Okabe and Ito.
-    ``plt.style.use("peka_lite.maps.peka")`` sets it alone.
+    The style is ``peka_lite/maps/peka.mplstyle``, with the color-blind-safe palette of Okabe and Ito.
+    ``plt.style.use("peka_lite.maps.peka")`` sets only the style.
 
     Examples
     --------

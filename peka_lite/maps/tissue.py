@@ -1,4 +1,4 @@
-"""Pictures of tissue: measured and predicted expression, and where they agree."""
+"""Draw measured and predicted expression on the tissue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNITS = {"log1p-cp10k": "log1p of counts per 10,000", "log1p": "log1p of counts"
 
 
 def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, gene: str) -> Figure:
-    """Draw one gene on the slide's H&E: measured, predicted (one color scale) and residual, side by side.
+    """Draw one gene on the slide's H&E: measured, predicted (same color scale) and residual.
 
     Parameters
     ----------
@@ -55,31 +55,31 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
     pcc = pearson(measured[:, None], predicted[:, None])[0]
     residual = measured - predicted
-    reach = residual_limit(residual)
+    limit = residual_limit(residual)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    same = {"cmap": "viridis", "norm": Normalize(*color_limits(measured, predicted)), "label": "log1p expression"}
-    draw_spots(axes[0], adata, measured, title=f"{short_name(gene)}: measured", **same)
-    draw_spots(axes[1], adata, predicted, title=f"{short_name(gene)}: predicted (PCC {pcc:.2f})", **same)
-    draw_spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-reach, reach),
+    shared = {"cmap": "viridis", "norm": Normalize(*color_limits(measured, predicted)), "label": "log1p expression"}
+    draw_spots(axes[0], adata, measured, title=f"{short_name(gene)}: measured", **shared)
+    draw_spots(axes[1], adata, predicted, title=f"{short_name(gene)}: predicted (PCC {pcc:.2f})", **shared)
+    draw_spots(axes[2], adata, residual, title="measured minus predicted", cmap="RdBu_r", norm=Normalize(-limit, limit),
            label="log1p difference")  # fmt: skip
-    flat = [f"What is {kind} {words}." for kind, values in (("measured", measured), ("predicted", predicted))
-            if (words := describe_constant(values, "spots"))]  # fmt: skip
-    if flat:
-        fig.supxlabel(" ".join(flat), fontsize=8)
+    notes = [f"The {kind} expression {text}." for kind, values in (("measured", measured), ("predicted", predicted))
+             if (text := describe_constant(values, "spots"))]  # fmt: skip
+    if notes:
+        fig.supxlabel(" ".join(notes), fontsize=8)
     return disable_mathtext(fig)
 
 
 def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) -> Figure:
-    """Draw PCC per gene, one bar a method, as the paper's Fig. 2; whiskers are the range over folds.
+    """Draw the PCC per gene, one bar per method, as in the paper's Fig. 2; whiskers are the range over folds.
 
     Parameters
     ----------
     table
         Tidy results with columns method, fold, gene and pcc.
     n
-        How many genes, the best first, among those that most folds predicted.
+        Number of genes, the best first, among those predicted in the most folds.
     order_by
-        Method whose mean PCC orders the genes; the first in the table by default.
+        Method whose mean PCC orders the genes. Default: the first in the table.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     >>> pcc = {"frozen": {"KRT8": 0.5, "CD8A": 0.6}, "bone": {"KRT8": 0.7, "CD8A": 0.4}}
     >>> rows = [(method, 0, gene, value) for method, genes in pcc.items() for gene, value in genes.items()]
     >>> figure = pk.maps.gene_bars(pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"]), order_by="bone")
-    >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]  # the best of Bone first
+    >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]  # ordered by Bone
     ['KRT8', 'CD8A']
     """
     import seaborn as sns
@@ -98,7 +98,7 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
     if order_by not in methods:
         raise ValueError(f"no method {order_by!r} in the table; it has {', '.join(methods)}")
     scores = table[table["method"] == order_by].groupby("gene")["pcc"].agg(["count", "mean"])
-    # Folds choose their genes; one that few folds chose would win by luck.
+    # Folds differ in their genes: a gene of few folds could rank first by chance.
     ranked = scores[scores["count"] == scores["count"].max()].sort_values("mean", ascending=False)
     genes: Sequence[str] = ranked.index[:n].tolist()
     fig, ax = plt.subplots(figsize=(max(6, 0.5 * len(genes)), 3.8), layout="constrained")
@@ -114,21 +114,20 @@ def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) 
 
 
 def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
-    """Draw what a model predicts of one gene, beside the H&E; the line below says which model, and what it is not for.
+    """Draw the prediction of one gene beside the H&E, with a caption on the model and the prediction's limits.
 
-    Colors span the 1st to the 99th percentile of the prediction on this slide (`color_limits`), values below 0
-    included, which no count can have: a linear probe does not know that counts end there. A prediction that does not
-    vary on this slide, or that lies below 0 everywhere, is drawn with a sentence that says so. Where tiles of a grid
-    were predicted, the whole image is shown, and tissue without a tile stays uncoloured.
+    Colors span the 1st to the 99th percentile of the prediction on this slide (`color_limits`), including values below
+    0, which a linear probe can predict although counts are never negative. The caption reports a prediction that is
+    constant on this slide or below 0 everywhere. For a grid of tiles, the whole image is shown, and tissue without a
+    tile is left uncolored.
 
     Parameters
     ----------
     adata
-        From `predict_slide`, `predict_spots` or `predict_from`, or read from the file that they wrote.
+        Output of `predict_slide`, `predict_spots` or `predict_from`, or read from the file that they wrote.
     gene
-        One of ``adata.var_names``. None: of the genes that vary on this slide (`default_gene`) the one that the
-        model's own run predicted best on spots it had held out (``var["pcc"]``); where none were held out, the one
-        whose prediction varies most.
+        One of ``adata.var_names``. None: of the genes that vary on this slide (`choose_gene`), the one with the highest
+        PCC on held-out spots of the model's run (``var["pcc"]``); without held-out spots, the one that varies most.
 
     Returns
     -------
@@ -137,13 +136,13 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     Raises
     ------
     ValueError
-        For a gene that is not predicted, a slide without its image, or a file without a tile.
+        If the gene is not predicted, the slide has no image, or there is no tile.
 
     Examples
     --------
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1"]).slides[0].adata
-    >>> predictions = adata[:, ["KRT8", "CD8A"]].copy()  # as if `predict_slide` had made them
+    >>> predictions = adata[:, ["KRT8", "CD8A"]].copy()  # like the output of `predict_slide`
     >>> predictions.X = pk.data.expression_targets(adata, ["KRT8", "CD8A"])
     >>> predictions.var["pcc"] = [0.3, 0.6]
     >>> figure = pk.maps.predicted_map(predictions)
@@ -152,44 +151,44 @@ def predicted_map(adata: ad.AnnData, gene: str | None = None) -> Figure:
     PCC 0.60 on held-out spots of its run
     """
     if not adata.n_obs or not adata.n_vars:
-        raise ValueError(f"there is nothing to draw: {adata.n_obs} tiles, {adata.n_vars} genes")
-    gene = default_gene(adata) if gene is None else gene
+        raise ValueError(f"nothing to draw: {adata.n_obs} tiles, {adata.n_vars} genes")
+    gene = choose_gene(adata) if gene is None else gene
     if gene not in adata.var_names:
         near = did_you_mean(gene, adata.var_names)
         raise ValueError(f"gene {gene!r} is not predicted; there are {', '.join(adata.var_names)}{near}")
     library = next(iter(adata.uns.get("spatial", {}).values()), {})
     if IMAGE_KEY not in library.get("images", {}):
         raise ValueError(f"the slide has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}] to draw on")
-    values, pcc = _values(adata, gene), _pcc(adata)
+    values, pcc = _get_values(adata, gene), _get_pcc(adata)
     model = adata.uns.get("peka_lite", {}).get("model", {})
     title = f"{short_name(gene)}: predicted"
     if np.isfinite(pcc[gene]):
         title += f"\nPCC {pcc[gene]:.2f} on held-out spots of {model.get('cohort', 'its run')}"
     low, high = color_limits(values)
     label = UNITS.get(model.get("normalization"), "predicted expression")
-    if low < 0 and _of_counts(adata):
+    if low < 0 and _are_log_counts(adata):
         label += "; no count is below 0"
     x0, y0, x1, y1 = tissue_window(adata)[-1]
-    words = "\n".join(textwrap.fill(line, 160) for line in (*remarks(adata, gene), _what_it_is(adata)))
-    height = np.clip(4.2 * (y1 - y0) / (x1 - x0), 2, 8) + 0.9 + 0.13 * words.count("\n")  # inches, as the panels ask
+    caption = "\n".join(textwrap.fill(line, 160) for line in (*list_remarks(adata, gene), _describe_model(adata)))
+    height = np.clip(4.2 * (y1 - y0) / (x1 - x0), 2, 8) + 0.9 + 0.13 * caption.count("\n")  # inches
     fig, axes = plt.subplots(1, 2, figsize=(9.5, height), layout="constrained")
     draw_spots(axes[0], adata, None, title="H&E")
     shape = "square" if "tissue_share" in adata.obs else "circle"  # tiles of a grid touch
     draw_spots(axes[1], adata, values, title=title, norm=Normalize(low, high), label=label, shape=shape)
-    fig.supxlabel(words, fontsize=8)
+    fig.supxlabel(caption, fontsize=8)
     return disable_mathtext(fig)
 
 
-def default_gene(adata: ad.AnnData) -> str:
-    """Choose the gene that a map shows where none is named: one that varies on this slide.
+def choose_gene(adata: ad.AnnData) -> str:
+    """Choose the default gene of a map: one that varies on this slide.
 
-    Judged by the 5th to the 95th percentile of its prediction, log counts below 0 taken as 0; where no gene varies so,
-    as predicted, then from the least to the greatest. Of those that vary it is the one with the highest PCC, or where
-    none is known the one that varies most; where none varies, the first.
+    Variation is the range from the 5th to the 95th percentile of the prediction, with log counts below 0 set to 0; if
+    no gene varies, without that floor, then the full range. Among the genes that vary, the one with the highest PCC is
+    chosen, or without any PCC the one that varies most; if none varies, the first.
     """
-    pcc, X = _pcc(adata), adata.to_df().to_numpy()  # (genes,), (N, genes)
-    for floor, cut in ((0 if _of_counts(adata) else -np.inf, 5), (-np.inf, 5), (-np.inf, 0)):
-        spread = pd.Series([_spread(np.maximum(column, floor), cut) for column in X.T], index=adata.var_names)
+    pcc, X = _get_pcc(adata), adata.to_df().to_numpy()  # (genes,), (N, genes)
+    for floor, cut in ((0 if _are_log_counts(adata) else -np.inf, 5), (-np.inf, 5), (-np.inf, 0)):
+        spread = pd.Series([_compute_spread(np.maximum(column, floor), cut) for column in X.T], index=adata.var_names)
         if (varies := spread[spread > 0]).size:
             best = pcc[varies.index].dropna()
             return (best if best.size else varies).idxmax()
@@ -197,10 +196,10 @@ def default_gene(adata: ad.AnnData) -> str:
 
 
 def color_limits(*values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of one color scale for all values: their 1st and 99th percentile, never one number twice.
+    """Return the limits of a color scale for all values: their 1st and 99th percentile.
 
-    Where these meet, as of a gene that is high at one spot alone, they are the least and the greatest value; where all
-    is one value, half a unit to either side of it. What is not finite is left out.
+    If these are equal, as for a gene that is high at a single spot, return minimum and maximum; if all values are
+    equal, half a unit to either side. Values that are not finite are ignored.
 
     Examples
     --------
@@ -208,114 +207,111 @@ def color_limits(*values: np.ndarray) -> tuple[float, float]:
     >>> color_limits([0.0] * 999 + [4.0]), color_limits([-2.0, -2.0])
     ((0.0, 4.0), (-2.5, -1.5))
     """
-    finite = _finite(np.concatenate([np.ravel(part) for part in values]))
+    finite = _drop_nonfinite(np.concatenate([np.ravel(part) for part in values]))
     if not finite.size:
         return 0.0, 1.0
     for cut in (1, 0):
         low, high = np.percentile(finite, [cut, 100 - cut]).tolist()
-        if not _one_value(low, high):
+        if not _nearly_equal(low, high):
             return low, high
     return low - 0.5, high + 0.5
 
 
 def residual_limit(residual: np.ndarray) -> float:
-    """Return where a scale around 0 ends: the 99th percentile of the sizes, else the greatest, else half a unit."""
-    sizes = np.abs(_finite(residual))
+    """Return the limit of a scale around 0: the 99th percentile of absolute values, else the maximum, else 0.5."""
+    sizes = np.abs(_drop_nonfinite(residual))
     ends = [float(np.percentile(sizes, cut)) for cut in (99, 100)] if sizes.size else []
     return next((end for end in ends if end > 1e-9), 0.5)
 
 
 def describe_constant(values: np.ndarray, unit: str) -> str | None:
-    """Say that values do not vary over a slide, and what they are, or that none is finite; None where they vary."""
-    finite = _finite(values)
+    """Describe values that are constant on a slide, or never finite; return None if they vary."""
+    finite = _drop_nonfinite(values)
     if not finite.size:
         return f"is not finite at any of the {len(values)} {unit}"
-    if not _one_value(finite.min(), finite.max()):
+    if not _nearly_equal(finite.min(), finite.max()):
         return None
     where = f"all {finite.size} {unit}" if finite.size > 1 else f"its one {unit.removesuffix('s')}"
-    return f"does not vary on this slide, it is {finite.mean():.3g} on {where}"
+    return f"is constant on this slide: {finite.mean():.3g} on {where}"
 
 
-def remarks(adata: ad.AnnData, gene: str) -> list[str]:
-    """Say in a sentence each what a map of a gene does not show by itself."""
-    values, unit, said = _values(adata, gene), spot_or_tile(adata), []
-    finite = _finite(values)
-    if flat := describe_constant(values, unit):
-        said.append(f"The prediction of {short_name(gene)} {flat}.")
+def list_remarks(adata: ad.AnnData, gene: str) -> list[str]:
+    """Return sentences on a gene's prediction that a reader of its map needs."""
+    values, unit, sentences = _get_values(adata, gene), spot_or_tile(adata), []
+    finite = _drop_nonfinite(values)
+    name = short_name(gene)
+    if constant := describe_constant(values, unit):
+        sentences.append(f"The prediction of {name} {constant}.")
     elif len(finite) < len(values):
-        said.append(
-            f"The prediction of {short_name(gene)} is not finite on {len(values) - len(finite)} {unit}: uncoloured."
-        )
-    if finite.size and finite.max() < 0 and _of_counts(adata):
-        said.append(
-            f"{short_name(gene)} is predicted below 0 on all {unit}, and no count is: do not read it as expression."
-        )
+        sentences.append(f"The prediction of {name} is not finite on {len(values) - len(finite)} {unit} (uncolored).")
+    if finite.size and finite.max() < 0 and _are_log_counts(adata):
+        sentences.append(f"{name} is predicted below 0 on all {unit}, unlike any count: do not read it as expression.")
     if "peka_lite" in adata.uns:
-        said.append(describe_outside(adata, gene))
-    return said
+        sentences.append(describe_outside(adata, gene))
+    return sentences
 
 
-def _pcc(adata: ad.AnnData) -> pd.Series:
+def _get_pcc(adata: ad.AnnData) -> pd.Series:
     return adata.var["pcc"] if "pcc" in adata.var else pd.Series(np.nan, index=adata.var_names)
 
 
-def _values(adata: ad.AnnData, gene: str) -> np.ndarray:
+def _get_values(adata: ad.AnnData, gene: str) -> np.ndarray:
     return adata[:, [gene]].to_df().to_numpy(dtype=float).ravel()
 
 
-def _of_counts(adata: ad.AnnData) -> bool:
-    """Tell whether predictions are log counts, which end at 0."""
+def _are_log_counts(adata: ad.AnnData) -> bool:
+    """Return whether predictions are log counts, which are never below 0."""
     return adata.uns.get("peka_lite", {}).get("model", {}).get("normalization") in UNITS
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _drop_nonfinite(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     return values[np.isfinite(values)]
 
 
-def _one_value(low: float, high: float) -> bool:
-    """Tell whether two ends are one number up to the rounding of float32."""
+def _nearly_equal(low: float, high: float) -> bool:
+    """Return whether two limits are equal up to float32 rounding."""
     return high - low <= 1e-5 * max(abs(low), abs(high), 1e-4)
 
 
-def _spread(values: np.ndarray, cut: float) -> float:
-    finite = _finite(values)
+def _compute_spread(values: np.ndarray, cut: float) -> float:
+    finite = _drop_nonfinite(values)
     if not finite.size:
         return 0.0
-    # Between values that are there: of few tiles, too, one alone that is high makes no spread.
+    # No interpolation: a single high tile among few is not variation.
     low, high = (np.percentile(finite, at, method=to) for at, to in ((cut, "higher"), (100 - cut, "lower")))
-    return 0.0 if _one_value(low, high) else high - low
+    return 0.0 if _nearly_equal(low, high) else high - low
 
 
-def _what_it_is(adata: ad.AnnData) -> str:
-    """Say below a map whose prediction it is, what has none, and what it is not for."""
-    told = adata.uns.get("peka_lite", {})
-    model, words = told.get("model", {}), []
+def _describe_model(adata: ad.AnnData) -> str:
+    """Return the last line of a map's caption: model, tile size and disclaimer."""
+    info = adata.uns.get("peka_lite", {})
+    model, sentences = info.get("model", {}), []
     if model:
-        drawn = ", which is synthetic: it has seen drawn tissue only" if model.get("synthetic") else ""
-        words.append(f"Model “{model.get('folder', '')}” learned on {model['cohort']}{drawn}.")
-    if "min_tissue" in told:
-        um = told["tile_px"] * told["tile_mpp"]
-        words.append(f"A square is {um:g} µm wide; less than {told['min_tissue']:.0%} tissue has none.")
-    return " ".join([*words, "Not for diagnosis."])
+        synthetic = ", which is synthetic (drawn tissue only)" if model.get("synthetic") else ""
+        sentences.append(f"Model “{model.get('folder', '')}” was trained on {model['cohort']}{synthetic}.")
+    if "min_tissue" in info:
+        um = info["tile_px"] * info["tile_mpp"]
+        sentences.append(f"Squares are {um:g} µm wide; tiles with less than {info['min_tissue']:.0%} tissue have none.")
+    return " ".join([*sentences, "Not for diagnosis."])
 
 
 def save_predicted_map(
     predictions: str | os.PathLike, out: str | os.PathLike, *, gene: str | None = None
 ) -> tuple[str, list[str]]:
-    """Draw `predicted_map` of a file of predictions into a picture; its suffix names the kind (png, svg, pdf, ...).
+    """Save `predicted_map` of a predictions file as an image; the suffix gives the format (png, svg, pdf, ...).
 
-    Returns the gene drawn and what is to be said of it (`remarks`). A picture that is there is replaced where this
-    drew it and nobody changed it since; anything else is a FileExistsError.
+    Return the gene and its remarks (`list_remarks`). An existing image is overwritten only if this function wrote it
+    and it has not changed since; otherwise FileExistsError is raised.
     """
     predictions, out = Path(predictions), Path(out)
     if (kind := out.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:
         raise ValueError(f"{out}: give a name that ends in .png, .svg or .pdf")
     if not predictions.is_file() or predictions.suffix != ".h5ad":
-        raise FileNotFoundError(f"{predictions}: no file of predictions; `peka-lite predict` writes one (.h5ad)")
+        raise FileNotFoundError(f"{predictions}: not a predictions file; `peka-lite predict` writes one (.h5ad)")
     check_file(out, "peka-lite map", inputs=[predictions])
     adata = read_anndata(predictions, uns=("spatial", "peka_lite"))
-    gene = default_gene(adata) if gene is None and adata.n_vars else gene
+    gene = choose_gene(adata) if gene is None and adata.n_vars else gene
     try:
         figure = predicted_map(adata, gene)
     except ValueError as error:
@@ -325,13 +321,13 @@ def save_predicted_map(
             write_file(partial, figure_bytes(figure, kind=kind, dpi=150), of=out)
     finally:
         plt.close(figure)
-    return gene, remarks(adata, gene)
+    return gene, list_remarks(adata, gene)
 
 
 def draw_spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=None, shape="circle") -> None:
-    """One panel: the slide's image cut to its tissue, and spots colored by values where there are any."""
+    """Draw a panel: the slide's image cropped to its tissue, and spots colored by `values` unless they are None."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # squidpy's import warns of its own dependencies
+        warnings.simplefilter("ignore")  # from squidpy's dependencies
         import squidpy as sq
 
     image, scale, diameter, (x0, y0, x1, y1) = tissue_window(adata)
@@ -342,7 +338,7 @@ def draw_spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=Non
         return
     coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     view = ad.AnnData(obs=pd.DataFrame({"value": values}, index=adata.obs_names), obsm={"spatial": coords})
-    # HEST names the scale factor of its image in its own way; squidpy derives the name from the image's.
+    # squidpy derives the scale factor's name from the image's name; HEST's differs.
     factors = {"spot_diameter_fullres": diameter, f"tissue_{IMAGE_KEY}_scalef": scale}
     name, crop = next(iter(adata.uns["spatial"])), np.array([x0, y0, x1, y1]) / scale
     view.uns["spatial"] = {name: {"images": {IMAGE_KEY: image}, "scalefactors": factors}}
@@ -353,9 +349,9 @@ def draw_spots(ax, adata, values, *, title, cmap="viridis", norm=None, label=Non
             cmap=cmap, norm=norm, img_alpha=0.55, size=1.0, shape=shape, colorbar=False, frameon=False,
         )  # fmt: skip
     for artist in (*ax.images, *ax.collections):
-        artist.set_rasterized(True)  # hundreds of circles as paths would make a vector figure large
-    beyond = (values < norm.vmin).any(), (values > norm.vmax).any()
-    extend = {(True, False): "min", (False, True): "max", (True, True): "both"}.get(beyond, "neither")
+        artist.set_rasterized(True)  # hundreds of vector circles make a large file
+    clipped = (values < norm.vmin).any(), (values > norm.vmax).any()
+    extend = {(True, False): "min", (False, True): "max", (True, True): "both"}.get(clipped, "neither")
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, shrink=0.75, extend=extend)
     bar.set_label(label)
     ax.set(xlabel="", ylabel="")

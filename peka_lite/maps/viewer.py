@@ -1,4 +1,4 @@
-"""One slide to explore in a browser: its H&E image, its spots, and what was predicted there."""
+"""Create an interactive HTML viewer of a slide: H&E image, spots, measured and predicted expression."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ PAGE = """<!doctype html>
 
 @dataclass(frozen=True)
 class SlideViewer:
-    """An interactive slide, whole in one piece of HTML: shows itself in Jupyter, on Colab and in the book.
+    """Self-contained HTML of an interactive slide; displays itself in Jupyter, on Colab and in the book.
 
     Attributes
     ----------
     title
-        What it shows.
+        Heading.
     html
-        Style, picture, data and script; needs no network and no library.
+        Style, image, data and script; needs no network and no library.
     """
 
     title: str
@@ -60,9 +60,9 @@ class SlideViewer:
         return self.html
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the viewer as a page of its own, which opens from the disk.
+        """Write the viewer as an HTML page that opens without a server.
 
-        A file that is there is replaced where this wrote it and nobody changed it since, else it is a FileExistsError.
+        An existing file is overwritten only if this method wrote it and it has not changed since, else FileExistsError.
         """
         path = Path(path)
         with write_output(path, "SlideViewer.save") as partial:
@@ -79,7 +79,7 @@ def slide_viewer(
     n_neighbors: int = 18,
     title: str | None = None,
 ) -> SlideViewer:
-    """Make a page on which a reader chooses a gene and sees it on the slide, measured and predicted.
+    """Create a viewer that shows measured and predicted expression of a selected gene on the slide.
 
     Parameters
     ----------
@@ -88,11 +88,11 @@ def slide_viewer(
     measured, predicted
         (N, G) normalized expression at the slide's spots.
     genes
-        The G names. They are offered in the order of their PCC on this slide.
+        The G names, listed in the order of their PCC on this slide.
     n_neighbors
-        Of `local_pcc`, which is drawn for each gene.
+        For `local_pcc`, which is drawn for each gene.
     title
-        Heading; by default how many genes and spots there are.
+        Heading. Default: the numbers of genes and spots.
 
     Returns
     -------
@@ -101,13 +101,13 @@ def slide_viewer(
     Raises
     ------
     ValueError
-        If shapes, genes and spots do not agree, or a value is not finite.
+        If shapes, genes and spots do not match, or a value is not finite.
 
     Notes
     -----
-    The page holds expression in 256 steps from a gene's least to its greatest value, measured and predicted on the
-    same steps, and correlations in steps of 1/127. Colors span the 1st to the 99th percentile, as in `expression_map`,
-    and a gene whose prediction does not vary is said to.
+    Expression is stored in 256 steps from a gene's minimum to its maximum, the same for measured and predicted, and
+    correlations in steps of 1/127. Colors span the 1st to the 99th percentile, as in `expression_map`. A constant
+    prediction is reported.
 
     Examples
     --------
@@ -124,7 +124,7 @@ def slide_viewer(
     SlideViewer(title='2 genes at 30 spots')
     """
     Y, P, names = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float), [str(g) for g in genes]
-    _check(adata, Y, P, names, n_neighbors)
+    _check_input(adata, Y, P, names, n_neighbors)
     pcc = pearson(Y, P)  # (G,)
     order = np.argsort(-np.nan_to_num(pcc, nan=-2), kind="stable")
     image, scale, diameter, (x0, y0, x1, y1) = tissue_window(adata)
@@ -134,11 +134,11 @@ def slide_viewer(
         "genes": [names[g] for g in order],
         "pcc": [None if np.isnan(v) else float(v) for v in pcc[order]],
         "spots": adata.obs_names.astype(str).tolist(),
-        "xy": _base64(((xy * scale - (x0, y0)) / picture.size).astype("<f4")),
-        "radius": diameter * scale / picture.width / 2,  # a share of the picture's width
+        "xy": _encode_base64(((xy * scale - (x0, y0)) / picture.size).astype("<f4")),
+        "radius": diameter * scale / picture.width / 2,  # relative to the picture's width
         "near": n_neighbors,
-        **_layers(xy, Y[:, order], P[:, order], n_neighbors),
-        **{name: _base64(255 * colormaps[name](np.arange(256))[:, :3] + 0.5) for name in ("viridis", "RdBu_r")},
+        **_encode_layers(xy, Y[:, order], P[:, order], n_neighbors),
+        **{name: _encode_base64(255 * colormaps[name](np.arange(256))[:, :3] + 0.5) for name in ("viridis", "RdBu_r")},
     }
     picture.thumbnail((IMAGE_PX, IMAGE_PX))
     picture.save(jpeg := io.BytesIO(), format="JPEG", quality=JPEG_QUALITY, optimize=True)
@@ -148,26 +148,26 @@ def slide_viewer(
         "image": f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}",
         "width": str(picture.width),
         "height": str(picture.height),
-        "data": json.dumps(data).replace("<", "\\u003c"),  # no gene's name may end the script
+        "data": json.dumps(data).replace("<", "\\u003c"),  # a gene name must not end the script
     }
     parts["id"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     template = resources.files("peka_lite.maps").joinpath("viewer.html").read_text(encoding="utf-8")
-    return SlideViewer(title, re.sub(r"\{\{(\w+)\}\}", lambda part: parts[part[1]], template))
+    return SlideViewer(title, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))
 
 
-def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> dict:
-    """Return what the spots are colored by, and what turns its bytes back into numbers."""
+def _encode_layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> dict:
+    """Return the encoded values that color the spots, and the parameters that decode them."""
     both = np.concatenate([Y, P])  # (2N, G)
     low, step = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-9) / 255
-    # `local_pcc` gene by gene, all in one call: (k + 1, N * G) columns.
+    # `local_pcc` of each gene, in one call with (k + 1, N * G) values.
     near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(xy).kneighbors(xy, return_distance=False).T  # (k + 1, N)
     local = pearson(Y[near].reshape(n_neighbors + 1, -1), P[near].reshape(n_neighbors + 1, -1)).reshape(Y.shape)
     over = local_pcc(xy, Y, P, over="genes") if Y.shape[1] >= 3 else np.empty(0)
     return {
-        "measured": _base64(np.rint((Y - low) / step).T),  # (G, N)
-        "predicted": _base64(np.rint((P - low) / step).T),
-        "local": _base64(_pcc_codes(local.T)),
-        "over": _base64(_pcc_codes(over)),
+        "measured": _encode_base64(np.rint((Y - low) / step).T),  # (G, N)
+        "predicted": _encode_base64(np.rint((P - low) / step).T),
+        "local": _encode_base64(_encode_pcc(local.T)),
+        "over": _encode_base64(_encode_pcc(over)),
         "low": low.tolist(),
         "step": step.tolist(),
         "scale": [color_limits(values) for values in both.T],
@@ -176,27 +176,27 @@ def _layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: int) -> d
     }
 
 
-def _pcc_codes(pcc: np.ndarray) -> np.ndarray:
-    """Return correlations from -1 to 1 as 0 to 254, NaN as 255."""
+def _encode_pcc(pcc: np.ndarray) -> np.ndarray:
+    """Encode correlations from -1 to 1 as 0 to 254, NaN as 255."""
     return np.where(np.isnan(pcc), 255, np.rint(127 * (pcc + 1)))
 
 
-def _base64(array: np.ndarray) -> str:
+def _encode_base64(array: np.ndarray) -> str:
     array = array if array.dtype == "<f4" else array.astype(np.uint8)
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _check(adata: ad.AnnData, Y: np.ndarray, P: np.ndarray, names: list[str], n_neighbors: int) -> None:
-    wanted = (adata.n_obs, len(names))
-    if not names or Y.shape != wanted or P.shape != wanted:
-        raise ValueError(f"(spots, genes) disagree: measured {Y.shape}, predicted {P.shape}, adata and genes {wanted}")
+def _check_input(adata: ad.AnnData, Y: np.ndarray, P: np.ndarray, names: list[str], n_neighbors: int) -> None:
+    shape = (adata.n_obs, len(names))
+    if not names or Y.shape != shape or P.shape != shape:
+        raise ValueError(f"shapes do not match: measured {Y.shape}, predicted {P.shape}, adata and genes {shape}")
     if not 3 <= n_neighbors < len(Y):
         raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"genes: {', '.join(twice)} given more than once")
-    for what, A in (("measured", Y), ("predicted", P)):
-        if holes := [name for name, whole in zip(names, np.isfinite(A).all(0), strict=True) if not whole]:
-            raise ValueError(f"{what}: {', '.join(holes[:5])} not finite at every spot; leave out such genes or spots")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"genes: {', '.join(repeated)} given more than once")
+    for kind, A in (("measured", Y), ("predicted", P)):
+        if bad := [name for name, finite in zip(names, np.isfinite(A).all(0), strict=True) if not finite]:
+            raise ValueError(f"{kind}: {', '.join(bad[:5])} not finite at every spot; leave out such genes or spots")
     images = next(iter(adata.uns.get("spatial", {}).values()), {}).get("images", {})
     if IMAGE_KEY not in images or "spatial" not in adata.obsm:
         raise ValueError(f"adata: obsm['spatial'] and an image {IMAGE_KEY!r} in uns['spatial'] are needed")

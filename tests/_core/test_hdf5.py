@@ -558,11 +558,11 @@ def test_malformed_folders_of_text_are_refused(check_refused, tmp_path):
                  "coordinate integer symmetric"):  # fmt: skip
         outs = write_outs(tmp_path / kind.replace(" ", "_"), sample(0.5))
         path = write_mtx(outs, f"%%MatrixMarket matrix {kind}\n8 25 1\n1 1 1\n")
-        jobs[kind] = "counts", outs, path, "is no matrix of counts"
+        jobs[kind] = "counts", outs, path, "is not a matrix of counts"
     outs = write_outs(tmp_path / "bomb", sample(0.5))
     pack = gzip.compress((HEAD + "8 25 1\n").encode(), mtime=0)
     pack += b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + zlib_raw(2**33)
-    jobs["bomb"] = "counts", outs, write_mtx(outs, "", matrix=pack), "unpacks to more bytes"
+    jobs["bomb"] = "counts", outs, write_mtx(outs, "", matrix=pack), "decompresses to more bytes"
     check_refused(jobs)
     outs = write_outs(tmp_path / "good", sample(0.5))
     write_mtx(outs, HEAD + "8 25 2\n1 1 3\n8 25 4\n")

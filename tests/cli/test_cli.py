@@ -176,7 +176,7 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
     for bad, words in (
         ("map @genes.h5ad --gene NOPE --out @m.png", "gene 'NOPE' is not predicted; there are"),
         ("map @genes.h5ad --out @m.doc", "give a name that ends in .png, .svg or .pdf"),
-        ("map @scan.tif --out @m.png", "no file of predictions"),
+        ("map @scan.tif --out @m.png", "not a predictions file"),
         ("add @nowhere --image @scan.tif --cohort @own --id C", "no such file or folder; give an .h5ad file"),
         ("add @A.h5ad --image @scan.tif --cohort @own --id A", "A.h5 is there already"),
     ):

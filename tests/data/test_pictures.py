@@ -1,4 +1,4 @@
-"""Whatever the container, layout, channels or bits: the right pixels, or a refusal that says what was seen."""
+"""Any container, layout, channels and bit depth: pixels are read correctly, or an error describes the file."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ from PIL import Image
 from skimage.color import rgb2gray
 
 import peka_lite as pk
-from peka_lite.data.tissue import check_stain, tissue_tiles
-from peka_lite.data.wsi import SlideError, open_slide
+from peka_lite.data import SlideError, open_slide, tissue_tiles
+from peka_lite.data.tissue import check_stain
 
 TILED = {"tile": (128, 128), "compression": "zlib", "metadata": None}
 WIDTH, HEIGHT = 340, 260
@@ -18,7 +18,7 @@ NAMES = ("DAPI", "CD3", "CK")
 
 
 def stained(width=WIDTH, height=HEIGHT):
-    """Tissue in H&E's colors on glass, no two places alike."""
+    """Return an image of tissue in H&E's colors on glass, without repeated pixels."""
     y, x = np.mgrid[:height, :width] / (height, width)[0]
     image = np.stack([230 - 60 * x, 90 + 50 * y, 180 + 20 * (x - y)], axis=-1)
     image[:30], image[:, -40:] = (243, 241, 244), (243, 241, 244)
@@ -33,10 +33,10 @@ def with_alpha(alpha, image=HE):
 
 
 def write(path, *pages, **options):
-    """Write one page for each (image, options)."""
+    """Write one page for each (image, page options); `options` apply to all."""
     with tifffile.TiffWriter(path, ome=path.name.endswith(".ome.tif")) as file:
-        for image, own in pages:
-            file.write(image, **{"photometric": "rgb", **TILED, **options, **own})
+        for image, page in pages:
+            file.write(image, **{"photometric": "rgb", **TILED, **options, **page})
     return path
 
 
@@ -98,7 +98,7 @@ def test_colors_are_read_from_any_layout(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["unassociated", "associated", "16 bits", "png"])
-def test_what_alpha_lets_through_is_white(tmp_path, kind):
+def test_alpha_is_blended_with_white(tmp_path, kind):
     alpha = np.tile(np.linspace(0, 255, WIDTH).round(), (HEIGHT, 1))
     expected = HE * (alpha / 255)[..., None] + (255 - alpha)[..., None]
     path = tmp_path / ("a.png" if kind == "png" else "a.tif")
@@ -115,14 +115,14 @@ def test_what_alpha_lets_through_is_white(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp"])
-def test_alpha_that_is_0_throughout_is_ignored_in_plain_images_too(tmp_path, name):
+def test_alpha_of_zeros_is_ignored_in_plain_images(tmp_path, name):
     Image.fromarray(with_alpha(0)).save(
         tmp_path / name, **({"lossless": True, "exact": True} if "webp" in name else {})
     )
     assert np.array_equal(read(tmp_path / name), HE)
 
 
-def test_a_palette_and_a_transparent_color_are_looked_up(tmp_path):
+def test_palette_and_transparent_color_are_applied(tmp_path):
     image = Image.fromarray(HE).quantize(32)
     for name in ("a.png", "a.tif"):
         image.save(tmp_path / name)
@@ -153,25 +153,24 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_full_scale_is_read_wherever_it_stands(tmp_path, order):
+def test_full_scale_page_is_read_in_any_order(tmp_path, order):
     path = write(tmp_path / "a.tif", *ORDERS[order])
     assert np.array_equal(read(path), HE)
-    with open_slide(path, mpp=0.5) as slide:  # a label that poses as a level is none
-        around = slide.read_tile(0, 0)
-        assert np.array_equal(around, HE[:224, :224])
-        assert slide._level(8, 8) == 0
+    with open_slide(path, mpp=0.5) as slide:  # a label is not taken for a level
+        assert np.array_equal(slide.read_tile(0, 0), HE[:224, :224])
+        assert slide._choose_level(8, 8) == 0
 
 
 @pytest.mark.parametrize("stored", [{}, {"metadata": None}, {"tile": None, "compression": None}], ids=str)
 @pytest.mark.parametrize("orientation", [1, 3])
-def test_the_full_scale_in_a_subifd_of_a_thumbnail_is_read(tmp_path, stored, orientation):
-    own = {**stored, "extratags": [(274, 3, 1, orientation, True)]}
+def test_full_scale_in_subifd_is_read(tmp_path, stored, orientation):
+    options = {**stored, "extratags": [(274, 3, 1, orientation, True)]}
     shown = HE[::-1, ::-1] if orientation == 3 else HE
-    path = write(tmp_path / "a.tif", (SMALL[0], {"subifds": 1, **stored}), (HE, own))
+    path = write(tmp_path / "a.tif", (SMALL[0], {"subifds": 1, **stored}), (HE, options))
     assert np.array_equal(read(path), shown)
 
 
-def test_the_resolution_is_that_of_the_page_that_is_read(tmp_path):
+def test_resolution_is_that_of_the_full_scale_page(tmp_path):
     options = {"resolutionunit": "CENTIMETER"}
     path = write(
         tmp_path / "a.tif", (SMALL[0], {"resolution": (5000, 5000)}), (HE, {"resolution": (20000, 20000)}), **options
@@ -180,7 +179,7 @@ def test_the_resolution_is_that_of_the_page_that_is_read(tmp_path):
         assert slide.mpp == (0.5, 0.5)
 
 
-def test_the_full_scale_of_an_ome_pyramid_behind_a_thumbnail_is_read(tmp_path):
+def test_full_scale_of_ome_pyramid_after_thumbnail_is_read(tmp_path):
     ome = {"metadata": {"axes": "YXS"}}
     path = write(
         tmp_path / "a.ome.tif", (SMALL[0], ome), (HE, {"subifds": 1, **ome}), (HE[::2, ::2], {"subfiletype": 1})
@@ -196,7 +195,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("kind", ["tiles", "strips", "16", "png"])
-def test_an_orientation_tag_turns_the_image(tmp_path, orientation, kind):
+def test_orientation_tag_is_applied(tmp_path, orientation, kind):
     path = tmp_path / ("a.png" if kind == "png" else "a.tif")
     if kind == "png":
         exif = Image.Exif()
@@ -210,7 +209,7 @@ def test_an_orientation_tag_turns_the_image(tmp_path, orientation, kind):
         assert np.array_equal(slide.thumbnail()[0], UPRIGHT[orientation](HE))
 
 
-def test_rows_that_become_columns_take_their_resolution_along(tmp_path):
+def test_rotation_swaps_the_resolutions(tmp_path):
     resolution = {"resolution": (20000, 19000), "resolutionunit": "CENTIMETER"}
     for kind in ({}, {"tile": None}):
         path = write(tmp_path / "a.tif", (HE, {"extratags": [(274, 3, 1, 6, True)], **resolution, **kind}))
@@ -221,33 +220,33 @@ def test_rows_that_become_columns_take_their_resolution_along(tmp_path):
 GRAY = np.rint(255 * rgb2gray(HE)).astype(np.uint8)
 OME = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
 REFUSED = {
-    "gray.tif": ((GRAY, {"photometric": "minisblack"}), r"not in colors \(axes YX, 260 x 340, uint8, MINISBLACK\)"),
+    "gray.tif": ((GRAY, {"photometric": "minisblack"}), r"not a color image \(axes YX, 260 x 340, uint8, MINISBLACK\)"),
     "gray-strips.tif": ((GRAY, {"photometric": "minisblack", "tile": None}), "of mode L, not 8-bit colors"),
     "bilevel.tif": ((GRAY > 128, {"photometric": "minisblack", "tile": None, "compression": None}), "of mode 1, not"),
-    "five.ome.tif": ((np.stack([GRAY] * 5), OME), "not in colors .*axes CYX, 5 x 260 x 340"),
-    "two.ome.tif": ((np.stack([GRAY] * 2), OME), "not in colors .*axes CYX, 2 x"),
-    "stack.ome.tif": ((np.stack([GRAY] * 3), OME | {"metadata": {"axes": "ZYX"}}), "not in colors .*axes ZYX"),
+    "five.ome.tif": ((np.stack([GRAY] * 5), OME), "not a color image .*axes CYX, 5 x 260 x 340"),
+    "two.ome.tif": ((np.stack([GRAY] * 2), OME), "not a color image .*axes CYX, 2 x"),
+    "stack.ome.tif": ((np.stack([GRAY] * 3), OME | {"metadata": {"axes": "ZYX"}}), "not a color image .*axes ZYX"),
     "named.ome.tif": (
         (np.stack([GRAY] * 3), OME | {"metadata": {"axes": "CYX", "Channel": {"Name": NAMES}}}),
-        "not in colors .*channels DAPI, CD3, CK",
+        "not a color image .*channels DAPI, CD3, CK",
     ),
     "dyes.ome.tif": (
         (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"Fluor": ["DAPI", "FITC", "Cy5"]}}}),
-        "not in colors .*channels DAPI, FITC, Cy5",
+        "not a color image .*channels DAPI, FITC, Cy5",
     ),
     "light.ome.tif": (
         (planes(), OME | {"metadata": {"axes": "CYX", "Channel": {"EmissionWavelength": [460, 520, 670]}}}),
-        "not in colors .*channels at 460 nm, at 520 nm",
+        "not a color image .*channels at 460 nm, at 520 nm",
     ),
     "white-is-0.tif": ((planes(255 - HE), {"photometric": "miniswhite", "planarconfig": "separate"}), "MINISWHITE"),
-    "signed.tif": ((HE.astype(np.int16), {}), "values are int16 from .* nothing says what is white"),
+    "signed.tif": ((HE.astype(np.int16), {}), "values are int16 from .* the value of white is unknown"),
     "nan.tif": ((np.where(HE > 240, np.nan, HE).astype(np.float32), {}), "values are float32 from nan"),
     "long.tif": ((HE.astype(np.uint32), {}), "values are uint32"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_in_rgb_is_refused_with_what_was_seen(tmp_path, name):
+def test_other_than_rgb_raises_with_a_description(tmp_path, name):
     page, words = REFUSED[name]
     path = write(tmp_path / name, page)
     with pytest.raises(SlideError, match=rf"{name}: .*{words}.*\. Give the H&E image at full scale in RGB"):
@@ -255,36 +254,36 @@ def test_what_is_not_in_rgb_is_refused_with_what_was_seen(tmp_path, name):
 
 
 @pytest.mark.parametrize("pages", [[FULL] * 3, [(np.stack([HE] * 3), {})]])
-def test_a_stack_of_images_is_refused(tmp_path, pages):
+def test_stack_of_images_raises(tmp_path, pages):
     path = write(tmp_path / "a.tif", *pages)
     with pytest.raises(SlideError, match=r"a\.tif: it holds more than one picture of 340 x 260 px.*IYXS.*the one H&E"):
         open_slide(path, mpp=0.5)
 
 
-@pytest.mark.parametrize(("labels", "read_as_it_is"), [(["Red", "Green", "Blue"], True), (list(NAMES), False)])
-def test_imagejs_labels_tell_colors_from_dyes(tmp_path, labels, read_as_it_is):
+@pytest.mark.parametrize(("labels", "is_read"), [(["Red", "Green", "Blue"], True), (list(NAMES), False)])
+def test_imagej_labels_distinguish_colors_from_dyes(tmp_path, labels, is_read):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, planes(), imagej=True, metadata={"axes": "CYX", "Labels": labels})
-    if read_as_it_is:
+    if is_read:
         assert np.array_equal(read(path), HE)
     else:
         with pytest.raises(SlideError, match="channels DAPI, CD3, CK"):
             open_slide(path, mpp=0.5)
 
 
-def test_a_damaged_page_of_16_bits_is_named(tmp_path):
+def test_damaged_16_bit_page_raises(tmp_path):
     path = write(tmp_path / "a.tif", (HE.astype(np.uint16) * 257, {}))
     with tifffile.TiffFile(path) as file:
         start, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
     data = bytearray(path.read_bytes())
     data[start : start + length] = b"\x55" * length
     path.write_bytes(data)
-    with pytest.raises(SlideError, match=r"a\.tif: its full scale cannot be read \(.*Copy it again"):
+    with pytest.raises(SlideError, match=r"a\.tif: its full-scale image cannot be read \(.*Copy it again"):
         open_slide(path, mpp=0.5)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "F"])
-def test_a_plain_image_without_colors_is_refused(tmp_path, mode):
+def test_plain_image_without_colors_raises(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "F" else "a.png")
     gray = Image.fromarray(GRAY)
     image = Image.fromarray(GRAY.astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
@@ -302,7 +301,7 @@ LIGHT = np.zeros_like(SCENE)
 LIGHT[100:600, 100:700, 2] = np.random.default_rng(0).integers(60, 250, (500, 600))
 UNLIKE = {
     "gray": (np.dstack([SCENE.mean(-1).astype(np.uint8)] * 3), "no color"),
-    "fluorescent": (LIGHT, "black ground"),
+    "fluorescent": (LIGHT, "black background"),
     "inverted": (255 - SCENE, "looks inverted"),
 }
 
@@ -319,7 +318,7 @@ def spots():
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_a_picture_unlike_h_and_e_is_refused_before_a_tile_is_written(tmp_path, kind):
+def test_image_unlike_h_and_e_raises_before_any_write(tmp_path, kind):
     image, words = UNLIKE[kind]
     path = write(tmp_path / "a.tif", (image, {}))
     with pytest.raises(SlideError, match=rf"a\.tif: .*({words})"):
@@ -329,7 +328,7 @@ def test_a_picture_unlike_h_and_e_is_refused_before_a_tile_is_written(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["a.tif"]
 
 
-def test_a_turned_image_is_predicted_but_its_spots_are_not_guessed(tmp_path):
+def test_orientation_tag_is_applied_to_tiles_but_raises_for_spots(tmp_path):
     path = write(tmp_path / "a.tif", (SCENE, {"extratags": [(274, 3, 1, 3, True)]}))
     with pytest.raises(SlideError, match=r"a\.tif: its Orientation tag, 3, .*without the tag"):
         pk.data.add_slide(tmp_path / "cohort", "S", spots(), path, mpp=0.5)
@@ -338,7 +337,7 @@ def test_a_turned_image_is_predicted_but_its_spots_are_not_guessed(tmp_path):
         assert np.array_equal(tissue_tiles(slide).picture, SCENE[::-1, ::-1])
 
 
-def test_planes_of_an_ome_tiff_are_added_as_the_image_is(tmp_path):
+def test_ome_tiff_planes_give_the_same_tiles_as_rgb(tmp_path):
     plain = write(tmp_path / "a.tif", (SCENE, {}))
     split = write(tmp_path / "a.ome.tif", (planes(SCENE), OME))
     one, two = (pk.data.add_slide(tmp_path / "c", i, spots(), p, mpp=0.5) for i, p in (("A", plain), ("B", split)))
@@ -347,7 +346,7 @@ def test_planes_of_an_ome_tiff_are_added_as_the_image_is(tmp_path):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
-def test_real_tissue_passes_also_when_faint_or_mostly_glass(her2st, share):
+def test_real_tissue_passes_when_faint_or_mostly_glass(her2st, share):
     for path in sorted((her2st / "patches").glob("*.h5")):
         tiles = pk.data.read_slide(her2st, path.stem).tiles[:6]
         faint = 255 - (share * (255 - tiles[:, ::8, ::8].astype(float)))
@@ -359,6 +358,6 @@ def test_real_tissue_passes_also_when_faint_or_mostly_glass(her2st, share):
             check_stain(SLIDE, np.repeat(pixels[:, :1], 3, axis=1))
 
 
-def test_the_embedded_cohorts_tissue_passes(mini_cohort):
+def test_tissue_of_embedded_cohort_passes(mini_cohort):
     for slide in mini_cohort.slides:
         check_stain(SLIDE, slide.tiles[:10].reshape(-1, 3))

@@ -1,21 +1,21 @@
-"""Tissue: told from glass, borders and ink, and shared out over the tiles of the grid."""
+"""Tissue is segmented from glass, borders and ink, and its share of each grid tile is computed."""
 
 import numpy as np
 import pytest
 import tifffile
 from skimage.filters import threshold_otsu
 
-from peka_lite.data.tissue import find_tissue, tissue_share, tissue_tiles
-from peka_lite.data.wsi import SlideError, open_slide
+from peka_lite.data import SlideError, find_tissue, open_slide, tissue_tiles
+from peka_lite.data.tissue import tissue_share
 
 GLASS, EOSIN, NUCLEI, PALE = (243, 241, 244), (222, 160, 195), (120, 80, 150), (236, 212, 226)
 UM = 8.0
 
 
-def scene(*, size=(300, 400), seed=0, noise=2.0, ground=GLASS, parts=()):
+def scene(*, size=(300, 400), seed=0, noise=2.0, background=GLASS, parts=()):
     """Paint rectangles ((y0, y1, x0, x1), color) on glass, with a scanner's noise."""
     image = np.empty((*size, 3))
-    image[:] = ground
+    image[:] = background
     for (y0, y1, x0, x1), color in parts:
         image[y0:y1, x0:x1] = color
     noisy = image + np.random.default_rng(seed).normal(0, noise, image.shape)
@@ -44,47 +44,47 @@ TISSUE = (80, 220, 100, 300)
 
 @pytest.mark.parametrize("um_per_px", [2.0, 8.0, 25.0])
 @pytest.mark.parametrize("color", [EOSIN, NUCLEI, PALE])
-def test_tissue_is_found_on_glass(color, um_per_px):
-    found = find_tissue(scene(parts=[(TISSUE, color)]), um_per_px=um_per_px)
-    assert found.dtype == bool
-    assert overlap(found, truth(TISSUE)) > 0.97
+def test_tissue_is_segmented_on_glass(color, um_per_px):
+    mask = find_tissue(scene(parts=[(TISSUE, color)]), um_per_px=um_per_px)
+    assert mask.dtype == bool
+    assert overlap(mask, truth(TISSUE)) > 0.97
 
 
-@pytest.mark.parametrize("ground", [(255, 255, 255), GLASS, (246, 243, 228), (225, 225, 225), (0, 0, 0)])
-def test_a_slide_without_tissue_has_none(ground):
-    assert not find_tissue(scene(ground=ground), um_per_px=UM).any()
-    assert not find_tissue(scene(ground=ground, noise=0), um_per_px=UM).any()
+@pytest.mark.parametrize("background", [(255, 255, 255), GLASS, (246, 243, 228), (225, 225, 225), (0, 0, 0)])
+def test_blank_slide_has_no_tissue(background):
+    assert not find_tissue(scene(background=background), um_per_px=UM).any()
+    assert not find_tissue(scene(background=background, noise=0), um_per_px=UM).any()
 
 
 @pytest.mark.parametrize("color", [(3, 2, 4), (20, 60, 190), (30, 140, 60), (40, 40, 44)])
-def test_borders_and_ink_are_left_out(color):
+def test_borders_and_ink_are_excluded(color):
     image = scene(parts=[(TISSUE, EOSIN), ((0, 300, 0, 40), color), ((20, 60, 100, 350), color)])
-    found = overlap(find_tissue(image, um_per_px=UM), truth(TISSUE))
-    assert found > 0.97
-    assert found >= overlap(otsu(image), truth(TISSUE))
+    iou = overlap(find_tissue(image, um_per_px=UM), truth(TISSUE))
+    assert iou > 0.97
+    assert iou >= overlap(otsu(image), truth(TISSUE))
 
 
-def test_a_slide_that_is_nearly_all_tissue_is_kept():
+def test_slide_with_little_or_no_glass_is_segmented():
     boxes = [(0, 300, 0, 390)]
     image = scene(parts=[(boxes[0], EOSIN), ((100, 200, 100, 250), NUCLEI)])
     assert overlap(find_tissue(image, um_per_px=UM), truth(*boxes)) > 0.97
-    assert overlap(otsu(image), truth(*boxes)) < 0.3  # what is found there is nuclei
-    assert find_tissue(scene(ground=EOSIN), um_per_px=UM).all()
+    assert overlap(otsu(image), truth(*boxes)) < 0.3  # Otsu segments only the nuclei
+    assert find_tissue(scene(background=EOSIN), um_per_px=UM).all()
 
 
-def test_specks_go_and_holes_close():
+def test_specks_are_removed_and_holes_filled():
     speck, hole, lumen = (10, 16, 10, 16), (120, 130, 150, 160), (100, 200, 200, 290)  # 48, 80 and 720 um
     image = scene(parts=[(TISSUE, EOSIN), (speck, EOSIN), (hole, GLASS), (lumen, GLASS)])
-    found = find_tissue(image, um_per_px=UM)
-    assert not found[:30, :30].any()
-    assert found[120:130, 150:160].all()
-    assert not found[110:190, 210:280].any()
+    mask = find_tissue(image, um_per_px=UM)
+    assert not mask[:30, :30].any()
+    assert mask[120:130, 150:160].all()
+    assert not mask[110:190, 210:280].any()
 
 
 @pytest.mark.parametrize("tile", [(4, 3), (2.5, 3.75), (1.25, 0.5), (40, 50)])
-def test_shares_are_exact(tile):
+def test_tissue_shares_are_exact(tile):
     mask = np.random.default_rng(0).random((15, 20)) > 0.5
-    fine = np.kron(mask, np.ones((4, 4)))  # quarters of a pixel, so that every tile is whole
+    fine = np.kron(mask, np.ones((4, 4)))  # quarter pixels, which all tile sizes divide into
     w, h = (int(4 * side) for side in tile)
     rows, cols = -(-60 // h), -(-80 // w)
     whole = np.zeros((rows * h, cols * w))
@@ -95,7 +95,7 @@ def test_shares_are_exact(tile):
 
 @pytest.fixture(scope="session")
 def slide_path(tmp_path_factory):
-    """A slide of 8 x 6 tiles at 0.5 um/px: tissue on tiles (1, 1) to (3, 4), and on a quarter of column 5."""
+    """Write a slide of 8 x 6 tiles at 0.5 um/px: tissue on tiles (1, 1) to (3, 4) and a quarter of column 5."""
     image = scene(size=(6 * 224, 8 * 224), noise=0, parts=[((224, 4 * 224, 224, 5 * 224 + 56), EOSIN)])
     return save(tmp_path_factory.mktemp("tissue") / "slide.tif", image)
 
@@ -108,11 +108,11 @@ def save(path, image):
     return path
 
 
-def test_tiles_with_enough_tissue_are_kept(slide_path):
+def test_tiles_with_enough_tissue_are_selected(slide_path):
     with open_slide(slide_path) as slide:
         half, little = tissue_tiles(slide), tissue_tiles(slide, min_tissue=0.1)
-    places = [(row, col) for row in (1, 2, 3) for col in (1, 2, 3, 4)]
-    assert list(zip(half.obs["array_row"], half.obs["array_col"], strict=True)) == places
+    tiles = [(row, col) for row in (1, 2, 3) for col in (1, 2, 3, 4)]
+    assert list(zip(half.obs["array_row"], half.obs["array_col"], strict=True)) == tiles
     assert half.obs["tissue_share"].to_numpy() == pytest.approx(1, abs=0.02)
     assert list(half.obs.index[:2]) == ["tile_1_1", "tile_1_2"]
     assert half.picture.shape == (1344, 1792, 3)
@@ -124,18 +124,18 @@ def test_tiles_with_enough_tissue_are_kept(slide_path):
     assert len(little.obs) == 15
 
 
-def test_a_slide_without_enough_tissue_is_named(tmp_path, slide_path):
+def test_slide_without_enough_tissue_raises(tmp_path, slide_path):
     blank = save(tmp_path / "blank.tif", scene(noise=0))
     with open_slide(blank) as slide, pytest.raises(SlideError, match=r"blank\.tif: no tissue found .*H&E"):
         tissue_tiles(slide)
     image = scene(size=(448, 448), noise=0, parts=[((112, 336, 112, 336), EOSIN)])  # a quarter of each of four
     little = save(tmp_path / "little.tif", image)
-    message = r"little\.tif: no tile is tissue by 50% or more \(the fullest is by 2.\.\d%\)\. .*--min-tissue"
+    message = r"little\.tif: no tile has 50% tissue or more \(the largest share is 2.\.\d%\)\. .*--min-tissue"
     with open_slide(little) as slide, pytest.raises(SlideError, match=message):
         tissue_tiles(slide)
 
 
-@pytest.mark.parametrize("wrong", [0, -0.1, 1.1, float("nan")])
-def test_a_share_is_a_share(slide_path, wrong):
-    with open_slide(slide_path) as slide, pytest.raises(ValueError, match="min_tissue is a share"):
-        tissue_tiles(slide, min_tissue=wrong)
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_min_tissue_must_be_a_share(slide_path, share):
+    with open_slide(slide_path) as slide, pytest.raises(ValueError, match="min_tissue must be a share"):
+        tissue_tiles(slide, min_tissue=share)

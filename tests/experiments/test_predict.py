@@ -343,7 +343,7 @@ def test_what_cannot_be_done_is_named_and_leaves_nothing(slide_path, tmp_path):
     for slide, kind, message in (
         (tmp_path / "none.svs", FileNotFoundError, r"none\.svs: no such file"),
         (tmp_path / "text.svs", SlideError, r"text\.svs: OpenSlide cannot read it"),
-        (bare, SlideError, r"bare\.tif: it does not say its resolution.*--mpp"),
+        (bare, SlideError, r"bare\.tif: the file has no resolution metadata.*--mpp"),
         (blank, SlideError, r"blank\.tif: no tissue found"),
     ):
         with pytest.raises(kind, match=message):

@@ -1,4 +1,4 @@
-"""Pictures of tissue: local correlation equals a loop by hand, figures hold what they say they do."""
+"""Maps: local correlation equals an explicit loop, and figures show the right values and captions."""
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -7,18 +7,10 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr
 
-from peka_lite.data.hest import read_slide
+from peka_lite.data import read_slide
 from peka_lite.experiments.folder import draw_maps
-from peka_lite.maps.local_pcc import local_pcc, pcc_map
-from peka_lite.maps.tissue import (
-    color_limits,
-    default_gene,
-    expression_map,
-    gene_bars,
-    predicted_map,
-    remarks,
-    save_predicted_map,
-)
+from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map, predicted_map
+from peka_lite.maps.tissue import choose_gene, color_limits, list_remarks, save_predicted_map
 
 
 @pytest.fixture(autouse=True)
@@ -39,65 +31,65 @@ def field(n=40, genes=5, seed=0):
 
 
 def panels(fig):
-    """The figure's maps, without their color bars."""
+    """Return the figure's maps without color bars."""
     return [ax for ax in fig.axes if ax.get_title()]
 
 
-def bars_of(fig):
+def color_bars(fig):
     return [ax for ax in fig.axes if not ax.get_title()]
 
 
 def spots(ax):
-    """The colored spots of a panel."""
+    """Return the colored spots of a panel."""
     (collection,) = [c for c in ax.collections if c.get_array() is not None]
     return collection
 
 
-def painted(ax):
-    """Values of the spots of a panel."""
+def spot_values(ax):
+    """Return the values of a panel's spots."""
     return np.asarray(spots(ax).get_array())
 
 
 @pytest.mark.parametrize("k", [3, 6, 18])
-def test_neighborhood_pcc_equals_a_loop_by_hand(k):
+def test_neighborhood_pcc_equals_explicit_loop(k):
     coords, Y, P = field()
     expected = []
     for center in coords:
-        near = np.argsort(((coords - center) ** 2).sum(1))[: k + 1]  # the spot itself and its k nearest
+        near = np.argsort(((coords - center) ** 2).sum(1))[: k + 1]  # the spot and its k nearest neighbors
         expected.append(np.mean([pearsonr(Y[near, g], P[near, g]).statistic for g in range(Y.shape[1])]))
     np.testing.assert_allclose(local_pcc(coords, Y, P, n_neighbors=k), expected, atol=1e-10)
 
 
-def test_gene_pcc_equals_a_loop_by_hand():
+def test_gene_pcc_equals_explicit_loop():
     coords, Y, P = field()
     y, p = ((A - A.mean(0)) / A.std(0) for A in (Y, P))
     expected = [pearsonr(y[i], p[i]).statistic for i in range(len(Y))]
     np.testing.assert_allclose(local_pcc(coords, Y, P, over="genes"), expected, atol=1e-10)
 
 
-def test_genes_that_do_not_vary_around_a_spot_are_left_out_of_its_mean():
+def test_constant_genes_are_excluded_from_the_mean():
     coords, Y, P = field()
     Y[:, 0] = 1
     np.testing.assert_allclose(local_pcc(coords, Y, P), local_pcc(coords, Y[:, 1:], P[:, 1:]), atol=1e-12)
 
 
-def test_spots_where_nothing_varies_are_nan_and_only_they():
+def test_only_spots_without_variation_are_nan():
     coords, Y, P = field()
     coords[:10] += 100  # an island of ten spots in which no gene varies
     Y[:10] = 1
     assert np.isnan(local_pcc(coords, Y, P, n_neighbors=5)).tolist() == [True] * 10 + [False] * 30
 
 
-def test_a_spot_whose_genes_do_not_vary_is_nan_and_only_it():
+def test_only_a_spot_of_constant_genes_is_nan():
     rng = np.random.default_rng(0)
     half = rng.integers(1, 9, (20, 5)).astype(float)
-    P = np.concatenate([half, np.zeros((1, 5)), -half])  # spot 20 lies at the mean of every gene
+    P = np.concatenate([half, np.zeros((1, 5)), -half])  # spot 20 has the mean of every gene
     pcc = local_pcc(rng.random((41, 2)), rng.random((41, 5)), P, over="genes")
     assert np.flatnonzero(np.isnan(pcc)).tolist() == [20]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
-def test_a_gene_that_is_constant_everywhere_says_nothing_about_a_spot(value):
+def test_value_of_a_constant_gene_does_not_matter(value):
     coords, Y, P = field()
     zero, constant = P.copy(), P.copy()
     zero[:, 2], constant[:, 2] = 0, value
@@ -107,7 +99,7 @@ def test_a_gene_that_is_constant_everywhere_says_nothing_about_a_spot(value):
 
 
 @pytest.mark.parametrize("over", ["neighbors", "genes"])
-def test_a_constant_prediction_has_no_local_pcc(over):
+def test_constant_prediction_has_no_local_pcc(over):
     coords, Y, P = field()
     assert np.isnan(local_pcc(coords, Y, np.full_like(P, 0.1), over=over)).all()
 
@@ -121,23 +113,23 @@ def test_units_of_coordinates_and_expression_do_not_matter(over):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"over": "spots"}, "unknown over='spots'; known: neighbors, genes"),
         ({"n_neighbors": 2}, "n_neighbors must be at least 3 and below the 40 spots, not 2"),
         ({"n_neighbors": 40}, "below the 40 spots, not 40"),
     ],
 )
-def test_unknown_options_are_refused(options, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_options_raise(options, message):
+    with pytest.raises(ValueError, match=message):
         local_pcc(*field(), **options)
 
 
-def test_rows_that_disagree_are_refused():
+def test_mismatched_shapes_raise():
     coords, Y, P = field()
-    with pytest.raises(ValueError, match="rows disagree"):
+    with pytest.raises(ValueError, match="shapes do not match"):
         local_pcc(coords[1:], Y, P)
-    with pytest.raises(ValueError, match="rows disagree"):
+    with pytest.raises(ValueError, match="shapes do not match"):
         local_pcc(coords, Y, P[:, 1:])
 
 
@@ -154,27 +146,27 @@ def test_expression_map_shows_measured_predicted_and_residual(slide):
     titles = ["EPCAM: measured", f"EPCAM: predicted (PCC {pcc:.2f})", "measured minus predicted"]
     assert [ax.get_title() for ax in panels(fig)] == titles
     for ax, values in zip(panels(fig), [measured, measured**2, measured - measured**2], strict=True):
-        np.testing.assert_allclose(painted(ax), values)
+        np.testing.assert_allclose(spot_values(ax), values)
 
 
-def test_expression_map_has_one_scale_for_both_and_one_around_zero_for_the_residual(slide):
+def test_expression_map_shares_a_scale_and_centers_the_residual(slide):
     measured = np.random.default_rng(0).random(slide.n_spots)
     fig = expression_map(slide.adata, measured, 2 * measured, gene="EPCAM")
     a, b, residual = (spots(ax).norm for ax in panels(fig))
     assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
     assert residual.vmin == -residual.vmax
-    labels = [ax.get_ylabel() for ax in bars_of(fig)]
+    labels = [ax.get_ylabel() for ax in color_bars(fig)]
     assert labels == ["log1p expression", "log1p expression", "log1p difference"]
 
 
-def test_expression_map_of_a_constant_gene_still_draws(slide):
+def test_expression_map_of_a_constant_gene_draws(slide):
     fig = expression_map(slide.adata, np.zeros(slide.n_spots), np.zeros(slide.n_spots), gene="G")
     assert panels(fig)[1].get_title() == "G: predicted (PCC nan)"
     assert [(n.vmin, n.vmax) for n in (spots(ax).norm for ax in panels(fig))] == [(-0.5, 0.5)] * 3
-    assert fig.get_supxlabel().count("does not vary on this slide, it is 0 on all") == 2
+    assert fig.get_supxlabel().count("is constant on this slide: 0 on all") == 2
 
 
-def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
+def test_pcc_map_shows_tissue_and_both_local_pccs(slide):
     rng = np.random.default_rng(0)
     Y = rng.random((slide.n_spots, 6))
     P = Y + rng.random(Y.shape)
@@ -182,28 +174,28 @@ def test_pcc_map_shows_the_tissue_and_both_kinds_of_local_pcc(slide):
     tissue, near, genes = panels(fig)
     coords = slide.adata.obsm["spatial"]
     assert tissue.get_title() == "H&E"
-    for ax, over, words in ((near, "neighbors", "neighbourhoods"), (genes, "genes", "genes")):
+    for ax, over, label in ((near, "neighbors", "neighborhoods"), (genes, "genes", "genes")):
         expected = local_pcc(coords, Y, P, over=over, n_neighbors=8)
-        np.testing.assert_allclose(painted(ax), expected, atol=1e-6)
-        assert ax.get_title() == f"PCC over {words} (mean {expected.mean():.2f})"
+        np.testing.assert_allclose(spot_values(ax), expected, atol=1e-6)
+        assert ax.get_title() == f"PCC over {label} (mean {expected.mean():.2f})"
         assert (spots(ax).norm.vmin, spots(ax).norm.vmax) == (-1, 1)
 
 
 @pytest.mark.filterwarnings("error")
-def test_pcc_map_of_a_constant_prediction_draws_without_values(slide):
+def test_pcc_map_of_a_constant_prediction_draws(slide):
     Y = np.random.default_rng(0).random((slide.n_spots, 4))
     fig = pcc_map(slide.adata, Y, np.full_like(Y, 0.1), n_neighbors=8)
     fig.canvas.draw()
     assert panels(fig)[1].get_title().endswith("(mean nan)")
 
 
-def test_every_panel_lies_on_the_slides_image(slide):
+def test_every_panel_shows_the_slides_image(slide):
     Y = np.random.default_rng(0).random((slide.n_spots, 4))
     for ax in panels(pcc_map(slide.adata, Y, Y[:, ::-1], n_neighbors=8)):
         assert len(ax.images) == 1
 
 
-def test_drawing_leaves_the_slide_as_it_was(slide):
+def test_drawing_does_not_change_the_slide(slide):
     keys = set(slide.adata.uns), set(slide.adata.obsm), set(slide.adata.obs)
     Y = np.random.default_rng(0).random((slide.n_spots, 4))
     pcc_map(slide.adata, Y, Y + 1, n_neighbors=8)
@@ -216,7 +208,7 @@ def test_real_slides_draw(her2st, name):
     Y = np.log1p(adata[:, ["ERBB2", "GNAS", "FASN"]].X.toarray())
     P = Y + np.random.default_rng(0).random(Y.shape)
     fig = expression_map(adata, Y[:, 0], P[:, 0], gene="ERBB2")
-    np.testing.assert_allclose(painted(panels(fig)[0]), Y[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(spot_values(panels(fig)[0]), Y[:, 0], rtol=1e-6)
     assert len(panels(pcc_map(adata, Y, P))) == 3
     fig.canvas.draw()
 
@@ -231,7 +223,7 @@ def heights(ax):
     return [[bar.get_height() for bar in container] for container in ax.containers if len(container)]
 
 
-def test_gene_bars_order_genes_by_the_first_method():
+def test_gene_bars_are_ordered_by_the_first_method():
     (ax,) = gene_bars(table()).axes
     assert [t.get_text() for t in ax.get_xticklabels()] == ["D", "C", "B", "A"]
     assert ax.get_title() == "PCC per gene (the 4 best of none)"
@@ -243,7 +235,7 @@ def test_gene_bars_are_means_over_folds():
     np.testing.assert_allclose(heights(ax), [[0.31, 0.21, 0.11, 0.01], [0.21, 0.31, 0.41, 0.51]])
 
 
-def test_gene_bars_show_the_best_of_the_method_asked_for():
+def test_gene_bars_show_the_best_genes_of_order_by():
     (ax,) = gene_bars(table(), n=2, order_by="bone").axes
     assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "B"]
 
@@ -255,13 +247,13 @@ def test_gene_bars_whiskers_are_the_range_over_folds():
     assert sorted(ax.lines[0].get_ydata()) == pytest.approx([0.3, 0.52])
 
 
-def test_unknown_method_to_order_by_is_refused():
+def test_unknown_order_by_raises():
     with pytest.raises(ValueError, match="no method 'lora' in the table; it has none, bone"):
         gene_bars(table(), order_by="lora")
 
 
 def predictions(pcc, *, grid=False):
-    """What `predict_slide` writes, by hand: the second gene varies most, values tell the spot."""
+    """Return predictions like `predict_slide`; values identify the spot, and the second gene varies most."""
     rows, cols = (a.ravel() for a in np.mgrid[:4, :5])
     n = len(rows)
     X = np.column_stack([np.arange(n), 5 * np.arange(n), np.ones(n)]).astype(np.float32)
@@ -281,39 +273,39 @@ def predictions(pcc, *, grid=False):
 @pytest.mark.parametrize(
     ("pcc", "gene", "shown"),
     [
-        ([np.nan] * 3, None, "B: predicted"),  # nothing held out: what varies most
+        ([np.nan] * 3, None, "B: predicted"),  # no held-out spots: the gene that varies most
         ([0.2, 0.1, np.nan], None, "A: predicted\nPCC 0.20 on held-out spots of breast"),
         ([0.2, 0.1, np.nan], "B", "B: predicted\nPCC 0.10 on held-out spots of breast"),
         ([0.2, 0.1, np.nan], "C", "C: predicted"),
     ],
 )
-def test_a_predicted_map_draws_the_gene_that_is_asked_for_or_known_best(pcc, gene, shown):
+def test_predicted_map_draws_the_given_or_best_gene(pcc, gene, shown):
     adata = predictions(pcc)
     fig = predicted_map(adata, gene)
     picture, gene_panel = panels(fig)
     assert (picture.get_title(), gene_panel.get_title()) == ("H&E", shown)
-    np.testing.assert_allclose(painted(gene_panel), adata[:, shown[0]].X.ravel())
-    assert bars_of(fig)[0].get_ylabel() == "log1p of counts"
+    np.testing.assert_allclose(spot_values(gene_panel), adata[:, shown[0]].X.ravel())
+    assert color_bars(fig)[0].get_ylabel() == "log1p of counts"
 
 
-def test_a_predicted_map_shows_values_below_0_and_says_what_it_is():
+def test_predicted_map_shows_negative_values_and_the_model():
     adata = predictions([0.1] * 3, grid=True)
-    adata.X = adata.X - 3  # as a ridge predicts
+    adata.X = adata.X - 3  # ridge predictions can be negative
     adata.uns["peka_lite"] |= {"min_tissue": 0.5, "tile_px": 224, "tile_mpp": 0.5}
     adata.uns["peka_lite"]["model"] |= {"folder": "first", "cohort": "mini", "synthetic": True}
     fig = predicted_map(adata, "A")
-    bar = bars_of(fig)[0]
+    bar = color_bars(fig)[0]
     assert bar.get_ylim() == pytest.approx(np.percentile(adata[:, "A"].X, [1, 99]))
     assert bar.get_ylabel() == "log1p of counts; no count is below 0"
-    said = fig.get_supxlabel()
-    assert "Model “first” learned on mini, which is synthetic" in said
-    assert "A square is 112 µm wide; less than 50% tissue has none" in said
-    assert "Not for diagnosis" in said
-    assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole picture, tiles or none
+    text = fig.get_supxlabel()
+    assert "Model “first” was trained on mini, which is synthetic" in text
+    assert "Squares are 112 µm wide; tiles with less than 50% tissue have none" in text
+    assert "Not for diagnosis" in text
+    assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole image, not only its tiles
 
 
-def limits_of(fig):
-    """Ends of the colors of the gene's panel."""
+def gene_limits(fig):
+    """Return the color limits of the gene's panel."""
     norm = spots(panels(fig)[1]).norm
     return norm.vmin, norm.vmax
 
@@ -323,14 +315,13 @@ def caption(fig):
 
 
 def on_tiles(columns, pcc, **options):
-    """Predictions as above, of these genes: name -> value of every tile, or one for all."""
+    """Return predictions as above; `columns` maps a gene to a value per tile, or one for all tiles."""
     adata = predictions([0.1] * 3, grid=True)[: options.get("n", 20)].copy()
     X = np.column_stack([np.broadcast_to(v, 20)[: adata.n_obs] for v in columns.values()]).astype(np.float32)
     var = pd.DataFrame({"pcc": pcc}, index=list(columns))
-    made = ad.AnnData(X, obs=adata.obs, var=var, obsm=dict(adata.obsm), uns=adata.uns)
     low, high = options.get("trained_on", (0.0, 2.0))
-    made.var["train_min"], made.var["train_max"] = low, high
-    return made
+    var["train_min"], var["train_max"] = low, high
+    return ad.AnnData(X, obs=adata.obs, var=var, obsm=dict(adata.obsm), uns=adata.uns)
 
 
 RAMP = np.linspace(0, 1, 20)
@@ -339,21 +330,21 @@ RAMP = np.linspace(0, 1, 20)
 @pytest.mark.parametrize(
     ("columns", "pcc", "gene"),
     [
-        ({"BELOW": RAMP - 3, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),  # all below 0: no tile would show it
+        ({"BELOW": RAMP - 3, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),  # all below 0: not visible as counts
         ({"FLAT": 1.5, "ABOVE": RAMP}, [0.9, 0.1], "ABOVE"),
         ({"FLAT": 1.5, "LITTLE": RAMP / 9, "MUCH": RAMP}, [np.nan] * 3, "MUCH"),
         ({"BELOW": 9 * RAMP - 30, "ABOVE": RAMP}, [np.nan] * 2, "ABOVE"),
         ({"FLAT": 1.5, "UNKNOWN": RAMP, "KNOWN": RAMP / 2}, [0.9, np.nan, -0.1], "KNOWN"),
         ({"FLAT": 1.5, "UNKNOWN": RAMP}, [0.9, np.nan], "UNKNOWN"),
-        ({"FLAT": -1.5, "BELOW": RAMP - 3}, [0.9, 0.1], "BELOW"),  # nothing better than below 0
+        ({"FLAT": -1.5, "BELOW": RAMP - 3}, [0.9, 0.1], "BELOW"),  # no gene above 0 varies
         ({"FLAT": 0.0, "HOT": [0.0] * 19 + [5.0]}, [0.9, 0.1], "HOT"),
         ({"HOT": [0.0] * 19 + [99.0], "EVEN": RAMP}, [np.nan] * 2, "EVEN"),
         ({"NAN": np.nan, "HOLES": [np.nan] * 5 + [*RAMP[5:]]}, [0.9, 0.1], "HOLES"),
         ({"FLAT": 0.5, "ALSO": -0.5}, [0.1, 0.9], "FLAT"),
     ],
 )
-def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
-    assert default_gene(on_tiles(columns, pcc)) == gene
+def test_default_gene_varies_on_this_slide(columns, pcc, gene):
+    assert choose_gene(on_tiles(columns, pcc)) == gene
 
 
 @pytest.mark.parametrize(
@@ -365,96 +356,95 @@ def test_the_gene_that_nobody_named_varies_on_this_slide(columns, pcc, gene):
         (1, {"tissue_downscaled_fullres_scalef": 1e300}, "no spot is inside the slide's image"),
     ],
 )
-def test_predictions_that_cannot_be_placed_name_the_file(tmp_path, spread, factors, words):
+def test_predictions_outside_the_image_raise(tmp_path, spread, factors, words):
     adata = on_tiles({"G": RAMP}, [0.9])
     adata.obsm["spatial"] = (np.asarray(adata.obsm["spatial"], float) + 1) * spread
-    known = next(iter(adata.uns["spatial"].values()))["scalefactors"]
-    known.update(factors)
-    for name in [name for name, value in known.items() if value is None]:
-        del known[name]
+    stored = next(iter(adata.uns["spatial"].values()))["scalefactors"]
+    stored.update(factors)
+    for name in [name for name, value in stored.items() if value is None]:
+        del stored[name]
     adata.write_h5ad(tmp_path / "genes.h5ad")
     with pytest.raises(ValueError, match=rf"genes\.h5ad: .*{words}"):
         save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
     assert not (tmp_path / "map.png").exists()
 
 
-def test_a_map_of_no_named_gene_shows_its_values(tmp_path):
+def test_map_of_the_default_gene_shows_its_values(tmp_path):
     adata = on_tiles({"BELOW": RAMP - 3, "FLAT": 1.0, "ABOVE": RAMP}, [0.9, 0.8, 0.1])
     fig = predicted_map(adata)
     assert panels(fig)[1].get_title().startswith("ABOVE: predicted")
-    assert limits_of(fig) == pytest.approx((0.01, 0.99))
+    assert gene_limits(fig) == pytest.approx((0.01, 0.99))
     adata.write_h5ad(tmp_path / "genes.h5ad")
-    drawn, said = save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
-    assert (drawn, said) == (
+    gene, sentences = save_predicted_map(tmp_path / "genes.h5ad", tmp_path / "map.png")
+    assert (gene, sentences) == (
         "ABOVE",
         ["ABOVE lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."],
     )
 
 
 @pytest.mark.parametrize(
-    ("values", "ends", "said"),
+    ("values", "limits", "text"),
     [
-        (1.5, (1.0, 2.0), "The prediction of G does not vary on this slide, it is 1.5 on all 20 tiles."),
-        (-1.5, (-2.0, -1.0), "does not vary on this slide, it is -1.5 on all 20 tiles. G is predicted below 0"),
-        (0.0, (-0.5, 0.5), "does not vary on this slide, it is 0 on all 20 tiles."),
-        (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "does not vary on this slide, it is 1e+05 on all 20 tiles."),
+        (1.5, (1.0, 2.0), "The prediction of G is constant on this slide: 1.5 on all 20 tiles."),
+        (-1.5, (-2.0, -1.0), "is constant on this slide: -1.5 on all 20 tiles. G is predicted below 0"),
+        (0.0, (-0.5, 0.5), "is constant on this slide: 0 on all 20 tiles."),
+        (1e5 + 1e-3 * RAMP, (1e5 - 0.5, 1e5 + 0.5), "is constant on this slide: 1e+05 on all 20 tiles."),
         (
             RAMP - 3,
             (-2.99, -2.01),
-            "G is predicted below 0 on all tiles, and no count is: do not read it as expression.",
+            "G is predicted below 0 on all tiles, unlike any count: do not read it as expression.",
         ),
         (np.nan, (0.0, 1.0), "The prediction of G is not finite at any of the 20 tiles."),
-        ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles: uncoloured."),
+        ([np.inf, np.nan, *RAMP[2:]], None, "The prediction of G is not finite on 2 tiles (uncolored)."),
         ([1.0] * 19 + [4.0], (1.0, 3.43), ""),
         (1e-4 * RAMP, (1e-6, 9.9e-5), ""),
     ],
 )
-def test_a_gene_asked_for_has_its_own_scale_and_a_flat_one_is_said_to_be(values, ends, said):
+def test_given_gene_has_its_scale_and_remarks(values, limits, text):
     adata = on_tiles({"G": values, "OTHER": RAMP}, [0.1, 0.2])
-    words = " ".join(remarks(adata, "G"))
-    assert said in words
-    assert ("does not vary" in words) == ("does not vary" in said)
+    caption = " ".join(list_remarks(adata, "G"))
+    assert text in caption
+    assert ("is constant" in caption) == ("is constant" in text)
     low, high = color_limits(np.asarray(adata[:, "G"].X))
     assert low < high
-    if ends is not None:
-        assert (low, high) == pytest.approx(ends, abs=1e-2 if ends[1] > 1e-3 else 1e-8)
+    if limits is not None:
+        assert (low, high) == pytest.approx(limits, abs=1e-2 if limits[1] > 1e-3 else 1e-8)
 
 
 @pytest.mark.parametrize("values", [-1.5, np.nan, [np.inf, np.nan, *RAMP[2:]]])
-def test_a_map_of_what_does_not_vary_draws_with_its_sentence(values):
+def test_map_of_a_constant_gene_draws_with_remarks(values):
     adata = on_tiles({"G": values}, [0.1])
     fig = predicted_map(adata, "G")
     fig.canvas.draw()
-    assert limits_of(fig) == color_limits(np.asarray(adata.X))
-    for sentence in remarks(adata, "G"):
+    assert gene_limits(fig) == color_limits(np.asarray(adata.X))
+    for sentence in list_remarks(adata, "G"):
         assert sentence in caption(fig)
 
 
-def test_one_tile_is_flat_and_its_value_is_told():
+def test_single_tile_is_constant_and_its_value_reported():
     fig = predicted_map(on_tiles({"G": 0.25}, [0.1], n=1), "G")
     fig.canvas.draw()
-    assert "does not vary on this slide, it is 0.25 on its one tile." in caption(fig)
+    assert "is constant on this slide: 0.25 on its one tile." in caption(fig)
     with pytest.raises(ValueError, match="nothing to draw: 0 tiles, 1 genes"):
         predicted_map(on_tiles({"G": 0.25}, [0.1], n=1)[:0])
 
 
-def test_a_single_hot_tile_of_many_is_seen():
+def test_single_high_tile_sets_the_color_limits():
     values = np.zeros(1000)
     values[7] = 4.0
     assert color_limits(values) == (0.0, 4.0)
     assert color_limits(np.concatenate([RAMP.repeat(50), [50.0]])) == pytest.approx((0, 1), abs=0.02)
 
 
-def test_a_scale_says_where_values_go_beyond_it():
+def test_color_bar_shows_clipped_values():
     values = np.concatenate([[-9.0], RAMP[1:-1], [9.0]])
     fig = predicted_map(on_tiles({"G": values}, [0.1]), "G")
-    colorbar = spots(panels(fig)[1]).norm, bars_of(fig)[0]._colorbar
-    assert colorbar[1].extend == "both"
+    assert color_bars(fig)[0]._colorbar.extend == "both"
     assert predicted_map(on_tiles({"G": 1.0}, [0.1]), "G").axes[-1]._colorbar.extend == "neither"
 
 
 @pytest.mark.parametrize(
-    ("values", "trained_on", "said"),
+    ("values", "trained_on", "text"),
     [
         (RAMP, (0.0, 2.0), "G lies within the range of its training targets (0.00 to 2.00) on all 20 tiles."),
         ([-1.0] * 4 + [1.0] * 15 + [3.0], (0.0, 2.0),
@@ -465,55 +455,54 @@ def test_a_scale_says_where_values_go_beyond_it():
         (RAMP, (np.nan, np.nan), "is unknown, for an older version made the model: train it again, then predict."),
     ],
 )  # fmt: skip
-def test_a_map_says_the_share_of_tiles_outside_the_training_range(values, trained_on, said):
-    (sentence,) = remarks(on_tiles({"G": values}, [0.1], trained_on=trained_on), "G")
-    assert said in sentence
+def test_remarks_report_the_share_of_tiles_outside_the_training_range(values, trained_on, text):
+    (sentence,) = list_remarks(on_tiles({"G": values}, [0.1], trained_on=trained_on), "G")
+    assert text in sentence
 
 
-def test_a_gene_of_any_name_keeps_its_caption(tmp_path):
+def test_caption_shows_any_gene_name(tmp_path):
     fig = predicted_map(on_tiles({r"$\frac{": 1.0}, [0.1], trained_on=(0.0, 2.0)), r"$\frac{")
-    assert r"The prediction of $\frac{ does not vary" in caption(fig)
-    fig.axes[1].set_title("")  # titles are another matter
+    assert r"The prediction of $\frac{ is constant" in caption(fig)
+    fig.axes[1].set_title("")  # not under test
     fig.canvas.draw()
 
 
-def test_a_flat_prediction_beside_a_measured_gene_is_said_to_be_flat(slide):
+def test_expression_map_reports_a_constant_prediction(slide):
     measured = np.random.default_rng(0).random(slide.n_spots)
     fig = expression_map(slide.adata, measured, np.full(slide.n_spots, -0.5), gene="G")
     a, b, _ = (spots(ax).norm for ax in panels(fig))
     assert (a.vmin, a.vmax) == (b.vmin, b.vmax)
     assert a.vmin == -0.5
     assert a.vmax > 0.9
-    assert fig.get_supxlabel() == (
-        f"What is predicted does not vary on this slide, it is -0.5 on all {slide.n_spots} spots."
-    )
+    text = f"The predicted expression is constant on this slide: -0.5 on all {slide.n_spots} spots."
+    assert fig.get_supxlabel() == text
     same = expression_map(slide.adata, measured, measured, gene="G")
     assert same.get_supxlabel() == ""
-    assert spots(panels(same)[2]).norm.vmax == 0.5  # a residual of 0 everywhere still has a scale
+    assert spots(panels(same)[2]).norm.vmax == 0.5  # the scale of a zero residual is not empty
 
 
-def test_the_maps_of_a_run_show_a_gene_that_varies_on_the_slide(mini_cohort, tmp_path):
+def test_maps_of_a_run_show_a_gene_that_varies_on_the_slide(mini_cohort, tmp_path):
     n = len(mini_cohort)
     rng = np.random.default_rng(0)
     measured, varies = rng.random((n, 2)).astype(np.float32), rng.random(n)
     X = np.column_stack([np.full(n, 0.3), varies]).astype(np.float32)
-    X[mini_cohort.rows_of("MINI2"), 1] = 0.1  # no gene varies there: the best one is drawn with its sentence
+    X[mini_cohort.rows_of("MINI2"), 1] = 0.1  # no gene varies: the best one is drawn
     X[mini_cohort.rows_of("MINI3")[:5], 0] = 0.5
-    held_out = ad.AnnData(X, var=pd.DataFrame(index=["BEST", "NEXT"]), layers={"measured": measured})
+    predicted = ad.AnnData(X, var=pd.DataFrame(index=["BEST", "NEXT"]), layers={"measured": measured})
     table = pd.DataFrame({"fold": 0, "gene": ["BEST", "NEXT"], "pcc": [0.9, 0.1]})
-    draw_maps(mini_cohort, held_out, table, tmp_path / "maps")
-    shown = {path.name for path in (tmp_path / "maps").iterdir()}
-    assert shown == {"MINI1_NEXT.png", "MINI2_BEST.png", "MINI3_BEST.png", "MINI4_NEXT.png"}
+    draw_maps(mini_cohort, predicted, table, tmp_path / "maps")
+    names = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert names == {"MINI1_NEXT.png", "MINI2_BEST.png", "MINI3_BEST.png", "MINI4_NEXT.png"}
 
 
-def test_tiles_of_a_grid_are_squares_that_touch():
+def test_grid_tiles_are_adjacent_squares():
     fig = predicted_map(predictions([0.1] * 3, grid=True), "A")
     drawn = spots(panels(fig)[1]).get_paths()
     sides = np.array([np.ptp(p.vertices, axis=0) for p in drawn])  # (n, 2), pixels of the image
     np.testing.assert_allclose(sides, 20)
 
 
-def test_a_predicted_map_says_what_is_missing():
+def test_predicted_map_without_gene_or_image_raises():
     adata = predictions([0.1] * 3)
     with pytest.raises(ValueError, match="gene 'X' is not predicted; there are A, B, C"):
         predicted_map(adata, "X")
