@@ -292,7 +292,7 @@ def _describe_model(adata: ad.AnnData) -> str:
         sentences.append(f"Model “{model.get('folder', '')}” was trained on {model['cohort']}{synthetic}.")
     if "min_tissue" in info:
         um = info["tile_px"] * info["tile_mpp"]
-        sentences.append(f"Squares are {um:g} µm wide; tiles with less than {info['min_tissue']:.0%} tissue have none.")
+        sentences.append(f"Squares are {um:g} µm wide; tiles below {info['min_tissue']:.0%} tissue have none.")
     return " ".join([*sentences, "Not for diagnosis."])
 
 

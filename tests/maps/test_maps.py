@@ -299,7 +299,7 @@ def test_predicted_map_shows_negative_values_and_the_model():
     assert bar.get_ylabel() == "log1p of counts; no count is below 0"
     text = fig.get_supxlabel()
     assert "Model “first” was trained on mini, which is synthetic" in text
-    assert "Squares are 112 µm wide; tiles with less than 50% tissue have none" in text
+    assert "Squares are 112 µm wide; tiles below 50% tissue have none" in text
     assert "Not for diagnosis" in text
     assert panels(fig)[0].images[0].get_array().shape == (100, 120, 3)  # the whole image, not only its tiles
 
