@@ -19,7 +19,7 @@ from peka_lite.data import HestFormatError, SlideError, add_slide, read_counts, 
 SIDE = 700  # um, side of the image
 
 
-def draw(mpp):
+def picture(mpp):
     """Return an image whose colors encode the position: red grows to the right, green downwards."""
     n = round(SIDE / mpp)
     position = (np.arange(n) + 0.5) * mpp / SIDE
@@ -46,13 +46,13 @@ def sample(mpp, *, first=100.0, genes=8, side=5):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("image") / "full.tif", draw(0.5), mpp=0.5)
+    return save(tmp_path_factory.mktemp("image") / "full.tif", picture(0.5), mpp=0.5)
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.25, 0.3712])
 def test_tiles_are_centered_on_their_spots(tmp_path, mpp):
     counts = sample(mpp)
-    slide = add_slide(tmp_path / "c", "S1", counts, save(tmp_path / "a.tif", draw(mpp), mpp=mpp), patient="P 1")
+    slide = add_slide(tmp_path / "c", "S1", counts, save(tmp_path / "a.tif", picture(mpp), mpp=mpp), patient="P 1")
     assert slide.dropped == {}
     assert list(slide.adata.obs_names) == list(counts.obs_names)
     tiles = slide.tiles[:]
@@ -110,7 +110,7 @@ def test_dropped_counts_spots_off_tissue_and_without_tile(tmp_path, image):
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "strips.tif", "no-tags.tif"])
 def test_plain_images_give_the_same_tiles(tmp_path, kind, image):
-    pixels, path = draw(0.5), tmp_path / f"plain.{kind}"
+    pixels, path = picture(0.5), tmp_path / f"plain.{kind}"
     if kind == "png":
         Image.fromarray(pixels).save(path, dpi=(50800, 50800))
     elif kind == "jpg":
@@ -125,7 +125,7 @@ def test_plain_images_give_the_same_tiles(tmp_path, kind, image):
 
 
 def test_mpp_visium_derives_resolution_from_spots(tmp_path):
-    path = save(tmp_path / "a.tif", draw(0.4))
+    path = save(tmp_path / "a.tif", picture(0.4))
     counts = sample(0.4)
     with pytest.raises(SlideError, match=r"a\.tif: the file has no resolution metadata\. .*'visium' derives them"):
         add_slide(tmp_path / "c", "S", counts, path)
@@ -265,7 +265,7 @@ def write_outs(folder, counts):
     factors = {"tissue_hires_scalef": 0.1, "tissue_lowres_scalef": 0.05, "spot_diameter_fullres": 130.0}
     (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
     for name in ("hires", "lowres"):
-        Image.fromarray(draw(5.0)).save(folder / "spatial" / f"tissue_{name}_image.png")
+        Image.fromarray(picture(5.0)).save(folder / "spatial" / f"tissue_{name}_image.png")
     return folder
 
 
