@@ -242,7 +242,7 @@ def _check_slide_is_new(root: Path, slide_id: str) -> None:
             raise NotADirectoryError(f"{folder} is not a folder; give another --cohort")
     existing = [path for path in _slide_paths(root, slide_id).values() if os.path.lexists(path)]
     if existing:
-        raise FileExistsError(f"{existing[0]} exists already; choose another id, or remove the slide's files")
+        raise FileExistsError(f"{existing[0]} is there already; choose another id, or remove the slide's files")
 
 
 def _slide_paths(root: Path, slide_id: str) -> dict[str, Path]:

@@ -171,7 +171,7 @@ def test_an_add_that_was_killed_between_its_files_can_be_given_again(words, tmp_
     (cohort / "st" / "S1.h5ad").unlink()
     capsys.readouterr()
     assert main(words("add")) == 2  # files of a user's that is not one of a killed add's stay
-    assert "S1.h5 exists already; choose another id" in capsys.readouterr().err
+    assert "S1.h5 is there already; choose another id" in capsys.readouterr().err
     assert sorted(everything(cohort)) == ["metadata/S1.json", "patches/S1.h5"]
 
 
@@ -230,7 +230,7 @@ def test_without_locks_the_first_of_two_slides_stays(words, tmp_path, monkeypatc
     without_locks(monkeypatch)
     monkeypatch.setattr(own_slides, "write_tiles", late)
     assert main(words("add")) == 2
-    assert "S1.h5 exists already; choose another id" in capsys.readouterr().err
+    assert "S1.h5 is there already; choose another id" in capsys.readouterr().err
     place = tmp_path / "place" / "out"
     assert sorted(p.name for p in place.rglob("*")) == [
         "S1.h5", "S1.h5ad", "S1.json", "metadata", "patches", "st",

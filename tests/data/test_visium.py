@@ -200,7 +200,7 @@ def test_pitch_is_checked_for_visium_only(tmp_path, image):
 def test_existing_slide_is_not_overwritten(tmp_path, image):
     add_slide(tmp_path, "S", sample(0.5), image)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(FileExistsError, match=r"S\.h5 exists already; choose another id"):
+    with pytest.raises(FileExistsError, match=r"S\.h5 is there already; choose another id"):
         add_slide(tmp_path, "S", sample(0.5), image)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
