@@ -1,4 +1,4 @@
-"""Adapters dW of a frozen network: Bone (PEKA, equation 3), LoRA, AdaLoRA and MiSS."""
+"""Adapters of a frozen network: Bone (PEKA, equation 3), LoRA, AdaLoRA and MiSS."""
 
 import lazy_loader
 

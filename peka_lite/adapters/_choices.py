@@ -1,4 +1,4 @@
-"""Names of the adapter methods and of the layers that they adapt."""
+"""Adapter methods and the layers they adapt."""
 
 from __future__ import annotations
 

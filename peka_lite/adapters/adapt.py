@@ -1,4 +1,4 @@
-"""Bone: block-affine adapters on attention, with LoRA, AdaLoRA and MiSS (peft) beside it."""
+"""Adapt attention layers with Bone, or with LoRA, AdaLoRA or MiSS through peft."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peka_lite.adapters.bone import BoneLinear
 
 @dataclass
 class Adapter:
-    """What `adapt` did to a model: kept at ``model.adapter`` for training, saving and merging."""
+    """Method, layers and options of an adapted model, stored at ``model.adapter``."""
 
     method: str
     layers: tuple[str, ...]
     options: dict
     n_base: int
-    tuner: object = None  # peft's AdaLoraModel, which owns the rank schedule
-    fitted_on: object = None  # row_ids of the tiles that `fit` taught it with
+    tuner: object = None  # peft's AdaLoraModel, with the rank schedule
+    fitted_on: object = None  # row_ids of the tiles that `fit` trained on
 
 
 def adapt(
@@ -35,30 +35,30 @@ def adapt(
     total_steps: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Freeze a student and put trainable adapters on every ``attn.{targets}`` layer, in place.
+    """Freeze a student and add trainable adapters to every ``attn.{targets}`` layer, in place.
 
     Parameters
     ----------
     model
-        A timm vision transformer. A registry row without a block size (ResNet-50, CTransPath) takes only ``"none"``.
+        A timm vision transformer. Students without a block size (ResNet-50, CTransPath) support only ``"none"``.
     method
         ``"none"`` (freeze only), ``"bone"``, or through peft ``"lora"``, ``"adalora"``, ``"miss"``.
     r
-        Block size of Bone and MiSS, rank of LoRA, starting rank of AdaLoRA (which prunes to half of it, as the
-        authors' configuration does).
+        Block size of Bone and MiSS, rank of LoRA, starting rank of AdaLoRA (which prunes to half of it, as in the
+        authors' configuration).
     alpha, dropout
-        LoRA's and AdaLoRA's scaling and input dropout; MiSS takes the dropout. Bone has neither.
+        Scaling and input dropout of LoRA and AdaLoRA. MiSS uses the dropout only, Bone neither.
     targets
         Name of the attention sub-layer.
     total_steps
-        Optimizer steps to come; AdaLoRA needs it for its rank schedule.
+        Number of optimizer steps; AdaLoRA needs it for its rank schedule.
     seed
-        Decides the random starts of LoRA, AdaLoRA and MiSS; Bone starts at zero.
+        Seed of the random initial weights of LoRA, AdaLoRA and MiSS. Bone starts at zero.
 
     Returns
     -------
     torch.nn.Module
-        The same model; ``model.adapter`` says what was done.
+        The same model, with ``model.adapter`` set.
 
     Raises
     ------
@@ -78,34 +78,34 @@ def adapt(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if getattr(model, "adapter", None) is not None:
-        raise ValueError(f"this model already carries {model.adapter.method!r}; merge it or load a fresh one")
+        raise ValueError(f"this model already has adapter {model.adapter.method!r}; merge it or load a fresh one")
     spec = getattr(model, "spec", None)
     pattern, layers = _pattern(targets), target_layers(model, targets)
     if method != "none" and (not layers or (spec is not None and spec.bone_r is None)):
         name = spec.name if spec is not None else type(model).__name__
-        raise ValueError(f"{name} takes only method 'none': adapters go on a vision transformer's attn.{targets}")
+        raise ValueError(f"{name} supports only method 'none': adapters need attn.{targets} layers of a transformer")
     n_base = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     tuner = None
     for name in layers if method != "none" else ():
         attention = model.get_submodule(name.rpartition(".")[0])
-        if hasattr(attention, "qkv_bias_separate"):  # EVA, BEiT, Swin V2 of timm: else they read qkv.weight themselves
-            attention.qkv_bias_separate = True  # the bias is added to what the layer gives: the same up to rounding
+        if hasattr(attention, "qkv_bias_separate"):  # timm's EVA, BEiT, Swin V2 else read qkv.weight directly
+            attention.qkv_bias_separate = True  # adds the bias to the layer's output: same up to rounding
     if method == "bone":
         for name in layers:
             _replace(model, name, BoneLinear(model.get_submodule(name), r=r))
     elif method != "none":
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights start there
+            torch.default_generator.manual_seed(seed)  # CPU only: weights are created there
             tuner = _inject_peft(model, method, pattern, r=r, alpha=alpha, dropout=dropout, total_steps=total_steps)
-    used = {
+    options = {
         "none": {},
         "bone": {"r": r},
         "lora": {"r": r, "alpha": alpha, "dropout": dropout},
         "adalora": {"r": r, "alpha": alpha, "dropout": dropout, "total_steps": total_steps},
         "miss": {"r": r, "dropout": dropout},
     }[method]
-    model.adapter = Adapter(method, layers if method != "none" else (), used, n_base, tuner)
+    model.adapter = Adapter(method, layers if method != "none" else (), options, n_base, tuner)
     return model
 
 
@@ -118,7 +118,7 @@ def target_layers(model: nn.Module, targets: str) -> tuple[str, ...]:
 
 
 def adapted_share(model: nn.Module) -> float:
-    """Return trainable weights as a share of the student's own weights (0 to 1).
+    """Return trainable weights as a share of the frozen student's weights (0 to 1).
 
     Examples
     --------
@@ -134,9 +134,9 @@ def adapted_share(model: nn.Module) -> float:
 
 
 def lora_rank_like_bone(in_features: int, out_features: int, r: int) -> int:
-    """Return the LoRA rank with the parameter count of Bone at block size `r` on one layer (rounded down).
+    """Return the LoRA rank with as many parameters per layer as Bone at block size `r`, rounded down.
 
-    Bone trains ``out * r`` weights a layer, LoRA ``rank * (in + out)``.
+    Bone trains ``out * r`` weights per layer, LoRA ``rank * (in + out)``.
 
     Examples
     --------
@@ -147,14 +147,14 @@ def lora_rank_like_bone(in_features: int, out_features: int, r: int) -> int:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold adapters into plain timm weights, in place: same outputs, no extra layers, nothing trainable.
+    """Merge adapters into plain timm weights, in place; outputs stay the same up to rounding.
 
     Examples
     --------
     >>> import torch
     >>> import peka_lite as pk
     >>> student = pk.adapt(pk.load_backbone("mini"), "bone", r=32)
-    >>> for layer in student.adapter.layers:  # as if it had learnt something
+    >>> for layer in student.adapter.layers:  # stands for training
     ...     _ = torch.nn.init.normal_(student.get_submodule(layer).block, std=0.01)
     >>> x = torch.randn(2, 3, 112, 112)
     >>> adapted = student(x)
@@ -163,7 +163,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
-        raise ValueError("nothing to merge: this model carries no adapter")
+        raise ValueError("nothing to merge: this model has no adapter")
     with torch.no_grad():
         for name in adapter.layers:
             layer = model.get_submodule(name)
@@ -174,29 +174,29 @@ def merge(model: nn.Module) -> nn.Module:
                 layer.merge()
                 base = layer.get_base_layer()
             _replace(model, name, base)
-    model.__dict__.pop("peft_config", None)  # or peft would take the model for an adapted one
+    model.__dict__.pop("peft_config", None)  # else peft treats the model as adapted
     model.adapter = None
     return model.requires_grad_(False)
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by name, detached, on the CPU: what is saved."""
+    """Return copies of the adapter's tensors by name, on the CPU."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _is_adapter(n)}
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """Copy saved adapter tensors into a model adapted the same way; names and shapes must agree."""
-    own = {n: p for n, p in model.named_parameters() if _is_adapter(n)}
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())
+    """Copy saved adapter tensors into a model adapted with the same method and options."""
+    params = {n: p for n, p in model.named_parameters() if _is_adapter(n)}
+    if params.keys() != state.keys():
+        names = sorted(params.keys() ^ state.keys())
         raise ValueError(
-            f"adapter and model differ in {len(odd)} tensors, first {odd[0]}: adapt with the same method and r"
+            f"adapter and model differ in {len(names)} tensors, first {names[0]}: adapt with the same method and r"
         )
     with torch.no_grad():
         for name, value in state.items():
-            if own[name].shape != value.shape:
-                raise ValueError(f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model")
-            own[name].copy_(value)
+            if (p := params[name]).shape != value.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} in the file, {tuple(p.shape)} in the model")
+            p.copy_(value)
     return model
 
 
@@ -232,7 +232,7 @@ def _inject_peft(model, method, pattern, *, r, alpha, dropout, total_steps):
         config = MissConfig(r=r, miss_dropout=dropout, target_modules=pattern)
     else:
         if not total_steps:
-            raise ValueError("adalora needs total_steps, the optimizer steps to come, for its rank schedule")
+            raise ValueError("adalora needs total_steps, the number of optimizer steps, for its rank schedule")
         if r < 2:
             raise ValueError(f"adalora prunes its starting rank to half, so r must be at least 2, not {r}")
         config = AdaLoraConfig(

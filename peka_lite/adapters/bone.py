@@ -1,4 +1,4 @@
-"""Bone: block-affine adapters of linear layers (PEKA, equation 3; arXiv:2409.15371)."""
+"""Bone adapters of linear layers (equation 3 of PEKA, arXiv:2504.07061; arXiv:2409.15371)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class BoneLinear(nn.Module):
     """A frozen linear layer with a block-affine update (PEKA eq. 3, arXiv:2504.07061; Bone, arXiv:2409.15371).
 
     The weight is cut into r x r tiles ``W_g``. Each output band g has one trainable block ``B_g``, shared by all
-    tiles of the band: ``W'_g = W_g + W_g B_g + B_g``. Blocks start at zero, so the layer starts as its base.
+    tiles of the band: ``W'_g = W_g + W_g B_g + B_g``. Blocks start at zero, so the layer first equals its base.
 
     Parameters
     ----------
     base
-        `torch.nn.Linear` (in, out); frozen in place. Its bias is untouched.
+        `torch.nn.Linear` (in, out); frozen in place. Its bias is not changed.
     r
         Block size; must divide both `in` and `out`.
 
@@ -54,7 +54,7 @@ class BoneLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' (out, in), for attention that reads ``qkv.weight`` in place of calling the layer; blocks learn by it."""
+        """W' (out, in) with gradients for the blocks, for attention that reads ``qkv.weight`` directly."""
         return self.merged_weight()
 
     @property
@@ -63,9 +63,9 @@ class BoneLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out), in autocast's type where autocast is on."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.block.dtype
+        """Map (..., in) to (..., out), in autocast's dtype where autocast is on."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.block.dtype
         bias = None if self.base.bias is None else self.base.bias.to(dtype)
         return _BoneProduct.apply(x.to(dtype), self.base.weight.to(dtype), self.block, bias)
 
@@ -75,15 +75,15 @@ class BoneLinear(nn.Module):
 
 
 def _affine(W: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Return W' (out, in) in the type of W, with one new tensor of its size and nothing between."""
+    """Return W' (out, in) in the dtype of W, allocating one tensor of its size."""
     bands, r, _ = block.shape
-    tall = W.view(bands, -1, r)  # (band, row * tile, column): a band's tiles on top of each other, without a copy
-    made = torch.baddbmm(tall, tall, block)  # W_g + W_g B_g: B mixes columns inside each tile
-    return made.view(bands, r, -1, r).add_(block[:, :, None, :]).view_as(W)
+    stacked = W.view(bands, -1, r)  # (band, row * tile, column): a band's tiles stacked, without a copy
+    merged = torch.baddbmm(stacked, stacked, block)  # W_g + W_g B_g: B mixes columns inside each tile
+    return merged.view(bands, r, -1, r).add_(block[:, :, None, :]).view_as(W)
 
 
 class _BoneProduct(torch.autograd.Function):
-    """``x W'^T + bias`` with gradients for x and the blocks alone; keeps x and W', and nothing on the way to them."""
+    """``x W'^T + bias`` with gradients for x and the blocks; saves x and W', no intermediate tensors."""
 
     @staticmethod
     def forward(ctx, x, W, block, bias):
@@ -99,7 +99,7 @@ class _BoneProduct(torch.autograd.Function):
         grad_x = grad @ merged if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[2]:
             return grad_x, None, None, None
-        # A dense gradient of W' lives for these lines only. Each band sums over its tiles: W_g^T dW'_g + dW'_g.
+        # The dense gradient of W' is freed on return. Each band sums over its tiles: W_g^T dW'_g + dW'_g.
         dense = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, in)
         grad_block = torch.bmm(W.view(bands, -1, r).mT, dense.view(bands, -1, r)).to(block.dtype)
         grad_block += dense.view(bands, r, -1, r).sum(2, dtype=block.dtype)

@@ -1,4 +1,4 @@
-"""Adapter files: what `adapt` and `fit` made, by name, with the frozen weights that it belongs to."""
+"""Read and write adapter files, each tied to the frozen weights it was trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peka_lite._core._tensor_files import (
 from peka_lite._core._yaml import is_line
 from peka_lite.adapters.adapt import adapt, adapter_state, load_adapter_state, target_layers
 
-SAMPLE = 1024  # values of each tensor that a fingerprint reads
+SAMPLE = 1024  # values of each tensor in a fingerprint
 _LINE = (is_line, "text of one line")
 _SETS = (
     lambda value: isinstance(value, dict) and 0 < len(value) <= 10_000 and all(map(is_line, value)),
@@ -41,27 +41,27 @@ _OPTIONS = {
     "dropout": (lambda value: is_finite(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "total_steps": (is_whole_number, "a whole number above 0"),
 }
-_OF_METHOD = {
+_OPTIONS_OF = {
     "bone": ("r",), "lora": ("r", "alpha", "dropout"), "adalora": tuple(_OPTIONS), "miss": ("r", "dropout")
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter file says of itself.
+    """Metadata of an adapter file.
 
     Attributes
     ----------
     method, layers
         As in `adapt`: ``"bone"``, ...; ``"qkv"`` or ``"proj"``.
     backbone, weights, fingerprint
-        The student's registry row, where its frozen weights came from, and their `backbone_fingerprint`.
+        Name of the student, origin of its frozen weights, and their `backbone_fingerprint`.
     options
-        Name of each set of tensors -> options of `adapt`. Sets share them all but AdaLoRA's total_steps.
+        Name of each set of tensors -> options of `adapt`. Only AdaLoRA's total_steps may differ between sets.
     data
-        Name of each set -> fingerprint of the cohort that taught it, or None.
+        Name of each set -> fingerprint of its training cohort, or None.
     version
-        The peka_lite that wrote the file.
+        peka_lite's version when the file was written.
     """
 
     method: str
@@ -80,22 +80,22 @@ class AdapterInfo:
 
 
 def backbone_fingerprint(model: nn.Module) -> str:
-    """Hash a student's frozen weights; 16 hex digits, the same before and after `adapt` and on every device.
+    """Hash a student's frozen weights to 16 hex digits, the same before and after `adapt` and on every device.
 
     Parameters
     ----------
     model
-        From `load_backbone`, plain or adapted. Merging changes the weights, so take it before.
+        From `load_backbone`, plain or adapted. Merging changes the weights: hash before it.
 
     Notes
     -----
-    Read are each tensor's name (as in the plain model), shape, type and about `SAMPLE` values at even distances, so
-    that a billion weights take well under a second. Weights that differ only in between have one fingerprint: it
-    tells checkpoints apart, and is no proof that a file is whole.
+    The hash covers each tensor's name (as in the plain model), shape, dtype and about `SAMPLE` evenly spaced values, so
+    that a billion weights take well under a second. It distinguishes checkpoints, but weights that differ only between
+    the samples have the same fingerprint: it is not an integrity check.
 
     Examples
     --------
-    Adapting leaves the frozen weights as they are:
+    Adapting does not change the frozen weights:
 
     >>> import peka_lite as pk
     >>> student = pk.load_backbone("mini")
@@ -108,27 +108,27 @@ def backbone_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(_plain(model.state_dict(), adapted).items()):
         flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, len(flat) // SAMPLE)].cpu().double() + 0.0  # of the two zeros one
+        values = flat[:: max(1, len(flat) // SAMPLE)].cpu().double() + 0.0  # -0.0 becomes 0.0
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all", data: str | None = None) -> None:
-    """Write a student's adapter as a file that `load_adapter` reads; only another file of an adapter is replaced.
+    """Write a student's adapter to a file for `load_adapter`; only an adapter file is overwritten.
 
     Parameters
     ----------
     model
         From `load_backbone`, adapted and not merged.
     name
-        Of this set of tensors: ``"all"``, or the fold it was taught for, ``"fold0"``, ...
+        Name of this set of tensors: ``"all"``, or the fold it was trained for, ``"fold0"``, ...
     data
-        `hash_cohort` of the cohort that taught it.
+        `hash_cohort` of the training cohort.
 
     Raises
     ------
     ValueError
-        For a model without an adapter or without a registry row, and for a name with a dot.
+        For a model without an adapter or not from `load_backbone`, or a name with a dot.
 
     Examples
     --------
@@ -140,9 +140,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all"
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None or not adapter.layers:
-        raise ValueError("nothing to save: this model carries no adapter (merged already, or method 'none')")
+        raise ValueError("nothing to save: this model has no adapter (already merged, or method 'none')")
     if getattr(model, "spec", None) is None:
-        raise ValueError("the file names the backbone it belongs to: load the student with load_backbone")
+        raise ValueError("an adapter file records its backbone: load the student with load_backbone")
     require_name(name)
     info = AdapterInfo(
         method=adapter.method,
@@ -158,17 +158,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str = "all"
 
 
 def join_adapters(paths: Mapping[str, str | os.PathLike], out: str | os.PathLike) -> None:
-    """Write the adapters of several files, one set each, into one file under the given names.
+    """Join adapter files of one set each into one file, under the given names.
 
     Parameters
     ----------
     paths
-        Name of the set in the new file -> file of `save_adapter`. Each keeps its options and data fingerprint.
+        Name of the set in the new file -> file of `save_adapter`. Options and data fingerprints are copied.
 
     Raises
     ------
     ValueError
-        When a file holds several sets, or two differ in method, layers, options or frozen weights.
+        For a file with several sets, or files that differ in method, layers, options or frozen weights.
     """
     if not paths:
         raise ValueError("no adapter files to join")
@@ -176,11 +176,13 @@ def join_adapters(paths: Mapping[str, str | os.PathLike], out: str | os.PathLike
     first, tensors = next(iter(infos)), {}
     for name, info in infos.items():
         if len(info.names) != 1:
-            raise ValueError(f"{paths[name]} holds {len(info.names)} adapters; join files of one each")
+            raise ValueError(f"{paths[name]} has {len(info.names)} adapters; join files with one each")
         require_name(name)
-        for field, mine in _must_agree(info).items():
-            if mine != (theirs := _must_agree(infos[first])[field]):
-                raise ValueError(f"{field} is {theirs!r} in {paths[first]} and {mine!r} in {paths[name]}: not one run")
+        for field, value in _shared_fields(info).items():
+            if value != (expected := _shared_fields(infos[first])[field]):
+                raise ValueError(
+                    f"{field} is {expected!r} in {paths[first]} and {value!r} in {paths[name]}; join files of one run"
+                )
         tensors |= {f"{name}.{k}": v for k, v in read_tensors(paths[name], info.names[0]).items()}
     joined = asdict(infos[first]) | {
         "options": {name: info.options[info.names[0]] for name, info in infos.items()},
@@ -191,14 +193,14 @@ def join_adapters(paths: Mapping[str, str | os.PathLike], out: str | os.PathLike
 
 
 def read_adapter_info(path: str | os.PathLike) -> AdapterInfo:
-    """Read what an adapter file says of itself, without its tensors.
+    """Read the metadata of an adapter file, without its tensors.
 
     Raises
     ------
     FileNotFoundError
-        For a file that is not there.
+        If the file does not exist.
     ValueError
-        For a truncated file, or one that `save_adapter` did not write.
+        For a truncated file, or one not written by `save_adapter`.
 
     Examples
     --------
@@ -213,24 +215,24 @@ def read_adapter_info(path: str | os.PathLike) -> AdapterInfo:
     check_record(path, record, _RECORD, whose="an adapter's")
     info = AdapterInfo(**record)
     if info.data.keys() != info.options.keys():
-        raise ValueError(f"{path}: its record names other sets of tensors in options than in data")
+        raise ValueError(f"{path}: its record has different sets of tensors in options and in data")
     for name, options in info.options.items():
-        wanted = {option: _OPTIONS[option] for option in _OF_METHOD[info.method]}
-        check_record(path, options, wanted, whose=f"an adapter's by {info.method}")
+        expected = {option: _OPTIONS[option] for option in _OPTIONS_OF[info.method]}
+        check_record(path, options, expected, whose=f"an adapter's by {info.method}")
         if info.data[name] is not None and not is_line(info.data[name]):
-            raise ValueError(f"{path}: its record has data {repr(info.data[name])[:120]}; it is a fingerprint")
+            raise ValueError(f"{path}: its record has data {repr(info.data[name])[:120]}; it is a fingerprint or null")
     return info
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None = None) -> nn.Module:
-    """Adapt a plain student as a file says and copy the file's tensors in.
+    """Adapt a plain student with the method, options and tensors of an adapter file.
 
     Parameters
     ----------
     model
-        From `load_backbone`, with the frozen weights that the adapter was taught on.
+        From `load_backbone`, with the frozen weights that the adapter was trained on.
     name
-        Set of tensors to take; None where the file holds one only.
+        Set of tensors to load; None if the file has only one.
 
     Returns
     -------
@@ -240,8 +242,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
     Raises
     ------
     ValueError
-        For another backbone or other frozen weights, a name that is not there, a model that is adapted already, and
-        whatever `read_adapter_info` refuses.
+        For another backbone or other frozen weights, an unknown name, a model that is already adapted, or an invalid
+        file (`read_adapter_info`).
 
     Examples
     --------
@@ -253,27 +255,27 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
     """
     info = read_adapter_info(path)
     if name is None and len(info.names) > 1:
-        raise ValueError(f"{path} holds several adapters: {', '.join(info.names)}; name one of them")
+        raise ValueError(f"{path} has several adapters: {', '.join(info.names)}; pass one as name")
     name = name or info.names[0]
     if name not in info.names:
-        raise ValueError(f"{path} holds no adapter {name!r}; it holds {', '.join(info.names)}")
+        raise ValueError(f"{path} has no adapter {name!r}; it has {', '.join(info.names)}")
     spec = getattr(model, "spec", None)
-    mine = spec.name if spec is not None else type(model).__name__
-    if mine != info.backbone:
-        raise ValueError(f"{path} belongs to backbone {info.backbone!r}, not {mine!r}")
-    found = backbone_fingerprint(model)
-    if found != info.fingerprint:
+    backbone = spec.name if spec is not None else type(model).__name__
+    if backbone != info.backbone:
+        raise ValueError(f"{path} was trained on backbone {info.backbone!r}, not {backbone!r}")
+    fingerprint = backbone_fingerprint(model)
+    if fingerprint != info.fingerprint:
         raise ValueError(
-            f"{path} was taught on {mine} with weights {info.weights!r} (fingerprint {info.fingerprint}); this student "
-            f"has weights {model.weights_origin!r} (fingerprint {found}): load the weights it was taught on"
+            f"{path} was trained on {backbone} with weights {info.weights!r} (fingerprint {info.fingerprint}); this "
+            f"student has weights {model.weights_origin!r} (fingerprint {fingerprint}): load those of the adapter"
         )
     state, r = read_tensors(path, name), info.options[name]["r"]
-    # Every method trains at least r values for each output of each layer; what a file does not hold takes no memory
-    # beyond the student's own.
+    # Every method trains at least r values for each output of each layer. A file with a huge r and few values must not
+    # make `adapt` allocate more than the student and the file together.
     needed = r * sum(model.get_submodule(layer).out_features for layer in target_layers(model, info.layers))
-    held, base = (sum(tensor.numel() for tensor in tensors) for tensors in (state.values(), model.parameters()))
-    if needed > held + base:
-        raise ValueError(f"{path}: r={r} in its record takes {needed:,} values or more, {name!r} holds {held:,}")
+    stored, base = (sum(tensor.numel() for tensor in tensors) for tensors in (state.values(), model.parameters()))
+    if needed > stored + base:
+        raise ValueError(f"{path}: r={r} in its record needs at least {needed:,} values, but {name!r} has {stored:,}")
     try:
         adapt(model, info.method, targets=info.layers, **info.options[name])
         return load_adapter_state(model, state).eval()
@@ -282,7 +284,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
 
 
 def _plain(state: Mapping[str, torch.Tensor], adapted: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Leave adapter tensors out and name the rest as the plain model does."""
+    """Return the frozen tensors under their names in the plain model."""
     plain = {}
     for name, tensor in state.items():
         layer = next((prefix for prefix in adapted if name.startswith(prefix)), None)
@@ -293,7 +295,7 @@ def _plain(state: Mapping[str, torch.Tensor], adapted: tuple[str, ...]) -> dict[
     return plain
 
 
-def _must_agree(info: AdapterInfo) -> dict:
-    options = {k: v for k, v in info.options[info.names[0]].items() if k != "total_steps"}  # a fold's size decides it
-    same = ("method", "layers", "backbone", "fingerprint")
-    return {field: getattr(info, field) for field in same} | {"options": options}
+def _shared_fields(info: AdapterInfo) -> dict:
+    options = {k: v for k, v in info.options[info.names[0]].items() if k != "total_steps"}  # depends on the fold's size
+    fields = ("method", "layers", "backbone", "fingerprint")
+    return {field: getattr(info, field) for field in fields} | {"options": options}
