@@ -1,4 +1,4 @@
-"""Knowledge transfer from teacher to student (PEKA, equations 2 and 4 to 6)."""
+"""Train a student on teacher embeddings and pseudo-labels (PEKA, equations 2 and 4 to 6)."""
 
 import lazy_loader
 

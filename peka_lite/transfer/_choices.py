@@ -1,4 +1,4 @@
-"""Names of the spaces in which student and teacher are compared."""
+"""Spaces in which student and teacher are compared."""
 
 from __future__ import annotations
 

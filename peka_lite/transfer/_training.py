@@ -1,4 +1,4 @@
-"""One epoch of the transfer: batches in pieces that fit, gradients summed, every loss checked."""
+"""Train one epoch in micro-batches, on one or more processes, and check every loss."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from peka_lite.transfer.model import NotFinite, transfer_loss
 
 @dataclass
 class Epochs:
-    """What every epoch of one `fit` shares.
+    """Data, model and settings shared by all epochs of one `fit`.
 
     Attributes
     ----------
     model, network
-        The `TransferModel`, and what is called for it: itself, or its compiled form for pieces of `piece` tiles.
+        The `TransferModel`, and the network called for pieces of `piece` tiles: the model or its compiled form.
     tiles, T, y
-        Uint8 tiles; (N, D) what the student is compared with, and (N,) labels, both on the device.
+        Uint8 tiles; (N, D) targets that the student is compared with, and (N,) labels, both on the device.
     loss
         tau, kd_weight and ce_weight.
     piece
-        Most tiles at once on a device.
+        Largest number of tiles at once on a device.
     learned_from
-        (N,) uint64 ids of the tiles, filled in by the first epoch where the tiles have none.
+        (N,) uint64 ids of the tiles; computed in the first epoch where the tiles have none.
     gradients
-        Stops a training whose adapters have no gradient.
+        Stops training if adapters get no gradient.
     """
 
     model: nn.Module
@@ -61,19 +61,19 @@ class Epochs:
         self.network, n = self.model, len(self.tiles)
         self.gradients = GradientCheck(self.model, scaled=self.scaler.is_enabled())
         self._unnamed = not hasattr(self.tiles, "ids")
-        # Zeros are nobody's rows: of a student that was finished before nothing is read.
+        # Zeros match no row: a resumed training that was already finished reads no tiles.
         self.learned_from = np.zeros(n, dtype=np.uint64) if self._unnamed else np.array(self.tiles.ids)
 
     def run(self, epoch: int, bar) -> dict:
-        """Take one pass over the tiles; returns a row of the history."""
-        begun, n = time.perf_counter(), len(self.tiles)
+        """Train on all tiles once and return a row of the history."""
+        start_time, n = time.perf_counter(), len(self.tiles)
         order = np.random.default_rng((self.seed, epoch)).permutation(n)
-        turns = np.random.default_rng((self.seed, epoch, 1)).integers(0, 8, n) if self.augment else None
+        flips = np.random.default_rng((self.seed, epoch, 1)).integers(0, 8, n) if self.augment else None
         pieces = self._pieces(order)
         batches = Batches(self.tiles, [rows for rows, _, _ in pieces if len(rows)], device=self.device)
-        arriving, pending, steps = iter(batches), None, -(-n // self.batch_size)
+        queue, pending, steps = iter(batches), None, -(-n // self.batch_size)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        learn = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
         self._training_mode()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -81,22 +81,22 @@ class Epochs:
             step = 0
             for rows, in_batch, last in pieces:
                 if len(rows):
-                    batch = next(arriving)
+                    batch = next(queue)
                     if self._unnamed:
                         self.learned_from[rows] = row_ids(batch.cpu().numpy())
-                    x = preprocess(flip_tiles(batch, turns[rows]) if self.augment else batch, self.model.backbone.spec)
-                    loss, kd, ce, right, seen = self.losses(x, torch.from_numpy(rows).to(self.device))
-                    # A mean over the whole batch, whichever pieces and processes it is cut into.
+                    x = preprocess(flip_tiles(batch, flips[rows]) if self.augment else batch, self.model.backbone.spec)
+                    loss, kd, ce, correct, seen = self.losses(x, torch.from_numpy(rows).to(self.device))
+                    # The mean over the whole batch, however it is split into pieces and processes.
                     share = len(rows) / in_batch
                     self.scaler.scale(loss * share).backward()
                     sums += torch.stack([loss.detach() * len(rows), kd.detach() * len(rows),
-                                         ce.detach() * len(rows), right.sum()])  # fmt: skip
-                    # One piece late, so that the GPU has the next to work on while this answer travels.
+                                         ce.detach() * len(rows), correct.sum()])  # fmt: skip
+                    # Checked one piece later, so that the GPU already works on the next.
                     self._check(pending)
                     pending = epoch, step, rows, loss.detach(), seen
                 if last:
-                    self.processes.add_gradients(learn)
-                    self.gradients.look()
+                    self.processes.add_gradients(params)
+                    self.gradients.check_step()
                     self._update(epoch * steps + step + 1)
                     step += 1
                     bar.update()
@@ -106,12 +106,12 @@ class Epochs:
             self.learned_from = self.processes.add(ids).cpu().numpy().view(np.uint64)
         self._unnamed = False
         loss, kd, ce, accuracy = (self.processes.add(sums) / n).tolist()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         return {"epoch": epoch, "loss": loss, "kd": kd, "ce": ce, "accuracy": accuracy, "seconds": seconds,
                 "waiting": batches.waited / seconds}  # fmt: skip
 
     def losses(self, x: torch.Tensor, at: torch.Tensor, *, network: nn.Module | None = None) -> tuple:
-        """Return loss, its two parts, which labels were right, and what `_check` needs, for normalized images."""
+        """Return loss, its two parts, a mask of correct labels, and the inputs of `_check`, for normalized images."""
         if network is None:
             network = self.network if len(x) == self.piece else self.model
         adapter = self.model.backbone.adapter
@@ -125,7 +125,7 @@ class Epochs:
         return loss, kd, ce, logits.argmax(1) == y, (compared.detach(), T, logits.detach(), y)
 
     def trial(self, network: nn.Module) -> torch.Tensor:
-        """Return the loss of a piece of blank tiles, to see whether a network runs at all; draws nothing at random."""
+        """Return the loss of a piece of blank tiles, to test a network; the random state is not changed."""
         self._training_mode()
         size = self.model.backbone.spec.input_size
         x = torch.zeros(self.piece, 3, size, size, device=self.device)
@@ -133,53 +133,53 @@ class Epochs:
             return self.losses(x, torch.arange(self.piece, device=self.device), network=network)[0]
 
     def _pieces(self, order: np.ndarray) -> list[tuple[np.ndarray, int, bool]]:
-        """Cut an epoch into (rows of this process, tiles in their batch, whether a step ends here)."""
+        """Split an epoch into (rows of this process, tiles in their batch, whether the piece ends a step)."""
         pieces = []
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            mine = batch[self.processes.rank :: self.processes.count]
-            cut = [mine[i : i + self.piece] for i in range(0, max(len(mine), 1), self.piece)]
+            local = batch[self.processes.rank :: self.processes.count]
+            cut = [local[i : i + self.piece] for i in range(0, max(len(local), 1), self.piece)]
             pieces += [(rows, len(batch), rows is cut[-1]) for rows in cut]
         return pieces
 
     def _update(self, step: int) -> None:
-        """Take one optimizer step, and let AdaLoRA spend its ranks anew."""
+        """Take one optimizer step, and update the ranks of AdaLoRA."""
         adapter = self.model.backbone.adapter
         if adapter.method != "adalora":
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.scaler.unscale_(self.optimizer)  # ranks are judged by gradients, whatever their scale
+            self.scaler.unscale_(self.optimizer)  # AdaLoRA ranks by unscaled gradients
             scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.scaler.get_scale() >= scale:  # else gradients overflowed, and the step was left out
+            if self.scaler.get_scale() >= scale:  # else gradients overflowed and the step was skipped
                 for p in self.model.backbone.parameters():
                     if p.requires_grad and p.grad is None:
-                        p.grad = torch.zeros_like(p)  # of a layer that is not used: peft reads every one
+                        p.grad = torch.zeros_like(p)  # of an unused layer; peft reads all gradients
                 adapter.tuner.update_and_allocate(step)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _training_mode(self) -> None:
         self.model.train()
-        self.model.backbone.eval()  # frozen: no batch statistics, no stochastic depth; only adapters may drop out
+        self.model.backbone.eval()  # frozen: no batch statistics or stochastic depth; only adapters use dropout
         for name in self.model.backbone.adapter.layers:
             self.model.backbone.get_submodule(name).train()
 
     def _check(self, pending) -> None:
-        """Raise where a loss is no number, naming the tiles whose own loss is none."""
+        """Raise `NotFinite` for a loss that is not finite, naming the tiles that cause it."""
         if pending is None or torch.isfinite(pending[3]):
             return
         epoch, step, rows, loss, (compared, T, logits, y) = pending
-        own = torch.stack(
+        losses = torch.stack(
             [transfer_loss(compared[[i]], T[[i]], logits[[i]], y[[i]], **self.loss)[0] for i in range(len(rows))]
         )
-        bad = rows[(~torch.isfinite(own)).cpu().numpy()]
+        bad = rows[(~torch.isfinite(losses)).cpu().numpy()]
         bad = np.sort(bad if len(bad) else rows)
         lr = self.optimizer.param_groups[0]["lr"]
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise NotFinite(
-            f"loss is {loss.item()} at epoch {epoch}, step {step}; try a lower lr than {lr}, or look at "
+            f"loss is {loss.item()} at epoch {epoch}, step {step}; try a lower lr than {lr}, or check "
             f"{len(bad)} of its {len(rows)} tiles, rows {shown}",
             bad.tolist(),
         )

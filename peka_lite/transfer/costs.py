@@ -1,4 +1,4 @@
-"""What teaching a student costs, counted before it is done: operations, and bytes."""
+"""Estimate operations and memory of training a student, without running it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations and memory of one student with one adapter, counted without running it.
+    """Operations and memory of training one student with one adapter.
 
     Attributes
     ----------
     forward, backward
-        Floating-point operations a tile (a multiply and an add are two). Backward holds the gradients of activations
-        and of adapters; frozen weights have none.
+        Floating-point operations per tile (a multiply and an add are two). Backward counts the gradients of activations
+        and adapters; frozen weights have none.
     step_forward, step_backward
-        The same a step, whatever its batch: merged weights, and the sums that make a block's gradient.
+        The same per step, independent of the batch: merged weights, and the sums of the blocks' gradients.
     weights, adapters
         Bytes: the student's weights in the compute type; float32 adapters, their gradients and Adam's two moments.
     kept, kept_recomputed
-        Bytes a tile that wait for the backward pass: of every block, or of one block at a time with every block's
-        input (`recompute`).
+        Bytes per tile stored for the backward pass: of all blocks, or with `recompute` the inputs of all blocks and
+        the activations of one.
     step_kept
-        Bytes a step beside them: merged weights.
+        Bytes per step stored besides: merged weights.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class Cost:
     step_kept: int
 
     def memory(self, tiles: int, *, recompute: bool = False) -> int:
-        """Return bytes that training with `tiles` at once takes: an estimate, without the allocator's own share."""
+        """Return the estimated bytes for training with `tiles` at once, without the allocator's overhead."""
         each = self.kept_recomputed if recompute else self.kept
         return self.weights + self.adapters + (0 if recompute else self.step_kept) + tiles * each
 
@@ -68,17 +68,17 @@ class Cost:
 
 @cache
 def student_cost(name: str, method: str = "bone", *, r: int | None = None, half: bool = True) -> Cost:
-    """Count what teaching a student costs; takes seconds, and neither weights nor memory.
+    """Count operations and memory of training a student, in seconds and without its weights.
 
-    Operations are PyTorch's own count (`torch.utils.flop_counter`: matrix products, convolutions, attention) over
-    tensors without content; memory is what autograd would keep of them.
+    Operations are counted by `torch.utils.flop_counter` (matrix products, convolutions, attention) on fake tensors.
+    Memory is the tensors that autograd would save.
 
     Parameters
     ----------
     name
         A key of `BACKBONES`.
     method, r
-        As in `adapt`; None takes the student's own block size.
+        As in `adapt`; None takes the student's default block size.
     half
         Compute in 16 bits, else in 32.
 
@@ -91,11 +91,11 @@ def student_cost(name: str, method: str = "bone", *, r: int | None = None, half:
     """
     spec = BACKBONES[name]
     one, two = (_count(spec, method, r or spec.bone_r or 1, half, tiles) for tiles in (1, 2))
-    a_tile = {key: two[key] - one[key] for key in ("forward", "backward", "kept", "recomputed")}
+    per_tile = {key: two[key] - one[key] for key in ("forward", "backward", "kept", "recomputed")}
     return Cost(
-        a_tile["forward"], a_tile["backward"],
-        one["forward"] - a_tile["forward"], one["backward"] - a_tile["backward"],
-        one["weights"], one["adapters"], a_tile["kept"], a_tile["recomputed"], one["kept"] - a_tile["kept"],
+        per_tile["forward"], per_tile["backward"],
+        one["forward"] - per_tile["forward"], one["backward"] - per_tile["backward"],
+        one["weights"], one["adapters"], per_tile["kept"], per_tile["recomputed"], one["kept"] - per_tile["kept"],
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    # PyTorch's count knows attention by the names of its GPU kernels, and would take the CPU's for nothing.
+    # PyTorch counts attention of GPU kernels only; count the CPU's kernels too.
     attention = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
@@ -115,39 +115,39 @@ def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[
         model = build_network(spec).eval()
         model.spec = spec
         adapt(model, method, r=r, total_steps=1)
-    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held, counter = {}, FlopCounterMode(display=False, custom_mapping=attention)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved, counter = {}, FlopCounterMode(display=False, custom_mapping=attention)
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
-        held[storage._cdata] = storage  # held, so that no other takes its address
+        saved[storage._cdata] = storage  # the reference keeps its address from being reused
         return tensor
 
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):  # shapes and types, no memory
-        own = _with_types(model, torch.bfloat16 if half else torch.float32)
+        weights = _with_types(model, torch.bfloat16 if half else torch.float32)
         x = torch.empty(tiles, 3, spec.input_size, spec.input_size)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with counter, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             y = extract_features(model, x)
         forward = counter.get_total_flops()
         tokens = model.forward_features(x)
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             if y.requires_grad:
                 y.float().sum().backward()
-    kept = sum(storage.nbytes() for at, storage in held.items() if at not in own)
+    stored = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
     depth = len(getattr(model, "blocks", "1"))
     return {
         "forward": forward,
         "backward": counter.get_total_flops(),
-        "kept": kept,
-        # Every block's float32 input waits, and one block at a time comes back whole.
-        "recomputed": depth * tokens.numel() * 4 + kept // depth if kept else 0,
+        "kept": stored,
+        # The float32 inputs of all blocks are stored, and the activations of one block at a time.
+        "recomputed": depth * tokens.numel() * 4 + stored // depth if stored else 0,
         "weights": model.adapter.n_base * (2 if half else 4),
-        "adapters": 16 * learn,
+        "adapters": 16 * trainable,
     }
 
 
 def _with_types(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Put content-free weights where meta ones were, frozen products' in `dtype`; returns their storages' addresses."""
+    """Replace meta weights by fake ones, those of frozen layers in `dtype`, and return their storage addresses."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -161,16 +161,16 @@ def _with_types(model: nn.Module, dtype: torch.dtype) -> set[int]:
 
 
 def explain_out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompute: bool) -> MemoryError:
-    """Return the error that says which option lowers memory, and to what."""
+    """Return a MemoryError that names the options that lower memory, with estimates."""
     where = str(device)
     if device.type == "cuda":
-        holds = torch.cuda.get_device_properties(device).total_memory
-        where = f"{torch.cuda.get_device_name(device)} ({holds / GIB:.1f} GiB)"
+        total = torch.cuda.get_device_properties(device).total_memory
+        where = f"{torch.cuda.get_device_name(device)} ({total / GIB:.1f} GiB)"
     parts = [f"{where} ran out of memory at {tiles} tiles at once"]
     try:
         half = precision_for(model.spec, device) != torch.float32
         cost = student_cost(model.spec.name, model.adapter.method, r=model.adapter.options.get("r"), half=half)
-    except Exception:  # a row of one's own, or a student the count does not cover: the options help all the same
+    except Exception:  # a custom backbone, or a network that cannot be counted: give the advice without numbers
         cost = None
 
     def about(n: int, again: bool) -> str:
@@ -178,9 +178,9 @@ def explain_out_of_memory(model: nn.Module, device: torch.device, *, tiles: int,
 
     parts[0] += about(tiles, recompute)
     if tiles > 1:
-        parts.append(f"--micro-batch {tiles // 2}{about(tiles // 2, recompute)} leaves the results as they are")
+        parts.append(f"--micro-batch {tiles // 2}{about(tiles // 2, recompute)} gives the same results")
     if not recompute and hasattr(model, "blocks"):
-        parts.append(f"--recompute{about(tiles, True)} does too, and takes a third more time")
+        parts.append(f"--recompute{about(tiles, True)} does too, in a third more time")
     if len(parts) == 1:
-        parts.append("take a GPU with more memory, or a smaller backbone")
+        parts.append("use a GPU with more memory, or a smaller backbone")
     return MemoryError("; ".join(parts))

@@ -1,4 +1,4 @@
-"""Knowledge transfer: the model that is taught, and the loop that teaches it."""
+"""Train a student with the losses of equations 4 to 6 of PEKA."""
 
 from __future__ import annotations
 
@@ -48,53 +48,53 @@ def fit(
     resume: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Teach the student: only adapters, projector and classifier learn; the backbone stays as it was.
+    """Train adapters, projector and classifier of a student with a frozen backbone.
 
-    ``model.backbone.adapter.fitted_on`` keeps the `row_ids` of the tiles it learned from.
-    Adam without schedule. Every epoch's order, turns and dropout follow from `seed` and the epoch's number, so a
-    resumed run ends in the same weights as an unbroken one on the same CPU. Started by ``accelerate launch``, the
-    processes share each batch; the loss is that of one process, up to rounding.
+    Uses Adam without a schedule. The `row_ids` of the training tiles are stored as
+    ``model.backbone.adapter.fitted_on``. Order, flips and dropout of each epoch depend only on `seed` and the epoch,
+    so a resumed run ends with the same weights as an uninterrupted one on the same CPU. Under ``accelerate launch``
+    the processes share each batch, and the result equals that of one process up to rounding.
 
     Parameters
     ----------
     model
         Trained in place and left in eval mode.
     tiles
-        (N, H, W, 3) uint8: anything that can be indexed by an array of rows.
+        (N, H, W, 3) uint8; any object that can be indexed by an array of rows.
     teacher
         (N, D_t) float32 teacher embeddings of the same rows.
     labels
         (N,) int64 pseudo-labels of the same rows.
     batch_size
-        Tiles a step, over all processes.
+        Tiles per step, over all processes.
     augment
-        Mirror and turn every tile at random each time it is seen (`flip_tiles`).
+        Flip and rotate every tile at random in each epoch (`flip_tiles`).
     micro_batch
-        Tiles at once on a device; None takes the batch whole. Less memory, the same gradient up to rounding.
+        Tiles at once on a device; None takes the whole batch. Saves memory; gradients are the same up to rounding.
     recompute
-        Keep a block's input alone and run it again for its gradient (`checkpoint_blocks`): far less memory, a third more work.
+        Recompute each block in the backward pass (`checkpoint_blocks`): far less memory, a third more time.
     compile
-        Use `torch.compile`; where it fails, a warning says why and training goes on without.
+        Use `torch.compile`; if it fails, warn and train without it.
     checkpoint
-        File written after every epoch, whole or not at all.
+        File written atomically after every epoch.
     resume
-        Go on from `checkpoint` if it is there; it must come from the same settings and data.
+        Continue from `checkpoint` if it exists; its settings and data must be the same.
 
     Returns
     -------
     pandas.DataFrame
-        One row an epoch: epoch, loss, kd, ce, accuracy (of the pseudo-labels, on the fly), seconds, waiting (share of
-        them spent waiting for tiles).
+        One row per epoch: epoch, loss, kd, ce, accuracy (of the pseudo-labels, during training), seconds, waiting
+        (share of the seconds spent waiting for tiles).
 
     Raises
     ------
     FloatingPointError
-        When the loss stops being finite, with its epoch, step and tiles; the checkpoint is of the epoch before.
+        If the loss is not finite; names epoch, step and tiles. The checkpoint is that of the epoch before.
     MemoryError
-        When the GPU's memory does not suffice, with what would.
+        If the GPU runs out of memory; names options that need less.
     ValueError
-        When rows disagree, the checkpoint comes from other settings, or adapted layers have had no gradient in the
-        first three steps; the message names the layers.
+        If numbers of rows differ, the checkpoint has other settings, or adapted layers had no gradient in the first
+        three steps; names the layers.
 
     Examples
     --------
@@ -121,8 +121,8 @@ def fit(
             _fit_teacher_head(model.classifier, T, y, seed=seed)
 
     dtype = precision_for(spec, device)
-    learn = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learn, lr=lr, fused=device.type == "cuda")
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=lr, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     settings = {
         "backbone": spec.name, "weights": model.backbone.weights_origin, "method": adapter.method, **adapter.options,
@@ -135,10 +135,10 @@ def fit(
     if resume and checkpoint is not None and processes.same(Path(checkpoint).is_file()):
         history = restore_checkpoint(Path(checkpoint), model, optimizer, scaler, settings)
         if len(history) > epochs:
-            raise ValueError(f"{checkpoint} is past {epochs} epochs, at {len(history)}; remove it to start over")
+            raise ValueError(f"{checkpoint} has {len(history)} epochs, more than {epochs}; remove it to start over")
     if model.kd_space == "logits":
         with torch.no_grad():
-            T = model.classifier(T)  # (N, n_classes): what the student is compared with
+            T = model.classifier(T)  # (N, n_classes)
 
     loop = Epochs(
         model, tiles, T, y, optimizer, scaler, processes, device, dtype,
@@ -146,10 +146,10 @@ def fit(
         piece=min(micro_batch or batch_size, -(-batch_size // processes.count), n), augment=augment, seed=seed,
     )  # fmt: skip
     steps = -(-n // batch_size)
-    done = {"total": epochs * steps, "initial": len(history) * steps}
+    counts = {"total": epochs * steps, "initial": len(history) * steps}
     with ExitStack() as stack:
-        shown = stack.enter_context(
-            progress_bar(desc="transfer", unit=" steps", enabled=progress and processes.first, **done)
+        bar = stack.enter_context(
+            progress_bar(desc="transfer", unit=" steps", enabled=progress and processes.first, **counts)
         )
         stack.enter_context(frozen_dtype(model.backbone, dtype))
         if recompute:
@@ -159,10 +159,10 @@ def fit(
                 with Stage("compiling"):
                     loop.network = compile_if_possible(model, loop.trial)
             for epoch in range(len(history), epochs):
-                history.append(loop.run(epoch, shown))
-                if epoch == epochs - 1:  # fewer steps than the check waits for are judged before they are kept
-                    loop.gradients.judge()
-                shown.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
+                history.append(loop.run(epoch, bar))
+                if epoch == epochs - 1:  # also check trainings with fewer steps than the check needs
+                    loop.gradients.check_all()
+                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.2f}")
                 if checkpoint is not None and processes.first:
                     save_checkpoint(Path(checkpoint), model, optimizer, scaler, settings, history)
         except torch.OutOfMemoryError as error:
@@ -174,25 +174,25 @@ def fit(
 
 def _check(model: TransferModel, n: int, teacher, labels, **positive) -> None:
     if getattr(model.backbone, "adapter", None) is None:
-        raise ValueError("the student carries no adapter: adapt it first; method 'none' keeps all of it frozen")
+        raise ValueError("the student has no adapter: adapt it first; method 'none' keeps it frozen")
     if not len(teacher) == len(labels) == n:
         raise ValueError(
-            f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: one row each is needed"
+            f"{n} tiles, {len(teacher)} teacher embeddings and {len(labels)} labels: give one of each per row"
         )
     if np.shape(teacher)[1:] != (model.projector[-1].out_features,):
-        raise ValueError(f"teacher is {np.shape(teacher)}, the projector gives {model.projector[-1].out_features}")
+        raise ValueError(f"teacher is {np.shape(teacher)}, the projector's width is {model.projector[-1].out_features}")
     if labels.min() < 0 or labels.max() >= model.n_classes:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the classifier has {model.n_classes}")
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}, the classifier has {model.n_classes} classes")
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, not {value}")
 
 
 def _fit_teacher_head(head: nn.Module, T: torch.Tensor, y: torch.Tensor, *, seed: int) -> None:
-    """Teach a classifier to name a teacher embedding's cluster, then freeze it."""
+    """Train a classifier of pseudo-labels on teacher embeddings, then freeze it."""
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(seed)
-    # Twenty passes as the authors', but at least a thousand steps: few spots make few steps a pass.
+    # Twenty epochs as in the authors' code, but at least 1000 steps: with few spots an epoch has few steps.
     for _ in range(max(20, -(-1000 // -(-len(T) // 64)))):
         for rows in torch.randperm(len(T), generator=order).to(T.device).split(64):
             optimizer.zero_grad(set_to_none=True)

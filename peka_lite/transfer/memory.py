@@ -1,4 +1,4 @@
-"""How a student runs in training: frozen weights in the compute type, blocks recomputed, compiled where that works."""
+"""Save memory and time in training: frozen weights in 16 bits, recomputed blocks, torch.compile."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def frozen_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold the frozen weights of linear and convolution layers in `dtype`; what they were comes back afterwards.
+    """Cast the frozen weights of linear and convolution layers to `dtype`, and restore them on exit.
 
-    Autocast casts these weights at every use and keeps each copy for the backward pass; held in the compute type, they
-    are half as large and never copied, and every product is the same. Originals wait in the CPU's memory.
+    Autocast casts these weights at every use and saves each copy for the backward pass. In the compute dtype they take
+    half the memory, are never copied, and give the same products. The originals are stored in CPU memory.
     """
-    own = [
+    frozen = [
         p
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         for p in module.parameters(recurse=False)
         if not p.requires_grad and p.dtype != dtype
     ]
-    kept = [(p, p.data.cpu(), p.device) for p in own]
+    originals = [(p, p.data.cpu(), p.device) for p in frozen]
     try:
-        for p in own:
+        for p in frozen:
             p.data = p.data.to(dtype)
         yield
     finally:
-        for p, data, device in kept:
+        for p, data, device in originals:
             p.data = data.to(device)
 
 
 @contextlib.contextmanager
 def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
-    """Keep only the input of each transformer block, and run the block again when its gradient is asked for.
+    """Store only the input of each transformer block, and recompute the block in the backward pass.
 
-    Memory falls to about one block's activations; a step takes one more forward pass. Gradients are the same.
+    Memory falls to about one block's activations. A step takes one more forward pass, with the same gradients.
 
     Raises
     ------
     ValueError
-        For a model without a row of ``blocks``.
+        For a model without ``blocks``.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None:
@@ -60,24 +60,24 @@ def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def compile_if_possible(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
-    """Return `torch.compile` of a model where a whole step works with it, else the model, with a warning that says why.
+    """Return a compiled model if a training step works with it; else warn and return the model.
 
     Parameters
     ----------
     step
-        Given the compiled model, returns a loss to run backward from; tried once. Gradients it leaves are removed.
+        Function from the compiled model to a loss, tried once. Gradients are cleared afterwards.
     """
     try:
         compiled = torch.compile(model, dynamic=False)
         step(compiled).backward()
         return compiled
     except torch.OutOfMemoryError:
-        raise  # no fault of the compiler's
+        raise  # not a compiler error
     except Exception as error:
-        # Compilers fail in many ways: no C++ compiler, an unsupported card, a graph they cannot take.
+        # Many causes: no C++ compiler, an unsupported GPU, an unsupported graph.
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         warnings.warn(
-            f"torch.compile did not work here ({type(error).__name__}: {first[:200]}); training goes on without it",
+            f"torch.compile failed ({type(error).__name__}: {first[:200]}); training continues without it",
             stacklevel=3,
         )
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""PEKA's two losses, and what to say when they stop being numbers."""
+"""The transfer model S(x) (PEKA, equation 2) and its losses (equations 4, 5 and 6)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def transfer_loss(
     """Return PEKA's loss and its two parts (arXiv:2504.07061, equations 4 to 6).
 
     ``kd_weight * KL(softmax(T / tau) || softmax(S / tau)) + ce_weight * CrossEntropy(logits, labels)``, both averaged
-    over the batch. The equation has no factor tau squared, so neither has this.
+    over the batch. As in the equation, there is no factor tau squared.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def transfer_loss(
     labels
         (B,) int64.
     tau
-        Temperature; the paper gives none, 2.0 is the authors' configuration.
+        Temperature. The paper gives none; 2.0 is in the authors' configuration.
 
     Examples
     --------
@@ -56,7 +56,7 @@ def transfer_loss(
 
 
 class NotFinite(FloatingPointError):
-    """A loss that is no number; `rows` are the tiles, by row, that brought it, or all of the step's."""
+    """A loss is not finite; `rows` are the tiles that caused it, or all tiles of the piece."""
 
     def __init__(self, message: str, rows: list[int]):
         super().__init__(message)
@@ -64,7 +64,7 @@ class NotFinite(FloatingPointError):
 
 
 class TransferModel(nn.Module):
-    """A student with a projector into the teacher's space and a classifier of pseudo-labels on top.
+    """A student with a projector to the teacher's space and a classifier of pseudo-labels.
 
     Parameters
     ----------
@@ -78,11 +78,11 @@ class TransferModel(nn.Module):
         Width of the hidden layer of the projector, and of the teacher head.
     kd_space
         ``"embedding"``: the student's projection is compared with the teacher's embedding (the paper's equation 4),
-        and a linear classifier reads the pseudo-label from the student's features beside it. ``"logits"``: a
-        classifier of teacher embeddings (two layers) is trained first and frozen; both losses compare what it says
-        of the student's projection with what it says of the teacher, and with the label (the authors' code).
+        and a linear classifier predicts the pseudo-label from the student's features. ``"logits"`` (the authors'
+        code): a two-layer classifier of teacher embeddings is trained first and frozen. Both losses use its logits
+        for the student's projection, compared with its logits for the teacher and with the label.
     seed
-        Decides the random start of projector and classifier.
+        Seed of the random initial weights of projector and classifier.
 
     Examples
     --------
@@ -110,8 +110,8 @@ class TransferModel(nn.Module):
             raise ValueError(f"unknown kd_space {kd_space!r}; known: {', '.join(KD_SPACES)}")
         if getattr(backbone, "spec", None) is None:
             raise ValueError(
-                f"{type(backbone).__name__} has no registry row: a student comes from load_backbone; for a network of "
-                "your own write a row (register_backbone)"
+                f"{type(backbone).__name__} is not from load_backbone; load the student with it, and register a custom "
+                "network first (register_backbone)"
             )
         self.backbone, self.kd_space, self.n_classes = backbone, kd_space, n_classes
         with torch.random.fork_rng(devices=[]):
@@ -130,6 +130,6 @@ class TransferModel(nn.Module):
         return z, self.classifier(features if self.kd_space == "embedding" else z)
 
 
-def mlp(into: int, hidden: int, out: int) -> nn.Sequential:
-    """Return the projector's shape: two linear layers with GELU between them."""
-    return nn.Sequential(nn.Linear(into, hidden), nn.GELU(), nn.Linear(hidden, out))
+def mlp(in_features: int, hidden: int, out: int) -> nn.Sequential:
+    """Return two linear layers with GELU between them."""
+    return nn.Sequential(nn.Linear(in_features, hidden), nn.GELU(), nn.Linear(hidden, out))
