@@ -1,4 +1,4 @@
-"""The linear probe h(F(x)): PCA, ridge and Pearson correlation (PEKA, equations 1 and 7)."""
+"""Fit and score the linear probe h(F(x)): PCA, ridge and Pearson correlation (PEKA, equations 1 and 7)."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Predicted values outside the range of the training targets: their share, and a sentence that gives it."""
+"""Compute and describe the share of predictions outside the range of the training targets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 
 from peka_lite._core.names import short_name
 
-LOW, HIGH = "train_min", "train_max"  # columns of a file of predictions: each gene's range among the training targets
-ROUNDING = 1e-5  # of a prediction in float32, in units of the targets
+LOW, HIGH = "train_min", "train_max"  # columns of `var` in predictions: each gene's range in the training targets
+ROUNDING = 1e-5  # tolerance for float32 predictions, in units of the targets
 CHUNK = 4096  # rows at a time
 
 
@@ -20,7 +20,7 @@ def shares_outside(X: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np
     X
         (N, genes) predictions, N at least 1; a `numpy.memmap` is read in chunks.
     low, high
-        (genes,) least and greatest training target.
+        (genes,) smallest and largest training target.
     """
     below, above = np.zeros(len(low)), np.zeros(len(low))
     for start in range(0, len(X), CHUNK):
@@ -32,28 +32,28 @@ def shares_outside(X: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np
 
 
 def describe_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
-    """Say in one sentence which share of the predicted values lies outside the range of the training targets.
+    """Describe in one sentence the share of predictions outside the range of the training targets.
 
-    Of `gene` it is the share of tiles (or spots); of None the share of all values, one a tile and gene.
+    For `gene` it is the share of tiles (or spots), for None the share of all values, one per tile and gene.
     """
     if not {LOW, HIGH} <= set(predictions.var) or predictions.var[[LOW, HIGH]].isna().all(axis=None):
         return (
-            "Whether values lie outside the range of the training targets is unknown, for an older version made the "
-            "model: train it again, then predict."
+            "Whether values lie outside the range of the training targets is unknown, because the model is from an "
+            "older version: train it again, then predict."
         )
     part = predictions if gene is None else predictions[:, [gene]]
     X, unit = part.to_df(), spot_or_tile(predictions)  # (N, genes)
     low, high = part.var[LOW].to_numpy(dtype=float), part.var[HIGH].to_numpy(dtype=float)
     below, above = (float(np.nanmean(shares)) for shares in shares_outside(X.to_numpy(), low, high))
     if gene is not None:
-        ends = f"the range of its training targets ({low[0]:.2f} to {high[0]:.2f})"
+        span, name = f"the range of its training targets ({low[0]:.2f} to {high[0]:.2f})", short_name(gene)
         if not below + above:
-            return f"{short_name(gene)} lies within {ends} on all {len(X)} {unit}."
+            return f"{name} lies within {span} on all {len(X)} {unit}."
         if not (below and above):
             side, share = ("below", below) if below else ("above", above)
-            where = f"all {len(X)} {unit}" if share == 1 else f"{_percent(share)} of the {unit}"
-            return f"{short_name(gene)} lies {side} {ends} on {where}."
-        return f"{short_name(gene)} lies below {ends} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
+            tiles = f"all {len(X)} {unit}" if share == 1 else f"{_percent(share)} of the {unit}"
+            return f"{name} lies {side} {span} on {tiles}."
+        return f"{name} lies below {span} on {_percent(below)} of the {unit} and above it on {_percent(above)}."
     if not below + above:
         return "All predicted values lie within the range of their gene's training targets."
     least, most = X.min().to_numpy(), X.max().to_numpy()
@@ -67,7 +67,7 @@ def describe_outside(predictions: ad.AnnData, gene: str | None = None) -> str:
 
 
 def spot_or_tile(predictions: ad.AnnData) -> str:
-    """Return what a row of predictions is: one of the tiles of a grid, or one of a slide's spots."""
+    """Return ``"tiles"`` for predictions on a grid of tiles, else ``"spots"``."""
     return "tiles" if "tissue_share" in predictions.obs else "spots"
 
 

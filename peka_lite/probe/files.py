@@ -1,4 +1,4 @@
-"""Probe files: fitted PCA-ridge probes by name, with the genes they predict."""
+"""Read and write files of fitted PCA-ridge probes and their genes."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Probes:
-    """What a probe file holds.
+    """Content of a probe file.
 
     Attributes
     ----------
     probes
-        Name -> (fitted `PCARidge`, its genes in column order). One from a file of an older version has no ``range_``.
+        Name -> (fitted `PCARidge`, its genes in column order). Files of older versions have no ``range_``.
     normalization
-        Of the values they predict.
+        Normalization of the predicted values.
     fingerprint
-        `backbone_fingerprint` of the frozen weights behind their features; None where it was not given.
+        `backbone_fingerprint` of the student of the features, or None.
     """
 
     probes: dict[str, tuple[PCARidge, tuple[str, ...]]]
@@ -73,21 +73,21 @@ def save_probes(
     normalization: str,
     fingerprint: str | None = None,
 ) -> None:
-    """Write fitted probes as a safetensors file of float64; only another file of probes is replaced.
+    """Write fitted probes to a safetensors file in float64; only a probe file is overwritten.
 
     Parameters
     ----------
     probes
-        Name (``"all"``, or ``"fold0"``, ...) -> (probe, genes in column order). Only solver ``"exact"``.
+        Name (``"all"``, or ``"fold0"``, ...) -> (probe, genes in column order); solver ``"exact"`` only.
     normalization
-        Of the targets they were fitted on.
+        Normalization of the targets they were fitted on.
     fingerprint
-        `backbone_fingerprint` of the student, taken before merging, so that features of other weights are refused.
+        `backbone_fingerprint` of the student, taken before merging; used to reject features of other weights.
 
     Raises
     ------
     ValueError
-        For another solver, a probe that is not fitted, or genes that do not fit it.
+        For another solver, a probe that is not fitted, or a wrong number of genes.
 
     Examples
     --------
@@ -96,11 +96,11 @@ def save_probes(
     >>> X = np.random.default_rng(0).normal(size=(40, 5))
     >>> probe = pk.probe.PCARidge(5).fit(X, X[:, :2])
     >>> pk.probe.save_probes("probe.safetensors", {"all": (probe, ["ACTB", "KRT8"])}, normalization="log1p")
-    >>> again, genes = pk.probe.load_probes("probe.safetensors").probes["all"]
-    >>> genes, np.array_equal(again.predict(X), probe.predict(X))
+    >>> loaded, genes = pk.probe.load_probes("probe.safetensors").probes["all"]
+    >>> genes, np.array_equal(loaded.predict(X), probe.predict(X))
     (('ACTB', 'KRT8'), True)
     """
-    tensors, kept = {}, {}
+    tensors, entries = {}, {}
     for name, (probe, genes) in probes.items():
         require_name(name)
         if probe.solver != "exact":
@@ -118,20 +118,20 @@ def save_probes(
         if hasattr(probe, "range_"):
             tensors[f"{name}.range"] = torch.from_numpy(np.array(probe.range_, dtype=np.float64, order="C"))
         options = {option: getattr(probe, option) for option in OPTIONS} | {"width": int(probe.n_components_)}
-        kept[name] = {"genes": genes, "options": options}
-    record = {"normalization": normalization, "fingerprint": fingerprint, "probes": kept, "version": __version__}
+        entries[name] = {"genes": genes, "options": options}
+    record = {"normalization": normalization, "fingerprint": fingerprint, "probes": entries, "version": __version__}
     write_tensors(path, tensors, record, kind="probe")
 
 
 def load_probes(path: str | os.PathLike) -> Probes:
-    """Read a file of `save_probes`; its probes predict the same numbers, bit for bit.
+    """Read a file of `save_probes`; predictions are bit-identical to those of the saved probes.
 
     Raises
     ------
     FileNotFoundError
-        For a file that is not there.
+        If the file does not exist.
     ValueError
-        For a truncated file, or one that `save_probes` did not write.
+        For a truncated file, or one not written by `save_probes`.
 
     Examples
     --------
@@ -146,19 +146,19 @@ def load_probes(path: str | os.PathLike) -> Probes:
     """
     record, probes = read_record(path, kind="probe"), {}
     check_record(path, record, _RECORD, whose="a probe's")
-    for name, kept in record["probes"].items():
-        check_record(path, kept, _PROBE, whose="a probe's")
-        check_record(path, kept["options"], _OPTIONS, whose="a probe's")
-        found, n = read_tensors(path, name), len(kept["genes"])
-        d = len(found["mean"]) if "mean" in found and found["mean"].ndim == 1 else 0
+    for name, entry in record["probes"].items():
+        check_record(path, entry, _PROBE, whose="a probe's")
+        check_record(path, entry["options"], _OPTIONS, whose="a probe's")
+        tensors, n = read_tensors(path, name), len(entry["genes"])
+        d = len(tensors["mean"]) if "mean" in tensors and tensors["mean"].ndim == 1 else 0
         shapes = {"coef": (d, n), "mean": (d,), "scale": (d,), "intercept": (n,), "range": (2, n)}
-        fits = found.keys() - {"range"} == {*TENSORS} and all(tuple(t.shape) == shapes[k] for k, t in found.items())
-        if not fits or any(values.dtype != torch.float64 for values in found.values()):
-            raise ValueError(f"{path}: the tensors of {name!r} do not fit its {n} genes; make it anew")
-        width = kept["options"].pop("width")
-        probe = PCARidge(**kept["options"])
+        fits = tensors.keys() - {"range"} == {*TENSORS} and all(tuple(t.shape) == shapes[k] for k, t in tensors.items())
+        if not fits or any(values.dtype != torch.float64 for values in tensors.values()):
+            raise ValueError(f"{path}: the tensors of {name!r} do not fit its {n} genes; save it again")
+        width = entry["options"].pop("width")
+        probe = PCARidge(**entry["options"])
         probe.n_components_ = width
-        for part, values in found.items():  # older files have no range
+        for part, values in tensors.items():  # files of older versions have no range
             setattr(probe, f"{part}_", values.numpy())
-        probes[name] = (probe, tuple(kept["genes"]))
+        probes[name] = (probe, tuple(entry["genes"]))
     return Probes(probes, record["normalization"], record["fingerprint"])

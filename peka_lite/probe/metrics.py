@@ -1,4 +1,4 @@
-"""Scores of predictions: Pearson correlation (PEKA, equation 7) and its companions, gene by gene."""
+"""Pearson correlation of predictions per gene (PCC: PEKA, equation 7)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pandas as pd
 
 
 def pearson(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
-    """Pearson correlation column by column, (genes,) float64; NaN where either side is constant.
+    """Return the Pearson correlation of each column, (genes,) float64; NaN where either side is constant.
 
-    It measures linear association: a shift or a positive scale of either side changes nothing.
+    It is invariant to a shift or a positive scale of either side.
 
     Examples
     --------
@@ -26,12 +26,12 @@ def pearson(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
         raise ValueError(f"measured {Y.shape} and predicted {P.shape} differ in shape")
     y, p = Y - Y.mean(0), P - P.mean(0)
     norm_y, norm_p = np.linalg.norm(y, axis=0), np.linalg.norm(p, axis=0)
-    # Rounding leaves a constant column with a norm of about 1e-16 of its size, not with zero.
+    # By rounding, a centered constant column has a norm of about 1e-16 of its size, not 0.
     constant = (norm_y <= 1e-10 * np.linalg.norm(Y, axis=0)) | (norm_p <= 1e-10 * np.linalg.norm(P, axis=0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(constant, np.nan, (y * p).sum(0) / (norm_y * norm_p))
 
 
 def fold_table(fold: int, genes: Sequence[str], Y: np.ndarray, P: np.ndarray, *, n_train: int) -> pd.DataFrame:
-    """Score one fold: the rows of the result table for measured `Y` and predicted `P`, both (n_test, genes)."""
+    """Return the result rows of one fold for measured `Y` and predicted `P`, both (n_test, genes)."""
     return pd.DataFrame({"fold": fold, "gene": list(genes), "pcc": pearson(Y, P), "n_train": n_train, "n_test": len(Y)})

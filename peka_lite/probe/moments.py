@@ -1,8 +1,8 @@
-"""One pass over features gathers sums per cell; every fold, penalty and held-out group follows from them.
+"""Sum features and targets per cell in one pass, to fit and score the probe on any folds from the sums.
 
-A cell is a set of rows that always stay together: a fold's test rows, a slide, a patient. Each has its count, means and
-centered scatter matrices; those of any union of cells are their sum plus what lies between the means (Chan, Golub and
-LeVeque, 1983), so that no row outside the union takes part, not even by rounding.
+A cell is a set of rows that are never split: a fold's test rows, a slide, a patient. Each has its count, means and
+centered scatter matrices. Those of a union of cells are their sums plus the scatter between the means (Chan, Golub and
+LeVeque, 1983), so that rows outside the union have no influence, not even by rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EPS = np.finfo(np.float64).eps
 
 @dataclass(frozen=True)
 class Moments:
-    """What PCA and ridge need of a set of rows, in float64.
+    """Means and scatter matrices of a set of rows, in float64.
 
     Attributes
     ----------
@@ -28,11 +28,11 @@ class Moments:
     mean_x, mean_y
         (d,) and (genes,).
     Sxx, Sxy, Syy
-        Sums of products of what is left without the means: (d, d), (d, genes), and each gene's own (genes,).
+        Sums of products of centered columns: (d, d), (d, genes), and of each gene with itself (genes,).
     rows
         (n,) indices of the rows.
     low_y, high_y
-        (genes,) least and greatest target of each gene.
+        (genes,) smallest and largest target of each gene.
     """
 
     n: int
@@ -46,45 +46,45 @@ class Moments:
     high_y: np.ndarray
 
     def targets(self, index) -> Moments:
-        """Return the same rows with these target columns alone; `Sxx` is shared, not copied."""
+        """Return the moments of the same rows with only these target columns; `Sxx` is not copied."""
         ends = {"low_y": self.low_y[index], "high_y": self.high_y[index]}
         return replace(self, mean_y=self.mean_y[index], Sxy=self.Sxy[:, index], Syy=self.Syy[index], **ends)
 
 
 @dataclass(frozen=True)
 class CellSums:
-    """Moments of every cell that holds rows, by its number; see `gather`."""
+    """Moments of every non-empty cell, by its number; see `gather`."""
 
     of: dict[int, Moments]
 
     @property
     def cells(self) -> list[int]:
-        """Numbers of the cells that hold rows, ascending."""
+        """Numbers of the non-empty cells, ascending."""
         return list(self.of)
 
     def over(self, cells: Iterable[int]) -> Moments:
-        """Add these cells up; a cell without rows adds nothing.
+        """Return the moments of a union of cells; empty cells are ignored.
 
         Raises
         ------
         ValueError
-            If a cell is named twice, or none of them holds a row.
+            If a cell is given twice, or all of them are empty.
         """
-        asked = [int(cell) for cell in cells]
-        if len(set(asked)) < len(asked):
-            raise ValueError(f"each cell can be added once, not {asked}")
-        parts = [moments for cell, moments in self.of.items() if cell in asked]
+        requested = [int(cell) for cell in cells]
+        if len(set(requested)) < len(requested):
+            raise ValueError(f"each cell can be given once, not {requested}")
+        parts = [moments for cell, moments in self.of.items() if cell in requested]
         if len(parts) < 2:
             if not parts:
-                raise ValueError(f"no rows in cells {asked}; there are rows in {self.cells}")
+                raise ValueError(f"no rows in cells {requested}; cells with rows: {self.cells}")
             return parts[0]
         n, first = sum(p.n for p in parts), parts[0]
-        # About the first cell's mean, so that a column that is constant over all cells stays so to the last bit.
+        # Relative to the first cell's mean, so that a column that is constant over all cells stays exactly constant.
         mean_x = first.mean_x + sum(p.n / n * (p.mean_x - first.mean_x) for p in parts)
         mean_y = first.mean_y + sum(p.n / n * (p.mean_y - first.mean_y) for p in parts)
-        gap_x = np.stack([np.sqrt(p.n) * (p.mean_x - mean_x) for p in parts])  # (cells, d)
-        gap_y = np.stack([np.sqrt(p.n) * (p.mean_y - mean_y) for p in parts])
-        Sxx, Sxy, Syy = gap_x.T @ gap_x, gap_x.T @ gap_y, (gap_y**2).sum(0)
+        diff_x = np.stack([np.sqrt(p.n) * (p.mean_x - mean_x) for p in parts])  # (cells, d)
+        diff_y = np.stack([np.sqrt(p.n) * (p.mean_y - mean_y) for p in parts])
+        Sxx, Sxy, Syy = diff_x.T @ diff_x, diff_x.T @ diff_y, (diff_y**2).sum(0)
         for p in parts:
             Sxx += p.Sxx
             Sxy += p.Sxy
@@ -97,7 +97,7 @@ class CellSums:
 def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096, device: str = "cpu") -> CellSums:
     """Read features and targets once and sum them per cell, in float64.
 
-    Holds C * (d * d + d * genes) * 8 bytes for C cells, and `chunk` rows.
+    Needs memory for C * (d * d + d * genes) * 8 bytes for C cells, and `chunk` rows.
 
     Parameters
     ----------
@@ -106,14 +106,14 @@ def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096
     Y
         (N, genes) targets.
     cells
-        (N,) integers, each row's cell; rows of cell -1 are not read.
+        (N,) integers, the cell of each row; rows of cell -1 are skipped.
     device
-        ``"cpu"``, or a torch device to sum on.
+        ``"cpu"`` (NumPy), or a torch device for the sums.
 
     Raises
     ------
     ValueError
-        If shapes disagree, no row has a cell, or a row that is read holds NaN or infinity.
+        If shapes differ, no row has a cell, or a row with a cell has NaN or infinite values.
     """
     X, Y, cells = np.asarray(X), np.asarray(Y), np.asarray(cells)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
@@ -125,24 +125,24 @@ def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096
     if (cells < -1).any() or not (cells >= 0).any():
         raise ValueError("cells are numbered from 0, with -1 for rows left out, and at least one row must have a cell")
     steps = _numpy_steps() if device == "cpu" else _torch_steps(device)
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are found by their sums
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are detected in the sums
         return _sum_up(_pieces(X, Y, cells, chunk), cells, X.shape[1], Y.shape[1], *steps)
 
 
 def _pieces(X, Y, cells, chunk: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (cell, row numbers, features, targets) chunk by chunk, copying only where a cell's rows lie scattered."""
+    """Yield (cell, row numbers, features, targets) by chunk; copy only if a cell's rows are not contiguous."""
     for start in range(0, len(X), chunk):
-        here = cells[start : start + chunk]
-        for cell in np.unique(here[here >= 0]):
-            rows = start + np.flatnonzero(here == cell)
-            together = rows[-1] - rows[0] + 1 == len(rows)
-            at = slice(rows[0], rows[-1] + 1) if together else rows
+        part = cells[start : start + chunk]
+        for cell in np.unique(part[part >= 0]):
+            rows = start + np.flatnonzero(part == cell)
+            contiguous = rows[-1] - rows[0] + 1 == len(rows)
+            at = slice(rows[0], rows[-1] + 1) if contiguous else rows
             yield int(cell), rows, X[at], Y[at]
 
 
 def _numpy_steps() -> tuple[Callable, Callable, Callable, Callable]:
     def add_square(total, x):
-        # One triangle, in place: half the work of a product, and no temporary.
+        # One triangle, in place: half the operations of a product, and no temporary array.
         dsyrk(1.0, x.T, beta=1.0, c=total.T, overwrite_c=1)
 
     return np.zeros, lambda block: np.array(block, dtype=np.float64, order="C"), add_square, lambda a: a
@@ -164,7 +164,7 @@ def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -
     for cell, rows, *blocks in pieces:
         x, y = map(load, blocks)
         if cell not in shift:
-            # About the cell's own first rows: no other row takes part, and a constant column leaves exact zeros.
+            # Relative to the cell's first rows: no other row has influence, and a constant column gives exact zeros.
             shift[cell] = [z[0] + (z - z[0]).mean(0) for z in (x, y)]
             total[cell] = [zeros(d), zeros(genes)]
             xx[cell], xy[cell], yy[cell] = zeros((d, d)), zeros((d, genes)), zeros(genes)
@@ -196,19 +196,19 @@ def _not_finite(name: str, block: np.ndarray, rows: np.ndarray) -> ValueError:
     bad = np.argwhere(~np.isfinite(block))
     if not len(bad):
         return ValueError(f"{name} are too large for sums in float64")
-    return ValueError(f"{name} hold NaN or infinite values; the first in row {rows[bad[0, 0]]}, column {bad[0, 1]}")
+    return ValueError(f"{name} have NaN or infinite values; the first in row {rows[bad[0, 0]]}, column {bad[0, 1]}")
 
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of standardized training features, and how the targets go along with them.
+    """Principal components of standardized training features, and their products with the targets.
 
     Attributes
     ----------
     mean, scale
-        (d,) subtracted from and divided into the features.
+        (d,) subtracted from the features, and divisor of the features.
     values, vectors
-        (k,) eigenvalues of the scatter matrix, descending, 0 without variance; and (d, k) eigenvectors.
+        (k,) eigenvalues of the scatter matrix, descending, 0 without variance, and (d, k) eigenvectors.
     cross
         (k, genes) sums of products of scores and targets.
     mean_y
@@ -223,22 +223,22 @@ class Components:
     mean_y: np.ndarray
 
     def weights(self, alpha: float) -> np.ndarray:
-        """Return the ridge's coefficients (k, genes) on the scores; directions without variance are left out."""
+        """Return ridge coefficients (k, genes) of the scores; 0 for directions without variance."""
         shrink = self.values + alpha
         return self.cross / np.where(self.values > 0, shrink, np.inf)[:, None]
 
 
 def components(moments: Moments, n_components: int | None = 256, *, standardize: bool = True) -> Components:
-    """Standardize and reduce by PCA, from sums alone.
+    """Standardize and reduce by PCA, from the sums only.
 
-    A column without variance, as scikit-learn's StandardScaler judges it, is not scaled and carries nothing.
+    A column without variance, by the rule of scikit-learn's StandardScaler, is not scaled and has no weight.
 
     Parameters
     ----------
     n_components
         Capped at rows - 1 and at d; None keeps d.
     standardize
-        Divide each column by its standard deviation (of the population) before PCA. Means are removed either way.
+        Divide each column by its population standard deviation before PCA. Means are always removed.
     """
     n, d = moments.n, len(moments.mean_x)
     variance = np.diag(moments.Sxx) / n
@@ -259,14 +259,14 @@ def components(moments: Moments, n_components: int | None = 256, *, standardize:
 def alpha_path(
     train: Moments | Components, test: Moments, alphas: Sequence[float], *, n_components: int | None = 256
 ) -> np.ndarray:
-    """Pearson correlation on the test rows for each penalty, from sums alone: no row is predicted.
+    """Return the Pearson correlation on the test rows for each alpha, from the sums only.
 
     Parameters
     ----------
     train
-        Moments of the training rows, reduced to `n_components`; or their `components`, made once for several tests.
+        Moments of the training rows, reduced to `n_components`; or their `components`, shared by several tests.
     alphas
-        Ridge penalties, numbers of at least 0.
+        Regularization strengths of the ridge, numbers of at least 0.
 
     Returns
     -------
@@ -274,20 +274,20 @@ def alpha_path(
         (len(alphas), genes) float64; NaN where targets or predictions are constant over the test rows.
     """
     if not all(alpha >= 0 for alpha in alphas):
-        raise ValueError(f"penalties are numbers of at least 0, not {list(alphas)}")
+        raise ValueError(f"alphas must be numbers of at least 0, not {list(alphas)}")
     if len(train.mean_y) != len(test.mean_y):
-        raise ValueError(f"training sums hold {len(train.mean_y)} targets and test sums {len(test.mean_y)}")
+        raise ValueError(f"training sums have {len(train.mean_y)} targets and test sums {len(test.mean_y)}")
     reduced = train if isinstance(train, Components) else components(train, n_components)
     V = reduced.vectors / reduced.scale[:, None]  # (d, k)
     spread, shared = V.T @ (test.Sxx @ V), V.T @ test.Sxy  # (k, k), (k, genes)
     offset, uncancelled = V.T @ (test.mean_x - reduced.mean), (V**2).T @ np.diag(test.Sxx)  # (k,), (k,)
-    flat_y = test.Syy <= 1e-20 * (test.Syy + test.n * test.mean_y**2)
+    constant_y = test.Syy <= 1e-20 * (test.Syy + test.n * test.mean_y**2)
     path = np.empty((len(alphas), len(test.mean_y)))
     for row, alpha in zip(path, alphas, strict=True):
         w = reduced.weights(alpha)
         var_p, cov = (w * (spread @ w)).sum(0), (w * shared).sum(0)
-        # As in `pearson`, a constant is known by what rounding leaves: of the mean, and of features that cancel.
-        flat_p = var_p <= 1e-20 * test.n * (offset @ w) ** 2 + 1e-14 * uncancelled @ w**2
+        # As in `pearson`, variance below rounding error is 0: error of the mean, and of features that cancel.
+        constant_p = var_p <= 1e-20 * test.n * (offset @ w) ** 2 + 1e-14 * uncancelled @ w**2
         with np.errstate(invalid="ignore", divide="ignore"):
-            row[:] = np.where(flat_y | flat_p, np.nan, cov / np.sqrt(var_p * test.Syy))
+            row[:] = np.where(constant_y | constant_p, np.nan, cov / np.sqrt(var_p * test.Syy))
     return path

@@ -1,4 +1,4 @@
-"""The probe: PCA and ridge from frozen features to genes."""
+"""Predict genes from frozen features by PCA and ridge: the probe of equation 1 of PEKA."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from peka_lite.probe.moments import Moments, components, gather
 
 SOLVERS = ("exact", "hest-bench")
 CHUNK = 4096  # rows in float64 at a time
-MOST_BYTES = 4 * 2**30  # of the sums that cross_validate holds
+MOST_BYTES = 4 * 2**30  # for the sums of cross_validate
 
 
 class PCARidge:
-    """Standardize, reduce by PCA, predict all genes at once by ridge.
+    """Standardize features, reduce them by PCA and predict all genes by ridge.
 
     Parameters
     ----------
     n_components
-        Width after PCA, 256 in the paper and in HEST-bench. ``"exact"`` caps it at what the data allow and warns;
-        None leaves PCA out.
+        Width after PCA, 256 in the paper and in HEST-bench. ``"exact"`` caps it at the rank the data allow and
+        warns. None skips PCA.
     alpha
-        Ridge penalty on the squared norm, beside the sum of squared errors; ``"hest"`` is HEST-bench's
-        ``100 / (columns after PCA * genes)``.
+        Regularization strength: factor of the squared norm in ridge, added to the sum of squared errors. ``"hest"`` is
+        HEST-bench's ``100 / (columns after PCA * genes)``.
     solver
-        ``"exact"``: float64, closed form from sums (`peka_lite.probe.moments`), no randomness.
-        ``"hest-bench"``: scikit-learn as HEST-bench calls it (seeded PCA, scores rounded to float32, iterative lsqr,
-        no intercept), to compare with its published numbers.
+        ``"exact"``: closed form in float64 from sums (`peka_lite.probe.moments`), deterministic.
+        ``"hest-bench"``: scikit-learn with HEST-bench's settings (seeded PCA, scores rounded to float32, iterative
+        lsqr, no intercept), for comparison with its published numbers.
     standardize
-        Divide each feature by its standard deviation before PCA, as HEST-bench does. Only ``"exact"`` can do without.
+        Divide each feature by its standard deviation before PCA, as HEST-bench does. False needs ``"exact"``.
     fit_intercept
         Add the genes' training means, so that predictions are in the genes' units. HEST-bench does not; the Pearson
-        correlation is the same. Only with ``"exact"``.
+        correlation is the same. True needs ``"exact"``.
 
     Examples
     --------
@@ -73,7 +73,7 @@ class PCARidge:
     def fit(self, X: np.ndarray, Y: np.ndarray) -> PCARidge:
         """Fit on features (n, d) and targets (n, genes).
 
-        The exact solver sets ``coef_`` (d, genes) and ``range_`` (2, genes), each gene's least and greatest target.
+        The exact solver sets ``coef_`` (d, genes) and ``range_`` (2, genes), each gene's smallest and largest target.
         """
         X, Y = np.asarray(X), np.asarray(Y)
         if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
@@ -84,13 +84,13 @@ class PCARidge:
             raise ValueError("at least two training rows are needed")
         for name, A in (("features", X), ("targets", Y)):
             if not np.isfinite(A).all():
-                raise ValueError(f"{name} hold NaN or infinite values")
+                raise ValueError(f"{name} have NaN or infinite values")
         return self._fit_hest_bench(X, Y)
 
     def fit_sums(self, moments: Moments) -> PCARidge:
-        """Fit on the sums of the training rows (`peka_lite.probe.moments`), as `fit` on the rows themselves."""
+        """Fit on the sums of the training rows (`peka_lite.probe.moments`), with the result of `fit` on the rows."""
         if self.solver != "exact":
-            raise ValueError("HEST-bench's solver reads rows; fit_sums needs solver='exact'")
+            raise ValueError("solver 'hest-bench' needs rows; fit_sums needs solver='exact'")
         return self._fit_exact(moments)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ class PCARidge:
                 f"HEST-bench cannot reduce {n} rows of {d} features to {self.n_components} components; "
                 f"use n_components <= {min(n, d)}, or solver='exact', which caps it"
             )
-        # Without a reduction HEST-bench neither scales nor centers: the features go in as they are.
+        # Without PCA, HEST-bench neither scales nor centers the features.
         self.steps_ = []
         if self.n_components is not None:
             scaler = StandardScaler().fit(X)
@@ -146,7 +146,7 @@ class PCARidge:
     def _reduce(self, X: np.ndarray) -> np.ndarray:
         for step in self.steps_:
             X = step.transform(X)
-        # HEST-bench keeps scores as a float32 tensor, which scikit-learn's ridge then reads as float64.
+        # HEST-bench stores scores as float32, and scikit-learn's ridge converts them to float64.
         return X.astype(np.float32).astype(np.float64 if self.steps_ else np.float32)
 
 
@@ -162,18 +162,18 @@ def cross_validate(
 ) -> pd.DataFrame:
     """Fit the probe on each fold's training rows and score its test rows.
 
-    The exact solver reads the features once for all folds, and once more to predict.
+    The exact solver reads the features once to fit all folds, and once to predict.
 
     Parameters
     ----------
     X
-        (N, d) frozen features, which may be a `numpy.memmap`.
+        (N, d) frozen features; may be a `numpy.memmap`.
     Y
         (N, genes) targets.
     folds
         Row indices, as `peka_lite.folds` returns.
     genes
-        Names for the columns of `Y`; numbered without.
+        Names of the columns of `Y`; by default their numbers.
 
     Returns
     -------
@@ -214,10 +214,10 @@ def cross_validate(
 
 
 def _training_sums(X: np.ndarray, Y: np.ndarray, trains: Sequence[np.ndarray]) -> Callable[[int], Moments]:
-    """Return what gives the moments of each fold's training rows: one pass for all folds, or a pass a fold.
+    """Return a function from a fold to the moments of its training rows, gathered in one pass or one per fold.
 
-    Rows that train the same folds are one cell. Where folds overlap in so many ways that cells outnumber what passes
-    they save, or where their sums would not fit, each fold has its own pass.
+    Rows that are in training in the same folds form a cell. With too many cells for one pass to be faster, or sums
+    larger than `MOST_BYTES`, each fold has a separate pass.
     """
     counts = np.stack([np.bincount(train, minlength=len(X)) for train in trains], axis=1)  # (N, folds)
     if counts.max() > 1:  # a bootstrap: rows drawn twice count twice

@@ -169,7 +169,9 @@ def test_a_model_without_its_training_range_predicts_and_says_so(slide_path, tmp
 
     adata = predict_slide(slide_path, Older(), tmp_path / "a.h5ad")
     assert np.isnan(adata.uns["peka_lite"]["outside_training_range"])
-    assert "is unknown, for an older version made the model: train it again, then predict." in describe_outside(adata)
+    assert "is unknown, because the model is from an older version: train it again, then predict." in describe_outside(
+        adata
+    )
 
 
 def test_shares_outside_a_range_are_those_counted_by_hand():
