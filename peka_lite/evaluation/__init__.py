@@ -1,4 +1,4 @@
-"""Cross-validation: who is held out, leak checks, scores and their uncertainty."""
+"""Cross-validate and score: folds, leakage checks, PCC with confidence intervals, noise ceilings."""
 
 import lazy_loader
 

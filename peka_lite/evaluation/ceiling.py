@@ -1,7 +1,7 @@
-"""The PCC a perfect model could reach, given counting noise, estimated by count splitting.
+"""Estimate the PCC that a perfect model could reach given counting noise, by count splitting.
 
-Counts are drawn: were the same spot sequenced again, they would differ, and no model can predict that part. Two halves
-of the counts that share nothing but the rates show how large it is.
+Counts of one spot differ between sequencing runs, and no model can predict that part. Its size follows from the
+correlation of two halves of the counts that are independent given the rates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peka_lite.data.expression import normalize
 def expression_ceiling(
     adata: ad.AnnData, genes: Sequence[str], *, method: str = "log1p-cp10k"
 ) -> tuple[pd.Series, str]:
-    """Return the ceiling of each gene and where it comes from.
+    """Return the ceiling of each gene and its source.
 
     Parameters
     ----------
@@ -28,16 +28,15 @@ def expression_ceiling(
     genes
         Names among ``adata.var_names``.
     method
-        How the target is made from counts, as in `peka_lite.data.normalize`.
+        Normalization of the counts, as in `peka_lite.data.normalize`.
 
     Returns
     -------
     pandas.Series
         As `estimate_ceiling`; NaN for a gene whose rate or count does not vary.
     str
-        ``"known"`` where ``layers["rate"]`` holds the true rates, as in the mini cohort
-        (`peka_lite.evaluation.noise_ceiling`);
-        otherwise ``"count splitting"`` (`estimate_ceiling`).
+        ``"known"`` if ``layers["rate"]`` has the true rates, as in the mini cohort (`noise_ceiling`), else
+        ``"count splitting"`` (`estimate_ceiling`).
 
     Examples
     --------
@@ -67,45 +66,45 @@ def estimate_ceiling(
     """Estimate the Pearson correlation between the true rates and the measured target, for each gene.
 
     Every count is split at random into two halves that are independent given the rates (Neufeld et al. 2024,
-    doi:10.1093/biostatistics/kxac047). Each half is doubled and made into a target, the two are correlated over spots,
-    and the Spearman-Brown formula carries that reliability r to full depth: ceiling = sqrt(2 r / (1 + r)).
+    doi:10.1093/biostatistics/kxac047). Each half is doubled and normalized, the two are correlated over spots, and the
+    Spearman-Brown formula extrapolates that reliability r to full depth: ceiling = sqrt(2 r / (1 + r)).
 
-    It is an upper bound where counts scatter more than Poisson, which real counts do: a split takes scatter of the
-    rate for signal, as it does whatever else two halves of a spot share, such as its total. On the default mini cohort
-    (variance = mean + 0.08 mean^2), with log1p-cp10k, it is 0.08 too high on average for genes with a pattern and 0.21
-    for genes without; given `dispersion`, 0.04 and 0.10. On simulated Poisson counts of 1,000 to 20,000 a spot the
-    mean over genes is within 0.02 over 1,000 spots (0.025 over 300). Over 1,000 spots a single gene is off by 0.03 to
-    0.06 where its ceiling is above 0.4, by about 0.1 below that, and more over fewer spots: report means over genes.
+    For overdispersed counts, as real counts are, it is an upper bound: all variation that the two halves of a spot
+    share, of its rate or its total, counts as signal. On the default mini cohort (variance = mean + 0.08 mean^2), with
+    log1p-cp10k, it is 0.08 too high on average for genes with a pattern and 0.21 for genes without; given
+    `dispersion`, 0.04 and 0.10. On simulated Poisson counts of 1,000 to 20,000 per spot the mean over genes is within
+    0.02 with 1,000 spots (0.025 with 300). With 1,000 spots the error of a single gene is 0.03 to 0.06 for ceilings
+    above 0.4, about 0.1 below that, and more with fewer spots: report means over genes.
 
     Parameters
     ----------
     adata
-        Raw counts (N, G), all genes: totals are taken over all of them.
+        Raw counts (N, G) of all genes, which the totals need.
     genes
         Names among ``adata.var_names``; None means all.
     method
-        How the target is made from counts, as in `peka_lite.data.normalize`.
+        Normalization of the counts, as in `peka_lite.data.normalize`.
     dispersion
-        None for Poisson counts. For negative binomial ones (G,) values a with variance = mean + a mean^2, in the order
-        of ``adata.var_names`` (a Series is put into it): counts are then split by a beta-binomial rule (Neufeld et al.
-        2023, arXiv:2307.12985). It is not estimated here: without the true rates, scatter looks like a pattern.
+        None for Poisson counts. For negative binomial counts (G,) values a with variance = mean + a mean^2, in the
+        order of ``adata.var_names`` (a Series is reindexed); counts are then split by a beta-binomial rule (Neufeld et
+        al. 2023, arXiv:2307.12985). It cannot be estimated here without the true rates.
     n_splits
-        How many random splits are averaged.
+        Number of random splits to average.
     seed
         Seed of the splits.
 
     Returns
     -------
     pandas.Series
-        float64, indexed by gene, 0 to 1; 0 where the halves do not agree; NaN where the counts do not vary.
+        float64, indexed by gene, 0 to 1; 0 where the halves do not correlate; NaN where the counts are constant.
 
     Raises
     ------
     KeyError
-        For a gene that is not in the data.
+        For an unknown gene.
     ValueError
-        For counts that are not whole numbers of 0 or more, a gene named twice, an unknown method, a dispersion of the
-        wrong shape or below 0, and fewer than one split.
+        For counts that are not whole numbers of 0 or more, a gene given twice, an unknown method, a dispersion of
+        invalid shape or below 0, or fewer than one split.
 
     Examples
     --------
@@ -126,19 +125,19 @@ def estimate_ceiling(
     X = _whole_counts(adata)
     if n_splits < 1:
         raise ValueError(f"n_splits must be 1 or more, got {n_splits}")
-    wanted = X[:, columns]
-    varies = (wanted.max(0) - wanted.min(0)).toarray().ravel() > 0
+    selected = X[:, columns]
+    varies = (selected.max(0) - selected.min(0)).toarray().ravel() > 0
     if dispersion is None:
-        # A sum of Poisson counts is Poisson: the other genes matter by their sum alone.
-        others = np.asarray(X.sum(1)).ravel() - np.asarray(wanted.sum(1)).ravel()
-        X, columns, scatter = sparse.csr_matrix(sparse.hstack([wanted, others[:, None]])), slice(len(columns)), None
+        # A sum of Poisson counts is Poisson: the sum of the other genes suffices for the totals.
+        others = np.asarray(X.sum(1)).ravel() - np.asarray(selected.sum(1)).ravel()
+        X, columns, scatter = sparse.csr_matrix(sparse.hstack([selected, others[:, None]])), slice(len(columns)), None
     else:
         scatter = _dispersion(adata, dispersion)[X.indices]  # one for each stored count
 
     rng = np.random.default_rng(seed)
     covariance = variance = 0.0
     for _ in range(n_splits):
-        # Doubled, a half has the mean of the whole, so the log bends it alike.
+        # Doubling restores the mean of the whole, so that the logarithm has the same effect.
         a, b = (
             normalize(ad.AnnData(2 * half), method=method)[:, columns].astype(np.float64)
             for half in _halves(X, scatter, rng)
@@ -147,7 +146,7 @@ def estimate_ceiling(
         covariance = covariance + np.asarray(a.multiply(b).mean(0)).ravel() - mean_a * mean_b
         squares = (np.asarray(half.multiply(half).mean(0)).ravel() for half in (a, b))
         variance = variance + (sum(squares) - mean_a**2 - mean_b**2) / 2
-    # Sums over splits are divided, not ratios averaged: in one split a rare gene may have no variance at all.
+    # A ratio of sums, not a mean of ratios: in one split a rare gene may have no variance.
     reliability = np.clip(np.divide(covariance, variance, out=np.zeros(len(varies)), where=varies), 0, 1)
     ceiling = np.where(varies, np.sqrt(2 * reliability / (1 + reliability)), np.nan)
     return pd.Series(ceiling, index=pd.Index(genes), name="ceiling")
@@ -157,7 +156,7 @@ def _halves(X: sparse.csr_matrix, dispersion: np.ndarray | None, rng: np.random.
     """Split every stored count into two parts that are independent given the rates."""
     share = 0.5
     if dispersion is not None:
-        # Halves of a negative binomial count are independent if the share is drawn anew from a beta for each count.
+        # Halves of a negative binomial count are independent if each count's share is drawn from a beta.
         shape = 0.5 / np.maximum(dispersion, 1e-9)
         share = rng.beta(shape, shape)
     first = rng.binomial(X.data.astype(np.int64), share).astype(np.float64)
@@ -166,11 +165,11 @@ def _halves(X: sparse.csr_matrix, dispersion: np.ndarray | None, rng: np.random.
 
 def _whole_counts(adata: ad.AnnData) -> sparse.csr_matrix:
     X = sparse.csr_matrix(adata.X, dtype=np.float64)
-    wrong = ~(np.isfinite(X.data) & (X.data >= 0) & (X.data == np.floor(X.data)))
-    if wrong.any():
+    invalid = ~(np.isfinite(X.data) & (X.data >= 0) & (X.data == np.floor(X.data)))
+    if invalid.any():
         raise ValueError(
-            f"count splitting needs raw counts, but X holds {X.data[wrong][0]:g} for gene "
-            f"{adata.var_names[X.indices[wrong][0]]!r}; give whole numbers of 0 or more, not normalized expression"
+            f"count splitting needs raw counts, but X has {X.data[invalid][0]:g} for gene "
+            f"{adata.var_names[X.indices[invalid][0]]!r}; give whole numbers of 0 or more, not normalized expression"
         )
     return X
 
@@ -180,7 +179,7 @@ def _columns(adata: ad.AnnData, genes: Sequence[str]) -> np.ndarray:
         raise KeyError(f"genes not in the data: {', '.join(missing[:10])}")
     names = pd.Index(genes)
     if not names.is_unique:
-        raise ValueError(f"gene {names[names.duplicated()][0]!r} is asked for more than once")
+        raise ValueError(f"gene {names[names.duplicated()][0]!r} is given more than once")
     return adata.var_names.get_indexer(names)
 
 
@@ -194,23 +193,23 @@ def _dispersion(adata: ad.AnnData, dispersion) -> np.ndarray:
 
 
 def noise_ceiling(adata, *, method="log1p-cp10k"):
-    """Give the Pearson correlation that the true rates themselves reach with the counts, for each gene.
+    """Return the Pearson correlation of the true rates with the counts, for each gene.
 
-    It correlates, over spots, log1p of the true rates with log1p of the observed counts: what a perfect prediction
-    would score, apart from chance. Over few spots it is itself an estimate.
+    It is computed over spots, of log1p of the true rates and log1p of the counts: the expected score of a perfect
+    prediction. With few spots it is itself an estimate.
 
     Parameters
     ----------
     adata : anndata.AnnData
         A slide of the mini cohort, or several concatenated: raw counts in ``X`` and ``layers["rate"]``.
     method : str
-        ``"log1p-cp10k"``: both are scaled to 10,000 per spot first; ``"log1p"``: both are taken as they are.
+        ``"log1p-cp10k"``: both are first scaled to 10,000 per spot; ``"log1p"``: neither is scaled.
 
     Returns
     -------
     pandas.Series
-        float64 (n_genes,), indexed by gene; NaN where the true share (rate, for ``"log1p"``) does not vary, as
-        the share within one patient for a noise gene.
+        float64 (n_genes,), indexed by gene; NaN where the true share (for ``"log1p"`` the rate) is constant, as for
+        a noise gene within one patient.
 
     Raises
     ------
@@ -219,7 +218,7 @@ def noise_ceiling(adata, *, method="log1p-cp10k"):
 
     Examples
     --------
-    Even the true rates, which no model knows, do not reach 1:
+    Even the true rates do not reach 1:
 
     >>> import peka_lite as pk
     >>> adata = pk.open_cohort("mini", slides=["MINI1", "MINI2"]).adata
@@ -233,10 +232,10 @@ def noise_ceiling(adata, *, method="log1p-cp10k"):
     rate = np.asarray(adata.layers["rate"])
     if method == "log1p-cp10k":
         rate, counts = (1e4 * x / x.sum(1, keepdims=True, dtype=np.float64) for x in (rate, counts))
-    true, seen = (np.log1p(x, dtype=np.float64) for x in (rate, counts))
-    true, seen = true - true.mean(0), seen - seen.mean(0)  # (n_spots, n_genes)
-    spread = np.sqrt((true**2).mean(0) * (seen**2).mean(0))
-    # A rate that only rounding moves is constant.
+    true, observed = (np.log1p(x, dtype=np.float64) for x in (rate, counts))
+    true, observed = true - true.mean(0), observed - observed.mean(0)  # (n_spots, n_genes)
+    spread = np.sqrt((true**2).mean(0) * (observed**2).mean(0))
+    # Variation by rounding does not count.
     spread[true.std(0) < 1e-5] = np.nan
     with np.errstate(invalid="ignore", divide="ignore"):
-        return pd.Series((true * seen).mean(0) / spread, index=adata.var_names, name="noise_ceiling")
+        return pd.Series((true * observed).mean(0) / spread, index=adata.var_names, name="noise_ceiling")

@@ -1,4 +1,4 @@
-"""Simple features that a student has to beat: color and texture of a tile, the place on the slide, and depth."""
+"""Compute baseline features without a network: color and texture, coordinates, and sequencing depth."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from skimage.feature import local_binary_pattern
 from peka_lite._core.progress import progress_bar
 
 PERCENTILES = (10, 50, 90)
-WORKING_SIZE = 112  # px: a 224 px tile is averaged over 2 x 2 pixels before anything is measured
-BRIGHT = 220  # of 255: a pixel brighter than this in every channel is glass, not tissue
+WORKING_SIZE = 112  # px: a 224 px tile is first averaged over 2 x 2 pixels
+BRIGHT = 220  # of 255: a pixel above this in every channel is background
 DEGREE = 5  # of the polynomials in x and y: (5 + 1)(5 + 2) / 2 = 21 terms
 
 
 def color_features(tiles, *, progress: bool = False) -> np.ndarray:
-    """Describe each tile by its stain, brightness and texture, without a network.
+    """Compute stain, brightness and texture features of each tile.
 
-    Every tile is measured by itself, on its own averaged to about 112 px a side. The columns are mean, standard
+    Each tile is processed independently, averaged to about 112 px per side. The columns are mean, standard
     deviation and 10th, 50th and 90th percentile of red, green and blue (15) and of the haematoxylin and eosin optical
     densities after Ruifrok and Johnston 2001 (10); the share of bright pixels (1); mean and standard deviation of the
     gray gradient at three scales (6); and the histograms of uniform local binary patterns of the gray image at two
@@ -26,7 +26,7 @@ def color_features(tiles, *, progress: bool = False) -> np.ndarray:
     Parameters
     ----------
     tiles
-        `TileStore` or uint8 array (N, H, W, 3), at least 16 px a side; read in batches.
+        `TileStore` or uint8 array (N, H, W, 3), at least 16 px per side; read in batches.
     progress
         Show a progress bar.
 
@@ -38,7 +38,7 @@ def color_features(tiles, *, progress: bool = False) -> np.ndarray:
     Raises
     ------
     ValueError
-        If the tiles are not uint8 RGB of at least 16 px a side.
+        If the tiles are not uint8 RGB of at least 16 px per side.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def color_features(tiles, *, progress: bool = False) -> np.ndarray:
     """
     shape, dtype = tuple(tiles.shape), getattr(tiles, "dtype", np.dtype(np.uint8))  # a TileStore is always uint8
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or min(shape[1:3]) < 16:
-        raise ValueError(f"tiles must be uint8 (N, H, W, 3) of at least 16 px a side, not {dtype} {shape}")
+        raise ValueError(f"tiles must be uint8 (N, H, W, 3) of at least 16 px per side, not {dtype} {shape}")
     out = np.empty((len(tiles), 52), dtype=np.float32)
     for start in progress_bar(
         range(0, len(tiles), 16), desc="color and texture", unit=" batches", enabled=progress, leave=False
@@ -62,12 +62,12 @@ def color_features(tiles, *, progress: bool = False) -> np.ndarray:
 
 
 def coordinate_features(cohort) -> np.ndarray:
-    """Describe each spot by its place on the slide alone: polynomials up to degree 5 in x and y, 21 terms.
+    """Compute polynomials up to degree 5 in the x and y of each spot on its slide, 21 terms.
 
     The spot centers of ``obsm["spatial"]`` are scaled to [-1, 1] by slide and axis. The first 21 columns hold the terms
-    for all slides together. Each slide then has 21 columns of its own, zero for every other slide. When spots of one
-    slide lie on both sides of a split, its own columns are fitted and show what interpolation within a known slide
-    gives. A slide that no training spot comes from has only the shared columns, which hold little beyond its outline.
+    for all slides together. Then each slide has 21 separate columns, zero for every other slide. If spots of a slide
+    are in training and test, these columns measure the effect of interpolation within the slide. For a slide without
+    training spots only the shared columns are used, which contain little beyond its outline.
 
     Returns
     -------
@@ -94,10 +94,9 @@ def coordinate_features(cohort) -> np.ndarray:
 
 
 def depth_features(cohort) -> np.ndarray:
-    """Describe each spot by how much was sequenced: log1p of its total count over the cohort's shared genes.
+    """Compute the sequencing depth of each spot: log1p of its total count over the cohort's shared genes.
 
-    It is measured together with the expression, so no tile can be given it: a score it reaches is one that counts
-    alone can explain.
+    It is part of the measurement and unknown for a new tile: its score shows how much the counts alone explain.
 
     Returns
     -------
@@ -118,9 +117,9 @@ def depth_features(cohort) -> np.ndarray:
 
 
 def _describe(tiles: np.ndarray) -> np.ndarray:
-    """Measure a batch of uint8 tiles (n, H, W, 3); returns (n, 52)."""
+    """Return the features (n, 52) of a batch of uint8 tiles (n, H, W, 3)."""
     rgb = _pool(tiles.astype(np.float32), max(1, min(tiles.shape[1:3]) // WORKING_SIZE))  # (n, h, w, 3) in 0 to 255
-    # Optical density is the negative log of transmitted light; the added 1 keeps a black pixel finite.
+    # Optical density is the negative log of transmitted light; adding 1 keeps black pixels finite.
     stains = -np.log((rgb + 1) / 256) @ hed_from_rgb[:, :2].astype(np.float32)  # (n, h, w, 2)
     gray = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     half = _pool(gray[..., None], 2)[..., 0]
@@ -136,7 +135,7 @@ def _describe(tiles: np.ndarray) -> np.ndarray:
 
 
 def _pool(image: np.ndarray, factor: int) -> np.ndarray:
-    """Average blocks of factor x factor pixels of (n, h, w, channels); a remainder at the far edges is cut off."""
+    """Average blocks of factor x factor pixels of (n, h, w, channels); the remainder at the far edges is dropped."""
     h, w = image.shape[1] // factor, image.shape[2] // factor
     image = image[:, : h * factor, : w * factor]
     # Strided sums are much faster than a mean over the axes of blocks.
@@ -145,32 +144,32 @@ def _pool(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _summary(image: np.ndarray) -> np.ndarray:
-    """Mean, standard deviation and percentiles of each channel of (n, h, w, channels); (n, 5 * channels)."""
+    """Return mean, standard deviation and percentiles of each channel of (n, h, w, channels); (n, 5 * channels)."""
     flat = np.ascontiguousarray(image.reshape(len(image), -1, image.shape[3]).transpose(0, 2, 1))  # (n, channels, px)
     percentiles = np.percentile(flat, PERCENTILES, axis=2)  # (3, n, channels)
     return np.concatenate([flat.mean(2), flat.std(2), *percentiles], axis=1)
 
 
 def _gradient(gray: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation of the gradient's magnitude of (n, h, w); (n, 2)."""
+    """Return mean and standard deviation of the gradient magnitude of (n, h, w); (n, 2)."""
     down, right = gray[:, 1:, :-1] - gray[:, :-1, :-1], gray[:, :-1, 1:] - gray[:, :-1, :-1]
     size = np.sqrt(down**2 + right**2)
     return np.stack([size.mean((1, 2)), size.std((1, 2))], axis=1)
 
 
 def _patterns(gray: np.ndarray) -> np.ndarray:
-    """Histogram of the uniform patterns of 8 neighbors at 1 px, of (n, h, w); (n, 10), rows sum to 1."""
-    # Whole gray levels: rounding must not decide which of two equal neighbors is brighter.
+    """Return histograms of the uniform patterns of 8 neighbors at 1 px, of (n, h, w); (n, 10), rows sum to 1."""
+    # Integer gray levels, so that rounding does not break ties between equal neighbors.
     codes = [local_binary_pattern(image, 8, 1, method="uniform") for image in np.rint(gray).astype(np.uint8)]
     return np.stack([np.bincount(c.astype(np.int64).ravel(), minlength=10) / c.size for c in codes])
 
 
 def _surface(xy) -> np.ndarray:
-    """Polynomials of one slide's positions (n, 2), scaled to [-1, 1]; (n, 21), the first column is 1."""
+    """Return polynomials of one slide's positions (n, 2), scaled to [-1, 1]; (n, 21), the first column is 1."""
     xy = np.asarray(xy, dtype=np.float64)
     low, high = xy.min(0), xy.max(0)
-    # A slide of one row or column of spots has no extent there: it lies at 0.
+    # An axis without extent (one row or column of spots) is 0.
     x, y = (2 * (xy - (low + high) / 2) / np.where(high > low, high - low, 1)).T
-    # Legendre polynomials span the same surfaces as powers and are far less alike.
+    # Legendre polynomials span the same surfaces as powers and are far less correlated.
     px, py = (np.polynomial.legendre.legvander(v, DEGREE) for v in (x, y))  # (n, 6)
     return np.stack([px[:, i] * py[:, d - i] for d in range(DEGREE + 1) for i in range(d + 1)], axis=1)

@@ -1,4 +1,4 @@
-"""Which rows a thing learned from, told by the rows themselves, and a refusal where it should not have."""
+"""Detect leakage: compare ids of the rows used in a fit with the rows that are allowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class LeakError(ValueError):
-    """Something that is judged on held-out rows has learned from rows it must not know.
+    """A step that is scored on held-out rows was fitted on rows outside its training rows.
 
     Examples
     --------
@@ -25,30 +25,30 @@ class LeakError(ValueError):
 
 
 def require_allowed(step: str, learned_from: np.ndarray | None, *, allowed: np.ndarray, where: str) -> None:
-    """Refuse a step that learned from any row outside the allowed ones.
+    """Raise a LeakError if a step was fitted on rows outside the allowed ones.
 
     Parameters
     ----------
     step
-        What it is, in words: ``"the clusters"``.
+        Name of the step for the message: ``"the clusters"``.
     learned_from
-        `row_ids` recorded by its fit; None for one that came trained from elsewhere.
+        `row_ids` recorded by its fit; None for a pretrained model.
     allowed
         `row_ids` of the training rows.
     where
-        Which fold, for the message.
+        Name of the fold for the message.
 
     Raises
     ------
     LeakError
-        Naming the step, how many rows and the fold.
+        Names the fold, the step and the number of rows.
     """
     if learned_from is None:
         return
-    strange = ~np.isin(learned_from, allowed)
-    if strange.any():
+    outside = ~np.isin(learned_from, allowed)
+    if outside.any():
         raise LeakError(
-            f"{where}: {step} learned from {int(strange.sum())} of {len(strange)} rows outside the training rows; "
+            f"{where}: {step} learned from {int(outside.sum())} of {len(outside)} rows outside the training rows; "
             "fit it on the training rows alone"
         )
 
@@ -56,7 +56,7 @@ def require_allowed(step: str, learned_from: np.ndarray | None, *, allowed: np.n
 def require_disjoint(
     groups: np.ndarray, counts: np.ndarray, train: np.ndarray, test: np.ndarray, *, where: str
 ) -> None:
-    """Refuse a fold with one group, or the very same spots, on both sides.
+    """Raise a LeakError for a fold with a group or a spot in both training and test.
 
     Parameters
     ----------
@@ -67,12 +67,12 @@ def require_disjoint(
     train, test
         Row indices of the fold.
     """
-    if both := sorted(set(groups[train]) & set(groups[test])):
-        raise LeakError(f"{where}: {', '.join(map(str, both))} on both sides")
+    if shared := sorted(set(groups[train]) & set(groups[test])):
+        raise LeakError(f"{where}: {', '.join(map(str, shared))} in both training and test")
     if len(np.intersect1d(train, test)):
-        raise LeakError(f"{where}: {len(np.intersect1d(train, test))} rows on both sides")
-    if (twins := np.isin(counts[test], counts[train])).any():
+        raise LeakError(f"{where}: {len(np.intersect1d(train, test))} rows in both training and test")
+    if (duplicates := np.isin(counts[test], counts[train])).any():
         raise LeakError(
-            f"{where}: {int(twins.sum())} test spots have the very counts of training spots; is one section in the "
-            "cohort under two ids?"
+            f"{where}: {int(duplicates.sum())} test spots have the same counts as training spots; is one section "
+            "in the cohort under two ids?"
         )

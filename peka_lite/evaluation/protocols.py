@@ -1,4 +1,4 @@
-"""Protocols: what is held out, and which rows each step that learns may see."""
+"""Define the evaluation protocols: the held-out groups, and the rows used to fit each step."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import numpy as np
 SPLITS = ("patient", "slide", "spot")
 
 
-#: Ridge penalties that ``"inner"`` chooses from: twenty, from 0.01 to a million, evenly spaced in their logarithm.
+#: Regularization strengths that ``"inner"`` chooses from: twenty, from 0.01 to a million, log-spaced.
 ALPHAS = tuple(float(a) for a in np.logspace(-2, 6, 20))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way to score; results under two protocols are never put in one column.
+    """An evaluation protocol. Results under different protocols are not comparable.
 
     Attributes
     ----------
     name, split
-        The protocol, and who is held out: ``"patient"``, ``"slide"`` or ``"spot"``.
+        Name, and the held-out group: ``"patient"``, ``"slide"`` or ``"spot"``.
     student
-        Rows that train student, clusters and a teacher that is fitted: ``"train"`` or ``"all"`` (the whole cohort, test
-        spots included). A pretrained teacher, such as scFoundation, embeds these rows and is not fitted on them.
+        Rows used to train the student, clusters and a fitted teacher: ``"train"`` or ``"all"`` (the whole cohort, with
+        test spots). A pretrained teacher, such as scFoundation, embeds these rows and is not fitted on them.
     genes
-        Rows that choose the highly variable genes: ``"train"`` or ``"all"``.
+        Rows used to choose the highly variable genes: ``"train"`` or ``"all"``.
     normalization
-        Of the targets that the score is about; the other normalization is reported beside it.
+        Normalization of the targets of the main score; the other normalization is reported too.
     alpha
-        Ridge penalty: a number, ``"hest"`` (`PCARidge`) or ``"inner"``: chosen from `ALPHAS` on inner folds, each
-        scored with a student, teacher and clusters that saw neither the inner nor the outer test rows.
+        Regularization strength of the ridge: a number, ``"hest"`` (`PCARidge`) or ``"inner"``: chosen from `ALPHAS` on
+        inner folds, with a student, teacher and clusters fitted without the inner and outer test rows.
     standardize, fit_intercept
         As in `PCARidge`.
 
     Examples
     --------
-    Who is held out, which rows teach, which choose the genes, and the penalty:
+    Held-out group, rows for training, rows for choosing genes, and alpha:
 
     >>> import peka_lite as pk
     >>> for p in pk.evaluation.PROTOCOLS.values():
@@ -56,8 +56,8 @@ class Protocol:
     fit_intercept: bool = True
 
 
-#: The three protocols by name. Of ``paper`` the paper itself says five folds, the 50 most variable genes, PCA to 256
-#: components and ridge. What is held out, which rows each step sees and the penalty are those of the authors' released
+#: The three protocols by name. For ``paper``, the paper gives five folds, the 50 most variable genes, PCA to 256
+#: components and ridge. Held-out group, rows of each step and alpha are those of the authors' released
 #: code: ``KFold`` with shuffle over spots. The published tables may have come from other code.
 PROTOCOLS = {
     p.name: p

@@ -1,4 +1,4 @@
-"""Scores: Pearson correlation per gene, fold and slide, with confidence intervals that resample people and genes."""
+"""Compute PCC per gene, fold and slide, with confidence intervals from a bootstrap over patients and genes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MOMENTS = ("n", "mean_y", "mean_p", "var_y", "var_p", "cov")
 def slide_moments(
     Y: np.ndarray, P: np.ndarray, *, slides: Sequence[str], patients: Sequence[str], genes: Sequence[str]
 ) -> pd.DataFrame:
-    """Reduce held-out predictions to what every score follows from: population moments by slide and gene.
+    """Reduce held-out predictions to population moments by slide and gene, which all scores use.
 
     Parameters
     ----------
     Y, P
         Measured and predicted, (n, genes).
     slides, patients
-        (n,) of each row.
+        (n,) slide and patient of each row.
 
     Returns
     -------
@@ -34,14 +34,14 @@ def slide_moments(
     slides, patients = np.asarray(slides, dtype=str), np.asarray(patients, dtype=str)
     parts = []
     for slide in pd.unique(slides):
-        here = slides == slide
-        y, p = Y[here], P[here]
+        rows = slides == slide
+        y, p = Y[rows], P[rows]
         mean_y, mean_p = y.mean(0), p.mean(0)
-        # Rounding leaves a constant column a variance of about 1e-32 of its size, not zero.
+        # By rounding, a constant column has a variance of about 1e-32 of its squared size, not 0.
         var_y, var_p = (np.where((v := a.var(0)) <= 1e-20 * (a**2).mean(0), 0.0, v) for a in (y, p))
         cov = ((y - mean_y) * (p - mean_p)).mean(0)
         columns = dict(zip(MOMENTS, (len(y), mean_y, mean_p, var_y, var_p, cov), strict=True))
-        parts.append(pd.DataFrame({"slide": slide, "patient": patients[here][0], "gene": list(genes), **columns}))
+        parts.append(pd.DataFrame({"slide": slide, "patient": patients[rows][0], "gene": list(genes), **columns}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -54,9 +54,9 @@ def pool_pcc(moments: pd.DataFrame) -> pd.DataFrame:
     >>> import peka_lite as pk
     >>> rng = np.random.default_rng(0)
     >>> Y = rng.normal(size=(90, 2))  # two genes, 30 spots of each of three patients
-    >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second is predicted worse
-    >>> who = np.repeat(["A", "B", "C"], 30)
-    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
+    >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second prediction is noisier
+    >>> patients = np.repeat(["A", "B", "C"], 30)
+    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=patients, patients=patients, genes=["KRT8", "CD8A"])
     >>> pk.evaluation.pool_pcc(moments.assign(normalization="log1p", fold=0)).round(2)
       normalization  fold  gene   pcc
     0         log1p     0  KRT8  0.90
@@ -74,18 +74,18 @@ def pcc_by_slide(moments: pd.DataFrame) -> pd.DataFrame:
 
 
 def bootstrap_interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
-    """Mean PCC of one set of targets with a 95% confidence interval: bootstrap over patients and genes, Student's t.
+    """Return the mean PCC with a 95% confidence interval from a bootstrap over patients and genes.
 
-    Spots are never resampled; with one patient slides are, and ``unit`` says so. The standard error comes from a
-    bootstrap over units and genes; it is scaled for the number of units and multiplied by Student's t with units - 1
-    degrees of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
+    Units are patients, or slides if there is one patient; spots are not resampled. The standard error of a bootstrap
+    over units and genes is scaled for the number of units and multiplied by Student's t with units - 1 degrees of
+    freedom, because the percentiles of a bootstrap over five patients would be too narrow.
 
     Parameters
     ----------
     moments
         Rows of `slide_moments` with columns normalization (one value) and fold.
     how
-        ``"pooled"``: PCC over all test spots of a fold, mean over genes, then over folds (HEST-bench's way).
+        ``"pooled"``: PCC over all test spots of a fold, mean over genes, then over folds (as HEST-bench).
         ``"slides"``: PCC within a slide, mean over genes, then over slides.
 
     Returns
@@ -100,10 +100,10 @@ def bootstrap_interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: in
     >>> rng = np.random.default_rng(0)
     >>> Y = rng.normal(size=(180, 2))  # two genes, 30 spots of each of six patients
     >>> P = Y + 0.5 * rng.normal(size=Y.shape)
-    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
-    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=who, patients=who, genes=["KRT8", "CD8A"])
-    >>> found = pk.evaluation.bootstrap_interval(moments.assign(normalization="log1p", fold=0))
-    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")], found["unit"], found["n_units"]
+    >>> patients = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=patients, patients=patients, genes=["KRT8", "CD8A"])
+    >>> result = pk.evaluation.bootstrap_interval(moments.assign(normalization="log1p", fold=0))
+    >>> [round(result[name], 2) for name in ("pcc", "ci_low", "ci_high")], result["unit"], result["n_units"]
     ([0.9, 0.86, 0.94], 'patient', 6)
     """
     return bootstrap_difference(moments, None, how=how, n_boot=n_boot, seed=seed)
@@ -112,38 +112,38 @@ def bootstrap_interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: in
 def bootstrap_difference(
     a: pd.DataFrame, b: pd.DataFrame | None, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0
 ) -> dict:
-    """Mean PCC of `a` minus that of `b`, as `bootstrap_interval`: the same patients and genes are drawn for both.
+    """Return the mean PCC of `a` minus that of `b`, with the interval of a paired bootstrap (`bootstrap_interval`).
 
     Raises
     ------
     ValueError
-        If the two do not score the same folds, slides and genes, or hold several normalizations.
+        If the two have different folds, slides or genes, or several normalizations.
 
     Examples
     --------
-    Of two predictions the first has half the noise; the interval leaves 0 out:
+    The first of two predictions has half the noise, and the interval excludes 0:
 
     >>> import numpy as np
     >>> import peka_lite as pk
     >>> rng = np.random.default_rng(0)
     >>> Y, noise = rng.normal(size=(2, 180, 2))  # two genes, 30 spots of each of six patients
-    >>> who = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
-    >>> of = {"slides": who, "patients": who, "genes": ["KRT8", "CD8A"]}
-    >>> a = pk.evaluation.scores.slide_moments(Y, Y + 0.5 * noise, **of).assign(normalization="log1p", fold=0)
-    >>> b = pk.evaluation.scores.slide_moments(Y, Y + 1.0 * noise, **of).assign(normalization="log1p", fold=0)
-    >>> found = pk.evaluation.bootstrap_difference(a, b)
-    >>> [round(found[name], 2) for name in ("pcc", "ci_low", "ci_high")]
+    >>> patients = np.repeat(["A", "B", "C", "D", "E", "F"], 30)
+    >>> rows = {"slides": patients, "patients": patients, "genes": ["KRT8", "CD8A"]}
+    >>> a = pk.evaluation.scores.slide_moments(Y, Y + 0.5 * noise, **rows).assign(normalization="log1p", fold=0)
+    >>> b = pk.evaluation.scores.slide_moments(Y, Y + 1.0 * noise, **rows).assign(normalization="log1p", fold=0)
+    >>> result = pk.evaluation.bootstrap_difference(a, b)
+    >>> [round(result[name], 2) for name in ("pcc", "ci_low", "ci_high")]
     [0.17, 0.1, 0.24]
     """
     if how not in ("pooled", "slides"):
-        raise ValueError(f"unknown way {how!r}; known: pooled, slides")
+        raise ValueError(f"unknown how {how!r}; known: pooled, slides")
     cubes = [_Cube(m) for m in (a, b) if m is not None]
     if len(cubes) == 2 and not cubes[0].same_as(cubes[1]):
-        raise ValueError("the two runs do not score the same folds, slides and genes: they cannot be paired")
+        raise ValueError("the two runs have different folds, slides or genes and cannot be paired")
     units, genes = cubes[0].units, cubes[0].genes
-    once = [c.score(np.ones((1, len(units))), np.ones((1, len(genes))), how) for c in cubes]
-    per_fold = once[0][1][0] - (once[1][1][0] if b is not None else 0)
-    value = once[0][0][0] - (once[1][0][0] if b is not None else 0)
+    scores = [c.score(np.ones((1, len(units))), np.ones((1, len(genes))), how) for c in cubes]
+    per_fold = scores[0][1][0] - (scores[1][1][0] if b is not None else 0)
+    value = scores[0][0][0] - (scores[1][0][0] if b is not None else 0)
     if np.isnan(value):
         raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
     n, reach = len(units), math.nan
@@ -167,7 +167,7 @@ def bootstrap_difference(
 
 
 class _Cube:
-    """Moments as arrays, so that a bootstrap is a matrix product."""
+    """Moments as arrays (cells, genes), so that a bootstrap is a matrix product."""
 
     def __init__(self, moments: pd.DataFrame):
         if moments["normalization"].nunique() != 1:
@@ -187,10 +187,10 @@ class _Cube:
 
     def same_as(self, other: _Cube) -> bool:
         same = self.cells.equals(other.cells) and self.genes.equals(other.genes)
-        return same and np.array_equal(self.sums[:3], other.sums[:3])  # the very same measured values
+        return same and np.array_equal(self.sums[:3], other.sums[:3])  # the same measured values
 
     def score(self, units: np.ndarray, genes: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean PCC (draws,) and by fold (draws, folds), for weights of units (draws, U) and genes (draws, G)."""
+        """Return mean PCC (draws,) and by fold (draws, folds), for weights of units (draws, U) and genes (draws, G)."""
         cell_weight = units[:, self.owner]  # (draws, cells)
         by_fold = np.full((len(units), self.n_folds), np.nan)
         pieces, weights = [], []
@@ -212,9 +212,9 @@ class _Cube:
 
 def _sums(moments: pd.DataFrame) -> pd.DataFrame:
     n = moments["n"].astype(float)
-    # Sums about a mean near their own: predictions far from zero that hardly vary keep their digits.
-    near = moments.groupby([k for k in ("normalization", "fold", "gene") if k in moments], sort=False)
-    y, p = (moments[c] - near[c].transform("mean") for c in ("mean_y", "mean_p"))
+    # Relative to the mean over slides, to avoid cancellation in predictions far from zero with little variance.
+    groups = moments.groupby([k for k in ("normalization", "fold", "gene") if k in moments], sort=False)
+    y, p = (moments[c] - groups[c].transform("mean") for c in ("mean_y", "mean_p"))
     return pd.DataFrame(
         {
             "n": n,
@@ -236,19 +236,19 @@ def _pcc(sums: np.ndarray) -> np.ndarray:
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean over the last axis, leaving NaN out."""
+    """Return the mean over the last axis without NaN."""
     known = np.where(np.isnan(values), 0.0, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isnan(values), 0.0, values * known).sum(-1) / known.sum(-1)
 
 
 def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Reduce a result table to its mean PCC with a 95% confidence interval, leaving NaN out by name.
+    """Reduce a result table to its mean PCC with a 95% confidence interval, and list the genes with NaN.
 
-    The mean is the mean over folds of each fold's mean over genes, as HEST-bench reports. The interval's standard error
-    comes from a bootstrap of folds (patients or slides) and genes together: spots of one slide are not independent, so
-    they are not resampled. It is scaled for the number of folds and multiplied by Student's t with folds - 1 degrees
-    of freedom, since the percentiles of a bootstrap over five patients would be too narrow.
+    The mean is over genes in each fold, then over folds, as in HEST-bench. The standard error comes from a bootstrap
+    over folds (patients or slides) and genes; spots of one slide are not independent and not resampled. It is scaled
+    for the number of folds and multiplied by Student's t with folds - 1 degrees of freedom, because the percentiles of
+    a bootstrap over five patients would be too narrow.
 
     Returns
     -------
@@ -262,22 +262,22 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(100, 4))
     >>> Y = X[:, :2] + 0.5 * rng.normal(size=(100, 2))
-    >>> Y[:20, 1] = 0  # not seen on the first fold's test spots
+    >>> Y[:20, 1] = 0  # constant in the first fold's test spots
     >>> folds = [(np.delete(np.arange(100), test), test) for test in np.arange(100).reshape(5, 20)]
-    >>> found = pk.evaluation.summarize(pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4))
-    >>> round(found["mean_pcc"], 2), found["n_nan"], found["nan_genes"]
+    >>> result = pk.evaluation.summarize(pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4))
+    >>> round(result["mean_pcc"], 2), result["n_nan"], result["nan_genes"]
     (0.88, 1, ['CD8A'])
     """
     wide = table.pivot_table(index="fold", columns="gene", values="pcc", dropna=False, aggfunc="first", sort=True)
-    lost = table[table["pcc"].isna()]
+    missing = table[table["pcc"].isna()]
     per_fold = table.groupby("fold")["pcc"].mean()
     if per_fold.isna().all():
         raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
-    values = wide.to_numpy(dtype=float)  # (folds, genes), NaN where a fold did not predict a gene
+    values = wide.to_numpy(dtype=float)  # (folds, genes), NaN where a gene is not in a fold
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resampled fold may hold no gene
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resampled fold may have no gene
         for b in range(n_boot):
             f = rng.integers(0, values.shape[0], values.shape[0])
             g = rng.integers(0, values.shape[1], values.shape[1])
@@ -291,6 +291,6 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict
         "ci_low": mean - float(reach),
         "ci_high": mean + float(reach),
         "mean_pcc_per_fold": [float(v) for v in per_fold],
-        "n_nan": len(lost),
-        "nan_genes": sorted(set(lost["gene"].astype(str))),
+        "n_nan": len(missing),
+        "nan_genes": sorted(set(missing["gene"].astype(str))),
     }

@@ -177,7 +177,7 @@ def corrupt(counts, how):
         ("normalized", r"counts of S: X holds non-integer counts.*neither normalized.*layers\['counts'\]"),
         ("negative", "X holds negative counts"),
         ("no spatial", r"obsm\['spatial'\] is missing.*squidpy.read.visium"),
-        ("nan", "missing or not finite"),
+        ("nan", "missing, not finite"),
         ("twice", "'SAME-1' is duplicated in obs_names"),
         ("off", "no spot is on the tissue"),
         ("beyond", r"centers are outside full\.tif, 1400 x 1400 px.*the input image of Space Ranger"),

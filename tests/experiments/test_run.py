@@ -389,7 +389,7 @@ def test_strict_needs_three_folds(mini_root, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["hest", "strict"])
 def test_slide_split_is_rejected_with_several_patients(mini_root, tmp_path, protocol):
-    with pytest.raises(LeakError, match="holds out patients; sections may stand for them only within one known"):
+    with pytest.raises(LeakError, match="holds out patients; holding out sections instead needs one known"):
         run(config(mini_root, protocol=protocol, split="slide", method="none"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
