@@ -1,4 +1,4 @@
-"""Adapter and probe files: what comes back is what went in, and only onto the weights it belongs to."""
+"""Adapter and probe files are restored exactly, and only for the weights they were trained on."""
 
 import json
 import os
@@ -13,14 +13,20 @@ from torch import nn
 
 from peka_lite import __version__
 from peka_lite._core._tensor_files import write_tensors
-from peka_lite.adapters.adapt import METHODS, adapt, adapter_state, merge
-from peka_lite.adapters.files import backbone_fingerprint, join_adapters, load_adapter, read_adapter_info, save_adapter
-from peka_lite.backbones.load import load_backbone
-from peka_lite.probe.files import load_probes, save_probes
-from peka_lite.probe.moments import gather
-from peka_lite.probe.pca_ridge import PCARidge
-from peka_lite.transfer.fit import fit
-from peka_lite.transfer.model import TransferModel
+from peka_lite.adapters import (
+    adapt,
+    adapter_state,
+    backbone_fingerprint,
+    load_adapter,
+    merge,
+    read_adapter_info,
+    save_adapter,
+)
+from peka_lite.adapters._choices import METHODS
+from peka_lite.adapters.files import join_adapters
+from peka_lite.backbones import load_backbone
+from peka_lite.probe import PCARidge, gather, load_probes, save_probes
+from peka_lite.transfer import TransferModel, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 TRAINABLE = [m for m in METHODS if m != "none"]
@@ -30,8 +36,8 @@ def student(name="mini", seed=0):
     return load_backbone(name, weights="random", seed=seed)
 
 
-def taught(method, *, name="mini", seed=0, r=32, steps=10, draw=0, **options):
-    """An adapted student with every adapter weight moved, as after training."""
+def trained_student(method, *, name="mini", seed=0, r=32, steps=10, draw=0, **options):
+    """Return an adapted student with perturbed adapter weights, as after training."""
     model = adapt(student(name, seed), method, r=r, total_steps=steps if method == "adalora" else None, **options)
     generator = torch.Generator().manual_seed(draw)
     with torch.no_grad():
@@ -49,18 +55,18 @@ def outputs(model):
 
 @pytest.mark.parametrize("layers", ["qkv", "proj"])
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_a_loaded_adapter_gives_the_same_bits(method, layers, tmp_path):
-    model = taught(method, targets=layers)
+def test_loaded_adapter_gives_bit_identical_outputs(method, layers, tmp_path):
+    model = trained_student(method, targets=layers)
     save_adapter(model, tmp_path / "a.safetensors", data="0123")
-    again = load_adapter(student(), tmp_path / "a.safetensors")
+    loaded = load_adapter(student(), tmp_path / "a.safetensors")
     assert not torch.equal(outputs(model), outputs(student()))
-    assert torch.equal(outputs(again), outputs(model))
-    assert again.adapter.options == model.adapter.options
-    assert again.adapter.layers == model.adapter.layers
-    assert torch.equal(outputs(merge(again)), outputs(merge(model)))
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert loaded.adapter.options == model.adapter.options
+    assert loaded.adapter.layers == model.adapter.layers
+    assert torch.equal(outputs(merge(loaded)), outputs(merge(model)))
 
 
-def test_a_file_is_as_open_as_others_of_its_user(tmp_path):
+def test_file_mode_follows_the_umask(tmp_path):
     umask = os.umask(0o022)
     try:
         write_tensors(tmp_path / "t.safetensors", {"all.x": torch.zeros(2)}, {}, kind="test")
@@ -69,7 +75,7 @@ def test_a_file_is_as_open_as_others_of_its_user(tmp_path):
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_adalora_comes_back_with_the_ranks_that_it_pruned(tmp_path):
+def test_pruned_adalora_ranks_are_restored(tmp_path):
     steps, rng = 12, np.random.default_rng(0)
     model = adapt(student(TINY), "adalora", r=8, total_steps=steps)
     pruned = model.adapter.tuner.peft_config["default"]
@@ -81,31 +87,31 @@ def test_adalora_comes_back_with_the_ranks_that_it_pruned(tmp_path):
     zeroed = sum(int((v == 0).sum()) for k, v in adapter_state(model).items() if "lora_E" in k)
     assert zeroed == 2 * (8 - 4)  # two layers, half of each rank
     save_adapter(model, tmp_path / "a.safetensors")
-    again = load_adapter(student(TINY), tmp_path / "a.safetensors")
-    assert torch.equal(outputs(again), outputs(model))
-    assert not torch.equal(outputs(again), outputs(student(TINY)))
+    loaded = load_adapter(student(TINY), tmp_path / "a.safetensors")
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert not torch.equal(outputs(loaded), outputs(student(TINY)))
 
 
-def test_dropout_is_off_in_a_loaded_adapter(tmp_path):
-    save_adapter(taught("lora"), tmp_path / "a.safetensors")
-    again = load_adapter(student(), tmp_path / "a.safetensors")
-    assert not any(module.training for module in again.modules())
+def test_loaded_adapter_is_in_eval_mode(tmp_path):
+    save_adapter(trained_student("lora"), tmp_path / "a.safetensors")
+    loaded = load_adapter(student(), tmp_path / "a.safetensors")
+    assert not any(module.training for module in loaded.modules())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_fingerprint_sees_frozen_weights_alone(method):
+def test_fingerprint_depends_on_frozen_weights_only(method):
     plain = backbone_fingerprint(student())
     assert len(plain) == 16
     model = adapt(student(), method, r=32, total_steps=10 if method == "adalora" else None)
     assert backbone_fingerprint(model) == plain
-    assert backbone_fingerprint(merge(model)) == plain  # nothing was taught: no weight has changed
+    assert backbone_fingerprint(merge(model)) == plain  # untrained: no weight has changed
     if method != "none":
-        moved = taught(method)
+        moved = trained_student(method)
         assert backbone_fingerprint(moved) == plain
         assert backbone_fingerprint(merge(moved)) != plain
 
 
-def test_the_fingerprint_tells_weights_names_shapes_and_types_apart():
+def test_fingerprint_depends_on_weights_names_shapes_and_dtypes():
     bias = student(TINY)
     with torch.no_grad():
         bias.blocks[1].attn.qkv.bias[0] += 1e-3
@@ -116,7 +122,7 @@ def test_the_fingerprint_tells_weights_names_shapes_and_types_apart():
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 5000, 3_000_000])
-def test_the_fingerprint_samples_the_whole_of_a_tensor(size):
+def test_fingerprint_samples_the_whole_tensor(size):
     layer = nn.ParameterDict({"w": torch.zeros(size)})
     before = backbone_fingerprint(layer)
     assert backbone_fingerprint(nn.ParameterDict({"w": -torch.zeros(size)})) == before  # -0.0 is 0.0
@@ -125,8 +131,10 @@ def test_the_fingerprint_samples_the_whole_of_a_tensor(size):
     assert backbone_fingerprint(layer) != before
 
 
-def test_the_file_says_what_it_is(tmp_path):
-    save_adapter(taught("lora", targets="proj", alpha=16), tmp_path / "a.safetensors", name="fold2", data="abcd")
+def test_read_adapter_info_returns_the_saved_metadata(tmp_path):
+    save_adapter(
+        trained_student("lora", targets="proj", alpha=16), tmp_path / "a.safetensors", name="fold2", data="abcd"
+    )
     info = read_adapter_info(tmp_path / "a.safetensors")
     assert (info.method, info.layers, info.backbone, info.weights) == ("lora", "proj", "mini", "random, seed 0")
     assert info.options == {"fold2": {"r": 32, "alpha": 16, "dropout": 0.1}}
@@ -136,13 +144,13 @@ def test_the_file_says_what_it_is(tmp_path):
     assert info.fingerprint == backbone_fingerprint(student())
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         names = set(file.keys())
-    assert names == {f"fold2.{k}" for k in adapter_state(taught("lora", targets="proj"))}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary file stays
+    assert names == {f"fold2.{k}" for k in adapter_state(trained_student("lora", targets="proj"))}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary file is left
 
 
 @pytest.mark.parametrize("method", ["bone", "adalora"])
-def test_files_of_folds_join_into_one(method, tmp_path):
-    models = {f"fold{i}": taught(method, name=TINY, r=16, steps=10 + i, draw=i) for i in range(3)}
+def test_join_adapters_writes_all_folds_to_one_file(method, tmp_path):
+    models = {f"fold{i}": trained_student(method, name=TINY, r=16, steps=10 + i, draw=i) for i in range(3)}
     paths = {}
     for name, model in models.items():
         paths[name] = tmp_path / f"{name}.one"
@@ -152,14 +160,14 @@ def test_files_of_folds_join_into_one(method, tmp_path):
     assert info.names == ("fold0", "fold1", "fold2")
     assert info.data == {name: f"data of {name}" for name in models}
     for name, model in models.items():
-        again = load_adapter(student(TINY), tmp_path / "adapter.safetensors", name=name)
-        assert again.adapter.options == model.adapter.options  # AdaLoRA's total_steps among them
-        assert torch.equal(outputs(again), outputs(model))
-    with pytest.raises(ValueError, match="several adapters: fold0, fold1, fold2; name one"):
+        loaded = load_adapter(student(TINY), tmp_path / "adapter.safetensors", name=name)
+        assert loaded.adapter.options == model.adapter.options  # AdaLoRA's total_steps among them
+        assert torch.equal(outputs(loaded), outputs(model))
+    with pytest.raises(ValueError, match="several adapters: fold0, fold1, fold2; pass one"):
         load_adapter(student(TINY), tmp_path / "adapter.safetensors")
-    with pytest.raises(ValueError, match="no adapter 'fold7'; it holds fold0, fold1, fold2"):
+    with pytest.raises(ValueError, match="no adapter 'fold7'; it has fold0, fold1, fold2"):
         load_adapter(student(TINY), tmp_path / "adapter.safetensors", name="fold7")
-    with pytest.raises(ValueError, match="holds 3 adapters"):
+    with pytest.raises(ValueError, match="has 3 adapters"):
         join_adapters({"all": tmp_path / "adapter.safetensors"}, tmp_path / "x")
 
 
@@ -173,45 +181,45 @@ def test_files_of_folds_join_into_one(method, tmp_path):
     ],
     ids=str,
 )
-def test_what_is_not_one_run_does_not_join(other, field, tmp_path):
-    save_adapter(taught("bone", name=TINY, r=16), tmp_path / "a")
-    save_adapter(taught(**{"method": "bone", "name": TINY, "r": 16} | other), tmp_path / "b")
-    with pytest.raises(ValueError, match=f"^{field} is .* not one run"):
+def test_join_adapters_rejects_files_of_different_runs(other, field, tmp_path):
+    save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a")
+    save_adapter(trained_student(**{"method": "bone", "name": TINY, "r": 16} | other), tmp_path / "b")
+    with pytest.raises(ValueError, match=f"^{field} is .*; join files of one run"):
         join_adapters({"fold0": tmp_path / "a", "fold1": tmp_path / "b"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no adapter files"):
         join_adapters({}, tmp_path / "out")
 
 
-def test_another_student_is_refused(tmp_path):
+def test_load_adapter_rejects_another_student(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_adapter(taught("bone"), path)
-    with pytest.raises(ValueError, match="belongs to backbone 'mini', not 'tiny'"):
+    save_adapter(trained_student("bone"), path)
+    with pytest.raises(ValueError, match="was trained on backbone 'mini', not 'tiny'"):
         load_adapter(student(TINY), path)
     other = student(seed=1)
-    mine, theirs = backbone_fingerprint(student()), backbone_fingerprint(other)
-    with pytest.raises(ValueError, match=f"'random, seed 0' .*{mine}.*'random, seed 1' .*{theirs}.*load the weights"):
+    expected, actual = backbone_fingerprint(student()), backbone_fingerprint(other)
+    with pytest.raises(ValueError, match=f"'random, seed 0' .*{expected}.*'random, seed 1' .*{actual}.*load those of"):
         load_adapter(other, path)
     assert getattr(other, "adapter", None) is None
-    with pytest.raises(ValueError, match="already carries 'bone'"):
-        load_adapter(taught("bone"), path)
+    with pytest.raises(ValueError, match="already has adapter 'bone'"):
+        load_adapter(trained_student("bone"), path)
 
 
-def test_nothing_to_save_is_said(tmp_path):
-    for model in (student(TINY), adapt(student(TINY), "none"), merge(taught("bone", name=TINY, r=16))):
+def test_save_adapter_rejects_models_without_adapter(tmp_path):
+    for model in (student(TINY), adapt(student(TINY), "none"), merge(trained_student("bone", name=TINY, r=16))):
         with pytest.raises(ValueError, match="nothing to save"):
             save_adapter(model, tmp_path / "a")
     with pytest.raises(ValueError, match="without a dot"):
-        save_adapter(taught("bone", name=TINY, r=16), tmp_path / "a", name="fold.1")
+        save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a", name="fold.1")
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_no_adapter_are_refused(tmp_path):
+def test_read_adapter_info_rejects_invalid_files(tmp_path):
     whole = tmp_path / "a.safetensors"
-    save_adapter(taught("bone", name=TINY, r=16), whole)
+    save_adapter(trained_student("bone", name=TINY, r=16), whole)
     cut = tmp_path / "cut"
     (tmp_path / "empty").touch()
-    (tmp_path / "text").write_text("weights will follow by post")
+    (tmp_path / "text").write_text("not a safetensors file")
     for size in (4, 100, whole.stat().st_size - 1):
         cut.write_bytes(whole.read_bytes()[:size])
         with pytest.raises(ValueError, match="cut is truncated or no safetensors file"):
@@ -233,8 +241,8 @@ def test_files_that_are_no_adapter_are_refused(tmp_path):
         read_adapter_info(tmp_path / "gone")
 
 
-def test_tensors_that_do_not_fit_are_refused(tmp_path):
-    save_adapter(taught("bone", name=TINY, r=16), tmp_path / "a")
+def test_load_adapter_rejects_missing_tensors(tmp_path):
+    save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a")
     with safe_open(tmp_path / "a", "pt") as file:
         tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(dict(list(tensors.items())[1:]), tmp_path / "b", metadata=metadata)
@@ -242,11 +250,11 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
         load_adapter(student(TINY), tmp_path / "b")
 
 
-def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    save_adapter(taught("bone", name=TINY, r=16), path)
+    save_adapter(trained_student("bone", name=TINY, r=16), path)
     before = path.read_bytes()
-    model = taught("bone", name=TINY, r=16, draw=1)
+    model = trained_student("bone", name=TINY, r=16, draw=1)
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
         with pytest.raises(OSError, match="disk is full"):
@@ -262,42 +270,42 @@ def probe(d=6, genes=3, **options):
     return PCARidge(4, **options).fit(X, X[:, :genes] + 1)
 
 
-def test_probes_come_back_bit_for_bit(tmp_path):
+def test_loaded_probes_are_bit_identical(tmp_path):
     probes = {
         "fold0": (probe(), ["A", "B", "C"]),
         "fold1": (probe(7, 2, alpha=1.5, standardize=False, fit_intercept=True), ["C", "D"]),
     }
     save_probes(tmp_path / "p", probes, normalization="log1p", fingerprint="abcd")
-    again = load_probes(tmp_path / "p")
-    assert (again.normalization, again.fingerprint) == ("log1p", "abcd")
+    loaded = load_probes(tmp_path / "p")
+    assert (loaded.normalization, loaded.fingerprint) == ("log1p", "abcd")
     for name, (model, genes) in probes.items():
-        back, names = again.probes[name]
+        restored, names = loaded.probes[name]
         X = np.random.default_rng(1).normal(size=(5, len(model.mean_)))
-        assert np.array_equal(back.predict(X), model.predict(X))
+        assert np.array_equal(restored.predict(X), model.predict(X))
         assert names == tuple(genes)
-        assert back.predict(X).dtype == np.float64
+        assert restored.predict(X).dtype == np.float64
         for option in ("n_components", "alpha", "solver", "standardize", "fit_intercept", "n_components_"):
-            assert getattr(back, option) == getattr(model, option)
+            assert getattr(restored, option) == getattr(model, option)
 
 
-def test_a_probe_file_keeps_the_range_of_the_training_targets(tmp_path):
+def test_probe_file_stores_the_range_of_the_training_targets(tmp_path):
     X = np.random.default_rng(0).normal(size=(40, 6))
     Y = np.abs(X[:, :3])
-    Y[25:] = 99.0  # rows that the probe does not learn from
+    Y[25:] = 99.0  # rows that are not used for fitting
     sums = gather(X, Y, np.repeat([0, 1, 2], [10, 15, 15]), chunk=7)
     save_probes(tmp_path / "p", {"all": (PCARidge(4).fit_sums(sums.over([0, 1])), "ABC")}, normalization="log1p")
-    again, _ = load_probes(tmp_path / "p").probes["all"]
-    assert np.array_equal(again.range_, [Y[:25].min(0), Y[:25].max(0)])
+    loaded, _ = load_probes(tmp_path / "p").probes["all"]
+    assert np.array_equal(loaded.range_, [Y[:25].min(0), Y[:25].max(0)])
     with safe_open(tmp_path / "p", "pt") as file:
         tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     older = {name: values for name, values in tensors.items() if name != "all.range"}
     save_file(older, tmp_path / "older", metadata=metadata)
     older, _ = load_probes(tmp_path / "older").probes["all"]
-    assert np.array_equal(older.predict(X), again.predict(X))
+    assert np.array_equal(older.predict(X), loaded.predict(X))
     assert not hasattr(older, "range_")
 
 
-def test_probes_that_cannot_be_saved_or_read_are_refused(tmp_path):
+def test_invalid_probes_are_rejected(tmp_path):
     X = np.random.default_rng(0).normal(size=(40, 5))
     for model, genes, message in (
         (PCARidge(3, solver="hest-bench").fit(X, X[:, :2]), ["A", "B"], "solver 'hest-bench'; only 'exact'"),
@@ -310,7 +318,7 @@ def test_probes_that_cannot_be_saved_or_read_are_refused(tmp_path):
     with pytest.raises(ValueError, match="without a dot"):
         save_probes(tmp_path / "p", {"a.b": (probe(), "ABC")}, normalization="log1p")
     assert not list(tmp_path.iterdir())
-    save_adapter(taught("bone", name=TINY, r=16), tmp_path / "a")
+    save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a")
     with pytest.raises(ValueError, match="a is no probe file"):
         load_probes(tmp_path / "a")
     save_probes(tmp_path / "p", {"all": (probe(), "ABC")}, normalization="log1p")

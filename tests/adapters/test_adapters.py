@@ -1,4 +1,4 @@
-"""Adapters: Bone equals the equation and the reference, all start as the student was, all merge away."""
+"""Bone equals the equation and the reference; all adapters start without effect and can be merged."""
 
 import warnings
 
@@ -11,19 +11,18 @@ from hypothesis import given, settings, strategies as st
 from tiny import TINY
 from torch import nn
 
-from peka_lite.adapters.adapt import (
-    METHODS,
+from peka_lite.adapters import (
+    BoneLinear,
     adapt,
     adapted_share,
     adapter_state,
-    load_adapter_state,
     lora_rank_like_bone,
     merge,
     orthogonal_term,
 )
-from peka_lite.adapters.bone import BoneLinear
-from peka_lite.backbones.load import build_network, load_backbone
-from peka_lite.backbones.registry import BACKBONES, check_block_size
+from peka_lite.adapters._choices import METHODS
+from peka_lite.adapters.adapt import load_adapter_state
+from peka_lite.backbones import BACKBONES, build_network, check_block_size, load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -136,7 +135,7 @@ def test_block_size_must_divide_both_sides(shape, r):
         BoneLinear(nn.Linear(*shape), r=r)
 
 
-def test_refused_block_size_lists_every_one_that_fits():
+def test_error_for_the_block_size_lists_all_that_fit():
     with pytest.raises(ValueError, match=r"these would: 1, 2, 4, 8, 16, 32$"):
         BoneLinear(nn.Linear(64, 96), r=5)
 
@@ -147,20 +146,20 @@ def test_default_block_size_fits_each_student(name):
 
 
 @pytest.mark.parametrize("name", [name for name, spec in BACKBONES.items() if spec.bone_r])
-def test_the_widths_that_a_block_size_is_checked_against_are_those_of_the_student(name):
+def test_check_block_size_uses_the_widths_of_the_student(name):
     with torch.device("meta"):
         model = build_network(BACKBONES[name])
     layers = [module for path, module in model.named_modules() if path.endswith("attn.qkv")]
-    wrong = layers[0].in_features - 1
-    with pytest.raises(ValueError, match=f"^r={wrong} must divide") as told:
-        check_block_size(BACKBONES[name], wrong)
+    r = layers[0].in_features - 1
+    with pytest.raises(ValueError, match=f"^r={r} must divide") as error:
+        check_block_size(BACKBONES[name], r)
     for layer in layers:
-        with pytest.raises(ValueError, match="must divide") as built:
-            BoneLinear(layer, r=wrong)
-        assert str(told.value) == str(built.value)
+        with pytest.raises(ValueError, match="must divide") as other:
+            BoneLinear(layer, r=r)
+        assert str(error.value) == str(other.value)
 
 
-def test_a_block_size_that_does_not_fit_is_found_without_weights():
+def test_check_block_size_needs_no_weights():
     with pytest.raises(ValueError, match="r=100 must divide in_features=1024 and out_features=3072"):
         check_block_size(BACKBONES["uni"], 100)
 
@@ -181,7 +180,7 @@ def test_every_qkv_layer_is_adapted_and_no_other(method):
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_another_attention_layer_can_be_the_target(method):
+def test_targets_selects_another_attention_layer(method):
     assert adapted(method, targets="proj").adapter.layers == ("blocks.0.attn.proj", "blocks.1.attn.proj")
 
 
@@ -192,7 +191,7 @@ def test_method_none_freezes_everything():
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_adapted_student_starts_with_unchanged_outputs(method):
+def test_adapted_student_first_has_unchanged_outputs(method):
     np.testing.assert_allclose(outputs(adapted(method)), outputs(tiny()), atol=1e-6)
 
 
@@ -220,38 +219,38 @@ def test_merge_changes_the_adapted_weights_only(method):
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_a_merged_student_can_be_adapted_again(method):
+def test_merged_student_can_be_adapted_again(method):
     model = merge(perturb(adapted(method)))
     before = outputs(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns where it finds traces of an earlier adapter
+        warnings.simplefilter("error")  # peft warns about remains of an earlier adapter
         adapt(model, "lora", r=4)
     np.testing.assert_allclose(outputs(model), before, atol=1e-6)
 
 
-def test_merging_twice_is_refused():
+def test_merging_twice_is_rejected():
     with pytest.raises(ValueError, match="nothing to merge"):
         merge(merge(adapted("bone")))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_second_adapter_is_refused(method):
-    with pytest.raises(ValueError, match=f"already carries '{method}'"):
+def test_second_adapter_is_rejected(method):
+    with pytest.raises(ValueError, match=f"already has adapter '{method}'"):
         adapt(adapted(method), "bone", r=16)
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
 @pytest.mark.parametrize("name", ["resnet50", "ctranspath"])
-def test_convolutional_and_windowed_students_take_only_none(name, method):
+def test_convolutional_and_windowed_students_support_only_none(name, method):
     with torch.device("meta"):
         model = build_network(BACKBONES[name])
     model.spec = BACKBONES[name]
-    with pytest.raises(ValueError, match=f"{name} takes only method 'none'"):
+    with pytest.raises(ValueError, match=f"{name} supports only method 'none'"):
         adapt(model, method, r=16, total_steps=10)
     assert adapted_share(adapt(model, "none")) == 0
 
 
-def test_a_model_without_the_target_layer_is_refused():
+def test_model_without_the_target_layer_is_rejected():
     with pytest.raises(ValueError, match=r"attn\.q_proj"):
         adapt(tiny(), "bone", r=16, targets="q_proj")
 
@@ -271,7 +270,7 @@ def test_adalora_needs_a_rank_that_can_be_halved():
         adapted("adalora", r=1)
 
 
-def test_a_refused_adapter_leaves_the_student_as_it_was():
+def test_rejected_adapter_does_not_change_the_student():
     model = tiny()
     with pytest.raises(ValueError, match="r=7 must divide"):
         adapt(model, "bone", r=7)
@@ -280,14 +279,14 @@ def test_a_refused_adapter_leaves_the_student_as_it_was():
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_saved_adapters_give_the_same_student_back(method):
+def test_load_adapter_state_restores_the_student(method):
     trained = perturb(adapted(method, seed=1))
     loaded = load_adapter_state(adapted(method, seed=2), adapter_state(trained))
     assert np.array_equal(outputs(loaded), outputs(trained))
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
-def test_saved_adapters_hold_adapters_only_and_all_of_them(method):
+def test_adapter_state_has_all_adapter_tensors_and_no_others(method):
     model = adapted(method)
     saved = adapter_state(model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -295,32 +294,32 @@ def test_saved_adapters_hold_adapters_only_and_all_of_them(method):
     assert saved.keys() - trainable == {n for n, _ in model.named_parameters() if "ranknum" in n}
 
 
-def test_saved_adapters_are_copies():
+def test_adapter_state_returns_copies():
     model = adapted("bone")
     saved = adapter_state(model)
     perturb(model)
     assert all(not v.any() for v in saved.values())
 
 
-def test_adapters_of_another_method_are_refused():
+def test_adapters_of_another_method_are_rejected():
     with pytest.raises(ValueError, match="adapt with the same method"):
         load_adapter_state(adapted("bone"), adapter_state(adapted("lora")))
 
 
-def test_adapters_of_another_block_size_are_refused():
+def test_adapters_of_another_block_size_are_rejected():
     with pytest.raises(ValueError, match=r"is \(9, 16, 16\) in the file, \(6, 24, 24\) in the model"):
         load_adapter_state(adapted("bone", r=24), adapter_state(adapted("bone", r=16)))
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_random_starts_follow_the_seed(method):
+def test_initial_weights_depend_on_the_seed(method):
     first, again, other = (adapter_state(adapted(method, seed=s)) for s in (1, 1, 2))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapting_leaves_the_global_random_state_alone(method):
+def test_adapt_does_not_change_the_global_random_state(method):
     model = tiny()
     before = torch.get_rng_state()
     adapt(model, method, r=16, total_steps=10)
@@ -356,7 +355,7 @@ def test_orthogonal_term_equals_pefts_formula():
     assert orthogonal_term(model).item() == pytest.approx(reference().loss.item(), rel=1e-6)
 
 
-# The product of Bone, written by hand with its gradients, against the same in plain autograd.
+# Bone's product has a custom backward pass, compared with plain autograd.
 
 
 def random_layer(into=12, out=18, r=6, *, bias=True, seed=0, dtype=torch.float32):
@@ -368,7 +367,7 @@ def random_layer(into=12, out=18, r=6, *, bias=True, seed=0, dtype=torch.float32
 
 
 def plain_bone(layer, x, block):
-    """The layer's output with every step left to autograd."""
+    """Return the layer's output computed by plain autograd."""
     W, r = layer.base.weight.to(block.dtype), layer.r
     tiles = W.view(len(block), r, -1, r)
     update = torch.einsum("gict,gtj->gicj", tiles, block) + block[:, :, None, :]
@@ -376,7 +375,7 @@ def plain_bone(layer, x, block):
 
 
 @pytest.fixture(autouse=True)
-def _random_state_of_its_own():
+def _restore_random_state():
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -400,31 +399,31 @@ def test_bone_gradients_equal_plain_autograd(shape, needed, bias):
     layer, x = random_layer(bias=bias), torch.randn(shape).requires_grad_(needed)
     grad = torch.randn(*shape[:-1], 18)
     inputs = [layer.block, x] if needed else [layer.block]
-    got = torch.autograd.grad(layer(x), inputs, grad)
+    actual = torch.autograd.grad(layer(x), inputs, grad)
     expected = torch.autograd.grad(plain_bone(layer, x, layer.block), inputs, grad)
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_bone_gradients_of_a_part_of_a_batch_are_strided_and_right():
+def test_bone_gradients_are_correct_for_a_strided_part_of_a_batch():
     layer, x = random_layer(), torch.randn(2, 5, 12)
-    got, expected = (
+    actual, expected = (
         torch.autograd.grad(y.transpose(0, 1)[1:4, :, ::2].square().sum(), layer.block)[0]
         for y in (layer(x), plain_bone(layer, x, layer.block))
     )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_frozen_block_gets_no_gradient_and_the_input_still_does(monkeypatch):
+def test_frozen_block_has_no_gradient_but_the_input_has(monkeypatch):
     layer, x = random_layer(), torch.randn(4, 12, requires_grad=True)
     layer.block.requires_grad_(False)
-    monkeypatch.setattr(torch, "bmm", None)  # what the block's gradient is made with
+    monkeypatch.setattr(torch, "bmm", None)  # used for the block's gradient only
     layer(x).sum().backward()
     assert layer.block.grad is None
     torch.testing.assert_close(x.grad, layer.merged_weight().sum(0).expand(4, -1), rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast_bone_computes_in_half_and_its_blocks_learn_in_single():
+def test_bone_under_autocast_has_half_outputs_and_float32_gradients():
     layer, x = random_layer(64, 64, r=16), torch.randn(7, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -436,39 +435,39 @@ def test_under_autocast_bone_computes_in_half_and_its_blocks_learn_in_single():
     torch.testing.assert_close(layer.block.grad, block.grad, rtol=0.02, atol=0.02 * block.grad.abs().max().item())
 
 
-def kept_bytes(run, *, own=()):
-    """Bytes of the distinct tensors that autograd keeps during `run`, and of those that are not in `own`."""
-    held = {}
+def saved_bytes(run, *, known=()):
+    """Return bytes of the tensors that autograd saves during `run`, and of those not in `known`."""
+    saved = {}
 
-    def keep(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         run().sum()
-    size = {at: tensor.untyped_storage().nbytes() for at, tensor in held.items()}
-    known = {tensor.data_ptr() for tensor in own}
-    return sum(size.values()), sum(n for at, n in size.items() if at not in known)
+    size = {at: tensor.untyped_storage().nbytes() for at, tensor in saved.items()}
+    pointers = {tensor.data_ptr() for tensor in known}
+    return sum(size.values()), sum(n for at, n in size.items() if at not in pointers)
 
 
-def test_bone_keeps_its_input_and_the_merged_weight_and_nothing_on_the_way():
+def test_bone_saves_only_its_input_and_the_merged_weight():
     layer, x = random_layer(32, 96, r=16), torch.randn(5, 32, requires_grad=True)
     W = layer.base.weight
-    assert kept_bytes(lambda: layer(x), own=(W, layer.block, x)) == (
+    assert saved_bytes(lambda: layer(x), known=(W, layer.block, x)) == (
         4 * (2 * 96 * 32 + 6 * 16 * 16 + 5 * 32),
         4 * 96 * 32,
     )
 
 
-def test_bone_under_autocast_keeps_no_float32_copy_where_plain_autograd_does():
+def test_bone_under_autocast_saves_no_float32_copy_unlike_plain_autograd():
     layer, x = random_layer(32, 96, r=16), torch.randn(5, 32, requires_grad=True)
-    layer.base.to(torch.bfloat16)  # as `frozen_dtype` holds it
-    own = (layer.base.weight, layer.block)
+    layer.base.to(torch.bfloat16)  # as in `frozen_dtype`
+    known = (layer.base.weight, layer.block)
     with torch.autocast("cpu", torch.bfloat16):
-        _, mine = kept_bytes(lambda: layer(x), own=own)
-        _, plain = kept_bytes(lambda: plain_bone(layer, x, layer.block), own=own)
-    assert mine == 2 * (96 * 32 + 5 * 32)
-    assert mine < plain
+        _, bone = saved_bytes(lambda: layer(x), known=known)
+        _, plain = saved_bytes(lambda: plain_bone(layer, x, layer.block), known=known)
+    assert bone == 2 * (96 * 32 + 5 * 32)
+    assert bone < plain
 
 
 def test_bone_can_be_recomputed():
@@ -479,7 +478,7 @@ def test_bone_can_be_recomputed():
         assert torch.equal(a, b)
 
 
-def test_a_second_gradient_of_bone_is_refused_rather_than_wrong():
+def test_second_derivative_of_bone_is_rejected():
     layer, x = random_layer(), torch.randn(4, 12, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

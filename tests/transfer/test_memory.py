@@ -1,4 +1,4 @@
-"""Acceleration: the same products and gradients with less memory, and what cannot be compiled runs as it is."""
+"""Saving memory changes neither outputs nor gradients; a model that cannot be compiled is trained uncompiled."""
 
 import shutil
 import warnings
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peka_lite.adapters.adapt import adapt
-from peka_lite.adapters.bone import BoneLinear
-from peka_lite.backbones.load import load_backbone
-from peka_lite.backbones.registry import IMAGENET, Backbone
+from peka_lite.adapters import BoneLinear, adapt
+from peka_lite.backbones import Backbone, load_backbone
+from peka_lite.backbones.registry import IMAGENET
 from peka_lite.transfer.memory import checkpoint_blocks, compile_if_possible, frozen_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
@@ -24,7 +23,7 @@ CNN = Backbone("cnn", "resnet18", None, 512, *IMAGENET, "BSD-3-Clause", input_si
 
 
 def student(method="bone", *, dropout=0.3):
-    """A tiny student whose adapters have left their start, in training as `fit` has it."""
+    """Return a tiny student with perturbed adapters, in training mode as in `fit`."""
     model = adapt(load_backbone(TINY, weights="random"), method, r=16, dropout=dropout, total_steps=10)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,31 +48,31 @@ def same(a, b):
 
 
 def step(model, *, dtype=torch.float32):
-    """Run a step with dropout from a fixed seed; returns the output, gradients by name, and bytes kept meanwhile."""
-    held = {}
+    """Run a step with dropout from a fixed seed; return output, gradients by name and bytes saved by autograd."""
+    saved = {}
 
-    def keep(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         with (
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
         ):
             y = model(images())
         y.float().square().sum().backward()
-    kept = sum(tensor.untyped_storage().nbytes() for at, tensor in held.items() if at not in own)
-    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, kept
+    n_bytes = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in parameters)
+    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, n_bytes
 
 
 # frozen weights -------------------------------------------------------------------------------------------------------
 
 
-def test_frozen_linear_and_convolution_weights_are_held_in_the_compute_type_and_nothing_else():
+def test_only_frozen_linear_and_convolution_weights_are_cast():
     model = student("lora")
     products = {
         f"{name}.{p}" for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
@@ -88,17 +87,17 @@ def test_frozen_linear_and_convolution_weights_are_held_in_the_compute_type_and_
 
 
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
-def test_what_the_weights_were_comes_back_bit_for_bit(method):
+def test_weights_are_restored_bit_for_bit(method):
     model = student(method)
     before, ids = weights(model), [id(p) for p in model.parameters()]
     with frozen_dtype(model, torch.bfloat16):
         assert not same(weights(model), before)
     assert same(weights(model), before)
-    assert [id(p) for p in model.parameters()] == ids  # an optimizer holds them
+    assert [id(p) for p in model.parameters()] == ids  # the optimizer refers to them
 
 
 @pytest.mark.parametrize("stop", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_what_the_weights_were_comes_back_after_an_exception(stop):
+def test_weights_are_restored_after_an_exception(stop):
     model = student()
     before = weights(model)
     with pytest.raises(type(stop)), frozen_dtype(model, torch.bfloat16):
@@ -106,7 +105,7 @@ def test_what_the_weights_were_comes_back_after_an_exception(stop):
     assert same(weights(model), before)
 
 
-def test_what_was_learned_meanwhile_stays():
+def test_trained_weights_are_not_reset():
     model = student()
     before = weights(model)
     with frozen_dtype(model, torch.bfloat16):
@@ -117,7 +116,7 @@ def test_what_was_learned_meanwhile_stays():
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad} != set()
 
 
-def test_the_weights_own_type_changes_nothing():
+def test_casting_to_the_same_dtype_changes_nothing():
     model = student()
     before = [p.data_ptr() for p in model.parameters()]
     with frozen_dtype(model, torch.float32):
@@ -125,17 +124,17 @@ def test_the_weights_own_type_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
-def test_outputs_and_gradients_are_those_of_plain_autocast_bit_for_bit(method):
+def test_outputs_and_gradients_equal_plain_autocast_bit_for_bit(method):
     model = student(method)
     for p in model.parameters():
-        p.requires_grad_(p.requires_grad or p is model.pos_embed)  # so that "none" has something to go back to
-    y, grads, kept = step(model, dtype=torch.bfloat16)
-    assert not torch.equal(y, step(model)[0])  # autocast does something here
+        p.requires_grad_(p.requires_grad or p is model.pos_embed)  # "none" needs a parameter with a gradient
+    y, grads, n_bytes = step(model, dtype=torch.bfloat16)
+    assert not torch.equal(y, step(model)[0])  # autocast has an effect
     with frozen_dtype(model, torch.bfloat16):
-        y_held, grads_held, kept_held = step(model, dtype=torch.bfloat16)
-    assert torch.equal(y_held, y)
-    assert same(grads_held, grads)
-    assert kept_held < kept
+        y_cast, grads_cast, n_bytes_cast = step(model, dtype=torch.bfloat16)
+    assert torch.equal(y_cast, y)
+    assert same(grads_cast, grads)
+    assert n_bytes_cast < n_bytes
 
 
 # recomputed blocks ----------------------------------------------------------------------------------------------------
@@ -143,22 +142,22 @@ def test_outputs_and_gradients_are_those_of_plain_autocast_bit_for_bit(method):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["bone", "lora", "adalora", "miss"])
-def test_recomputed_gradients_are_the_same_bit_for_bit_dropout_included(method, dtype):
+def test_recomputed_gradients_are_bit_identical_with_dropout(method, dtype):
     model = student(method)
-    y, grads, kept = step(model, dtype=dtype)
+    y, grads, n_bytes = step(model, dtype=dtype)
     with checkpoint_blocks(model):
-        y_again, grads_again, kept_again = step(model, dtype=dtype)
+        y_again, grads_again, n_bytes_again = step(model, dtype=dtype)
     assert torch.equal(y_again, y)
     assert same(grads_again, grads)
     assert len(grads) > 0
-    assert kept_again < kept / 10  # what blocks keep is gone; their inputs do not pass these hooks
+    assert n_bytes_again < n_bytes / 10  # these hooks do not see the inputs of blocks
 
 
-def test_the_drawn_dropout_is_one_that_matters():
+def test_dropout_changes_the_output():
     assert not torch.equal(step(student("lora"))[0], step(student("lora", dropout=0.0))[0])
 
 
-def test_every_block_runs_again_once_while_recomputed_and_not_after():
+def test_every_block_is_recomputed_once_and_not_after_exit():
     model, runs = student(), []
     for i, block in enumerate(model.blocks):
         block.norm1.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
@@ -171,7 +170,7 @@ def test_every_block_runs_again_once_while_recomputed_and_not_after():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_blocks_are_left_as_they_were(fails):
+def test_blocks_are_restored(fails):
     model = student()
     before = [set(block.__dict__) for block in model.blocks]
     try:
@@ -184,7 +183,7 @@ def test_blocks_are_left_as_they_were(fails):
     assert [set(block.__dict__) for block in model.blocks] == before
 
 
-def test_a_student_without_blocks_is_refused():
+def test_student_without_blocks_is_rejected():
     with (
         pytest.raises(ValueError, match="ResNet has no transformer blocks to recompute"),
         checkpoint_blocks(load_backbone(CNN, weights="random")),
@@ -198,7 +197,7 @@ def test_a_student_without_blocks_is_refused():
 def failing(error):
     def compile(model, **_):
         def run(*args):
-            model(*args).float().sum().backward()  # gradients that must not stay
+            model(*args).float().sum().backward()  # gradients that must be cleared
             raise error
 
         return run
@@ -207,25 +206,25 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (RuntimeError("\n  Failed to find C compiler.\nSet CC."), r"\(RuntimeError:   Failed to find C compiler\.\)"),
         (AssertionError(), r"\(AssertionError: \)"),
     ],
 )
-def test_a_compiler_that_fails_is_named_and_training_goes_on_without(monkeypatch, error, said):
+def test_failing_compiler_warns_and_training_continues(monkeypatch, error, message):
     model = student()
     monkeypatch.setattr(torch, "compile", failing(error))
     before, random = weights(model), torch.get_rng_state()
-    with pytest.warns(UserWarning, match=rf"torch\.compile did not work here {said}; training goes on without it"):
-        got = compile_if_possible(model, lambda network: network(images()).sum())
-    assert got is model
+    with pytest.warns(UserWarning, match=rf"torch\.compile failed {message}; training continues without it"):
+        network = compile_if_possible(model, lambda network: network(images()).sum())
+    assert network is model
     assert all(p.grad is None for p in model.parameters())
     assert same(weights(model), before)
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_where_compilation_is_refused_outright_training_goes_on_without(monkeypatch):
+def test_unsupported_compilation_warns_and_training_continues(monkeypatch):
     def refuse(model, **_):
         raise RuntimeError("torch.compile is not supported on Python 3.99")
 
@@ -235,26 +234,26 @@ def test_where_compilation_is_refused_outright_training_goes_on_without(monkeypa
         assert compile_if_possible(model, lambda network: network(images()).sum()) is model
 
 
-def test_an_interruption_is_no_failure_of_the_compiler(monkeypatch):
+def test_keyboard_interrupt_is_not_treated_as_a_compiler_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         compile_if_possible(student(), lambda network: network(images()).sum())
 
 
-def test_what_works_is_used_and_its_trial_leaves_no_gradients(monkeypatch):
+def test_working_compiler_is_used_and_its_trial_leaves_no_gradients(monkeypatch):
     model = student()
     monkeypatch.setattr(torch, "compile", lambda model, **_: nn.Sequential(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = compile_if_possible(model, lambda network: network(images()).sum())
-    assert list(got.children()) == [model]
+        network = compile_if_possible(model, lambda network: network(images()).sum())
+    assert list(network.children()) == [model]
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is absent: torch.compile has no C++ compiler for the CPU")
-def test_a_really_compiled_network_learns_as_the_plain_one_does(monkeypatch, tmp_path):
+def test_compiled_network_trains_like_the_plain_one(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # The least work for the compiler: plain loops, no trial of every vector instruction, no precompiled headers.
+    # Shorten compilation: plain loops, no test of vector instructions, no precompiled headers.
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor, "compile_threads", 1)
@@ -269,7 +268,7 @@ def test_a_really_compiled_network_learns_as_the_plain_one_does(monkeypatch, tmp
         network, before = model, torch.get_rng_state()
         if kind == "compiled":
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="torch.compile did not work")
+                warnings.filterwarnings("error", message="torch.compile failed")
                 network = compile_if_possible(model, lambda network: F.cross_entropy(network(x), target))
             assert isinstance(network, torch._dynamo.OptimizedModule)
             assert all(p.grad is None for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The transfer: losses equal the equations, the backbone stays frozen, a broken run goes on as if unbroken."""
+"""Losses equal the equations, the backbone stays frozen, and a resumed training equals an uninterrupted one."""
 
 from dataclasses import replace
 
@@ -9,11 +9,12 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import log_softmax
 from tiny import TINY, task
 
-from peka_lite.adapters.adapt import METHODS, adapt, adapter_state
-from peka_lite.backbones.load import load_backbone, preprocess
-from peka_lite.backbones.registry import IMAGENET, Backbone
-from peka_lite.transfer.fit import KD_SPACES, fit, transfer_loss
-from peka_lite.transfer.model import TransferModel
+from peka_lite.adapters import adapt, adapter_state
+from peka_lite.adapters._choices import METHODS
+from peka_lite.backbones import Backbone, load_backbone, preprocess
+from peka_lite.backbones.registry import IMAGENET
+from peka_lite.transfer import TransferModel, fit, transfer_loss
+from peka_lite.transfer._choices import KD_SPACES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -31,7 +32,7 @@ def student(method="bone", *, kd_space="embedding", spec=TINY, r=16, weights_see
     return TransferModel(backbone, teacher_dim=6, n_classes=3, hidden=16, kd_space=kd_space, seed=seed)
 
 
-def teach(model, data=TASK, **options):
+def train(model, data=TASK, **options):
     options = {"epochs": 1, "batch_size": BATCH, "lr": 1e-3, "device": "cpu"} | options
     return fit(model, *data, **options)
 
@@ -46,7 +47,7 @@ def differing(a, b):
 
 
 class Interrupting:
-    """Tiles that can be read `reads` times; then somebody pulls the plug."""
+    """Tiles that can be read `reads` times before a KeyboardInterrupt."""
 
     def __init__(self, tiles, reads):
         self.tiles, self.reads, self.rows = tiles, reads, []
@@ -79,15 +80,15 @@ def loss_by_hand(S, T, logits, labels, tau, kd_weight, ce_weight):
     ce_weight=st.floats(0, 2),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_loss_equals_the_equations_by_hand(n, dim, classes, tau, kd_weight, ce_weight, seed):
+def test_loss_equals_the_equations(n, dim, classes, tau, kd_weight, ce_weight, seed):
     rng = np.random.default_rng(seed)
     S, T, logits = (2 * rng.normal(size=(n, d)).astype(np.float32) for d in (dim, dim, classes))
     labels = rng.integers(0, classes, n)
-    got = transfer_loss(
+    losses = transfer_loss(
         *map(torch.from_numpy, (S, T, logits, labels)), tau=tau, kd_weight=kd_weight, ce_weight=ce_weight
     )
     expected = loss_by_hand(*(a.astype(np.float64) for a in (S, T, logits)), labels, tau, kd_weight, ce_weight)
-    np.testing.assert_allclose([v.item() for v in got], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([v.item() for v in losses], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_default_weights_and_temperature_are_the_papers():
@@ -98,17 +99,17 @@ def test_default_weights_and_temperature_are_the_papers():
 
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 6), dim=st.integers(2, 8), shift=st.floats(-5, 5), seed=st.integers(0, 2**31 - 1))
-def test_distillation_is_zero_where_student_equals_teacher_and_only_there(n, dim, shift, seed):
+def test_distillation_loss_is_zero_only_if_student_equals_teacher(n, dim, shift, seed):
     rng = torch.Generator().manual_seed(seed)
     T, logits, labels = torch.randn(n, dim, generator=rng), torch.zeros(n, 2), torch.zeros(n, dtype=torch.long)
     assert abs(transfer_loss(T, T, logits, labels)[1].item()) < 1e-6
-    assert abs(transfer_loss(T + shift, T, logits, labels)[1].item()) < 1e-5  # softmax does not see a shift
+    assert abs(transfer_loss(T + shift, T, logits, labels)[1].item()) < 1e-5  # softmax is invariant to a shift
     other = T.clone()
     other[0, 0] += 1
     assert transfer_loss(other, T, logits, labels)[1].item() > 1e-4
 
 
-def test_half_precision_inputs_are_compared_in_single():
+def test_loss_of_half_precision_inputs_is_float32():
     args = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 3)
     half = transfer_loss(*(a.bfloat16() for a in args), torch.tensor([0, 1, 2, 0]))
     assert {v.dtype for v in half} == {torch.float32}
@@ -117,7 +118,7 @@ def test_half_precision_inputs_are_compared_in_single():
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 def test_history_reports_the_loss_of_the_right_rows_in_the_right_space(kd_space):
     model = student(kd_space=kd_space)
-    (row,) = teach(model, lr=0.0, tau=3.0, kd_weight=0.7, ce_weight=0.2).to_dict("records")
+    (row,) = train(model, lr=0.0, tau=3.0, kd_weight=0.7, ce_weight=0.2).to_dict("records")
     tiles, T, labels = TASK
     with torch.no_grad():
         features = model.backbone(preprocess(torch.from_numpy(tiles), TINY))
@@ -131,42 +132,42 @@ def test_history_reports_the_loss_of_the_right_rows_in_the_right_space(kd_space)
     assert row["accuracy"] == pytest.approx((logits.argmax(1).numpy() == labels).mean())
 
 
-def test_history_has_one_row_an_epoch():
-    history = teach(student(), epochs=3)
+def test_history_has_one_row_per_epoch():
+    history = train(student(), epochs=3)
     assert list(history) == ["epoch", "loss", "kd", "ce", "accuracy", "seconds", "waiting"]
     assert history["epoch"].tolist() == [0, 1, 2]
 
 
-def test_every_epoch_reads_every_row_once_in_an_order_of_its_own():
-    spy = Interrupting(TASK[0], 2 * STEPS)
-    teach(student(), (spy, *TASK[1:]), epochs=2)
+def test_every_epoch_reads_every_row_once_in_a_new_order():
+    recorder = Interrupting(TASK[0], 2 * STEPS)
+    train(student(), (recorder, *TASK[1:]), epochs=2)
     n = len(TASK[0])
-    first, second = spy.rows[:n], spy.rows[n:]
+    first, second = recorder.rows[:n], recorder.rows[n:]
     assert sorted(first) == sorted(second) == list(range(n))
     assert first != second
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_planted_task_is_learned(method, kd_space):
-    history = teach(student(method, kd_space=kd_space), epochs=12, lr=3e-3)
+def test_training_solves_a_simple_task(method, kd_space):
+    history = train(student(method, kd_space=kd_space), epochs=12, lr=3e-3)
     assert history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
     assert history["accuracy"].iloc[-1] > 0.8
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
-def test_distillation_alone_brings_the_student_to_the_teacher(kd_space):
-    history = teach(student(kd_space=kd_space), epochs=12, lr=3e-3, kd_weight=1.0, ce_weight=0.0)
+def test_training_with_distillation_only_approaches_the_teacher(kd_space):
+    history = train(student(kd_space=kd_space), epochs=12, lr=3e-3, kd_weight=1.0, ce_weight=0.0)
     assert history["kd"].iloc[-1] < 0.2 * history["kd"].iloc[0]
 
 
-def test_the_teacher_head_knows_the_clusters_and_is_frozen_before_the_student_learns():
+def test_teacher_head_predicts_the_clusters_and_is_frozen_before_training():
     model = student(kd_space="logits")
     _, T, labels = TASK
-    teach(model, lr=0.0)
+    train(model, lr=0.0)
     head = weights(model.classifier)
     assert (model.classifier(torch.from_numpy(T)).argmax(1).numpy() == labels).mean() > 0.8
-    teach(model, lr=1e-2)
+    train(model, lr=1e-2)
     assert differing(head, weights(model.classifier)) == []
 
 
@@ -174,10 +175,10 @@ def test_the_teacher_head_knows_the_clusters_and_is_frozen_before_the_student_le
 @pytest.mark.parametrize(
     ("method", "spec"), [(m, TINY) for m in METHODS] + [("none", CNN)], ids=[*METHODS, "none-with-batch-norm"]
 )
-def test_frozen_backbone_is_bit_equal_and_without_gradients(method, spec, kd_space):
+def test_frozen_backbone_is_unchanged_and_has_no_gradients(method, spec, kd_space):
     model = student(method, kd_space=kd_space, spec=spec)
     before, adapters = weights(model.backbone), adapter_state(model.backbone)
-    teach(model, epochs=2, lr=1e-2)
+    train(model, epochs=2, lr=1e-2)
     trainable = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
     assert trainable <= adapters.keys()
     assert set(differing(before, weights(model.backbone))) == trainable
@@ -186,22 +187,22 @@ def test_frozen_backbone_is_bit_equal_and_without_gradients(method, spec, kd_spa
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 @pytest.mark.parametrize("method", ["none", "bone", "lora", "adalora"])
-def test_optimizer_holds_state_for_what_learns_and_nothing_else(method, kd_space, monkeypatch):
-    made = []
+def test_optimizer_has_state_for_trained_parameters_only(method, kd_space, monkeypatch):
+    optimizers = []
 
     class Recorded(torch.optim.Adam):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            made.append(self)
+            optimizers.append(self)
 
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
     model = student(method, kd_space=kd_space)
-    teach(model)
+    train(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    held = {names[id(p)] for p in made[-1].state}
+    with_state = {names[id(p)] for p in optimizers[-1].state}
     adapters = {f"backbone.{n}" for n in adapter_state(model.backbone) if "ranknum" not in n}
     learned = ("projector", "classifier") if kd_space == "embedding" else ("projector",)
-    assert held == adapters | {n for n in names.values() if n.startswith(learned)}
+    assert with_state == adapters | {n for n in names.values() if n.startswith(learned)}
 
 
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
@@ -214,27 +215,27 @@ def test_only_adapters_are_in_training_mode(method):
     dropouts = [m for n, m in model.backbone.named_modules() if "attn.qkv" in n and isinstance(m, torch.nn.Dropout)]
     for m in dropouts:
         m.register_forward_pre_hook(lambda module, _: seen.add(f"dropout {module.training}"))
-    teach(model)
+    train(model)
     assert seen == ({"dropout True"} if method == "lora" else set())
 
 
-def test_model_is_left_in_eval_mode():
+def test_model_is_in_eval_mode_after_training():
     model = student("lora")
-    teach(model)
+    train(model)
     assert not any(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("method", ["bone", "lora"])
 def test_same_seed_gives_the_same_weights(method):
     first, again, other = student(method), student(method), student(method)
-    teach(first, seed=1)
-    teach(again, seed=1)
-    teach(other, seed=2)
+    train(first, seed=1)
+    train(again, seed=1)
+    train(other, seed=2)
     assert differing(weights(first), weights(again)) == []
     assert len(differing(weights(first), weights(other))) > 0
 
 
-def test_model_seed_decides_projector_and_classifier():
+def test_model_seed_initializes_projector_and_classifier():
     assert differing(weights(student(seed=1)), weights(student(seed=1))) == []
     assert differing(weights(student(seed=1)), weights(student(seed=2))) == [
         f"{part}.{p}" for part in ("projector.0", "projector.2", "classifier") for p in ("weight", "bias")
@@ -242,83 +243,83 @@ def test_model_seed_decides_projector_and_classifier():
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
-def test_global_random_state_is_left_alone(kd_space):
-    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - others' state
-    teach(student("lora", kd_space=kd_space))
+def test_global_random_state_is_not_changed(kd_space):
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the global state
+    train(student("lora", kd_space=kd_space))
     assert torch.equal(before, torch.get_rng_state())
     assert np.array_equal(before_numpy, np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_what_was_drawn_before_does_not_matter():
+def test_result_does_not_depend_on_the_global_random_state():
     first, second = student("lora"), student("lora")
-    teach(first)
+    train(first)
     torch.manual_seed(99)
-    teach(second)
+    train(second)
     assert differing(weights(first), weights(second)) == []
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 @pytest.mark.parametrize("method", ["bone", "lora", "adalora"])
-def test_a_broken_run_ends_bitwise_as_an_unbroken_one(tmp_path, method, kd_space):
-    whole, broken, resumed = (student(method, kd_space=kd_space) for _ in range(3))
-    unbroken = teach(whole, epochs=EPOCHS)
+def test_interrupted_training_is_bit_identical_to_an_uninterrupted_one(tmp_path, method, kd_space):
+    whole, interrupted, resumed = (student(method, kd_space=kd_space) for _ in range(3))
+    uninterrupted = train(whole, epochs=EPOCHS)
     file = tmp_path / "c.pt"
     tiles, *rest = TASK
     with pytest.raises(KeyboardInterrupt):  # in the middle of the third epoch
-        teach(broken, (Interrupting(tiles, 2 * STEPS + 1), *rest), epochs=EPOCHS, checkpoint=file)
-    spy = Interrupting(tiles, 2 * STEPS)
-    history = teach(resumed, (spy, *rest), epochs=EPOCHS, checkpoint=file, resume=True)
-    assert spy.reads == 0  # the first two epochs were not run again
+        train(interrupted, (Interrupting(tiles, 2 * STEPS + 1), *rest), epochs=EPOCHS, checkpoint=file)
+    recorder = Interrupting(tiles, 2 * STEPS)
+    history = train(resumed, (recorder, *rest), epochs=EPOCHS, checkpoint=file, resume=True)
+    assert recorder.reads == 0  # the first two epochs were not run again
     assert differing(weights(whole), weights(resumed)) == []
     columns = ["epoch", "loss", "kd", "ce", "accuracy"]
-    assert history[columns].equals(unbroken[columns])
+    assert history[columns].equals(uninterrupted[columns])
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
-def test_training_goes_on_in_the_same_model_as_in_a_fresh_one(tmp_path, kd_space):
+def test_training_can_continue_in_the_same_model(tmp_path, kd_space):
     whole, stepwise = student(kd_space=kd_space), student(kd_space=kd_space)
-    teach(whole, epochs=3)
+    train(whole, epochs=3)
     for epochs in (1, 2, 3):
-        teach(stepwise, epochs=epochs, checkpoint=tmp_path / "c.pt", resume=True)
+        train(stepwise, epochs=epochs, checkpoint=tmp_path / "c.pt", resume=True)
     assert differing(weights(whole), weights(stepwise)) == []
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
-def test_a_resumed_run_does_not_depend_on_how_its_model_started(tmp_path, kd_space):
+def test_resumed_training_does_not_depend_on_initial_weights(tmp_path, kd_space):
     whole, resumed = student(kd_space=kd_space, seed=0), student(kd_space=kd_space, seed=5)
-    teach(whole, epochs=2)
-    teach(student(kd_space=kd_space, seed=0), epochs=1, checkpoint=tmp_path / "c.pt")
-    teach(resumed, epochs=2, checkpoint=tmp_path / "c.pt", resume=True)
+    train(whole, epochs=2)
+    train(student(kd_space=kd_space, seed=0), epochs=1, checkpoint=tmp_path / "c.pt")
+    train(resumed, epochs=2, checkpoint=tmp_path / "c.pt", resume=True)
     assert differing(weights(whole), weights(resumed)) == []
 
 
-def test_a_finished_checkpoint_gives_its_weights_without_training(tmp_path):
+def test_finished_checkpoint_is_loaded_without_training(tmp_path):
     trained, loaded = student(), student()
-    history = teach(trained, epochs=2, checkpoint=tmp_path / "c.pt")
-    again = teach(loaded, (Interrupting(TASK[0], 0), *TASK[1:]), epochs=2, checkpoint=tmp_path / "c.pt", resume=True)
+    history = train(trained, epochs=2, checkpoint=tmp_path / "c.pt")
+    again = train(loaded, (Interrupting(TASK[0], 0), *TASK[1:]), epochs=2, checkpoint=tmp_path / "c.pt", resume=True)
     assert differing(weights(trained), weights(loaded)) == []
     assert again.equals(history)
 
 
-def test_a_checkpoint_past_the_epochs_asked_for_is_refused(tmp_path):
-    teach(student(), epochs=2, checkpoint=tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="is past 1 epochs, at 2"):
-        teach(student(), epochs=1, checkpoint=tmp_path / "c.pt", resume=True)
+def test_checkpoint_with_more_epochs_is_rejected(tmp_path):
+    train(student(), epochs=2, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="has 2 epochs, more than 1"):
+        train(student(), epochs=1, checkpoint=tmp_path / "c.pt", resume=True)
 
 
-def test_without_resume_a_checkpoint_is_written_over(tmp_path):
-    teach(student(), checkpoint=tmp_path / "c.pt", lr=1e-2)
+def test_without_resume_a_checkpoint_is_overwritten(tmp_path):
+    train(student(), checkpoint=tmp_path / "c.pt", lr=1e-2)
     fresh = student()
-    teach(fresh)
+    train(fresh)
     again = student()
-    assert len(teach(again, checkpoint=tmp_path / "c.pt")) == 1
+    assert len(train(again, checkpoint=tmp_path / "c.pt")) == 1
     assert differing(weights(fresh), weights(again)) == []
 
 
 @pytest.mark.parametrize("stop", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch, stop):
+def test_checkpoint_is_written_atomically(tmp_path, monkeypatch, stop):
     file = tmp_path / "c.pt"
-    teach(student(), checkpoint=file)
+    train(student(), checkpoint=file)
     before = file.read_bytes()
 
     def fail(state, path):
@@ -328,14 +329,14 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch, stop):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
         with pytest.raises(type(stop)):
-            teach(student(), epochs=2, checkpoint=file, resume=True)
+            train(student(), epochs=2, checkpoint=file, resume=True)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
-    assert len(teach(student(), epochs=2, checkpoint=file, resume=True)) == 2
+    assert len(train(student(), epochs=2, checkpoint=file, resume=True)) == 2
 
 
-def test_a_checkpoint_is_data_not_code(tmp_path):
-    teach(student("adalora"), checkpoint=tmp_path / "c.pt")
+def test_checkpoint_can_be_loaded_with_weights_only(tmp_path):
+    train(student("adalora"), checkpoint=tmp_path / "c.pt")
     assert torch.load(tmp_path / "c.pt", weights_only=True)["settings"]["method"] == "adalora"
 
 
@@ -364,83 +365,83 @@ def changed_data(part):
         ("backbone", {"spec": replace(TINY, name="other")}, {}),
     ],
 )
-def test_resume_with_another_setting_is_refused_by_its_name(tmp_path, field, other, options):
-    teach(student(), checkpoint=tmp_path / "c.pt")
+def test_resume_with_another_setting_is_rejected_with_its_name(tmp_path, field, other, options):
+    train(student(), checkpoint=tmp_path / "c.pt")
     model = student(**other)
     before = weights(model.backbone)
-    with pytest.raises(ValueError, match=rf"c\.pt was made with {field}="):
-        teach(model, checkpoint=tmp_path / "c.pt", resume=True, **options)
+    with pytest.raises(ValueError, match=rf"c\.pt was written with {field}="):
+        train(model, checkpoint=tmp_path / "c.pt", resume=True, **options)
     assert differing(before, weights(model.backbone)) == []
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path):
+def test_non_finite_loss_stops_with_epoch_and_step(tmp_path):
     tiles, teacher, labels = TASK
     order = np.random.default_rng((0, 0)).permutation(len(labels))
     teacher = teacher.copy()
     teacher[order[BATCH + 1]] = np.nan  # a row of the second step
     with pytest.raises(FloatingPointError, match="loss is nan at epoch 0, step 1"):
-        teach(student(), (tiles, teacher, labels), checkpoint=tmp_path / "c.pt")
+        train(student(), (tiles, teacher, labels), checkpoint=tmp_path / "c.pt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_diverging_run_names_its_learning_rate():
+def test_diverging_training_names_the_learning_rate():
     with pytest.raises(FloatingPointError, match=r"epoch \d, step \d; try a lower lr than 1e\+30"):
-        teach(student(), epochs=3, lr=1e30)
+        train(student(), epochs=3, lr=1e30)
 
 
 def test_adalora_ranks_shrink_to_their_target(tmp_path):
     model = student("adalora", r=8)
-    kept = []
+    ranks = []
     for epochs in range(1, EPOCHS + 1):
-        teach(model, epochs=epochs, checkpoint=tmp_path / "c.pt", resume=True)
+        train(model, epochs=epochs, checkpoint=tmp_path / "c.pt", resume=True)
         pattern = torch.load(tmp_path / "c.pt", weights_only=True)["rank_pattern"]
-        kept.append(sum(map(sum, pattern.values())))
-    assert 2 * 8 >= kept[0] > kept[1] > kept[-1] == 2 * 4
+        ranks.append(sum(map(sum, pattern.values())))
+    assert 2 * 8 >= ranks[0] > ranks[1] > ranks[-1] == 2 * 4
     alive = sum(int((v != 0).sum()) for n, v in model.state_dict().items() if "lora_E" in n)
     assert alive == 2 * 4
 
 
 def test_adalora_adds_its_regularizer_to_the_loss():
-    (row,) = teach(student("adalora"), lr=0.0).to_dict("records")
+    (row,) = train(student("adalora"), lr=0.0).to_dict("records")
     assert row["loss"] > 0.5 * row["kd"] + 0.5 * row["ce"] + 0.1
 
 
 @pytest.mark.parametrize("short", [0, 1, 2])
-def test_rows_that_disagree_are_refused(short):
+def test_different_numbers_of_rows_are_rejected(short):
     data = [part[:-1] if i == short else part for i, part in enumerate(TASK)]
-    with pytest.raises(ValueError, match="one row each is needed"):
-        teach(student(), data)
+    with pytest.raises(ValueError, match="give one of each per row"):
+        train(student(), data)
 
 
 @pytest.mark.parametrize("kd_space", KD_SPACES)
 @pytest.mark.parametrize("width", [1, 5])
-def test_a_teacher_of_another_width_is_refused(width, kd_space):
+def test_teacher_of_another_width_is_rejected(width, kd_space):
     tiles, teacher, labels = TASK
-    with pytest.raises(ValueError, match=rf"teacher is \(20, {width}\), the projector gives 6"):
-        teach(student(kd_space=kd_space), (tiles, teacher[:, :width], labels))
+    with pytest.raises(ValueError, match=rf"teacher is \(20, {width}\), the projector's width is 6"):
+        train(student(kd_space=kd_space), (tiles, teacher[:, :width], labels))
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_outside_the_classifier_are_refused(label):
+def test_labels_outside_the_classifier_are_rejected(label):
     tiles, teacher, labels = TASK
-    with pytest.raises(ValueError, match="labels run from"):
-        teach(student(), (tiles, teacher, np.where(labels == 1, label, labels)))
+    with pytest.raises(ValueError, match="labels are"):
+        train(student(), (tiles, teacher, np.where(labels == 1, label, labels)))
 
 
 @pytest.mark.parametrize("option", ["epochs", "batch_size", "tau"])
-def test_options_that_must_be_positive_are_refused_at_zero(option):
+def test_zero_is_rejected_for_positive_options(option):
     with pytest.raises(ValueError, match="must be above 0"):
-        teach(student(), **{option: 0})
+        train(student(), **{option: 0})
 
 
-def test_unknown_space_lists_the_known_ones():
+def test_unknown_kd_space_lists_the_known_ones():
     with pytest.raises(ValueError, match="'pixels'; known: embedding, logits"):
         student(kd_space="pixels")
 
 
-def test_a_network_that_is_no_student_is_refused_with_what_makes_it_one():
-    with pytest.raises(ValueError, match=r"Sequential has no registry row: .*load_backbone; .*register_backbone"):
+def test_network_that_is_not_an_adapted_student_is_rejected():
+    with pytest.raises(ValueError, match=r"Sequential is not from load_backbone; .*register_backbone"):
         TransferModel(torch.nn.Sequential(), teacher_dim=6, n_classes=3)
     plain = TransferModel(load_backbone(TINY, weights="random"), teacher_dim=6, n_classes=3)
-    with pytest.raises(ValueError, match="carries no adapter: adapt it first"):
-        teach(plain)
+    with pytest.raises(ValueError, match="has no adapter: adapt it first"):
+        train(plain)
