@@ -1,4 +1,4 @@
-"""The ceiling: what count splitting finds against the true rates, and what it refuses."""
+"""Ceilings estimated by count splitting are close to those of the true rates; invalid input is rejected."""
 
 import anndata as ad
 import numpy as np
@@ -7,14 +7,14 @@ import pytest
 from scipy import sparse
 
 from peka_lite.data.expression import NORMALIZATIONS
-from peka_lite.evaluation import noise_ceiling
-from peka_lite.evaluation.ceiling import _halves, estimate_ceiling, expression_ceiling
+from peka_lite.evaluation import estimate_ceiling, expression_ceiling, noise_ceiling
+from peka_lite.evaluation.ceiling import _halves
 
-N_GENES = 60  # with a pattern; 40 more fill the totals
+N_GENES = 60  # with a pattern; 40 more add to the totals
 
 
 def simulate(depth, *, dispersion=0.0, n_spots=1500, seed=0):
-    """Counts with known rates: genes of 0.5 to 50 counts at a depth of 5,000, whose rates scatter by 0.3 to 1."""
+    """Return counts with known rates: genes of 0.5 to 50 counts at a depth of 5,000, log rates with sd 0.3 to 1."""
     rng = np.random.default_rng(seed)
     spread = np.tile([0.3, 0.6, 1.0], N_GENES // 3)
     share = np.geomspace(1e-4, 1e-2, N_GENES) * np.exp(spread * rng.normal(size=(n_spots, N_GENES)) - spread**2 / 2)
@@ -41,11 +41,11 @@ def counts_of(columns):
     return ad.AnnData(sparse.csr_matrix(np.stack(columns, axis=1).astype(np.float32)))
 
 
-# --- against the truth ---------------------------------------------------------------------------------------------
+# --- estimate and true ceiling ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", NORMALIZATIONS)
-def test_the_estimate_is_within_two_hundredths_of_the_truth_on_poisson_counts(poisson, method):
+def test_mean_error_is_below_two_hundredths_on_poisson_counts(poisson, method):
     truth = noise_ceiling(poisson, method=method)[patterned(poisson)]
     error = estimate_ceiling(poisson, patterned(poisson), method=method) - truth
     assert abs(error.mean()) < 0.02
@@ -58,24 +58,24 @@ def test_overdispersed_counts_need_their_dispersion(method):
     adata = simulate(5000, dispersion=0.3)
     truth = noise_ceiling(adata, method=method)
     given = estimate_ceiling(adata, method=method, dispersion=np.full(adata.n_vars, 0.3)) - truth
-    blind = estimate_ceiling(adata, method=method) - truth
+    poisson_split = estimate_ceiling(adata, method=method) - truth
     assert abs(given.iloc[:N_GENES].mean()) < 0.03
-    assert blind.iloc[:N_GENES].mean() > 0.1  # an upper bound, as the docstring says
+    assert poisson_split.iloc[:N_GENES].mean() > 0.1  # an upper bound, as the docstring says
 
 
 @pytest.mark.parametrize(("method", "bias"), [("log1p-cp10k", 0.045), ("log1p", 0.015)])
-def test_the_mini_cohorts_ceiling_is_found_when_its_dispersion_is_known(mini_cohort, method, bias):
+def test_ceiling_of_the_mini_cohort_with_known_dispersion(mini_cohort, method, bias):
     adata = mini_cohort.adata
     truth = noise_ceiling(adata, method=method)
-    told = adata.var["kind"].isin(["visible", "invisible"]).to_numpy()
+    with_pattern = adata.var["kind"].isin(["visible", "invisible"]).to_numpy()
     dispersion = adata.var["dispersion"]
-    error = (estimate_ceiling(adata, method=method, dispersion=dispersion) - truth)[told]
+    error = (estimate_ceiling(adata, method=method, dispersion=dispersion) - truth)[with_pattern]
     assert abs(error.mean()) < bias
     assert error.abs().mean() < 0.1
-    strong = truth[told] > 0.5
+    strong = truth[with_pattern] > 0.5
     assert error[strong].abs().mean() < 0.08
-    blind = (estimate_ceiling(adata, method=method) - truth)[told]
-    assert blind.mean() > error.mean() + 0.02
+    poisson_split = (estimate_ceiling(adata, method=method) - truth)[with_pattern]
+    assert poisson_split.mean() > error.mean() + 0.02
 
 
 @pytest.mark.parametrize("method", NORMALIZATIONS)
@@ -86,7 +86,7 @@ def test_deeper_sequencing_raises_the_ceiling(method):
     assert (np.diff(means) > 0.05).all()
 
 
-def test_a_gene_that_is_only_noise_has_a_ceiling_near_0_and_one_with_hardly_any_noise_near_1():
+def test_ceiling_is_near_0_for_noise_and_near_1_for_signal():
     rng = np.random.default_rng(0)
     noise = rng.poisson(5, (2000, 20))
     signal = rng.poisson(np.exp(rng.normal(8, 1, (2000, 1))))
@@ -95,8 +95,8 @@ def test_a_gene_that_is_only_noise_has_a_ceiling_near_0_and_one_with_hardly_any_
     assert ceiling.iloc[20] > 0.99
 
 
-def test_halves_that_disagree_give_0():
-    # One molecule is in one half or the other: the halves avoid each other.
+def test_negatively_correlated_halves_give_0():
+    # A single molecule is in one half only, so the halves are negatively correlated.
     X = np.zeros((2000, 1))
     X[::2] = 1
     ceiling = estimate_ceiling(counts_of([X[:, 0], np.full(2000, 50)]), ["0"], method="log1p")
@@ -104,7 +104,7 @@ def test_halves_that_disagree_give_0():
 
 
 @pytest.mark.parametrize("dispersion", [0.0, 0.5])
-def test_halves_add_up_to_the_counts_are_alike_and_know_nothing_of_each_other(dispersion):
+def test_halves_sum_to_the_counts_and_are_independent(dispersion):
     rng = np.random.default_rng(0)
     rate = rng.gamma(1 / dispersion, 20 * dispersion, 40_000) if dispersion else np.full(40_000, 20)
     X = sparse.csr_matrix(rng.poisson(rate).astype(float).reshape(-1, 1))
@@ -117,19 +117,19 @@ def test_halves_add_up_to_the_counts_are_alike_and_know_nothing_of_each_other(di
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.02  # 4 standard errors
 
 
-# --- what it returns -----------------------------------------------------------------------------------------------
+# --- returned values -----------------------------------------------------------------------------------------------
 
 
-def test_totals_are_taken_over_all_genes_also_when_few_are_asked_for(poisson):
+def test_totals_use_all_genes_if_few_are_selected(poisson):
     genes = ["G59", "G30", "G40"]
-    some, every = (estimate_ceiling(poisson, which) for which in (genes, None))
+    some, every = (estimate_ceiling(poisson, names) for names in (genes, None))
     assert list(some.index) == genes
     assert some.dtype == np.float64
     assert list(every.index) == list(poisson.var_names)
     np.testing.assert_allclose(some, every[genes], atol=0.03)
 
 
-def test_a_gene_that_does_not_vary_is_nan():
+def test_constant_gene_is_nan():
     rng = np.random.default_rng(0)
     ceiling = estimate_ceiling(counts_of([np.zeros(50), np.full(50, 7), rng.poisson(9, 50)]), method="log1p")
     assert ceiling.isna().tolist() == [True, True, False]
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_estimate(poisson):
     assert (first != other).any()
 
 
-def test_more_splits_scatter_less(poisson):
+def test_more_splits_reduce_the_variance(poisson):
     genes = patterned(poisson)
     few, many = (
         np.std([estimate_ceiling(poisson, genes, seed=s, n_splits=n) for s in range(4)], axis=0).mean() for n in (1, 12)
@@ -150,19 +150,19 @@ def test_more_splits_scatter_less(poisson):
     assert many < few / 2
 
 
-def test_an_empty_spot_is_no_trouble():
+def test_empty_spots_are_supported():
     X = np.random.default_rng(0).poisson(3, (100, 5))
     X[:10] = 0
     assert np.isfinite(estimate_ceiling(counts_of(X.T))).all()
 
 
-def test_counts_are_left_as_they_are(poisson):
+def test_counts_are_not_changed(poisson):
     before = poisson.X.copy()
     estimate_ceiling(poisson, n_splits=1)
     assert abs(poisson.X - before).max() == 0
 
 
-def test_a_dispersion_of_0_is_poisson_and_a_named_one_finds_its_gene(poisson):
+def test_dispersion_of_0_is_poisson_and_a_series_is_aligned_by_gene(poisson):
     genes = patterned(poisson)[30:]
     zero = estimate_ceiling(poisson, genes, dispersion=np.zeros(poisson.n_vars))
     np.testing.assert_allclose(zero, estimate_ceiling(poisson, genes), atol=0.03)
@@ -177,7 +177,7 @@ def test_a_dispersion_of_0_is_poisson_and_a_named_one_finds_its_gene(poisson):
 
 
 @pytest.mark.parametrize("method", NORMALIZATIONS)
-def test_the_true_rates_are_used_where_the_data_have_them(mini_cohort, method):
+def test_true_rates_are_used_if_available(mini_cohort, method):
     adata = mini_cohort.adata
     genes = list(adata.var_names[[30, 4, 11]])
     ceiling, basis = expression_ceiling(adata, genes, method=method)
@@ -190,7 +190,7 @@ def test_the_true_rates_are_used_where_the_data_have_them(mini_cohort, method):
     pd.testing.assert_series_equal(ceiling, estimate_ceiling(measured, genes, method=method))
 
 
-def test_the_known_ceiling_of_raw_counts_is_the_correlation_of_their_logs(mini_cohort):
+def test_known_ceiling_of_raw_counts_is_the_correlation_of_logs(mini_cohort):
     adata = mini_cohort.adata
     ceiling = noise_ceiling(adata, method="log1p")
     rate, counts = np.log1p(np.asarray(adata.layers["rate"], dtype=np.float64)), np.log1p(adata.X.toarray())
@@ -200,21 +200,21 @@ def test_the_known_ceiling_of_raw_counts_is_the_correlation_of_their_logs(mini_c
     assert (noise_ceiling(adata) != ceiling).all()
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- invalid input -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.5, -1, np.nan, np.inf])
-def test_what_is_not_a_count_is_refused_by_gene(value):
+def test_values_that_are_not_counts_are_rejected_with_the_gene(value):
     X = np.ones((5, 3))
     X[2, 1] = value
     adata = counts_of(X.T)
     adata.var_names = ["A", "B", "C"]
-    with pytest.raises(ValueError, match=r"raw counts, but X holds .* for gene 'B'"):
+    with pytest.raises(ValueError, match=r"raw counts, but X has .* for gene 'B'"):
         estimate_ceiling(adata, ["A"])
 
 
 @pytest.mark.parametrize("with_rate", [True, False])
-def test_an_unknown_gene_or_method_is_refused(poisson, with_rate):
+def test_unknown_gene_or_method_is_rejected(poisson, with_rate):
     adata = poisson.copy()
     if not with_rate:
         del adata.layers["rate"]
@@ -222,16 +222,16 @@ def test_an_unknown_gene_or_method_is_refused(poisson, with_rate):
         expression_ceiling(adata, ["G1", "NOPE"])
     with pytest.raises(ValueError, match="unknown normalization 'sqrt'"):
         expression_ceiling(adata, ["G1"], method="sqrt")
-    with pytest.raises(ValueError, match="'G1' is asked for more than once"):
+    with pytest.raises(ValueError, match="'G1' is given more than once"):
         expression_ceiling(adata, ["G1", "G1"])
 
 
-@pytest.mark.parametrize("wrong", [[0.1, 0.1], [-0.1] * 100, [np.nan] * 100, 0.1, pd.Series(0.1, index=["G1"])])
-def test_a_dispersion_that_does_not_fit_the_genes_is_refused(poisson, wrong):
+@pytest.mark.parametrize("dispersion", [[0.1, 0.1], [-0.1] * 100, [np.nan] * 100, 0.1, pd.Series(0.1, index=["G1"])])
+def test_invalid_dispersion_is_rejected(poisson, dispersion):
     with pytest.raises(ValueError, match="each of the 100 genes"):
-        estimate_ceiling(poisson, dispersion=wrong)
+        estimate_ceiling(poisson, dispersion=dispersion)
 
 
-def test_no_split_is_refused(poisson):
+def test_zero_splits_are_rejected(poisson):
     with pytest.raises(ValueError, match="n_splits must be 1 or more, got 0"):
         estimate_ceiling(poisson, n_splits=0)

@@ -1,4 +1,4 @@
-"""Sums per cell: every fold, penalty and held-out group as scikit-learn computes them from the rows."""
+"""Probes fitted and scored from sums per cell equal scikit-learn on the rows, for all folds and alphas."""
 
 import tracemalloc
 from dataclasses import fields
@@ -10,17 +10,15 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.probe import moments as sums
-from peka_lite.probe.metrics import pearson
-from peka_lite.probe.moments import _numpy_steps, _pieces, _sum_up, _torch_steps, alpha_path, components, gather
-from peka_lite.probe.pca_ridge import PCARidge
+from peka_lite.probe import PCARidge, alpha_path, components, gather, moments as sums, pearson
+from peka_lite.probe.moments import _numpy_steps, _pieces, _sum_up, _torch_steps
 
 ALPHAS = (1e-3, 1.0, 30.0, 1e4)
 
 
 @st.composite
 def problems(draw):
-    """Features, targets and cells 0 to 3, of which 3 is held out; some columns constant, doubled or dependent."""
+    """Draw features, targets and cells 0 to 3 (3 is held out); some columns are constant, duplicated or dependent."""
     rng = np.random.default_rng(draw(st.integers(0, 2**31 - 1)))
     n, d, genes = draw(st.integers(6, 60)), draw(st.integers(1, 40)), draw(st.integers(1, 5))
     rank = draw(st.integers(1, 40))
@@ -30,7 +28,7 @@ def problems(draw):
     cells = rng.permutation(np.r_[0, 1, 2, 3, 3, 3, rng.integers(0, 4, n - 6)])
     X += draw(st.sampled_from([0.0, 5.0, -1e4])) * rng.uniform(0.5, 1, d)
     if draw(st.booleans()):
-        X += 3 * rng.normal(size=(4, d))[cells]  # slides that differ
+        X += 3 * rng.normal(size=(4, d))[cells]  # slide effects
     kinds = draw(st.lists(st.sampled_from(["constant", "constant in training", "double"]), max_size=3))
     for kind, column in zip(kinds, rng.permutation(d)[1:], strict=False):
         if kind == "constant":
@@ -45,7 +43,7 @@ def problems(draw):
 
 
 def width_without_tie(X, share, scaled=True):
-    """A number of components with a gap after it: at a tie, which of two directions is kept is anybody's choice."""
+    """Return a number of components without tied eigenvalues at the cut, where the choice would be arbitrary."""
     Z = StandardScaler().fit_transform(X.astype(np.float64)) if scaled else X - X.mean(0, dtype=np.float64)
     values = np.linalg.svd(Z, compute_uv=False) ** 2
     ends = [k for k in range(1, len(values) + 1) if k == len(values) or values[k] < 0.98 * values[k - 1]]
@@ -64,20 +62,20 @@ def by_sklearn(X, Y, new, width, alpha, scaled=True):
 
 
 def moments_of(X, Y, cells):
-    """Moments of the training rows and of the held-out cell 3."""
+    """Return moments of the training rows and of the held-out cell 3."""
     gathered = gather(X, Y, cells)
     return gathered.over(c for c in gathered.cells if c != 3), gathered.over([3])
 
 
 def same(a, b, *, tolerance=1e-9):
-    """Whether two Moments agree, each field against its own largest value."""
+    """Assert that two Moments are equal up to a tolerance relative to each field's largest value."""
     for f in fields(a):
         x, y = (np.asarray(getattr(m, f.name), dtype=np.float64) for m in (a, b))
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()), err_msg=f.name)
 
 
 def plain(X, Y, rows):
-    """Mean and scatter the textbook way."""
+    """Return means and scatter matrices by their definition."""
     x, y = X[rows].astype(np.float64), Y[rows].astype(np.float64)
     mx, my = x.mean(0), y.mean(0)
     x, y = x - mx, y - my
@@ -95,16 +93,16 @@ def small(n=50, d=6, genes=3, seed=0):
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems(), chunk=st.integers(1, 70))
-def test_moments_of_any_cells_are_those_of_their_rows(problem, chunk):
+def test_moments_of_cells_equal_those_of_their_rows(problem, chunk):
     X, Y, cells = problem
     gathered = gather(X, Y, cells, chunk=chunk)
     for some in ([0], [2, 0], [3, 1, 2], [0, 1, 2, 3]):
-        got = gathered.over(some)
-        assert np.array_equal(got.rows, np.flatnonzero(np.isin(cells, some)))
-        for name, value in plain(X, Y, got.rows).items():
+        actual = gathered.over(some)
+        assert np.array_equal(actual.rows, np.flatnonzero(np.isin(cells, some)))
+        for name, value in plain(X, Y, actual.rows).items():
             atol = 1e-12 * max(1, np.abs(X).max(), np.abs(Y).max()) ** (2 if name[0] == "S" else 1) * len(X)
-            np.testing.assert_allclose(getattr(got, name), value, rtol=1e-9, atol=atol, err_msg=name)
-        assert np.array_equal(got.Sxx, got.Sxx.T)
+            np.testing.assert_allclose(getattr(actual, name), value, rtol=1e-9, atol=atol, err_msg=name)
+        assert np.array_equal(actual.Sxx, actual.Sxx.T)
 
 
 @settings(max_examples=120, deadline=None)
@@ -123,7 +121,7 @@ def test_predictions_and_pcc_equal_scikit_learn(problem, share, alpha, scaled):
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems(), width=st.sampled_from([None, 1, 3, 256]))
-def test_a_path_of_penalties_is_pearson_of_real_predictions(problem, width):
+def test_alpha_path_equals_pearson_of_predictions(problem, width):
     X, Y, cells = problem
     train, test = moments_of(X, Y, cells)
     path = alpha_path(train, test, ALPHAS, n_components=width)
@@ -136,27 +134,27 @@ def test_a_path_of_penalties_is_pearson_of_real_predictions(problem, width):
 
 @settings(max_examples=20, deadline=None)
 @given(problem=problems(), chunk=st.integers(1, 70))
-def test_torch_sums_are_those_of_numpy(problem, chunk):
+def test_torch_sums_equal_numpy_sums(problem, chunk):
     X, Y, cells = problem
-    ours, theirs = (
+    by_numpy, by_torch = (
         _sum_up(_pieces(X, Y, cells, chunk), cells, X.shape[1], Y.shape[1], *steps)
         for steps in (_numpy_steps(), _torch_steps("cpu"))
     )
-    assert ours.cells == theirs.cells == [0, 1, 2, 3]
+    assert by_numpy.cells == by_torch.cells == [0, 1, 2, 3]
     for some in ([0], [0, 1, 3]):
-        same(theirs.over(some), ours.over(some), tolerance=1e-10)
+        same(by_torch.over(some), by_numpy.over(some), tolerance=1e-10)
 
 
-def test_a_device_other_than_cpu_sums_by_torch(monkeypatch):
+def test_other_devices_use_torch(monkeypatch):
     problem = small()
-    ours = gather(*problem).over([0, 1])
+    expected = gather(*problem).over([0, 1])
     monkeypatch.delattr(sums, "_numpy_steps")
-    same(gather(*problem, device="cpu:0").over([0, 1]), ours, tolerance=1e-12)
+    same(gather(*problem, device="cpu:0").over([0, 1]), expected, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("chunk", [1, 7, 49, 50, 4096])
-def test_the_size_of_chunks_does_not_matter(chunk, order):
+def test_sums_do_not_depend_on_the_chunk_size(chunk, order):
     X, Y, cells = small()
     whole = gather(X, Y, cells)
     parts = gather(np.asarray(X, order=order), Y, cells, chunk=chunk)
@@ -165,7 +163,7 @@ def test_the_size_of_chunks_does_not_matter(chunk, order):
 
 
 @pytest.mark.parametrize("cells", [np.arange(20_000) // 5000, np.arange(20_000) % 4], ids=["in order", "scattered"])
-def test_a_memory_mapped_array_is_read_by_chunks_and_gives_the_same_sums(tmp_path, cells):
+def test_memory_mapped_features_are_read_in_chunks_with_the_same_sums(tmp_path, cells):
     X = np.random.default_rng(0).normal(size=(20_000, 50)).astype(np.float32)
     Y = X[:, :2].astype(np.float64)
     np.save(tmp_path / "X.npy", X)
@@ -180,17 +178,17 @@ def test_a_memory_mapped_array_is_read_by_chunks_and_gives_the_same_sums(tmp_pat
         )
 
 
-def test_rows_of_other_cells_have_no_part_in_a_fit():
+def test_rows_of_other_cells_do_not_influence_a_fit():
     X, Y, cells = small()
-    spoilt = X.copy(), Y.copy()
-    spoilt[0][cells == 3] *= -1e9
-    spoilt[1][cells == 3] = 1e9
-    fits = [PCARidge(4).fit_sums(moments_of(x, y, cells)[0]) for x, y in ((X, Y), spoilt)]
+    corrupted = X.copy(), Y.copy()
+    corrupted[0][cells == 3] *= -1e9
+    corrupted[1][cells == 3] = 1e9
+    fits = [PCARidge(4).fit_sums(moments_of(x, y, cells)[0]) for x, y in ((X, Y), corrupted)]
     for name in ("coef_", "mean_", "scale_", "intercept_"):
         assert np.array_equal(*(getattr(fit, name) for fit in fits))
 
 
-def test_rows_left_out_are_not_read():
+def test_rows_of_cell_minus_one_are_not_read():
     X, Y, cells = small()
     cells[cells == 2] = -1
     X[cells == -1] = np.nan
@@ -200,18 +198,18 @@ def test_rows_left_out_are_not_read():
     np.testing.assert_allclose(gathered.over(gathered.cells).mean_x, X[cells >= 0].mean(0))
 
 
-def test_cells_need_not_be_numbered_without_gaps():
+def test_cell_numbers_may_have_gaps():
     X, Y, cells = small()
     same(gather(X, Y, 10 * cells + 7).over([7, 37]), gather(X, Y, cells).over([0, 3]), tolerance=0)
     same(gather(X, Y, cells).over([3, 0, 99]), gather(X, Y, cells).over([0, 3]), tolerance=0)
 
 
-# --- what carries nothing -----------------------------------------------------------------------
+# --- columns without variance -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0, 0.1, -1e4, 1e8])
 @pytest.mark.parametrize("spread", [0, 1e-3, 1])
-def test_a_column_is_constant_where_standard_scaler_says_so(offset, spread):
+def test_constant_columns_are_those_of_standard_scaler(offset, spread):
     X, Y, cells = small()
     X[:, 2] = offset + spread * X[:, 2]
     train, _ = moments_of(X, Y, cells)
@@ -221,7 +219,7 @@ def test_a_column_is_constant_where_standard_scaler_says_so(offset, spread):
     assert (not reduced.vectors[2].any()) == (spread == 0)
 
 
-def test_a_column_constant_over_several_cells_has_no_variance_to_the_last_bit():
+def test_column_constant_over_several_cells_has_exactly_zero_variance():
     X, Y, _ = small()
     X[:, 2], Y[:, 1] = 1e4 / 3, 1e3 / 7
     moments = gather(X, Y, np.repeat([0, 1, 2], [9, 12, 29]), chunk=9).over([0, 1, 2])
@@ -233,7 +231,7 @@ def test_a_column_constant_over_several_cells_has_no_variance_to_the_last_bit():
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_a_column_of_nothing_but_rounding_does_not_turn_the_components(scaled):
+def test_column_of_rounding_noise_does_not_rotate_the_components(scaled):
     X, Y, cells = small()
     without = components(moments_of(np.delete(X, 2, 1), Y, cells)[0], 3, standardize=scaled)
     X[:, 2] = 1e16 + 20 * X[:, 2]
@@ -242,7 +240,7 @@ def test_a_column_of_nothing_but_rounding_does_not_turn_the_components(scaled):
     np.testing.assert_allclose(reduced.weights(1.0) ** 2, without.weights(1.0) ** 2, atol=1e-9)
 
 
-def test_a_column_lost_in_rounding_is_constant():
+def test_variation_below_rounding_error_is_constant():
     X, Y, cells = small()
     X[:, 2] = 1e8 * (1 + np.finfo(np.float64).eps * (np.arange(len(X)) % 2))
     assert StandardScaler().fit(X[cells != 3]).scale_[2] == 1
@@ -250,7 +248,7 @@ def test_a_column_lost_in_rounding_is_constant():
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_a_column_constant_in_training_has_no_weight_however_it_varies_in_the_test_rows(scaled):
+def test_column_constant_in_training_has_no_weight(scaled):
     X, Y, cells = small()
     X[:, 2] = np.where(cells == 3, 1e12 * X[:, 2], 0.1)
     train, test = moments_of(X, Y, cells)
@@ -263,18 +261,18 @@ def test_a_column_constant_in_training_has_no_weight_however_it_varies_in_the_te
     assert np.isfinite(alpha_path(reduced, test, ALPHAS)).all()
 
 
-def test_alpha_zero_is_least_squares_where_features_are_dependent():
+def test_alpha_zero_is_least_squares_for_dependent_features():
     X, Y, cells = small()
     X = np.c_[X, X[:, 0] + X[:, 1], X[:, 2]]
     train, test = moments_of(X, Y, cells)
     design = np.c_[X, np.ones(len(X))]
     P = design[cells == 3] @ np.linalg.lstsq(design[cells != 3], Y[cells != 3], rcond=None)[0]
-    got = PCARidge(None, alpha=0, fit_intercept=True).fit_sums(train).predict(X[cells == 3])
-    np.testing.assert_allclose(got, P, atol=1e-8)
+    actual = PCARidge(None, alpha=0, fit_intercept=True).fit_sums(train).predict(X[cells == 3])
+    np.testing.assert_allclose(actual, P, atol=1e-8)
     np.testing.assert_allclose(alpha_path(train, test, [0], n_components=None)[0], pearson(Y[cells == 3], P), atol=1e-8)
 
 
-def test_alpha_zero_leaves_out_directions_that_vary_in_the_test_rows_alone():
+def test_alpha_zero_ignores_directions_that_vary_only_in_the_test_rows():
     X, Y, cells = small()
     X = np.c_[X, np.where(cells == 3, 5.0, X[:, 0] + X[:, 1]), np.where(cells == 3, -X[:, 2], X[:, 2])]
     train, test = moments_of(X, Y, cells)
@@ -287,7 +285,7 @@ def test_alpha_zero_leaves_out_directions_that_vary_in_the_test_rows_alone():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
 @pytest.mark.parametrize(
-    "what",
+    "case",
     [
         "targets in training",
         "targets in the test rows",
@@ -297,48 +295,50 @@ def test_alpha_zero_leaves_out_directions_that_vary_in_the_test_rows_alone():
         "features that cancel",
     ],
 )
-def test_pcc_is_nan_where_targets_or_predictions_are_constant(what, value):
+def test_pcc_is_nan_where_targets_or_predictions_are_constant(case, value):
     X, Y, cells = small()
-    if what == "targets in training":
+    if case == "targets in training":
         Y[cells != 3, 1] = value
-    elif what == "targets in the test rows":
+    elif case == "targets in the test rows":
         Y[cells == 3, 1] = value
-    elif what == "targets but for rounding":
+    elif case == "targets but for rounding":
         Y[cells == 3, 1] = value * (1 + 1e-13 * Y[cells == 3, 1])
-    elif what == "features in the test rows":
+    elif case == "features in the test rows":
         X[cells == 3] = value
-    elif what == "features but for rounding":
+    elif case == "features but for rounding":
         X[cells == 3] = value * (1 + 1e-13 * X[cells == 3])
     else:
         X[:] = X[:, :1]
         X[cells == 3, 1::2] = 10 + value - X[cells == 3, ::2]
-    lost = [True] * 3 if what.startswith("features") else [False, True, False]
+    lost = [True] * 3 if case.startswith("features") else [False, True, False]
     train, test = moments_of(X, Y, cells)
-    width = 1 if what == "features that cancel" else 4
+    width = 1 if case == "features that cancel" else 4
     P = PCARidge(width, alpha=1.0).fit_sums(train).predict(X[cells == 3])
     assert np.isnan(pearson(Y[cells == 3], P)).tolist() == lost
     assert np.isnan(alpha_path(train, test, ALPHAS, n_components=width)).tolist() == [lost] * len(ALPHAS)
 
 
-def test_components_without_any_variance_give_no_weight():
+def test_components_without_variance_have_zero_weights():
     X, Y, cells = small()
     reduced = components(gather(np.full_like(X, 0.1), Y, cells).over([0, 1]), 3)
     assert not reduced.weights(0.0).any()
     assert not reduced.weights(1.0).any()
 
 
-# --- the shape of things ------------------------------------------------------------------------
+# --- shapes and reuse ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "asked", "kept"), [(50, 4, 4), (50, None, 6), (50, 256, 6), (4, 256, 3), (4, None, 6)])
-def test_components_are_capped_at_what_rows_and_columns_allow(n, asked, kept):
+@pytest.mark.parametrize(
+    ("n", "requested", "width"), [(50, 4, 4), (50, None, 6), (50, 256, 6), (4, 256, 3), (4, None, 6)]
+)
+def test_components_are_capped_by_rows_and_columns(n, requested, width):
     X, Y, _ = small(n)
-    reduced = components(gather(X, Y, np.zeros(n, dtype=int)).over([0]), asked)
-    assert (reduced.vectors.shape, reduced.values.shape, reduced.cross.shape) == ((6, kept), (kept,), (kept, 3))
+    reduced = components(gather(X, Y, np.zeros(n, dtype=int)).over([0]), requested)
+    assert (reduced.vectors.shape, reduced.values.shape, reduced.cross.shape) == ((6, width), (width,), (width, 3))
     assert (np.diff(reduced.values) <= 0).all()
 
 
-def test_components_leave_the_sums_as_they_were():
+def test_components_do_not_change_the_sums():
     X, Y, cells = small()
     train, test = moments_of(X, Y, cells)
     before = train.Sxx.copy(), train.Sxy.copy(), test.Sxx.copy()
@@ -346,50 +346,50 @@ def test_components_leave_the_sums_as_they_were():
     assert all(np.array_equal(a, b) for a, b in zip(before, (train.Sxx, train.Sxy, test.Sxx), strict=True))
 
 
-def test_adding_cells_leaves_them_as_they_were():
+def test_union_of_cells_does_not_change_them():
     X, Y, cells = small()
     gathered = gather(X, Y, cells)
     once, again = gathered.over([0, 1, 4]), gathered.over([4, 1, 0])
     same(once, again, tolerance=0)
 
 
-def test_one_reduction_serves_several_tests_and_penalties():
+def test_components_can_be_reused_for_several_tests_and_alphas():
     X, Y, cells = small()
     gathered = gather(X, Y, cells)
     train = gathered.over([0, 1, 2])
     reduced = components(train, 4)
-    for held_out in ([3], [4], [3, 4]):
-        path = alpha_path(reduced, gathered.over(held_out), ALPHAS)
-        assert np.array_equal(path, alpha_path(train, gathered.over(held_out), ALPHAS, n_components=4))
+    for test in ([3], [4], [3, 4]):
+        path = alpha_path(reduced, gathered.over(test), ALPHAS)
+        assert np.array_equal(path, alpha_path(train, gathered.over(test), ALPHAS, n_components=4))
 
 
 @pytest.mark.parametrize("index", [[2, 0], np.array([False, True, False]), slice(1, 3)])
-def test_a_choice_of_targets_is_that_of_the_columns(index):
+def test_targets_selects_columns(index):
     X, Y, cells = small()
     chosen = moments_of(X, Y, cells)[0].targets(index)
     same(chosen, moments_of(X, Y[:, index], cells)[0], tolerance=1e-12)
 
 
-def test_a_choice_of_targets_copies_no_feature_sums():
+def test_targets_does_not_copy_feature_sums():
     train = moments_of(*small())[0]
     assert train.targets([0]).Sxx is train.Sxx
 
 
-# --- refusals -----------------------------------------------------------------------------------
+# --- invalid input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 1, 37, 49])
 @pytest.mark.parametrize("name", ["features", "targets"])
 @pytest.mark.parametrize("steps", ["numpy", "torch"])
-def test_values_that_are_no_number_are_refused_by_name_and_place(name, row, value, steps):
+def test_non_finite_values_are_rejected_with_their_position(name, row, value, steps):
     X, Y, cells = small()
     (X if name == "features" else Y)[row, 1] = value
-    with pytest.raises(ValueError, match=rf"^{name} hold NaN or infinite values; the first in row {row}, column 1$"):
+    with pytest.raises(ValueError, match=rf"^{name} have NaN or infinite values; the first in row {row}, column 1$"):
         gather(X, Y, cells, chunk=8, device="cpu" if steps == "numpy" else "cpu:0")
 
 
-def test_values_too_large_to_sum_are_refused():
+def test_too_large_values_are_rejected():
     X, Y, cells = small()
     X[:, 1] = np.where(np.arange(len(X)) < 25, 1.5e308, -1.5e308)
     with pytest.raises(ValueError, match="features are too large for sums in float64"):
@@ -397,7 +397,7 @@ def test_values_too_large_to_sum_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"Y": np.ones((49, 1))}, "must share rows"),
         ({"Y": np.ones(50)}, "must share rows"),
@@ -408,27 +408,27 @@ def test_values_too_large_to_sum_are_refused():
         ({"chunk": 0}, "chunk must be at least 1 row, not 0"),
     ],
 )
-def test_input_without_a_meaning_is_refused(change, says):
+def test_invalid_input_is_rejected(change, message):
     X, Y, cells = small()
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         gather(**{"X": X, "Y": Y, "cells": cells} | change)
 
 
 @pytest.mark.parametrize(
-    ("cells", "says"), [([1, 2, 1], "added once, not .1, 2, 1"), ([8], "no rows in cells .8"), ([], "no rows")]
+    ("cells", "message"), [([1, 2, 1], "given once, not .1, 2, 1"), ([8], "no rows in cells .8"), ([], "no rows")]
 )
-def test_cells_that_cannot_be_added_are_refused(cells, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_cells_are_rejected(cells, message):
+    with pytest.raises(ValueError, match=message):
         gather(*small()).over(cells)
 
 
 @pytest.mark.parametrize("alpha", [-1, np.nan])
-def test_penalties_below_zero_are_refused(alpha):
-    with pytest.raises(ValueError, match="penalties are numbers of at least 0"):
+def test_negative_alphas_are_rejected(alpha):
+    with pytest.raises(ValueError, match="alphas must be numbers of at least 0"):
         alpha_path(*moments_of(*small()), [1.0, alpha])
 
 
-def test_training_and_test_sums_of_other_targets_are_refused():
+def test_sums_of_different_targets_are_rejected():
     train, test = moments_of(*small())
-    with pytest.raises(ValueError, match="training sums hold 1 targets and test sums 3"):
+    with pytest.raises(ValueError, match="training sums have 1 targets and test sums 3"):
         alpha_path(train.targets([0]), test, ALPHAS)

@@ -1,4 +1,4 @@
-"""The probe: equal to HEST-bench's numbers, to scikit-learn in closed form, and to scipy's correlation."""
+"""The probe equals HEST-bench, scikit-learn and SciPy."""
 
 import json
 import tracemalloc
@@ -12,11 +12,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.evaluation.scores import summarize
-from peka_lite.probe import pca_ridge as probe
-from peka_lite.probe.metrics import fold_table, pearson
-from peka_lite.probe.moments import gather
-from peka_lite.probe.pca_ridge import SOLVERS, PCARidge, cross_validate
+from peka_lite.evaluation import summarize
+from peka_lite.probe import PCARidge, cross_validate, gather, pca_ridge as probe, pearson
+from peka_lite.probe.metrics import fold_table
+from peka_lite.probe.pca_ridge import SOLVERS
 
 WITH_PCA = {"d384_pca256": 256, "d128_pca128": 128, "constgene_d96_pca64": 64}
 FAILS = {"d128_pca256_fails": 128, "n200_d384_pca256_fails": 199}
@@ -32,7 +31,7 @@ def score(case, model, kind="X"):
     return pearson(case["y_test"], model.predict(case[f"{kind}_test"]))
 
 
-def planted(n=60, d=8, genes=3, seed=0):
+def make_data(n=60, d=8, genes=3, seed=0):
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(n, d))
     return X, X @ rng.normal(size=(d, genes)) + 0.5 * rng.normal(size=(n, genes)) + 2
@@ -50,25 +49,25 @@ def test_mean_pearson_equals_hest_bench(case, solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("case", ["d128_pca128"], indirect=True)
-def test_mean_pearson_is_closer_still_where_hest_benchs_pca_is_exact(case, solver):
+def test_mean_pearson_is_closer_if_hest_benchs_pca_is_exact(case, solver):
     assert score(case, PCARidge(128, solver=solver)).mean() == pytest.approx(case["pearson"].mean(), abs=1e-4)
 
 
 @pytest.mark.parametrize("case", ["d128_pca128", "constgene_d96_pca64"], indirect=True)
-def test_genes_equal_hest_bench_where_its_pca_is_exact(case):
+def test_genes_equal_hest_bench_if_its_pca_is_exact(case):
     exact = score(case, PCARidge(case["pca_train"].shape[1]))
     np.testing.assert_allclose(exact, case["pearson"], rtol=0, atol=2.5e-3)
 
 
 @pytest.mark.parametrize("case", WITH_PCA, indirect=True)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_ridge_on_hest_benchs_own_scores_gives_its_pearson_per_gene(case, solver):
+def test_ridge_on_hest_benchs_pca_scores_gives_its_pearson_per_gene(case, solver):
     pcc = score(case, PCARidge(None, solver=solver), "pca")
     np.testing.assert_allclose(pcc, case["pearson"], rtol=0, atol=2.5e-3)
 
 
 @pytest.mark.parametrize("case", WITH_PCA, indirect=True)
-def test_ridge_on_hest_benchs_own_scores_gives_its_predictions(case):
+def test_ridge_on_hest_benchs_pca_scores_gives_its_predictions(case):
     model = PCARidge(None, solver="hest-bench").fit(case["pca_train"], case["y_train"])
     np.testing.assert_allclose(model.predict(case["pca_test"]), case["preds"], rtol=0, atol=0.04)
 
@@ -93,7 +92,7 @@ def test_too_many_components_fail_in_the_hest_bench_solver(case):
 
 
 @pytest.mark.parametrize(("case", "width"), FAILS.items(), indirect=["case"])
-def test_too_many_components_are_capped_aloud_by_the_exact_solver(case, width):
+def test_exact_solver_caps_components_with_a_warning(case, width):
     with pytest.warns(UserWarning, match=rf"allow {width} of 256 components"):
         model = PCARidge(256).fit(case["X_train"], case["y_train"])
     assert model.n_components_ == width
@@ -101,15 +100,15 @@ def test_too_many_components_are_capped_aloud_by_the_exact_solver(case, width):
 
 
 @pytest.mark.parametrize("case", WITH_PCA, indirect=True)
-def test_hest_bench_solver_is_scikit_learn_as_hest_bench_calls_it(case):
+def test_hest_bench_solver_equals_scikit_learn_with_its_settings(case):
     width, genes = case["pca_train"].shape[1], case["y_train"].shape[1]
     scaler = StandardScaler().fit(case["X_train"])
     pca = PCA(width, random_state=1).fit(scaler.transform(case["X_train"]))
     train, test = (pca.transform(scaler.transform(case[f"X_{k}"])).astype(np.float32) for k in ("train", "test"))
     ridge = Ridge(alpha=100 / (width * genes), solver="lsqr", fit_intercept=False, max_iter=1000, random_state=1)
     expected = ridge.fit(train.astype(np.float64), case["y_train"]).predict(test)
-    got = PCARidge(width, solver="hest-bench").fit(case["X_train"], case["y_train"]).predict(case["X_test"])
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+    actual = PCARidge(width, solver="hest-bench").fit(case["X_train"], case["y_train"]).predict(case["X_test"])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_golden_summary_and_arrays_agree(golden):
@@ -145,33 +144,33 @@ def test_exact_solver_equals_scikit_learn(n, d, genes, constant, alpha, intercep
     flat = rng.permutation(d)[: min(constant, d - 1)]
     X[:, flat] = new[:, flat] = rng.normal(size=len(flat))
     width = max(1, int(share * min(n - 1, d - len(flat))))
-    got = PCARidge(width, alpha, fit_intercept=intercept).fit(X, Y).predict(new)
-    np.testing.assert_allclose(got, by_sklearn(X, Y, new, width, alpha, intercept), rtol=0, atol=1e-8)
+    actual = PCARidge(width, alpha, fit_intercept=intercept).fit(X, Y).predict(new)
+    np.testing.assert_allclose(actual, by_sklearn(X, Y, new, width, alpha, intercept), rtol=0, atol=1e-8)
 
 
 def test_hest_alpha_counts_the_columns_after_pca():
-    X, Y = planted(d=8, genes=3)
+    X, Y = make_data(d=8, genes=3)
     np.testing.assert_allclose(
         PCARidge(5).fit(X, Y).predict(X), PCARidge(5, alpha=100 / (5 * 3)).fit(X, Y).predict(X), rtol=1e-12
     )
 
 
-def test_hest_alpha_counts_the_columns_that_were_left_after_capping():
-    X, Y = planted(n=5, d=8)
+def test_hest_alpha_counts_the_columns_after_capping():
+    X, Y = make_data(n=5, d=8)
     with pytest.warns(UserWarning, match="allow 4 of 256"):
         capped = PCARidge().fit(X, Y)
     np.testing.assert_allclose(capped.predict(X), PCARidge(4, alpha=100 / (4 * 3)).fit(X, Y).predict(X), rtol=1e-12)
 
 
-def test_intercept_adds_the_training_means_and_leaves_pearson_alone():
-    X, Y = planted()
+def test_intercept_adds_the_training_means_and_does_not_change_pearson():
+    X, Y = make_data()
     without, with_it = (PCARidge(5, fit_intercept=f).fit(X, Y).predict(X) for f in (False, True))
     np.testing.assert_allclose(with_it - without, np.broadcast_to(Y.mean(0), Y.shape), atol=1e-10)
     np.testing.assert_allclose(pearson(Y, with_it), pearson(Y, without), atol=1e-12)
 
 
-def test_alpha_zero_is_least_squares_even_with_a_constant_feature():
-    X, Y = planted()
+def test_alpha_zero_is_least_squares_with_a_constant_feature():
+    X, Y = make_data()
     X[:, 2] = 4
     P = PCARidge(None, alpha=0, fit_intercept=True).fit(X, Y).predict(X)
     design = np.c_[X, np.ones(len(X))]
@@ -181,22 +180,22 @@ def test_alpha_zero_is_least_squares_even_with_a_constant_feature():
 @pytest.mark.parametrize("n_components", [None, 5])
 @pytest.mark.parametrize("genes", [1, 3])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_predictions_are_float64_with_a_column_a_gene(solver, genes, n_components):
-    X, Y = planted(genes=genes)
+def test_predictions_are_float64_with_one_column_per_gene(solver, genes, n_components):
+    X, Y = make_data(genes=genes)
     P = PCARidge(n_components, solver=solver).fit(X, Y).predict(X[:7])
     assert (P.shape, P.dtype) == ((7, genes), np.float64)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_fit_and_prediction_repeat_exactly(solver):
-    X, Y = planted()
+def test_fit_and_prediction_are_deterministic(solver):
+    X, Y = make_data()
     first, again = (PCARidge(5, solver=solver).fit(X, Y).predict(X) for _ in range(2))
     assert np.array_equal(first, again)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_inputs_are_not_changed(solver):
-    X, Y = planted()
+    X, Y = make_data()
     before = X.copy(), Y.copy()
     PCARidge(5, solver=solver).fit(X, Y).predict(X)
     assert np.array_equal(X, before[0])
@@ -205,13 +204,13 @@ def test_inputs_are_not_changed(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_features_may_be_single_precision(solver):
-    X, Y = planted()
+    X, Y = make_data()
     single = PCARidge(5, solver=solver).fit(X.astype(np.float32), Y).predict(X.astype(np.float32))
     np.testing.assert_allclose(single, PCARidge(5, solver=solver).fit(X, Y).predict(X), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"solver": "magic"}, "unknown solver 'magic'; known: exact, hest-bench"),
         ({"alpha": "big"}, "alpha is 'hest' or a number of at least 0, not 'big'"),
@@ -221,30 +220,30 @@ def test_features_may_be_single_precision(solver):
         ({"solver": "hest-bench", "standardize": False}, "HEST-bench standardizes"),
     ],
 )
-def test_options_without_a_meaning_are_refused(options, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
         PCARidge(**options)
 
 
 @pytest.mark.parametrize(
-    ("X", "Y", "says"),
+    ("X", "Y", "message"),
     [
         (np.ones((4, 2)), np.ones((3, 1)), "must share rows"),
         (np.ones((4, 2)), np.ones(4), "must share rows"),
         (np.ones((1, 2)), np.ones((1, 1)), "at least two training rows"),
-        (np.full((4, 2), np.nan), np.ones((4, 1)), "features hold NaN"),
-        (np.ones((4, 2)), np.full((4, 1), np.inf), "targets hold NaN or infinite"),
+        (np.full((4, 2), np.nan), np.ones((4, 1)), "features have NaN"),
+        (np.ones((4, 2)), np.full((4, 1), np.inf), "targets have NaN or infinite"),
     ],
 )
-def test_data_without_a_meaning_are_refused(X, Y, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_data_are_rejected(X, Y, message):
+    with pytest.raises(ValueError, match=message):
         PCARidge(1).fit(X, Y)
 
 
 @pytest.mark.parametrize("options", [{}, {"standardize": False}, {"fit_intercept": True}, {"alpha": 3.0}])
 @pytest.mark.parametrize("n_components", [None, 5])
-def test_a_fit_on_sums_is_the_fit_on_their_rows(n_components, options):
-    X, Y = planted()
+def test_fit_on_sums_equals_fit_on_rows(n_components, options):
+    X, Y = make_data()
     sums = gather(X, Y, np.arange(60) % 4)
     rows = np.arange(60) % 4 != 2
     by_sums = PCARidge(n_components, **options).fit_sums(sums.over([0, 1, 3]))
@@ -255,21 +254,21 @@ def test_a_fit_on_sums_is_the_fit_on_their_rows(n_components, options):
     np.testing.assert_allclose(by_sums.predict(X), by_rows.predict(X), rtol=0, atol=1e-10)
 
 
-def test_a_fit_on_sums_caps_components_aloud_and_refuses_what_fit_refuses():
-    X, Y = planted(n=5)
+def test_fit_on_sums_caps_components_and_rejects_invalid_input():
+    X, Y = make_data(n=5)
     sums = gather(X, Y, np.array([0, 0, 0, 0, 1]))
     with pytest.warns(UserWarning, match="4 training rows of 8 features allow 3 of 256 components") as warned:
         PCARidge().fit_sums(sums.over([0]))
     assert warned[0].filename == __file__
     with pytest.raises(ValueError, match="at least two training rows"):
         PCARidge(1).fit_sums(sums.over([1]))
-    with pytest.raises(ValueError, match="HEST-bench's solver reads rows"):
+    with pytest.raises(ValueError, match="solver 'hest-bench' needs rows"):
         PCARidge(solver="hest-bench").fit_sums(sums.over([0]))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
-def test_prediction_by_chunks_is_that_of_all_rows(monkeypatch, dtype):
-    X, Y = planted()
+def test_prediction_in_chunks_equals_prediction_of_all_rows(monkeypatch, dtype):
+    X, Y = make_data()
     X = (10 * X).astype(dtype)
     model = PCARidge(5, fit_intercept=True).fit(X, Y)
     monkeypatch.setattr(probe, "CHUNK", 7)
@@ -299,7 +298,7 @@ def test_pearson_equals_scipy(n, genes, offset, scale, seed):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.0, 1e6])
 @pytest.mark.parametrize("side", [0, 1])
-def test_pearson_is_nan_where_either_side_is_constant(value, side):
+def test_pearson_is_nan_if_either_side_is_constant(value, side):
     pair = [np.random.default_rng(0).normal(size=(30, 2)) for _ in range(2)]
     pair[side][:, 1] = value
     assert np.isnan(pearson(*pair)).tolist() == [False, True]
@@ -310,7 +309,7 @@ def test_pearson_of_a_line_is_one_or_minus_one():
     np.testing.assert_allclose(pearson(np.hstack([y, y]), np.hstack([2 * y + 3, -y])), [1, -1])
 
 
-def test_pearson_refuses_other_shapes():
+def test_pearson_rejects_different_shapes():
     with pytest.raises(ValueError, match="differ in shape"):
         pearson(np.ones((3, 2)), np.ones((3, 1)))
 
@@ -323,8 +322,8 @@ def thirds(n=60):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_cross_validation_scores_each_fold_as_by_hand(solver):
-    X, Y = planted()
+def test_cross_validation_equals_a_manual_loop_over_folds(solver):
+    X, Y = make_data()
     table = cross_validate(X, Y, thirds(), genes=["A", "B", "C"], n_components=5, solver=solver)
     for fold, (train, test) in enumerate(thirds()):
         model = PCARidge(5, solver=solver).fit(X[train], Y[train])
@@ -332,8 +331,8 @@ def test_cross_validation_scores_each_fold_as_by_hand(solver):
         np.testing.assert_allclose(table.loc[table["fold"] == fold, "pcc"], expected, atol=1e-9)
 
 
-def test_cross_validation_gives_a_tidy_table():
-    X, Y = planted()
+def test_cross_validation_returns_a_tidy_table():
+    X, Y = make_data()
     table = cross_validate(X, Y, thirds(), genes=["A", "B", "C"], n_components=5)
     assert list(table) == ["fold", "gene", "pcc", "n_train", "n_test"]
     assert table["gene"].tolist() == ["A", "B", "C"] * 3
@@ -342,25 +341,25 @@ def test_cross_validation_gives_a_tidy_table():
     assert table.index.tolist() == list(range(9))
 
 
-def test_genes_are_numbered_without_names():
-    X, Y = planted()
+def test_genes_without_names_are_numbered():
+    X, Y = make_data()
     assert cross_validate(X, Y, thirds()[:1], n_components=5)["gene"].tolist() == [0, 1, 2]
 
 
-def test_names_must_be_as_many_as_columns():
+def test_number_of_gene_names_must_match_the_columns():
     with pytest.raises(ValueError, match="2 gene names for 3 columns"):
-        cross_validate(*planted(), thirds(), genes=["A", "B"])
+        cross_validate(*make_data(), thirds(), genes=["A", "B"])
 
 
 def test_test_rows_do_not_leak_into_the_fit():
-    X, Y = planted()
+    X, Y = make_data()
     ((train, test),) = thirds()[:1]
-    poisoned = X.copy(), Y.copy()
-    poisoned[0][test] *= -100
-    poisoned[1][test] = 0
-    a, b = (PCARidge(5).fit(x[train], y[train]).coef_ for x, y in ((X, Y), poisoned))
+    corrupted = X.copy(), Y.copy()
+    corrupted[0][test] *= -100
+    corrupted[1][test] = 0
+    a, b = (PCARidge(5).fit(x[train], y[train]).coef_ for x, y in ((X, Y), corrupted))
     assert np.array_equal(a, b)
-    assert cross_validate(*poisoned, [(train, test)], n_components=5)["pcc"].isna().all()
+    assert cross_validate(*corrupted, [(train, test)], n_components=5)["pcc"].isna().all()
 
 
 def fold_by_fold(X, Y, folds, **options):
@@ -369,20 +368,20 @@ def fold_by_fold(X, Y, folds, **options):
 
 
 def random_folds(n=60, folds=4, seed=0):
-    """Folds that overlap in every way, with rows in neither side; each row its own pattern, nearly."""
+    """Return overlapping random folds, some rows in neither side; nearly every row has a different pattern."""
     order = [np.random.default_rng([seed, k]).permutation(n) for k in range(folds)]
     return [(o[:30], o[30:50]) for o in order]
 
 
 def grouped_folds(n=60):
-    """Ten groups of rows in five overlapping folds, some groups in neither side."""
+    """Return five overlapping folds of ten groups of rows, some groups in neither side."""
     group = np.arange(n) % 10
     pick = [([1, 2, 3], [0]), ([0, 4, 5], [1, 2]), ([0, 1, 2, 3, 4], [9]), ([6, 7], [0]), ([1, 5, 6, 7], [2, 3])]
     return [tuple(np.flatnonzero(np.isin(group, side)) for side in fold) for fold in pick]
 
 
 def passes(monkeypatch):
-    """Count what `cross_validate` gathers: rows with a cell, and cells, pass by pass."""
+    """Record for each pass of `cross_validate` the number of rows with a cell, and of cells."""
     seen = []
 
     def counted(X, Y, cells, **options):
@@ -409,7 +408,7 @@ def passes(monkeypatch):
 )
 @pytest.mark.parametrize("alpha", ["hest", 10.0])
 def test_cross_validation_equals_a_fit_for_each_fold(monkeypatch, folds, expected, alpha):
-    X, Y = planted()
+    X, Y = make_data()
     by_hand = fold_by_fold(X, Y, folds, alpha=alpha)
     seen = passes(monkeypatch)
     monkeypatch.setattr(probe, "CHUNK", 11)
@@ -419,8 +418,8 @@ def test_cross_validation_equals_a_fit_for_each_fold(monkeypatch, folds, expecte
 
 
 @pytest.mark.parametrize("most", [3 * 8 * 8 * 8, 3 * 8 * 8 * 8 - 1])
-def test_each_fold_has_its_own_pass_where_the_sums_would_not_fit(monkeypatch, most):
-    X, Y = planted()
+def test_folds_have_separate_passes_if_the_sums_are_too_large(monkeypatch, most):
+    X, Y = make_data()
     by_hand = fold_by_fold(X, Y, thirds())
     monkeypatch.setattr(probe, "MOST_BYTES", most)
     seen = passes(monkeypatch)
@@ -428,8 +427,8 @@ def test_each_fold_has_its_own_pass_where_the_sums_would_not_fit(monkeypatch, mo
     assert seen == ([(60, 3)] if most == 3 * 8**3 else [(40, 1)] * 3)
 
 
-def test_each_fold_has_its_own_pass_where_rows_overlap_in_too_many_ways(monkeypatch):
-    X, Y = planted(n=120)
+def test_folds_have_separate_passes_if_there_are_too_many_cells(monkeypatch):
+    X, Y = make_data(n=120)
     folds = random_folds(n=120, folds=6)
     by_hand = fold_by_fold(X, Y, folds)
     seen = passes(monkeypatch)
@@ -438,7 +437,7 @@ def test_each_fold_has_its_own_pass_where_rows_overlap_in_too_many_ways(monkeypa
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_cross_validation_reads_memory_mapped_features_by_chunks(tmp_path, monkeypatch, dtype):
+def test_cross_validation_reads_memory_mapped_features_in_chunks(tmp_path, monkeypatch, dtype):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(20_000, 40)).astype(dtype)
     Y = X[:, :2] + rng.normal(size=(20_000, 2))
@@ -452,8 +451,8 @@ def test_cross_validation_reads_memory_mapped_features_by_chunks(tmp_path, monke
     pd.testing.assert_frame_equal(mapped, cross_validate(X, Y, thirds(20_000), n_components=5))
 
 
-def test_features_and_targets_of_other_lengths_are_refused():
-    X, Y = planted()
+def test_features_and_targets_of_different_lengths_are_rejected():
+    X, Y = make_data()
     with pytest.raises(ValueError, match="must share rows"):
         cross_validate(X[:50], Y, thirds())
 
@@ -462,7 +461,7 @@ def test_features_and_targets_of_other_lengths_are_refused():
 
 
 def results(values, genes=None):
-    """A result table of (folds, genes) values."""
+    """Return a result table of (folds, genes) values."""
     values = np.asarray(values, dtype=float)
     genes = genes or [f"G{g}" for g in range(values.shape[1])]
     rows = [{"fold": f, "gene": g, "pcc": v} for f, row in enumerate(values) for g, v in zip(genes, row, strict=True)]
@@ -475,7 +474,7 @@ def test_summary_is_the_mean_over_folds_of_means_over_genes():
     assert summary["mean_pcc_per_fold"] == pytest.approx([0.2, 0.7])
 
 
-def test_summary_leaves_nan_out_by_name():
+def test_summary_excludes_nan_and_lists_the_genes():
     summary = summarize(results([[0.1, 0.3, np.nan], [0.5, np.nan, np.nan]]))
     assert summary["mean_pcc_per_fold"] == pytest.approx([0.2, 0.5])
     assert summary["mean_pcc"] == pytest.approx(0.35)
@@ -483,7 +482,7 @@ def test_summary_leaves_nan_out_by_name():
     assert summary["nan_genes"] == ["G1", "G2"]
 
 
-def test_summary_of_folds_with_other_genes_counts_each_folds_own():
+def test_summary_of_folds_with_different_genes_uses_the_genes_of_each_fold():
     table = pd.concat([results([[0.2, 0.4]], ["A", "B"]), results([[0.6, 0.8]], ["B", "C"]).assign(fold=1)])
     summary = summarize(table)
     assert summary["mean_pcc_per_fold"] == pytest.approx([0.3, 0.7])
@@ -491,10 +490,10 @@ def test_summary_of_folds_with_other_genes_counts_each_folds_own():
 
 
 @settings(max_examples=10, deadline=None)
-@given(folds=st.integers(2, 6), genes=st.integers(2, 20), holes=st.booleans(), seed=st.integers(0, 2**31 - 1))
-def test_interval_contains_the_mean_and_is_not_a_point(folds, genes, holes, seed):
+@given(folds=st.integers(2, 6), genes=st.integers(2, 20), missing=st.booleans(), seed=st.integers(0, 2**31 - 1))
+def test_interval_contains_the_mean_and_is_not_a_point(folds, genes, missing, seed):
     values = np.random.default_rng(seed).uniform(-0.2, 0.8, (folds, genes))
-    if holes:
+    if missing:
         values[0, 0] = np.nan
         values[:, 1] = 0.3
     summary = summarize(results(values), n_boot=300)
@@ -502,50 +501,50 @@ def test_interval_contains_the_mean_and_is_not_a_point(folds, genes, holes, seed
 
 
 @pytest.mark.parametrize("folds", [3, 5, 12])
-def test_interval_is_students_where_only_folds_differ(folds):
+def test_interval_is_that_of_students_t_if_only_folds_differ(folds):
     means = np.random.default_rng(folds).normal(0.4, 0.1, folds)
     summary = summarize(results(np.repeat(means[:, None], 6, axis=1)))
     low, high = t.interval(0.95, folds - 1, means.mean(), sem(means))
     assert [summary["ci_low"], summary["ci_high"]] == pytest.approx([low, high], abs=0.04 * (high - low))
 
 
-def test_interval_of_one_fold_is_not_known():
+def test_interval_of_one_fold_is_nan():
     summary = summarize(results([[0.1, 0.3]]))
     assert summary["mean_pcc"] == pytest.approx(0.2)
     assert np.isnan([summary["ci_low"], summary["ci_high"]]).all()
 
 
-def test_interval_widens_when_folds_disagree():
+def test_interval_is_wider_if_folds_differ():
     genes = np.linspace(0, 0.2, 10)
-    alike, apart = (summarize(results([genes + s * k for k in range(4)])) for s in (0, 0.2))
-    assert apart["ci_high"] - apart["ci_low"] > 2 * (alike["ci_high"] - alike["ci_low"])
+    alike, different = (summarize(results([genes + s * k for k in range(4)])) for s in (0, 0.2))
+    assert different["ci_high"] - different["ci_low"] > 2 * (alike["ci_high"] - alike["ci_low"])
 
 
-def test_summary_repeats_with_its_seed():
+def test_summary_depends_on_the_seed():
     table = results(np.random.default_rng(0).random((3, 8)))
     assert summarize(table, seed=1) == summarize(table, seed=1)
     assert summarize(table, seed=1)["ci_low"] != summarize(table, seed=2)["ci_low"]
 
 
-def test_summary_is_plain_json():
+def test_summary_can_be_written_as_json():
     summary = summarize(results([[0.1, 0.3, np.nan], [0.5, 0.2, 0.4]]))
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_summary_of_nothing_but_nan_is_an_error():
+def test_summary_of_only_nan_is_rejected():
     with pytest.raises(ValueError, match="every PCC is NaN"):
         summarize(results([[np.nan, np.nan]]))
 
 
-def test_fold_table_scores_the_rows_it_is_given():
-    _, Y = planted()
+def test_fold_table_scores_the_given_rows():
+    _, Y = make_data()
     table = fold_table(4, ["A", "B", "C"], Y, Y + 1, n_train=7)
     assert table.to_dict("list") == {
         "fold": [4] * 3, "gene": ["A", "B", "C"], "pcc": pytest.approx([1] * 3), "n_train": [7] * 3, "n_test": [60] * 3,
     }  # fmt: skip
 
 
-def test_interval_covers_the_truth_with_few_patients_and_genes_of_their_own():
+def test_interval_covers_the_true_mean_with_few_patients_and_genes():
     rng, covered = np.random.default_rng(0), []
     for _ in range(200):
         values = 0.3 + rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.1, (1, 20)) + rng.normal(0, 0.1, (5, 20))
