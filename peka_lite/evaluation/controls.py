@@ -18,7 +18,7 @@ def color_features(tiles, *, progress: bool = False) -> np.ndarray:
     """Compute stain, brightness and texture features of each tile.
 
     Each tile is processed independently, averaged to about 112 px per side. The columns are mean, standard
-    deviation and 10th, 50th and 90th percentile of red, green and blue (15) and of the haematoxylin and eosin optical
+    deviation and 10th, 50th and 90th percentile of red, green and blue (15) and of the hematoxylin and eosin optical
     densities after Ruifrok and Johnston 2001 (10); the share of bright pixels (1); mean and standard deviation of the
     gray gradient at three scales (6); and the histograms of uniform local binary patterns of the gray image at two
     scales (Ojala et al. 2002; 20).

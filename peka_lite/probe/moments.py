@@ -280,14 +280,14 @@ def alpha_path(
     reduced = train if isinstance(train, Components) else components(train, n_components)
     V = reduced.vectors / reduced.scale[:, None]  # (d, k)
     spread, shared = V.T @ (test.Sxx @ V), V.T @ test.Sxy  # (k, k), (k, genes)
-    offset, uncancelled = V.T @ (test.mean_x - reduced.mean), (V**2).T @ np.diag(test.Sxx)  # (k,), (k,)
+    offset, uncanceled = V.T @ (test.mean_x - reduced.mean), (V**2).T @ np.diag(test.Sxx)  # (k,), (k,)
     constant_y = test.Syy <= 1e-20 * (test.Syy + test.n * test.mean_y**2)
     path = np.empty((len(alphas), len(test.mean_y)))
     for row, alpha in zip(path, alphas, strict=True):
         w = reduced.weights(alpha)
         var_p, cov = (w * (spread @ w)).sum(0), (w * shared).sum(0)
         # As in `pearson`, variance below rounding error is 0: error of the mean, and of features that cancel.
-        constant_p = var_p <= 1e-20 * test.n * (offset @ w) ** 2 + 1e-14 * uncancelled @ w**2
+        constant_p = var_p <= 1e-20 * test.n * (offset @ w) ** 2 + 1e-14 * uncanceled @ w**2
         with np.errstate(invalid="ignore", divide="ignore"):
             row[:] = np.where(constant_y | constant_p, np.nan, cov / np.sqrt(var_p * test.Syy))
     return path

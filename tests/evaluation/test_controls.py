@@ -9,7 +9,7 @@ from scipy import sparse
 from peka_lite.data import Cohort
 from peka_lite.evaluation import color_features, coordinate_features, depth_features
 
-STAINS = slice(15, 25)  # columns of the haematoxylin and eosin densities
+STAINS = slice(15, 25)  # columns of the hematoxylin and eosin densities
 BRIGHT = 25
 GRADIENTS = slice(26, 32)
 PATTERNS = slice(32, 52)
@@ -91,12 +91,12 @@ def test_bright_share_counts_background_and_not_saturated_color():
     assert color_features(tile)[0, BRIGHT] == pytest.approx(0.25)
 
 
-def test_haematoxylin_and_eosin_are_separated():
+def test_hematoxylin_and_eosin_are_separated():
     from skimage.color import rgb_from_hed
 
     stained = [255 * np.exp(-0.8 * rgb_from_hed[i]) for i in (0, 1)]
-    haematoxylin, eosin = color_features(plain(*stained))[:, STAINS][:, :2]
-    np.testing.assert_allclose(haematoxylin, [0.8, 0], atol=0.02)
+    hematoxylin, eosin = color_features(plain(*stained))[:, STAINS][:, :2]
+    np.testing.assert_allclose(hematoxylin, [0.8, 0], atol=0.02)
     np.testing.assert_allclose(eosin, [0, 0.8], atol=0.02)
 
 
