@@ -206,7 +206,7 @@ def train(
             model, data.tiles, data.teacher, data.labels, epochs=epochs, batch_size=batch_size, device=device,
             **case.options,
         )  # fmt: skip
-    refused = [str(w.message) for w in said if "torch.compile did not work" in str(w.message)]
+    refused = [str(w.message) for w in said if "torch.compile failed" in str(w.message)]
     if refused:
         raise NotCompiled(refused[0])
     return history[["seconds", "waiting", "loss"]].to_dict("records"), time.process_time() - begun
