@@ -1,4 +1,4 @@
-"""Runs of other settings: seeds are averaged, what else differs makes groups, and one group is the reference."""
+"""Group runs by their settings: average seeds, and split off the reference settings."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite.evaluation.scores import bootstrap_interval
-from peka_lite.reports.runs import CONTROLS, ELSEWHERE, METHODS, Run, group_runs, row_label, seeds_among, widest_seeds
+from peka_lite.reports.runs import CONTROLS, ELSEWHERE, METHODS, Run, format_seeds, group_runs, row_label, widest_seeds
 
-UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")  # labels of runs without a taught student
-ROW = ("protocol", "method", "features", "shuffle_teacher", "backbone")  # settings that a row or a title names
+UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")  # labels of runs without a trained student
+ROW = ("protocol", "method", "features", "shuffle_teacher", "backbone")  # settings shown by a row or a title
 OF_PROTOCOL = ("split", "normalization", "alpha")
-# `students.TRAINING` and what decides its teacher and memory: settings that only a taught student feels.
+# Settings that only affect a trained student: `cache.TRAINING`, its teacher, and how batches fit in memory.
 TRAINED = (
     "r", "layers", "teacher", "teacher_checkpoint", "teacher_genes", "teacher_mapping", "label_method", "resolution",
     "n_clusters", "kd_space", "tau", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "augment", "micro_batch",
     "recompute", "compile",
 )  # fmt: skip
-_ALIKE = ("data_fingerprint", "n_splits", "seed", "n_genes", "train_share", "epochs", "teacher")  # in one cohort
+_SAME_IN_COHORT = ("data_fingerprint", "n_splits", "seed", "n_genes", "train_share", "epochs", "teacher")
 
 
 def average_seeds(runs: Sequence[Run]) -> list[Run]:
-    """Replace runs that differ in their seed alone by one run: the mean over seeds.
+    """Average runs that differ only in their seed into one run.
 
-    Its moments hold those of every seed, so that `bootstrap_interval` and `difference` draw the same patients and genes for all
-    of them: folds are numbered ``"0:1"``, seed and fold. Scores are computed anew, ceilings and seconds are means. A
-    run alone stays as it is. Of runs that differ in nothing they feel (frozen students of several tau) the first stays.
+    Its moments are those of all seeds, so that `bootstrap_interval` and `bootstrap_difference` draw the same patients
+    and genes for each: a fold is named ``"0:1"``, seed and fold. Scores are recomputed, ceilings and seconds are means.
+    A single run is returned unchanged. Of runs that differ only in settings without effect (frozen students with
+    several tau), the first is returned.
 
     Returns
     -------
     list of Run
-        In order of their first runs.
+        In the order of their first runs.
 
     Examples
     --------
@@ -51,14 +52,14 @@ def average_seeds(runs: Sequence[Run]) -> list[Run]:
     >>> [round(run.score()["pcc"], 2) for run in (*runs, mean)]
     [0.12, 0.14, 0.13]
     """
-    alike = group_runs(
+    groups = group_runs(
         runs, lambda run: (row_label(run), run.backbone, run.cohort, tuple(run_settings(run, seed=False).items()))
     )
-    return [_mean(list({run.config["seed"]: run for run in reversed(here)}.values())) for here in alike.values()]
+    return [_average(list({run.config["seed"]: run for run in reversed(group)}.values())) for group in groups.values()]
 
 
 def seed_scores(run: Run, how: str = "pooled", *, normalization: str | None = None) -> dict[int, float]:
-    """Return the mean PCC of each seed; of the protocol's own targets by default.
+    """Return the mean PCC of each seed, on the protocol's targets by default.
 
     Examples
     --------
@@ -74,7 +75,7 @@ def seed_scores(run: Run, how: str = "pooled", *, normalization: str | None = No
 
 
 def seed_sd(run: Run, how: str = "pooled", *, normalization: str | None = None) -> float:
-    """Return the standard deviation of the seeds' mean PCC, with n - 1; NaN for one seed.
+    """Return the standard deviation of the mean PCC over seeds (n - 1); NaN for one seed.
 
     Examples
     --------
@@ -92,25 +93,25 @@ def seed_sd(run: Run, how: str = "pooled", *, normalization: str | None = None) 
 
 
 def run_settings(run: Run, *, seed: bool = True) -> dict:
-    """Return what else decides a run's numbers, beside its row, cohort and protocol; a list as a tuple.
+    """Return the settings that affect a run's scores, except row, cohort and protocol; lists as tuples.
 
-    A setting of teaching is left out where nothing is taught.
+    Training settings are left out where no student is trained.
     """
-    taught, upper = run.summary["method"] != "none", run.summary["features"] == "teacher"
+    trained, from_teacher = run.summary["method"] != "none", run.summary["features"] == "teacher"
     skip = {*ROW, *ELSEWHERE, "seed"} | (set() if run.backbone else {"weights"})
-    if not taught:
-        skip |= {name for name in TRAINED if not (upper and name.startswith("teacher"))}
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in run.config.items() if k not in skip}
-    found["data_fingerprint"] = run.summary["data_fingerprint"]
-    return found | ({"seed": run.seeds} if seed else {})
+    if not trained:
+        skip |= {name for name in TRAINED if not (from_teacher and name.startswith("teacher"))}
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in run.config.items() if k not in skip}
+    settings["data_fingerprint"] = run.summary["data_fingerprint"]
+    return settings | ({"seed": run.seeds} if seed else {})
 
 
 def split_by_settings(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[str, dict]]:
     """Split runs into those of the reference settings and the others.
 
-    Runs are grouped by the settings in which they differ, cohort by cohort. A setting that a run does not feel keeps it
-    out of no group: frozen students and controls are in the groups of every tau. The reference is the group of most
-    runs; of equals the one from which the others differ least, then the first.
+    Within each cohort, runs are grouped by the settings in which they differ. A setting that does not affect a run is
+    ignored: frozen students and controls are in the groups of every tau. The reference is the largest group; among
+    equally large groups the one from which the others differ least, then the first.
 
     Parameters
     ----------
@@ -120,9 +121,9 @@ def split_by_settings(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[s
     Returns
     -------
     reference, others
-        `require_shared` takes the reference of one cohort, protocol and backbone.
-    told
-        Cohort -> the reference's settings, of those that differ.
+        `reference` of one cohort, protocol and backbone fits in one table.
+    reference_settings
+        Cohort -> the reference's values of the settings that differ.
 
     Examples
     --------
@@ -132,29 +133,29 @@ def split_by_settings(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[s
     ...     config = pk.RunConfig(features=features, train_share=share, **small)
     ...     _ = pk.load_or_run(config, f"{features}_{share:.0%}", maps=False)
     >>> runs = pk.reports.read_runs(["coordinates_100%", "depth_100%", "coordinates_25%"])
-    >>> reference, others, told = pk.reports.split_by_settings(runs)
+    >>> reference, others, reference_settings = pk.reports.split_by_settings(runs)
     >>> [run.name for run in reference], [run.name for run in others]
     (['coordinates_100%', 'depth_100%'], ['coordinates_25%'])
-    >>> told
+    >>> reference_settings
     {'mini MINI3': {'train_share': 1.0}}
     """
-    signed = list(zip(runs, _signatures(runs), strict=True))
-    told = {}
-    for cohort, here in group_runs(signed, lambda pair: pair[0].cohort).items():
-        known = list({tuple(s.items()): s for _, s in here}.values())
+    pairs = list(zip(runs, _distinctive_settings(runs), strict=True))
+    chosen = {}
+    for cohort, group in group_runs(pairs, lambda pair: pair[0].cohort).items():
+        known = list({tuple(s.items()): s for _, s in group}.values())
         known = [s for s in known if not any(s.items() < t.items() for t in known)]
 
-        def weight(s, known=known):
-            members = sum(own.items() <= s.items() for _, own in signed)
-            return members, -sum(len(t.items() - s.items()) for t in known)
+        def weight(candidate, known=known):
+            members = sum(s.items() <= candidate.items() for _, s in pairs)
+            return members, -sum(len(s.items() - candidate.items()) for s in known)
 
-        told[cohort] = max(known, key=weight)
-    reference = [run for run, own in signed if own.items() <= told[run.cohort].items()]
-    return reference, [run for run, _ in signed if run not in reference], told
+        chosen[cohort] = max(known, key=weight)
+    reference = [run for run, s in pairs if s.items() <= chosen[run.cohort].items()]
+    return reference, [run for run, _ in pairs if run not in reference], chosen
 
 
-def format_settings(found: dict) -> str:
-    """Return settings as text, ``"epochs=2, tau=4"``; the data's fingerprint only where nothing else is said.
+def format_settings(settings: dict) -> str:
+    """Return settings as text, ``"epochs=2, tau=4"``; the data fingerprint only if it is the only one.
 
     Examples
     --------
@@ -162,14 +163,14 @@ def format_settings(found: dict) -> str:
     >>> format_settings({"epochs": 2, "lr": 0.0001, "r": None, "seed": (0, 1)})
     'epochs=2, lr=0.0001, r=null, seed=0+1'
     """
-    if len(found) > 1:
-        found = {k: v for k, v in found.items() if k != "data_fingerprint"}
-    return ", ".join(f"{'data' if k == 'data_fingerprint' else k}={format_value(v)}" for k, v in found.items())
+    if len(settings) > 1:
+        settings = {k: v for k, v in settings.items() if k != "data_fingerprint"}
+    return ", ".join(f"{'data' if k == 'data_fingerprint' else k}={format_value(v)}" for k, v in settings.items())
 
 
 def format_value(value) -> str:
-    """Return a setting's value as a reader would write it: ``null``, ``true``, ``4``, a file by its name."""
-    value = value.item() if hasattr(value, "item") else value  # of a column
+    """Return a setting's value as text: ``null``, ``true``, ``4``, a file's name without its folder."""
+    value = value.item() if hasattr(value, "item") else value  # a column's numpy scalar
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
@@ -179,7 +180,7 @@ def format_value(value) -> str:
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
-def _mean(runs: list[Run]) -> Run:
+def _average(runs: list[Run]) -> Run:
     if len(runs) == 1:
         return runs[0]
     runs = sorted(runs, key=lambda run: run.config["seed"])
@@ -193,9 +194,9 @@ def _mean(runs: list[Run]) -> Run:
         target: {how: bootstrap_interval(part, how=how) for how in ("pooled", "slides")}
         for target, part in moments.groupby("normalization", sort=False)
     }
-    own = scores[first.summary["normalization"]]["pooled"]
-    summary = first.summary | {"scores": scores, "ceiling": {}} | {"mean_pcc_per_fold": own["per_fold"]}
-    summary |= {"mean_pcc": own["pcc"], "ci_low": own["ci_low"], "ci_high": own["ci_high"]}
+    pooled = scores[first.summary["normalization"]]["pooled"]
+    summary = first.summary | {"scores": scores, "ceiling": {}} | {"mean_pcc_per_fold": pooled["per_fold"]}
+    summary |= {"mean_pcc": pooled["pcc"], "ci_low": pooled["ci_low"], "ci_high": pooled["ci_high"]}
     for target, ceiling in first.summary["ceiling"].items():
         values = [run.summary["ceiling"][target]["pcc"] for run in runs]
         summary["ceiling"][target] = ceiling | {"pcc": statistics.fmean(values)}
@@ -213,31 +214,29 @@ def _row(run: Run) -> tuple:
     return run.cohort, run.summary["protocol"], run.backbone, row_label(run)
 
 
-def _signatures(runs: Sequence[Run]) -> list[dict]:
-    """Return for each run the settings that set it apart, which are of two kinds.
+def _distinctive_settings(runs: Sequence[Run]) -> list[dict]:
+    """Return for each run the settings in which it differs from others.
 
-    Those that must be alike in a column and are not, and those in which runs of one row differ. Either counts only
-    where it differs: in this cohort, protocol or backbone.
+    These are settings that must be equal within a column, and settings in which runs of one row differ. Each counts
+    only in the cohort, protocol or backbone in which it differs.
     """
 
     def scopes(run: Run, name: str) -> tuple[tuple, tuple]:
-        """Return among which runs values may not differ, and which runs are set apart if they do."""
+        """Return the key of the runs to compare, and of the runs to distinguish if their values differ."""
         cohort, protocol, backbone, _ = _row(run)
-        if name in _ALIKE:
+        if name in _SAME_IN_COHORT:
             return (cohort,), (cohort,)
         if name in OF_PROTOCOL:
             return (cohort, protocol), (cohort, protocol)
         return (cohort, backbone) if name == "weights" else _row(run), (cohort, backbone)
 
-    most = {cohort: widest_seeds(here) for cohort, here in group_runs(runs, lambda run: run.cohort).items()}
-    found = [run_settings(run) | {"seed": seeds_among(run, most[run.cohort])} for run in runs]
+    most = {cohort: widest_seeds(group) for cohort, group in group_runs(runs, lambda run: run.cohort).items()}
+    pairs = [(run, run_settings(run) | {"seed": format_seeds(run, most[run.cohort])}) for run in runs]
     values = defaultdict(set)
-    for run, own in zip(runs, found, strict=True):
-        for name, value in own.items():
+    for run, settings in pairs:
+        for name, value in settings.items():
             values[name, scopes(run, name)[0]].add(value)
     differ = set()
-    for run, own in zip(runs, found, strict=True):
-        differ |= {(name, scopes(run, name)[1]) for name in own if len(values[name, scopes(run, name)[0]]) > 1}
-    return [
-        {k: v for k, v in own.items() if (k, scopes(run, k)[1]) in differ} for run, own in zip(runs, found, strict=True)
-    ]
+    for run, settings in pairs:
+        differ |= {(name, scopes(run, name)[1]) for name in settings if len(values[name, scopes(run, name)[0]]) > 1}
+    return [{k: v for k, v in settings.items() if (k, scopes(run, k)[1]) in differ} for run, settings in pairs]

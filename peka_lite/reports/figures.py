@@ -1,4 +1,4 @@
-"""Figures of a report: what leaks are worth, and the PCC over genes."""
+"""Figures of a report: effect of leakage, and the PCC over genes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from peka_lite._core.names import disable_mathtext
 from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.reports.runs import (
-    HELD_OUT,
     PROTOCOLS,
+    SPLITS,
     TARGETS,
     Run,
     require_shared,
@@ -27,17 +27,17 @@ from peka_lite.reports.tables import leak_table
 
 MARKERS = "osD^vPX<>*hp"
 MONO = {"family": "monospace", "size": 8}
-SAW = {
+LEAKS = {
     "paper": "student and genes\nsaw the test spots",
-    "hest": "genes chosen\non all rows",
-    "strict": "everything from\ntraining rows",
+    "hest": "genes selected\non all rows",
+    "strict": "training rows\nonly",
 }
 
 
 def leak_figure(runs: Sequence[Run]) -> Figure:
-    """Draw the same data under the protocols side by side, one panel per targets, with what each step costs.
+    """Draw the PCC on the same data under each protocol, one panel per kind of targets.
 
-    Whiskers are 95% intervals; the table under each panel gives the PCC lost from one protocol to the next. Data and
+    Whiskers are 95% intervals. The table below each panel gives the PCC lost from one protocol to the next. Data and
     errors are those of `leak_table`.
 
     Examples
@@ -80,20 +80,20 @@ def leak_figure(runs: Sequence[Run]) -> Figure:
         ax.axhline(0, color="black", linewidth=0.8)
         ax.grid(axis="y", color="0.9")
         ax.set(title=f"{target} targets", xlim=(-0.5, len(shown) - 0.5))
-        ax.set_xticks(range(len(shown)), [f"{p}\n{HELD_OUT[split[p]]}\n{SAW[p]}" for p in shown], fontsize=9)
+        ax.set_xticks(range(len(shown)), [f"{p}\n{SPLITS[split[p]]}\n{LEAKS[p]}" for p in shown], fontsize=9)
         below.set_axis_off()
         below.legend(*ax.get_legend_handles_labels(), loc="upper center", frameon=False, prop=MONO)
     axes[0, 0].set_ylabel("mean PCC on held-out spots, pooled")
     whiskers = "" if table.filter(like=" low").isna().all(axis=None) else "; whiskers: 95% intervals"
-    where = table.attrs["title"].split(" · ", 1)[1]
-    fig.suptitle(f"What leaks are worth: the same data under each protocol{whiskers}\n{where}")
+    subtitle = table.attrs["title"].split(" · ", 1)[1]
+    fig.suptitle(f"Effect of leakage: the same data under each protocol{whiskers}\n{subtitle}")
     return disable_mathtext(fig)
 
 
 def figure2(runs: Sequence[Run]) -> Figure:
-    """Draw how the PCC is spread over genes, a box and its genes for every row, one panel a cohort (and backbone).
+    """Draw the distribution of PCC over genes, one box per row and one panel per cohort (and backbone).
 
-    Runs of one protocol; a gene's PCC, on the protocol's own targets, is its mean over the folds that predicted it.
+    Takes runs of one protocol. A gene's PCC, on the protocol's targets, is its mean over the folds that predicted it.
 
     Examples
     --------
@@ -110,29 +110,29 @@ def figure2(runs: Sequence[Run]) -> Figure:
     import seaborn as sns
 
     if len(protocols := {run.summary["protocol"] for run in runs}) != 1:
-        raise ValueError(f"Figure 2 takes runs of one protocol, not of {', '.join(sorted(protocols)) or 'none'}")
-    grouped = {name: require_shared(here) for name, here in split_panels(runs).items()}
-    heights = [1.1 + 0.42 * len(here) for here in grouped.values()]
+        raise ValueError(f"figure2 takes runs of one protocol, not of {', '.join(sorted(protocols)) or 'none'}")
+    grouped = {name: require_shared(group) for name, group in split_panels(runs).items()}
+    heights = [1.1 + 0.42 * len(group) for group in grouped.values()]
     fig, axes = plt.subplots(
         len(grouped), 1, figsize=(8.5, 0.7 + sum(heights)), height_ratios=heights, sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for ax, here in zip(axes.flat, grouped.values(), strict=True):
-        own = here[0].summary["normalization"]
+    for ax, group in zip(axes.flat, grouped.values(), strict=True):
+        normalization = group[0].summary["normalization"]
         parts = []
-        for run in here:
-            genes = pool_pcc(run.moments[run.moments["normalization"] == own]).groupby("gene")["pcc"].mean()
+        for run in group:
+            genes = pool_pcc(run.moments[run.moments["normalization"] == normalization]).groupby("gene")["pcc"].mean()
             parts.append(pd.DataFrame({"features": row_label(run), "pcc": genes.dropna().to_numpy()}))
         tidy = pd.concat(parts)
-        rows = {"x": "pcc", "y": "features", "order": [row_label(run) for run in here], "ax": ax}
+        rows = {"x": "pcc", "y": "features", "order": [row_label(run) for run in group], "ax": ax}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # seaborn calls matplotlib by an argument that will go
+            warnings.simplefilter("ignore")  # seaborn passes a deprecated argument to matplotlib
             sns.boxplot(tidy, **rows, color="0.9", width=0.6, linewidth=0.9, showfliers=False)
         sns.stripplot(tidy, **rows, color=sns.color_palette("colorblind")[0], size=3, alpha=0.7, jitter=0.2)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.grid(axis="x", color="0.9")
         ax.set_axisbelow(True)
-        head, rest = table_title(here, normalization=own).split(" · ", 1)[1].rsplit(" · ", 2)[:2]
+        head, rest = table_title(group, normalization=normalization).split(" · ", 1)[1].rsplit(" · ", 2)[:2]
         ax.set_title(f"{head} · {rest}", fontsize=10)
         ax.set(ylabel="", xlabel="")
     axes[-1, 0].set_xlabel("PCC of a gene on held-out spots (mean over the folds that predicted it)")

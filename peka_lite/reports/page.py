@@ -1,4 +1,4 @@
-"""A report: every table and figure that a set of runs allows, in one folder."""
+"""Write a report: all tables and figures of a set of runs, in one folder."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from peka_lite.reports.points import metrics_table, points_table, shorten_for_pa
 from peka_lite.reports.runs import PROTOCOLS, TARGETS, Run, group_runs, read_runs, row_label, split_panels
 from peka_lite.reports.tables import difference_table, leak_table, protocol_table
 
-MADE = (".md", ".csv", ".parquet", ".png")
+SUFFIXES = (".md", ".csv", ".parquet", ".png")
 
 
 def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *, replace: bool = False) -> list[Path]:
-    """Write every table (CSV and Markdown) and figure that the runs allow, and ``report.md`` which binds them.
+    """Write all tables (CSV and Markdown) and figures of a set of runs, and ``report.md`` that shows them.
 
-    ``points`` and ``metrics`` (CSV and parquet) hold every run and every PCC of a gene. Then runs that differ in their
-    seed alone are averaged; where other settings differ, tables and figures are of the reference settings
-    (`split_by_settings`), and ``effects`` tell what the others are worth.
+    ``points`` and ``metrics`` (CSV and parquet) list every run and every gene's PCC. For the other tables and figures,
+    runs that differ only in their seed are averaged. If other settings differ, these tables and figures are of the
+    reference settings (`split_by_settings`), and ``effects`` compares the other settings with them.
 
     Parameters
     ----------
     folders
         As for `read_runs`: run folders, folders of those, or folders of sweeps.
     out
-        Folder to make; it appears when the report is complete. Table 1, Table 2 and Figure 2 carry the protocol in
-        their file names where there are several.
+        Folder to create; it appears when the report is complete. With several protocols, the file names of Table 1,
+        Table 2 and Figure 2 include the protocol.
     replace
-        Put the new report in the place of one that is there.
+        Replace an existing report.
 
     Returns
     -------
@@ -51,8 +51,8 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     Raises
     ------
     FileExistsError
-        If `out` is there already, or when another process that is at work on it is through; with `replace`, if it is
-        no report, or holds what no report makes.
+        If `out` exists, also if another process creates it first; with `replace`, if it is not a report or has files
+        that `write_report` does not write.
 
     Examples
     --------
@@ -66,13 +66,13 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     ['figure2.png', 'points.png', 'protocol_mini-MINI3_custom.md', 'report.md', 'table1.md', 'table2.md']
     """
     out, folders = Path(out), [Path(folder) for folder in folders]
-    _check_free(out, replace)
+    _check_out(out, replace)
     with lock(out):
         return _write_report(folders, out, replace)
 
 
 def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Path]:
-    _check_free(out, replace)  # another process may have been first
+    _check_out(out, replace)  # another process may have created it before the lock
     with Stage("reading the runs"):
         runs = read_runs(folders)
         sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
@@ -82,16 +82,16 @@ def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Pat
         with Stage("points"):
             _add_points(page, runs, sweeps)
         if runs:
-            reference, others, told = split_by_settings(average_seeds(runs))
+            reference, others, reference_settings = split_by_settings(average_seeds(runs))
             if others:
                 with Stage("effects of settings"):
-                    _add_effects(page, reference, others, told)
+                    _add_effects(page, reference, others, reference_settings)
             with Stage("tables and figures of each protocol"):
                 _add_protocols(page, reference)
             with Stage("leaks"):
                 _add_leaks(page, reference)
-        written, old = page.end(), Path(scratch) / "old"
-        with defer_signals():  # between the two there is no report
+        written, old = page.finish(), Path(scratch) / "old"
+        with defer_signals():  # no report exists between the two moves
             if replace and out.exists():
                 os.replace(out, old)
             try:
@@ -104,10 +104,10 @@ def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Pat
 
 
 class _Page:
-    """A report in the making: its folder, and the parts of ``report.md``."""
+    """A report being written: its folder, and the parts of ``report.md``."""
 
     def __init__(self, folder: Path, sweeps: Sequence[SweepFolder]):
-        self.folder, self.given = folder, {}
+        self.folder, self.file_names = folder, {}
         titles = [escape_markdown(sweep.title) for sweep in sweeps]
         self.parts = [f"# {titles[0]}" if len(sweeps) == 1 else "# Report"]
         for name, sweep in zip(titles, sweeps, strict=True):
@@ -117,20 +117,20 @@ class _Page:
     def add(self, text: str) -> None:
         self.parts.append(text)
 
-    def put(self, name: str, tables: dict[str, pd.DataFrame]) -> None:
-        path = self.folder / unique_file_name(name, self.given)
+    def add_tables(self, name: str, tables: dict[str, pd.DataFrame]) -> None:
+        path = self.folder / unique_file_name(name, self.file_names)
         _write_tables(path, tables)
         self.add(path.with_name(f"{path.name}.md").read_text("utf-8"))
 
-    def draw(self, name: str, figure) -> None:
+    def add_figure(self, name: str, figure) -> None:
         import matplotlib.pyplot as plt
 
-        file = f"{unique_file_name(name, self.given)}.png"
+        file = f"{unique_file_name(name, self.file_names)}.png"
         write_file(self.folder / file, figure_bytes(figure, dpi=120))
         plt.close(figure)
         self.add(f"![{escape_markdown(name)}]({file})")
 
-    def end(self) -> list[str]:
+    def finish(self) -> list[str]:
         text = "\n\n".join(part.strip() for part in self.parts) + "\n"
         write_file(self.folder / "report.md", text.encode())
         return sorted(path.name for path in self.folder.iterdir())
@@ -140,112 +140,113 @@ def _add_points(page: _Page, runs: Sequence[Run], sweeps: Sequence[SweepFolder])
     points = points_table(runs, sweeps=sweeps)
     write_tidy(points, page.folder / "points")
     if len(points):
-        page.add(f"{markdown(shorten_for_page(points))}\n{points.attrs['note'] if runs else ''}")
+        page.add(f"{format_markdown(shorten_for_page(points))}\n{points.attrs['note'] if runs else ''}")
     if not runs:
-        page.add("No point holds a run folder, so there is nothing to draw and no protocol's table.")
+        page.add("No point has a run folder, so there are no figures and no protocol tables.")
         return
     write_tidy(metrics_table(runs, sweeps=sweeps), page.folder / "metrics")
     from peka_lite.reports._sweep_figures import sweep_figure
 
-    page.draw("points", sweep_figure(points))
+    page.add_figure("points", sweep_figure(points))
 
 
-def _add_effects(page: _Page, reference: Sequence[Run], others: Sequence[Run], told: dict[str, dict]) -> None:
+def _add_effects(page: _Page, reference: Sequence[Run], others: Sequence[Run], settings: dict[str, dict]) -> None:
     from peka_lite.reports._sweep_figures import effects_figure
 
     page.add("## Effects of settings")
-    page.add(_reference_in_words(told))
-    for protocol, everything in group_runs(
-        [*reference, *others], lambda run: run.summary["protocol"], order=PROTOCOLS
-    ).items():
-        for cohort, together in split_panels(everything).items():
-            changed, base = ([run for run in together if run in part] for part in (others, reference))
+    page.add(_describe_reference(settings))
+    by_protocol = group_runs([*reference, *others], lambda run: run.summary["protocol"], order=PROTOCOLS)
+    for protocol, group in by_protocol.items():
+        for cohort, panel in split_panels(group).items():
+            changed, base = ([run for run in panel if run in part] for part in (others, reference))
             if changed and base:
                 table = effects_table(changed, base)
-                page.put(f"effects_{cohort}_{protocol}", {"": table})
-                page.draw(f"effects_{cohort}_{protocol}", effects_figure(table))
+                page.add_tables(f"effects_{cohort}_{protocol}", {"": table})
+                page.add_figure(f"effects_{cohort}_{protocol}", effects_figure(table))
             elif changed:
                 name = escape_markdown(cohort)
-                page.add(f"{name}, {protocol} protocol: no run of the reference settings, so there are no effects.")
+                page.add(f"{name}, {protocol} protocol: no run with the reference settings, so there are no effects.")
 
 
 def _add_protocols(page: _Page, runs: Sequence[Run]) -> None:
     from peka_lite.reports.figures import figure2
 
     by_protocol = group_runs(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
-    for protocol, here in by_protocol.items():
+    for protocol, group in by_protocol.items():
         end = f"_{protocol}" if len(by_protocol) > 1 else ""
         page.add(f"## {protocol.capitalize()} protocol")
-        page.put(f"table1{end}", {"": table1(here)})
-        page.put(f"table2{end}", {"": table2(here)})
-        page.draw(f"figure2{end}", figure2(here))
-        for cohort, together in split_panels(here).items():
+        page.add_tables(f"table1{end}", {"": table1(group)})
+        page.add_tables(f"table2{end}", {"": table2(group)})
+        page.add_figure(f"figure2{end}", figure2(group))
+        for cohort, panel in split_panels(group).items():
             name = f"{cohort}_{protocol}"
-            targets = _targets(together)
-            page.put(f"protocol_{name}", {m: protocol_table(together, normalization=m) for m in targets})
-            if "frozen" in (rows := [row_label(run) for run in together]) and len(rows) > 1:
-                page.put(f"differences_{name}", {m: difference_table(together, normalization=m) for m in targets})
+            targets = _order_targets(panel)
+            page.add_tables(f"protocol_{name}", {m: protocol_table(panel, normalization=m) for m in targets})
+            if "frozen" in (rows := [row_label(run) for run in panel]) and len(rows) > 1:
+                page.add_tables(f"differences_{name}", {m: difference_table(panel, normalization=m) for m in targets})
             else:
-                page.add(f"No differences for {escape_markdown(cohort)}: they need a frozen student and another row.")
+                page.add(f"No differences for {escape_markdown(cohort)}: these need a frozen student and another row.")
 
 
 def _add_leaks(page: _Page, runs: Sequence[Run]) -> None:
     from peka_lite.reports.figures import leak_figure
 
-    page.add("## What leaks are worth")
-    for cohort, together in split_panels([run for run in runs if run.summary["protocol"] != "custom"]).items():
-        if len({run.summary["protocol"] for run in together}) < 2:
-            page.add(f"{escape_markdown(cohort)}: one protocol only, so there is nothing to set side by side.")
+    page.add("## Effect of leakage")
+    for cohort, panel in split_panels([run for run in runs if run.summary["protocol"] != "custom"]).items():
+        if len({run.summary["protocol"] for run in panel}) < 2:
+            page.add(f"{escape_markdown(cohort)}: one protocol only, so there is nothing to compare.")
             continue
-        page.put(f"leak_{cohort}", {"": leak_table(together)})
-        page.draw(f"leak_{cohort}", leak_figure(together))
+        page.add_tables(f"leak_{cohort}", {"": leak_table(panel)})
+        page.add_figure(f"leak_{cohort}", leak_figure(panel))
 
 
-def _reference_in_words(told: dict[str, dict]) -> str:
-    words = {cohort: format_settings(found) for cohort, found in told.items() if found}
-    if len(words) == len(told) and len(set(words.values())) == 1:
-        said = next(iter(words.values()))
+def _describe_reference(settings: dict[str, dict]) -> str:
+    texts = {cohort: format_settings(values) for cohort, values in settings.items() if values}
+    if len(texts) == len(settings) and len(set(texts.values())) == 1:
+        text = next(iter(texts.values()))
     else:
-        said = "; ".join(f"{cohort}: {text}" for cohort, text in words.items())
-    said = escape_markdown(said)
-    return f"Reference settings: {said}. All tables and figures after this section are of runs with these settings."
+        text = "; ".join(f"{cohort}: {text}" for cohort, text in texts.items())
+    text = escape_markdown(text)
+    return f"Reference settings: {text}. All tables and figures after this section are of runs with these settings."
 
 
-def _check_free(out: Path, replace: bool) -> None:
+def _check_out(out: Path, replace: bool) -> None:
     if not replace or not out.exists():
         check_free(out)
         return
     if not (out / "report.md").is_file():
-        raise FileExistsError(f"{out} is there already and is no report (no report.md in it): give another --out")
-    if strange := [p.name for p in sorted(out.iterdir()) if not p.is_file() or p.suffix not in MADE]:
-        raise FileExistsError(f"{out} holds what no report makes ({', '.join(strange[:3])}); move that away first")
+        raise FileExistsError(f"{out} exists and is not a report (it has no report.md): give another --out")
+    if foreign := [p.name for p in sorted(out.iterdir()) if not p.is_file() or p.suffix not in SUFFIXES]:
+        raise FileExistsError(f"{out} has files of no report ({', '.join(foreign[:3])}): move them away first")
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table as GitHub's Markdown: three decimals, empty where there is no value."""
+def format_markdown(table: pd.DataFrame) -> str:
+    """Return a table as GitHub Markdown, with three decimals and empty cells for missing values."""
     flat = table.reset_index() if any(table.index.names) else table
-    lines = [[_cell(str(column).strip()) for column in flat]]
-    lines += [[_cell(value) for value in row] for row in flat.itertuples(index=False)]
+    lines = [[_format_cell(str(column).strip()) for column in flat]]
+    lines += [[_format_cell(value) for value in row] for row in flat.itertuples(index=False)]
     lines = [[escape_markdown(text) for text in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * flat.shape[1], *lines[1:]])
 
 
-def _targets(runs: Sequence[Run]) -> list[str]:
-    own = runs[0].summary["normalization"]
-    return [own, *(m for m in TARGETS if m != own)]
+def _order_targets(runs: Sequence[Run]) -> list[str]:
+    default = runs[0].summary["normalization"]
+    return [default, *(m for m in TARGETS if m != default)]
 
 
 def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Write one CSV (with a column of targets where there are several tables) and one Markdown file."""
+    """Write tables to one CSV (with a column of targets if there are several) and one Markdown file."""
     whole = pd.concat(tables, names=["targets"]) if len(tables) > 1 else next(iter(tables.values()))
     with report_full_disk(path.with_name(path.name + ".csv")):
         write_spreadsheet_csv(whole, path.with_name(path.name + ".csv"), index=True)
-    told = [(escape_markdown(t.attrs["title"]), markdown(t), escape_markdown(t.attrs["note"])) for t in tables.values()]
-    texts = [f"### {title}\n\n{table}\n{note}\n" for title, table, note in told]
+    texts = [
+        f"### {escape_markdown(t.attrs['title'])}\n\n{format_markdown(t)}\n{escape_markdown(t.attrs['note'])}\n"
+        for t in tables.values()
+    ]
     write_file(path.with_name(path.name + ".md"), "\n".join(texts).encode())
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.3f}"
     return short_name(str(value), longest=200)

@@ -1,4 +1,4 @@
-"""The paper's tables, and ours beside them, with what forbids a comparison."""
+"""Tables of the paper with our values beside them, and the reasons against a comparison."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from peka_lite.reports.runs import BACKBONES, COHORTS, METHODS, PROTOCOLS, Run, 
 
 PAPER = "PEKA, arXiv:2504.07061"
 FOLDS = (
-    "The paper says 5-fold cross-validation and not of what; protocol paper has the folds of its released code (KFold "
-    "with shuffle over spots), and the published values may have come from other code."
+    "The paper reports 5-fold cross-validation and does not state what the folds split; protocol paper has the folds "
+    "of its released code (KFold with shuffle over spots), and the published values may have come from other code."
 )
 LIVER = (
-    "The paper's tables give PEKA on liver as 0.654 (Table 1) and 0.640 (Table 2, H-optimus-0); both are kept. Table 1 "
+    "The paper's tables give PEKA on liver as 0.654 (Table 1) and 0.640 (Table 2, H-optimus-0); we show both. Table 1 "
     "names no backbone for PEKA: its other values are those of H-optimus-0 in Table 2, and 0.654 is that of UNI."
 )
 
 
 def read_published() -> pd.DataFrame:
-    """Return the paper's mean PCCs (PEKA, arXiv:2504.07061): table (1, 2), cohort, backbone, method, pcc.
+    """Return the mean PCCs of the paper (PEKA, arXiv:2504.07061): table (1, 2), cohort, backbone, method, pcc.
 
-    The paper says 5-fold cross-validation and not of what; its released code holds out random spots, and the values may
-    have come from other code.
-    PEKA is method ``"bone"`` in Table 2. Table 1 names no backbone for it: method ``"PEKA (best)"``, backbone empty.
+    The paper reports 5-fold cross-validation and does not state what the folds split. Its released code holds out
+    random spots, and the values may have come from other code. PEKA is method ``"bone"`` in Table 2. Table 1 names no
+    backbone for it: method ``"PEKA (best)"``, backbone empty.
 
     Examples
     --------
@@ -42,9 +42,9 @@ def read_published() -> pd.DataFrame:
 
 
 def table1(runs: Sequence[Run]) -> pd.DataFrame:
-    """Put frozen backbones and the best Bone student beside the paper's Table 1; runs of one protocol.
+    """Show frozen backbones and the best Bone student beside the paper's Table 1, for runs of one protocol.
 
-    Ours is the pooled mean PCC on the protocol's own targets. A cohort that is not the paper's has no published column.
+    Our values are pooled mean PCCs on the protocol's targets. Cohorts not in the paper have no published column.
 
     Examples
     --------
@@ -59,30 +59,30 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
     >>> table.loc["mini"].round(2).tolist()
     [nan, nan, nan, nan, 0.07]
     """
-    protocol, by_cohort = _one_protocol(runs, "Table 1")
+    protocol, by_cohort = _group_one_protocol(runs, "Table 1")
     ours, best = {}, []
-    for cohort, here in by_cohort.items():
-        plain = [run for run in here if run.summary["features"] == "student" and not run.summary["shuffled"]]
+    for cohort, group in by_cohort.items():
+        plain = [run for run in group if run.summary["features"] == "student" and not run.summary["shuffled"]]
         column = {run.backbone: run.score()["pcc"] for run in plain if run.summary["method"] == "none"}
         if bone := [run for run in plain if run.summary["method"] == "bone"]:
             top = max(bone, key=lambda run: run.score()["pcc"])
             column["PEKA (best)"] = top.score()["pcc"]
             best.append(f"{cohort}: {BACKBONES.get(top.backbone, top.backbone)}, the best of {len(bone)}")
         ours[cohort] = column
-    theirs = read_published().query("table == 1")
-    theirs = theirs.assign(row=theirs["backbone"].where(theirs["backbone"] != "", theirs["method"]))
-    table = _beside(theirs.pivot(index="row", columns="cohort", values="pcc"), ours, protocol)
+    published = read_published().query("table == 1")
+    published = published.assign(row=published["backbone"].where(published["backbone"] != "", published["method"]))
+    table = _join_values(published.pivot(index="row", columns="cohort", values="pcc"), ours, protocol)
     rows = [*BACKBONES, *sorted(set(table.index) - {*BACKBONES, "PEKA (best)"}), "PEKA (best)"]
     table = table.loc[rows].rename(index=BACKBONES).rename_axis("features")
     note = f"{describe_comparability(runs)} {FOLDS} {LIVER}"
     if best:
-        note += f" Our PEKA (best) is chosen by the very score it shows ({'; '.join(best)})."
+        note += f" Our PEKA (best) is selected by the score shown here ({'; '.join(best)})."
     table.attrs = {"title": f"Table 1 · {protocol} protocol beside published values ({PAPER})", "note": note}
     return table
 
 
 def table2(runs: Sequence[Run]) -> pd.DataFrame:
-    """Put every backbone and method beside the paper's Table 2; otherwise as `table1`.
+    """Show every backbone and method beside the paper's Table 2; otherwise as `table1`.
 
     Examples
     --------
@@ -95,17 +95,18 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
     >>> table.loc[("mini", "frozen")].dropna().round(2).to_dict()
     {'mini MINI3, ours (custom)': 0.07}
     """
-    protocol, by_cohort = _one_protocol(runs, "Table 2")
+    protocol, by_cohort = _group_one_protocol(runs, "Table 2")
     ours = {
         cohort: {
             (run.backbone, run.summary["method"]): run.score()["pcc"]
-            for run in here
+            for run in group
             if run.summary["features"] == "student" and not run.summary["shuffled"]
         }
-        for cohort, here in by_cohort.items()
+        for cohort, group in by_cohort.items()
     }
-    theirs = read_published().query("table == 2").pivot(index=["backbone", "method"], columns="cohort", values="pcc")
-    table = _beside(theirs, ours, protocol)
+    published = read_published().query("table == 2")
+    published = published.pivot(index=["backbone", "method"], columns="cohort", values="pcc")
+    table = _join_values(published, ours, protocol)
     backbones = [*BACKBONES, *sorted(set(table.index.get_level_values(0)) - set(BACKBONES))]
     rows = [(b, m) for b in backbones for m in METHODS if (b, m) in table.index]
     table = table.loc[rows].rename(index=BACKBONES, level=0)
@@ -116,7 +117,7 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def describe_comparability(runs: Sequence[Run]) -> str:
-    """Say in one sentence why these runs' values may not be compared with published ones, naming what differs.
+    """Describe in one sentence what keeps the runs from being compared with published values.
 
     Examples
     --------
@@ -125,12 +126,12 @@ def describe_comparability(runs: Sequence[Run]) -> str:
     >>> _ = pk.load_or_run(pk.RunConfig(**small), "student", maps=False)
     >>> for part in pk.reports.describe_comparability(pk.reports.read_runs(["student"])).split("; "):
     ...     print(part)
-    Published and our values may not be compared: the protocol is custom and not paper
+    Our values are not comparable with the published ones: the protocol is custom and not paper
     cohort mini MINI3 (synthetic) is not in the paper
     backbone mini is not in the paper.
     """
     students = [run for run in runs if run.backbone]
-    taught = [run for run in students if run.summary["method"] != "none"]
+    trained = [run for run in students if run.summary["method"] != "none"]
 
     def names(values):
         return ", ".join(sorted(set(values)))
@@ -145,36 +146,38 @@ def describe_comparability(runs: Sequence[Run]) -> str:
     if other := names(run.backbone for run in students if run.config["weights"] == "random"):
         differs.append(f"weights are random ({other})")
     if other := names(run.backbone for run in students if run.config["weights"] not in ("random", "hub")):
-        differs.append(f"weights come from a file of one's own ({other})")
-    if other := names(run.config["teacher"] for run in taught if run.config["teacher"] != "scfoundation"):
+        differs.append(f"weights come from a user-supplied file ({other})")
+    if other := names(run.config["teacher"] for run in trained if run.config["teacher"] != "scfoundation"):
         differs.append(f"the teacher is {other} and not scFoundation")
     if any(run.config.get("train_share", 1) < 1 for run in runs):
         differs.append("only a share of the training spots was used")
     if differs:
-        return f"Published and our values may not be compared: {'; '.join(differs)}."
+        return f"Our values are not comparable with the published ones: {'; '.join(differs)}."
     return (
         "Protocol, cohorts, weights and teacher have the paper's names; whether samples, folds and settings are the "
-        "very same is not on record, so published and our values may be compared with caution only."
+        "same is not documented, so compare our values and the published ones with caution."
     )
 
 
-def _one_protocol(runs: Sequence[Run], what: str) -> tuple[str, dict[str, list[Run]]]:
+def _group_one_protocol(runs: Sequence[Run], name: str) -> tuple[str, dict[str, list[Run]]]:
     by_protocol = group_runs(runs, lambda run: run.summary["protocol"], order=PROTOCOLS)
     if len(by_protocol) != 1:
-        raise ValueError(f"{what} takes runs of one protocol, not of {', '.join(by_protocol) or 'none'}")
+        raise ValueError(f"{name} takes runs of one protocol, not of {', '.join(by_protocol) or 'none'}")
     by_cohort = group_runs(runs, lambda run: run.cohort, order=COHORTS)
-    return next(iter(by_protocol)), {k: require_shared(here, backbones=True) for k, here in by_cohort.items()}
+    return next(iter(by_protocol)), {k: require_shared(group, backbones=True) for k, group in by_cohort.items()}
 
 
-def _beside(theirs: pd.DataFrame, ours: dict[str, dict], protocol: str) -> pd.DataFrame:
-    """Join published values and ours, a column each for every cohort."""
+def _join_values(published: pd.DataFrame, ours: dict[str, dict], protocol: str) -> pd.DataFrame:
+    """Join published values and ours, with one column of each per cohort."""
     columns = {}
     for cohort in dict.fromkeys([*COHORTS, *ours]):
-        if cohort in theirs:
-            columns[f"{cohort}, published"] = theirs[cohort].to_dict()
+        if cohort in published:
+            columns[f"{cohort}, published"] = published[cohort].to_dict()
         if ours.get(cohort):
             columns[f"{cohort}, ours ({protocol})"] = ours[cohort]
     rows = dict.fromkeys(row for column in columns.values() for row in column)
     table = pd.DataFrame({name: [column.get(row, float("nan")) for row in rows] for name, column in columns.items()})
-    table.index = pd.MultiIndex.from_tuples(rows, names=theirs.index.names) if theirs.index.nlevels > 1 else list(rows)
+    table.index = (
+        pd.MultiIndex.from_tuples(rows, names=published.index.names) if published.index.nlevels > 1 else list(rows)
+    )
     return table

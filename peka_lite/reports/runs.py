@@ -1,4 +1,4 @@
-"""Finished runs as reports need them: read, named, ordered, and kept apart where they may not share a column."""
+"""Read finished runs for reports; name, sort and group them, and check which may share a column."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BACKBONES = {"resnet50": "ResNet-50", "ctranspath": "CTransPath", "uni": "UNI", 
 METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA", "miss": "MiSS"}
 CONTROLS = {"color": "color and texture", "coordinates": "coordinates", "depth": "total count"}
 INTERVALS = "95% confidence intervals: Student's t times a bootstrap standard error over patients (or slides) and genes"
-HELD_OUT = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
+SPLITS = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
 _UNITS = ("slide", "patient")
-# Fields of summary.json: the words that each may be, or its type.
+# Fields of summary.json: their allowed values, or their type.
 _FIELDS = {
     "protocol": PROTOCOLS, "method": METHODS, "features": FEATURES, "shuffled": bool, "backbone": str, "cohort": str,
-    "split": HELD_OUT, "normalization": TARGETS, "scores": dict, "ceiling": dict, "unit": _UNITS, "one_patient": bool,
+    "split": SPLITS, "normalization": TARGETS, "scores": dict, "ceiling": dict, "unit": _UNITS, "one_patient": bool,
     "synthetic": bool, "slides": list, "data_fingerprint": str,
 }  # fmt: skip
 _SETTINGS = {"cohort": str, "seed": int, "weights": str, "teacher": str, "slides": list | None}  # of config.yml
@@ -38,25 +38,25 @@ _COLUMNS = {"normalization": str, "fold": int, **dict.fromkeys(("slide", "patien
 _COLUMNS |= dict.fromkeys(MOMENTS, float)
 _LARGEST_MOMENTS = 2**30  # bytes; 20,000 genes on 100 slides in 5 folds take 900 MB
 _CODECS, _ENCODINGS = {"SNAPPY", "UNCOMPRESSED"}, {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
-ELSEWHERE = ("cohort", "slides", "patients", "device")  # settings that the data's fingerprint stands for, or no number
+ELSEWHERE = ("cohort", "slides", "patients", "device")  # covered by the data fingerprint, or without effect on scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run as reports need it: folder name, `config.yml`, `summary.json` and `slides.parquet`.
+    """A finished run: folder name, `config.yml`, `summary.json` and `slides.parquet`.
 
     Attributes
     ----------
     folder
-        Where it was read; None for a mean over seeds.
+        Folder of the run; None for a mean over seeds.
     points
-        The sweep's points that made it, several where they made the same run.
+        The sweep points of the run; several if they have the same run.
     varied
-        What these points set, and set alike.
+        Settings of these points, as far as they agree.
     parts
-        Of a mean over seeds (`average_seeds`), the run of each seed.
+        The run of each seed, for a mean over seeds (`average_seeds`).
     within
-        Folder that links in `folder` may lead to: the one that was given.
+        Folder passed by the user; links in `folder` must not lead out of it.
     """
 
     name: str
@@ -70,17 +70,17 @@ class Run:
     within: Path | None = None
 
     def score(self, how: str = "pooled", *, normalization: str | None = None) -> dict:
-        """Return pcc, ci_low, ci_high and per_fold; of the protocol's own targets by default."""
+        """Return pcc, ci_low, ci_high and per_fold, on the protocol's targets by default."""
         return self.summary["scores"][normalization or self.summary["normalization"]][how]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Its seed, or those it is the mean over."""
+        """Seed of the run, or the seeds of a mean."""
         return tuple(part.config["seed"] for part in self.parts or (self,))
 
     @property
     def cohort(self) -> str:
-        """Cohort for titles and columns; a name of the paper's only for the whole cohort of that name."""
+        """Cohort for titles and columns; only the whole cohort has the plain name of one of the paper's cohorts."""
         given, slides = self.config["cohort"], self.config.get("slides")
         name = Path(given).name
         if slides:
@@ -89,32 +89,32 @@ class Run:
 
     @property
     def backbone(self) -> str | None:
-        """The student's; None for controls, which read none."""
+        """Backbone of the student; None for controls."""
         return self.summary["backbone"] if self.summary["features"] in WITH_STUDENT else None
 
     @property
     def named_cohort(self) -> str:
-        """Cohort, with a word where it is synthetic."""
+        """Cohort, marked if it is synthetic."""
         return self.cohort + (" (synthetic)" if self.summary["synthetic"] else "")
 
 
 def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
-    """Read finished runs, given their folders, folders that hold them (one level), or folders of sweeps.
+    """Read finished runs from run folders, folders that contain them (one level), or sweep folders.
 
-    Of a sweep's folder every finished run is read, at any depth below its points; there may be none. Where its points
-    made the same run several times, it is read once.
+    In a sweep folder, finished runs are read at any depth below its points; there may be none. A run of several points
+    is read once.
 
-    What is unfinished (also any folder named ``*.partial``), cut short or made by an older version is left out with a
-    warning that names it, as long as something is left. So is what cannot be read, or lies outside the folder that was
-    given: links are followed inside it alone.
+    Runs that are unfinished (also any folder named ``*.partial``), truncated, unreadable or of an older version are
+    skipped with a warning that names them, as long as other runs remain. So are runs outside the given folder: links
+    are followed inside it only.
 
     Raises
     ------
     FileNotFoundError
-        For a folder that is not there, and where nothing that was given holds a finished run; the message names what
-        is missing and the command that finishes it.
+        If a folder does not exist, or no folder has a finished run; the message names the missing files and the
+        command that finishes the run.
     ValueError
-        Where the only runs cannot be read, and for two runs with the same settings outside a sweep.
+        If no run can be read, or if two runs outside a sweep have the same settings.
 
     Examples
     --------
@@ -126,47 +126,47 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     [('coordinates', 0.12), ('depth', -0.01)]
     >>> pk.reports.read_runs(["runs/teacher"])
     Traceback (most recent call last):
-    FileNotFoundError: runs/teacher: no such folder; give one that `peka-lite run` made, or one of those
+    FileNotFoundError: runs/teacher: no such folder; give a run folder, or a folder of run folders
     """
-    found, runs, sweeps = [], {}, False
+    candidates, runs, sweeps = [], {}, False
     for folder in map(Path, folders):
         if not folder.exists() and not folder.with_name(folder.name + PARTIAL).is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; give one that `peka-lite run` made, or one of those")
+            raise FileNotFoundError(f"{folder}: no such folder; give a run folder, or a folder of run folders")
         if is_sweep(folder):
             sweep, sweeps = read_sweep_folder(folder), True
-            found += [(path, folder, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
+            candidates += [(path, folder, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
             continue
-        inside = []
+        subfolders = []
         if folder.is_dir() and not _is_run(folder):
-            inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
-        found += [(path, folder, (), {}) for path in inside or [folder]]
-    if not found and not sweeps:
+            subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        candidates += [(path, folder, (), {}) for path in subfolders or [folder]]
+    if not candidates and not sweeps:
         raise ValueError("a report needs at least one run folder")
-    left_out: list[Exception] = []
-    for folder, within, points, varied in found:
+    errors: list[Exception] = []
+    for folder, within, points, varied in candidates:
         try:
-            run = dataclasses.replace(_read(folder, within), points=points, varied=varied)
+            run = dataclasses.replace(_read_run(folder, within), points=points, varied=varied)
         except (FileNotFoundError, ValueError) as error:
-            left_out.append(error)
+            errors.append(error)
             continue
         settings = {k: v for k, v in run.config.items() if k not in ELSEWHERE}
         key = json.dumps([settings, run.summary["data_fingerprint"]], sort_keys=True)
         if (first := runs.setdefault(key, run)) is run:
             continue
         if not (first.points or points):
-            raise ValueError(f"{first.folder} and {folder} are one run twice (same settings, same data); leave one out")
-        alike = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
+            raise ValueError(f"{first.folder} and {folder} are the same run (same settings, same data); leave one out")
+        varied = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
         points = tuple(dict.fromkeys(first.points + points))
-        runs[key] = dataclasses.replace(first, points=points, varied=alike)
-    if left_out and not (runs or sweeps):
-        raise left_out[0]
-    for error in left_out:
-        warnings.warn(f"left out: {error}", stacklevel=2)
+        runs[key] = dataclasses.replace(first, points=points, varied=varied)
+    if errors and not (runs or sweeps):
+        raise errors[0]
+    for error in errors:
+        warnings.warn(f"skipped: {error}", stacklevel=2)
     return list(runs.values())
 
 
 def row_label(run: Run) -> str:
-    """Return a run's row name: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ...
+    """Return the row name of a run: ``"frozen"``, ``"Bone"``, ``"[frozen, Bone]"``, ``"coordinates"``, ...
 
     Examples
     --------
@@ -187,9 +187,9 @@ def row_label(run: Run) -> str:
 
 
 def sort_rows(runs: Iterable[Run]) -> list[Run]:
-    """Sort runs as rows: controls, shuffled teachers, frozen, methods, concatenations, the teacher last."""
+    """Sort runs as rows: controls, shuffled teachers, frozen, methods, concatenations, then the teacher."""
 
-    def place(run):
+    def row_order(run):
         features, shuffled = run.summary["features"], run.summary["shuffled"]
         method = list(METHODS).index(run.summary["method"])
         if features in CONTROLS:
@@ -198,36 +198,36 @@ def sort_rows(runs: Iterable[Run]) -> list[Run]:
             return 4, 0, method
         return 1 if shuffled else 2, WITH_STUDENT.index(features), method
 
-    return sorted(runs, key=place)
+    return sorted(runs, key=row_order)
 
 
 def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backbones: bool = False) -> list[Run]:
-    """Return runs in row order, refusing those that may not stand in one column.
+    """Return runs in row order; raise ValueError if they may not share a column.
 
-    With `across_protocols` they may differ in what a protocol sets, with `backbones` in the student's weights; without
-    it even the same file's content must be the same, as `backbone_fingerprint` tells. Beside
-    a mean over seeds may stand one over fewer of these seeds.
+    With `across_protocols`, runs may differ in the protocol and its settings; with `backbones`, in the student's
+    weights. Otherwise the content of the weights must be equal too (`backbone_fingerprint`). A mean over seeds may be
+    combined with a mean over some of these seeds.
     """
     if not runs:
         raise ValueError("a table needs at least one run")
     students = [run for run in runs if run.backbone]
-    taught = [run for run in students if run.summary["method"] != "none"]
+    trained = [run for run in students if run.summary["method"] != "none"]
     of_protocol = () if across_protocols else ("protocol", "split", "normalization", "alpha")
     checks = [
         (field, runs) for field in ("data_fingerprint", *of_protocol, "n_splits", "seed", "n_genes", "train_share")
     ]
     if not backbones:
-        came = [run for run in students if run.config["weights"] != "random"]
-        checks += [("backbone", students), ("weights", students), ("backbone_fingerprint", came)]
-    checks += [(field, taught) for field in ("epochs", "teacher")]
+        loaded = [run for run in students if run.config["weights"] != "random"]
+        checks += [("backbone", students), ("weights", students), ("backbone_fingerprint", loaded)]
+    checks += [(field, trained) for field in ("epochs", "teacher")]
     most = widest_seeds(runs)
     for field, group in checks:
-        values = [(run.summary | run.config | {"seed": seeds_among(run, most)}).get(field) for run in group]
+        values = [(run.summary | run.config | {"seed": format_seeds(run, most)}).get(field) for run in group]
         for run, value in zip(group, values, strict=True):
             if value != values[0]:
                 raise ValueError(
-                    f"{group[0].name} and {run.name} differ in {field} ({values[0]} and {value}): they may not share a "
-                    "column; report them apart"
+                    f"{group[0].name} and {run.name} differ in {field} ({values[0]} and {value}) and cannot share a "
+                    "column: report them separately"
                 )
     rows = {}
     for run in runs:
@@ -236,58 +236,56 @@ def require_shared(runs: Sequence[Run], *, across_protocols: bool = False, backb
             fields = [k for k in run.config if k not in ELSEWHERE and run.config[k] != other.config.get(k)]
             raise ValueError(
                 f"{other.name} and {run.name} would both be the row {row_label(run)!r}; they differ in "
-                f"{', '.join(fields)}: report them apart"
+                f"{', '.join(fields)}: report them separately"
             )
     return sort_rows(runs)
 
 
 def widest_seeds(runs: Sequence[Run]) -> tuple[int, ...]:
-    """Return the seeds of the run that is the mean over most; of the first such."""
+    """Return the seeds of the run that averages most seeds, the first if several do."""
     return max((run.seeds for run in runs), key=len)
 
 
-def seeds_among(run: Run, most: tuple[int, ...]) -> str:
-    """Return a run's seeds in words; those of `most` where they are among these."""
+def format_seeds(run: Run, most: tuple[int, ...]) -> str:
+    """Return the seeds of a run as text; those of `most` if it contains them."""
     return "+".join(map(str, most if set(run.seeds) <= set(most) else run.seeds))
 
 
 def table_title(runs: Sequence[Run], *, normalization: str) -> str:
-    """Return what a table of one protocol holds, in words: protocol, cohort, who is held out, targets, intervals."""
+    """Return the title of a table: protocol, cohort, held-out units, targets and intervals."""
     summary, moments = runs[0].summary, runs[0].moments
     moments = moments[moments["normalization"] == normalization]
-    held_out = HELD_OUT[summary["split"]]
-    if summary["one_patient"]:
-        held_out = f"one patient, {held_out}"
+    split = ("one patient, " if summary["one_patient"] else "") + SPLITS[summary["split"]]
     n, unit = moments[summary["unit"]].nunique(), summary["unit"]
     over = f"intervals over {n} {unit}s and {moments['gene'].nunique()} genes" if n > 1 else f"no intervals: one {unit}"
     if len(seeds := widest_seeds(runs)) > 1:
         over += f", mean over {len(seeds)} seeds"
-    return f"{summary['protocol']} protocol · {describe_cohort(runs)} · {held_out} · {normalization} targets · {over}"
+    return f"{summary['protocol']} protocol · {describe_cohort(runs)} · {split} · {normalization} targets · {over}"
 
 
 def describe_cohort(runs: Sequence[Run]) -> str:
-    """Return cohort and student, in words."""
-    words = runs[0].named_cohort
+    """Return cohort and student as text."""
+    text = runs[0].named_cohort
     if student := next((run for run in runs if run.backbone), None):
-        words += f" · {BACKBONES.get(student.backbone, student.backbone)}"
-        words += " with random weights" if student.config["weights"] == "random" else ""
+        text += f" · {BACKBONES.get(student.backbone, student.backbone)}"
+        text += " with random weights" if student.config["weights"] == "random" else ""
     share = runs[0].config.get("train_share", 1)
-    return words if share == 1 else f"{words} · {share:.0%} of the training spots"
+    return text if share == 1 else f"{text} · {share:.0%} of the training spots"
 
 
 def split_panels(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs by cohort and, where there are several, backbone; controls read no student and join each."""
+    """Group runs by cohort and, if there are several, by backbone; controls are in each group."""
     groups = {}
-    for cohort, here in group_runs(runs, lambda run: run.cohort).items():
-        backbones = sorted({run.backbone for run in here} - {None})
+    for cohort, group in group_runs(runs, lambda run: run.cohort).items():
+        backbones = sorted({run.backbone for run in group} - {None})
         for backbone in backbones if len(backbones) > 1 else [None]:
             name = cohort if backbone is None else f"{cohort}, {BACKBONES.get(backbone, backbone)}"
-            groups[name] = [run for run in here if backbone is None or run.backbone in (None, backbone)]
+            groups[name] = [run for run in group if backbone is None or run.backbone in (None, backbone)]
     return groups
 
 
 def group_runs(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ()) -> dict[str, list[Run]]:
-    """Group runs by `key`, first those of `order`, in that order."""
+    """Group runs by `key`; the groups of `order` come first."""
     grouped = {name: [] for name in order}
     for run in runs:
         grouped.setdefault(key(run), []).append(run)
@@ -298,7 +296,7 @@ def _is_run(folder: Path) -> bool:
     return folder.name.endswith(PARTIAL) or any((folder / name).is_file() for name in (SETTINGS, SUMMARY))
 
 
-def _read(folder: Path, within: Path) -> Run:
+def _read_run(folder: Path, within: Path) -> Run:
     if folder != within:
         folder_inside(folder, within=within)
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
@@ -309,44 +307,44 @@ def _read(folder: Path, within: Path) -> Run:
     try:
         summary = read_json_inside(folder, "summary.json", within=within)
         config = read_yaml_inside(folder, "config.yml", within=within)
-        moments = _moments(file_inside(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
+        moments = _read_moments(file_inside(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
         if not (isinstance(summary, dict) and isinstance(config, dict)):
-            raise ValueError("no settings or no summary in it")
+            raise ValueError("its settings or its summary are not a mapping")
         for values in (summary, config):
             if isinstance(values.get("features"), str):
                 values["features"] = OLD_FEATURES.get(values["features"], values["features"])
     except (ValueError, OSError) as error:
-        why = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: a file of this run cannot be read ({why}); remove the folder and give `{remake_command(folder)}`"
+            f"{folder}: cannot read a file of the run ({reason}); remove the folder and run `{remake_command(folder)}`"
         ) from None
     if missing := [field for field in _FIELDS if field not in summary]:
-        raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; an older version made it, run it anew")
-    if odd := _odd(config, summary, moments):
-        raise ValueError(f"{folder}: {odd}; this is not what `peka-lite run` writes, run it anew")
+        raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; it has an older format, repeat the run")
+    if problem := _find_invalid(config, summary, moments):
+        raise ValueError(f"{folder}: {problem}; `peka-lite run` does not write this, repeat the run")
     return Run(folder.resolve().name, config, summary, moments, folder, within=within)
 
 
-def _moments(path: Path) -> pd.DataFrame:
-    """Read the known columns of ``slides.parquet``, after a look at how much it says that it holds."""
+def _read_moments(path: Path) -> pd.DataFrame:
+    """Read the known columns of ``slides.parquet``, after checking the sizes in its metadata."""
     import pyarrow
     from pyarrow.parquet import ParquetFile, read_metadata
 
     try:
-        about = read_metadata(path)
-        schema = about.schema.to_arrow_schema()
+        metadata = read_metadata(path)
+        schema = metadata.schema.to_arrow_schema()
         for name, kind in _COLUMNS.items():
-            if schema.names.count(name) != 1 or not _is_of(schema.field(name).type, kind):
-                raise ValueError(f"column {name} is missing, there twice, or not of {kind.__name__}")
-        groups = [about.row_group(k) for k in range(about.num_row_groups)]
+            if schema.names.count(name) != 1 or not _has_type(schema.field(name).type, kind):
+                raise ValueError(f"column {name} is missing, duplicated, or not of type {kind.__name__}")
+        groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
         parts = [group.column(k) for group in groups for k in range(group.num_columns)]
         known = [part for part in parts if part.path_in_schema in _COLUMNS]
         if any(part.compression not in _CODECS or not {*part.encodings} <= _ENCODINGS for part in known):
-            raise ValueError("it is packed in a way in which no run packs it")
-        # Moments of genes are numbers of 8 bytes that hardly pack.
+            raise ValueError("its compression or encoding is not one that runs write")
+        # Moments are 8-byte numbers that hardly compress.
         rows, size = sum(group.num_rows for group in groups), path.stat().st_size
         if rows > max(2**20, size // 16):
-            raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows that it names")
+            raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows of its metadata")
         with ParquetFile(path, read_dictionary=[name for name, kind in _COLUMNS.items() if kind is str]) as file:
             table = file.read(columns=list(_COLUMNS), use_threads=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -355,67 +353,67 @@ def _moments(path: Path) -> pd.DataFrame:
     for name, kind in _COLUMNS.items():
         column = table.column(name)
         if kind is not float and column.null_count:
-            raise ValueError(f"{path}: column {name} has holes")
+            raise ValueError(f"{path}: column {name} has missing values")
         columns[name] = column.to_pandas()
         if kind is str:
-            words = columns[name].cat.categories
-            if len(table) * max(map(len, words), default=0) > 2**32:
+            categories = columns[name].cat.categories
+            if len(table) * max(map(len, categories), default=0) > 2**32:
                 raise ValueError(f"{path}: names in column {name} are too long")
-            columns[name] = pd.Series(words.to_numpy(dtype=object)[columns[name].cat.codes])
+            columns[name] = pd.Series(categories.to_numpy(dtype=object)[columns[name].cat.codes])
     return pd.DataFrame(columns)
 
 
-def _is_of(found, kind: type) -> bool:
+def _has_type(arrow_type, kind: type) -> bool:
     import pyarrow.types as types
 
     if kind is str:
-        found = found.value_type if types.is_dictionary(found) else found
-        return types.is_string(found) or types.is_large_string(found)
-    return types.is_integer(found) or (kind is float and types.is_floating(found))
+        arrow_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
+        return types.is_string(arrow_type) or types.is_large_string(arrow_type)
+    return types.is_integer(arrow_type) or (kind is float and types.is_floating(arrow_type))
 
 
-def _odd(config: dict, summary: dict, moments: pd.DataFrame) -> str | None:
-    """Say which value of a run is none that a report can take; None where all are."""
+def _find_invalid(config: dict, summary: dict, moments: pd.DataFrame) -> str | None:
+    """Describe the first value of a run that a report cannot use; None if all are valid."""
     for fields, known, file in ((summary, _FIELDS, "summary.json"), (config, _SETTINGS, "config.yml")):
-        for name, wanted in known.items():
+        for name, allowed in known.items():
             value = fields.get(name)
-            is_type = not isinstance(wanted, tuple | dict)
-            if not (_is_a(value, wanted) if is_type else isinstance(value, str) and value in wanted):
-                return f"{name} in {file} is {_cut(value)}"
+            is_type = not isinstance(allowed, tuple | dict)
+            if not (_is_instance(value, allowed) if is_type else isinstance(value, str) and value in allowed):
+                return f"{name} in {file} is {_shorten(value)}"
     for name, value in config.items():
-        if not isinstance(name, str) or not all(map(_is_plain, value if isinstance(value, list) else [value])):
-            return f"{name!r} in config.yml is {_cut(value)}"
+        if not isinstance(name, str) or not all(map(_is_scalar, value if isinstance(value, list) else [value])):
+            return f"{name!r} in config.yml is {_shorten(value)}"
     if not all(isinstance(slide, str) for slide in [*summary["slides"], *(config.get("slides") or ())]):
-        return "slides are not names"
+        return "slides are not strings"
     for fields, name in ((config, "train_share"), (summary, "seconds")):
         if name in fields and not _is_number(fields[name]):
-            return f"{name} is {_cut(fields[name])}"
+            return f"{name} is {_shorten(fields[name])}"
     for target in TARGETS:
         ceiling, scores = summary["ceiling"].get(target), summary["scores"].get(target)
         if not (isinstance(ceiling, dict) and isinstance(ceiling.get("basis"), str) and _is_number(ceiling.get("pcc"))):
-            return f"ceiling of {target} in summary.json is {_cut(ceiling)}"
+            return f"ceiling of {target} in summary.json is {_shorten(ceiling)}"
         for how in ("pooled", "slides"):
             score = scores.get(how) if isinstance(scores, dict) else None
             numbers = [score.get(k) for k in ("pcc", "ci_low", "ci_high")] if isinstance(score, dict) else [None]
             folds = score.get("per_fold") if isinstance(score, dict) else None
             if not (all(map(_is_number, numbers)) and isinstance(folds, list) and all(map(_is_number, folds))):
-                return f"the {how} score of {target} in summary.json is {_cut(score)}"
+                return f"the {how} score of {target} in summary.json is {_shorten(score)}"
         if not (moments["normalization"] == target).any():
             return f"no row of {target} in slides.parquet"
     return None
 
 
-def _cut(value: object) -> str:
+def _shorten(value: object) -> str:
     return short_name(repr(value), longest=80)
 
 
-def _is_a(value: object, kind) -> bool:
+def _is_instance(value: object, kind) -> bool:
     return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
 
 
 def _is_number(value: object) -> bool:
-    return _is_a(value, int | float)
+    return _is_instance(value, int | float)
 
 
-def _is_plain(value: object) -> bool:
+def _is_scalar(value: object) -> bool:
     return isinstance(value, str | int | float | None)

@@ -1,4 +1,4 @@
-"""Tables of one protocol, of differences, and of what leaks cost."""
+"""Tables of one protocol, of differences to a reference, and of the cost of leakage."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from peka_lite.reports.runs import (
 )
 
 CAUTION = {
-    "paper": "Random spots are held out, as in PEKA's released code (the paper does not say of what its folds are), "
-    "and a taught student saw the whole cohort, test spots included: these values say nothing of a new patient.",
-    "hest": "A taught student saw training rows only; genes are chosen on all rows, as HEST-bench does.",
-    "strict": "Student, clusters, genes, PCA and penalty were made from training rows only.",
-    "custom": "No named protocol: config.yml of each run says what was held out and how.",
+    "paper": "Random spots are held out, as in PEKA's released code (the paper does not state what its folds "
+    "split), and a trained student saw the whole cohort, test spots included: these values do not estimate performance "
+    "on a new patient.",
+    "hest": "A trained student saw training rows only; genes are selected on all rows, as in HEST-bench.",
+    "strict": "Student, clusters, genes, PCA and regularization strength come from training rows only.",
+    "custom": "Custom protocol: see config.yml of each run for how rows were held out.",
 }
 
 
 def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> pd.DataFrame:
-    """Put runs of one protocol, cohort and backbone under each other.
+    """Tabulate runs of one protocol, cohort and backbone, one per row.
 
     Parameters
     ----------
     normalization
-        Which targets; the protocol's own by default.
+        Of the targets; the protocol's by default.
 
     Returns
     -------
     pandas.DataFrame
-        One row a run (`row_label`): mean PCC pooled over a fold's test spots and its interval, the same by slides, the
-        pooled PCC's share of the ceiling that counting noise sets, and the pooled PCC of each fold; of means over seeds
-        instead that of each seed, and their standard deviation. ``attrs`` holds title and note.
+        One row per run (`row_label`): mean PCC pooled over a fold's test spots with its interval, the same by slides,
+        the pooled PCC as a share of the noise ceiling, and the pooled PCC of each fold (of means over seeds: of each
+        seed, and their standard deviation). ``attrs`` has the title and the note.
 
     Raises
     ------
     ValueError
-        If runs differ in what would make a column mean two things; the message names it.
+        If the runs differ in a field that must be equal within a column; the message names it.
 
     Examples
     --------
@@ -67,12 +68,12 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     ['one patient, random spots held out', 'log1p-cp10k targets', 'no intervals: one slide']
     """
     runs = require_shared(runs)
-    own = runs[0].summary["normalization"]
-    normalization = normalization or own
+    default = runs[0].summary["normalization"]
+    normalization = normalization or default
     rows = []
     for run in runs:
         pooled, slides = (run.score(how, normalization=normalization) for how in ("pooled", "slides"))
-        row = _scores("PCC", pooled, slides)
+        row = _score_columns("PCC", pooled, slides)
         row["share of ceiling"] = pooled["pcc"] / run.summary["ceiling"][normalization]["pcc"]
         if len(widest_seeds(runs)) > 1:
             row["sd over seeds"] = seed_sd(run, normalization=normalization)
@@ -85,9 +86,9 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     note = f"{CAUTION[runs[0].summary['protocol']]} Mean PCC over genes, then over folds (pooled) or slides; "
     note += f"{INTERVALS}. Ceiling: {'known from the simulation' if basis == 'known' else 'from ' + basis}."
     if few := [row_label(run) for run in runs if len(run.seeds) < len(widest_seeds(runs))]:
-        note += f" Of fewer seeds: {', '.join(few)}."
-    if normalization != own:
-        note += f" The protocol's own targets are {own}; its genes were chosen for those."
+        note += f" Fewer seeds: {', '.join(few)}."
+    if normalization != default:
+        note += f" The protocol's targets are {default}; its genes were selected for those."
     table.attrs = {"title": table_title(runs, normalization=normalization), "note": note}
     return table
 
@@ -95,10 +96,10 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
 def difference_table(
     runs: Sequence[Run], *, reference: str = "frozen", normalization: str | None = None
 ) -> pd.DataFrame:
-    """Subtract the reference's mean PCC from every other run's, paired by patient (or slide) and gene.
+    """Subtract the reference's mean PCC from that of each other run, paired by patient (or slide) and gene.
 
-    Parameters and errors are those of `protocol_table`; `reference` is a row's `row_label`. Columns: difference of the
-    pooled PCC and its 95% interval, and the same by slides; NaN for a mean over other seeds than the reference's.
+    Parameters and errors are those of `protocol_table`; `reference` is the `row_label` of a run. Columns: difference of
+    the pooled PCC and its 95% interval, and the same by slides; NaN for runs of other seeds than the reference's.
 
     Examples
     --------
@@ -117,38 +118,38 @@ def difference_table(
     runs = require_shared(runs)
     named = {row_label(run): run for run in runs}
     if reference not in named or len(named) == 1:
-        raise ValueError(f"no differences to {reference!r}: the runs are {', '.join(named)}")
+        raise ValueError(f"differences to {reference!r} need that run and another one; the runs are {', '.join(named)}")
     normalization = normalization or runs[0].summary["normalization"]
     moments = {k: run.moments[run.moments["normalization"] == normalization] for k, run in named.items()}
-    against, rows, unpaired = moments.pop(reference), [], []
-    for name, here in moments.items():
+    reference_moments, rows, unpaired = moments.pop(reference), [], []
+    for name, run_moments in moments.items():
         if named[name].seeds == named[reference].seeds:
-            scores = [bootstrap_difference(here, against, how=how) for how in ("pooled", "slides")]
+            scores = [bootstrap_difference(run_moments, reference_moments, how=how) for how in ("pooled", "slides")]
         else:
             scores = [dict.fromkeys(("pcc", "ci_low", "ci_high"), math.nan)] * 2
             unpaired.append(name)
-        rows.append(_scores("difference", *scores))
+        rows.append(_score_columns("difference", *scores))
     table = pd.DataFrame(rows, index=pd.Index(list(moments), name=f"minus {reference}"))
-    note = f"Differences of the mean PCC, paired; {INTERVALS}, each for itself and not for all rows together."
+    note = f"Paired differences of the mean PCC; {INTERVALS}, not corrected for multiple comparisons."
     if unpaired:
-        note += f" None for {', '.join(unpaired)}: not the seeds of {reference}."
+        note += f" Missing for {', '.join(unpaired)}: other seeds than {reference}."
     table.attrs = {"title": f"minus {reference} · {table_title(runs, normalization=normalization)}", "note": note}
     return table
 
 
 def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Put the same data under paper, hest and strict protocol side by side, a column each, with what each step costs.
+    """Compare the protocols paper, hest and strict on the same data, one column each, with the cost of each step.
 
     Returns
     -------
     pandas.DataFrame
-        One row per targets and `row_label`: pooled mean PCC by protocol, the cost of either step (positive where PCC is
-        lost), then the intervals. NaN where no run is.
+        One row per kind of targets and `row_label`: pooled mean PCC by protocol, the cost of each step (positive if the
+        PCC drops), then the intervals. NaN where there is no run.
 
     Raises
     ------
     ValueError
-        With fewer than two of these protocols, or runs that differ in data, backbone, epochs and the like.
+        For fewer than two of these protocols, or for runs that differ in data, backbone, epochs or other settings.
 
     Examples
     --------
@@ -168,9 +169,9 @@ def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
     """
     have = [p for p in PROTOCOLS if any(run.summary["protocol"] == p for run in runs)]
     if len(have) < 2 or "custom" in have:
-        raise ValueError(f"what leaks cost takes runs of at least two of paper, hest and strict, not {', '.join(have)}")
+        raise ValueError(f"leak_table takes runs of at least two of paper, hest and strict, not {', '.join(have)}")
     runs = require_shared(runs, across_protocols=True)
-    who = "patients" if any(run.summary["split"] == "patient" for run in runs) else "sections"
+    units = "patients" if any(run.summary["split"] == "patient" for run in runs) else "sections"
     rows = {}
     for target in TARGETS:
         for run in runs:
@@ -180,18 +181,19 @@ def leak_table(runs: Sequence[Run]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["targets", "features"])
     table = table.reindex(columns=[f"{p}{end}" for end in ("", " low", " high") for p in PROTOCOLS[:3]])
-    table.insert(3, f"cost of holding {who} out", table["paper"] - table["hest"])
+    table.insert(3, f"cost of holding {units} out", table["paper"] - table["hest"])
     table.insert(4, "cost of the rest", table["hest"] - table["strict"])
-    table.attrs["title"] = f"one protocol a column, never one for another · {describe_cohort(runs)} · pooled PCC"
+    table.attrs["title"] = f"one column per protocol, not interchangeable · {describe_cohort(runs)} · pooled PCC"
     table.attrs["note"] = (
-        f"From paper to hest {who} are held out from student and probe, and the penalty changes; from hest to strict "
-        "genes and penalty are chosen on training rows too, and a better penalty can make that cost negative. "
-        "Protocols score different genes and folds: a cost is a difference of two means, without a paired interval."
+        f"From paper to hest, {units} are held out from student and probe, and the regularization strength changes. "
+        "From hest to strict, genes and regularization strength are selected on training rows too; a better strength "
+        "can make that cost negative. Protocols score different genes and folds: a cost is a difference of two means, "
+        "without a paired interval."
     )
     return table
 
 
-def _scores(name: str, pooled: dict, slides: dict) -> dict:
+def _score_columns(name: str, pooled: dict, slides: dict) -> dict:
     columns = {"": pooled, ", by slides": slides}
     keys = {name: "pcc", "low": "ci_low", "high": "ci_high"}
-    return {word + end: score[key] for end, score in columns.items() for word, key in keys.items()}
+    return {column + end: score[key] for end, score in columns.items() for column, key in keys.items()}

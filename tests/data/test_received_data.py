@@ -169,7 +169,7 @@ def test_a_point_or_a_run_that_is_a_link_out_of_the_folder_is_not_read(tmp_path,
     write_run_folder(runs / "inner")
     (runs / "other").symlink_to(outside / "run")
     (runs / "again").symlink_to("inner")
-    with pytest.raises(ValueError, match="one run twice"):
+    with pytest.raises(ValueError, match="are the same run"):
         read_runs([runs])  # a link inside is followed
     (runs / "again").unlink()
     with pytest.warns(UserWarning, match="leads out of"):
@@ -185,7 +185,7 @@ def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(tmp_path, outside,
     table.to_csv(bad / "metrics.csv", index=False)
     os.replace(bad / name, outside / name)
     (bad / name).symlink_to(outside / name)
-    with pytest.warns(UserWarning, match=rf"left out: .*bad.*{re.escape(name)} is a link that leads out of"):
+    with pytest.warns(UserWarning, match=rf"skipped: .*bad.*{re.escape(name)} is a link that leads out of"):
         pk.write_report([good.parent], tmp_path / "out")
     assert SECRET not in read_all(tmp_path / "out")
     assert [run.name for run in read_runs([good])] == ["good"]
@@ -303,13 +303,13 @@ def test_only_known_columns_of_moments_are_read_and_their_size_is_limited(tmp_pa
     for change, message in (
         (lambda: pq.write_table(table, path), "cannot hold the 1,048,577 rows"),
         (lambda: pq.write_table(table.slice(0, 2**20), path), "names in column gene are too long"),
-        (lambda: whole.to_parquet(path, compression="zstd"), "packed in a way"),
+        (lambda: whole.to_parquet(path, compression="zstd"), "compression or encoding"),
         (lambda: pq.write_table(pa.Table.from_pandas(whole), path, use_dictionary=False,
-                                column_encoding={"gene": "DELTA_BYTE_ARRAY"}), "packed in a way"),
+                                column_encoding={"gene": "DELTA_BYTE_ARRAY"}), "compression or encoding"),
         (lambda: whole.drop(columns="gene").to_parquet(path), "column gene"),
         (lambda: whole.assign(fold="0").to_parquet(path), "column fold"),
         (lambda: whole.assign(cov=[["a"]] * len(whole)).to_parquet(path), "column cov"),
-        (lambda: whole.assign(gene=None).astype({"gene": "string"}).to_parquet(path), "column gene has holes"),
+        (lambda: whole.assign(gene=None).astype({"gene": "string"}).to_parquet(path), "column gene has missing values"),
         (lambda: whole[whole["normalization"] == "log1p"].to_parquet(path), "no row of log1p-cp10k"),
         (lambda: path.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1"), "slides.parquet"),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reports: what stands in a column is of one protocol, and what is published is kept apart from what was measured."""
+"""Reports: a column has values of one protocol, and published values are separate from ours."""
 
 import json
 import re
@@ -6,22 +6,32 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from run_folders import held_out
+from run_folders import draw_fold
 
 from peka_lite.cli.main import main
-from peka_lite.reports import page as report
-from peka_lite.reports.page import write_report
-from peka_lite.reports.paper import describe_comparability, read_published, table1, table2
-from peka_lite.reports.runs import read_runs, row_label
-from peka_lite.reports.tables import difference_table, leak_table, protocol_table
+from peka_lite.reports import (
+    describe_comparability,
+    difference_table,
+    figure2,
+    leak_figure,
+    leak_table,
+    protocol_table,
+    read_published,
+    read_runs,
+    row_label,
+    table1,
+    table2,
+    write_report,
+)
+from peka_lite.reports.page import format_markdown
 
 
-def cells(markdown):
-    """Split a Markdown table into its cells, line by line."""
+def split_cells(markdown):
+    """Split a Markdown table into lines of cells."""
     return [[c.strip() for c in line.strip("|").split(" | ")] for line in markdown.strip().splitlines()]
 
 
-def test_published_values_are_the_papers():
+def test_published_values_match_the_paper():
     table = read_published().set_index(["table", "cohort", "backbone", "method"])["pcc"]
     assert table.groupby("table").size().to_dict() == {1: 20, 2: 32}
     assert table.index.is_unique
@@ -31,10 +41,10 @@ def test_published_values_are_the_papers():
     assert table[2, "liver", "uni", "adalora"] == 0.608
     assert table[2, "lung", "h-optimus-0", "lora"] == 0.738
     frozen = table.xs("none", level="method").drop(["resnet50", "ctranspath"], level="backbone")
-    assert frozen[1].to_dict() == frozen[2].to_dict()  # the two tables agree where they show the same
+    assert frozen[1].to_dict() == frozen[2].to_dict()  # both tables show these values
 
 
-def test_both_liver_values_of_peka_are_shown_and_told(write_run):
+def test_both_liver_values_of_peka_are_shown_and_explained(write_run):
     runs = read_runs([write_run("a")])
     one, two = table1(runs), table2(runs)
     assert one.loc["PEKA (best)", "liver, published"] == 0.654
@@ -44,30 +54,30 @@ def test_both_liver_values_of_peka_are_shown_and_told(write_run):
         assert "0.640" in table.attrs["note"]
 
 
-def test_runs_are_found_by_folder_or_by_the_folder_around_them(write_run):
+def test_runs_are_read_from_their_folders_or_the_parent_folder(write_run):
     first, second = write_run("a"), write_run("b", method="bone")
     (first.parent / "notes").mkdir()
     by_name = read_runs([first, second])
-    around = read_runs([first.parent])
-    assert [r.name for r in by_name] == [r.name for r in around] == ["a", "b"]
+    from_parent = read_runs([first.parent])
+    assert [r.name for r in by_name] == [r.name for r in from_parent] == ["a", "b"]
     assert by_name[1].config["method"] == "bone"
     assert len(by_name[0].moments) == 2 * 3 * 3
 
 
-@pytest.mark.parametrize("gone", ["config.yml", "summary.json", "slides.parquet"])
-def test_an_unfinished_run_is_refused_by_what_it_lacks(write_run, gone):
+@pytest.mark.parametrize("missing", ["config.yml", "summary.json", "slides.parquet"])
+def test_error_for_an_unfinished_run_names_the_missing_file(write_run, missing):
     write_run("a", method="bone")
     folder = write_run("b")
-    (folder / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"b: no finished run here \({gone} missing\)"):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"b: no finished run here \({missing} missing\)"):
         read_runs([folder])
     for given in ([folder.parent], [folder.parent / "a", folder]):
-        with pytest.warns(UserWarning, match=rf"left out: \S+b: no finished run here \({gone} missing\)"):
+        with pytest.warns(UserWarning, match=rf"skipped: \S+b: no finished run here \({missing} missing\)"):
             assert [run.name for run in read_runs(given)] == ["a"]
 
 
 def damage(folder, how):
-    """Make of a finished run what a killed one, a full disk or another tool leaves."""
+    """Change a finished run into what a killed process, a full disk or another tool leaves."""
     if how in ("partial", "hidden"):
         return folder.rename(folder.with_name({"partial": "b.partial", "hidden": ".b.77.partial"}[how]))
     for name in {"empty": ("config.yml", "summary.json", "slides.parquet"), "stats": ("summary.json",)}.get(how, ()):
@@ -80,31 +90,31 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ("partial", r"b\.partial: no finished run here, it was stopped .*finish it with `peka-lite run .*--out \S+/b`"),
         ("hidden", r"\.b\.77\.partial: no finished run here, it was stopped"),
         ("stats", r"b: no finished run here \(summary\.json missing\): remove the folder and give `peka-lite run"),
-        ("summary.json", r"b: a file of this run cannot be read .*remove the folder and give `peka-lite run"),
-        ("slides.parquet", r"b: a file of this run cannot be read"),
-        ("config.yml", r"b: a file of this run cannot be read"),
+        ("summary.json", r"b: cannot read a file of the run .*remove the folder and run `peka-lite run"),
+        ("slides.parquet", r"b: cannot read a file of the run"),
+        ("config.yml", r"b: cannot read a file of the run"),
         ("empty", None),
     ],
 )
-def test_a_report_leaves_out_what_is_unfinished_and_names_it(write_run, tmp_path, capsys, how, said):
+def test_report_skips_unfinished_runs_with_a_warning(write_run, tmp_path, capsys, how, message):
     runs = write_run("a").parent
     damage(write_run("b", method="bone"), how)
     (runs / ".DS_Store").write_text("")
     (runs / "dead").symlink_to(tmp_path / "gone")
     assert main(["report", str(runs), "--out", str(tmp_path / "out")]) == 0
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("plan: ")]
-    assert len(err) == (said is not None)
-    if said:
-        assert re.search(rf"^peka-lite: left out: \S*{said}", err[0])
+    assert len(err) == (message is not None)
+    if message:
+        assert re.search(rf"^peka-lite: skipped: \S*{message}", err[0])
     assert pd.read_csv(tmp_path / "out" / "points.csv")["run"].tolist() == ["a"]
 
 
-def test_a_report_of_unfinished_runs_alone_is_refused_with_the_fix(write_run, tmp_path, capsys):
+def test_report_of_unfinished_runs_only_fails_with_the_command_to_finish_them(write_run, tmp_path, capsys):
     runs = damage(write_run("b", method="bone"), "partial").parent
     for given in ([runs], [runs / "b.partial"], [runs / "b"], [runs, runs.parent / "runs" / "b.partial"]):
         assert main(["report", *map(str, given), "--out", str(tmp_path / "out")]) == 2
@@ -115,14 +125,14 @@ def test_a_report_of_unfinished_runs_alone_is_refused_with_the_fix(write_run, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_a_pattern_of_the_shell_names_too_are_left_out(write_run, tmp_path):
+def test_files_matched_by_a_shell_pattern_are_skipped(write_run, tmp_path):
     runs = write_run("a").parent
     (runs / "notes.txt").write_text("")
     with pytest.warns(UserWarning, match=r"notes\.txt: no finished run here, it is a file"):
         assert len(read_runs(sorted(runs.iterdir()))) == 1
 
 
-def test_a_training_is_said_to_be_unscored(write_run):
+def test_warning_for_a_training_without_scores(write_run):
     write_run("a")
     folder = write_run("b", method="lora")
     (folder / "slides.parquet").unlink()
@@ -133,7 +143,7 @@ def test_a_training_is_said_to_be_unscored(write_run):
         assert len(read_runs([folder.parent])) == 1
 
 
-def test_a_folder_without_runs_is_refused(tmp_path):
+def test_folder_without_runs_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.yml, summary\.json, slides\.parquet missing"):
         read_runs([tmp_path])
     with pytest.raises(FileNotFoundError, match="no such folder"):
@@ -142,7 +152,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         read_runs([])
 
 
-def test_a_summary_of_an_older_version_or_cut_short_is_refused_by_name(write_run):
+def test_summary_that_is_truncated_or_of_an_older_version_raises(write_run):
     folder = write_run("a")
     summary = json.loads((folder / "summary.json").read_text())
     del summary["ceiling"]
@@ -150,19 +160,19 @@ def test_a_summary_of_an_older_version_or_cut_short_is_refused_by_name(write_run
     with pytest.raises(ValueError, match=r"a/summary\.json: no ceiling"):
         read_runs([folder])
     (folder / "summary.json").write_text('{"protocol": ')
-    with pytest.raises(ValueError, match=r"runs/a: a file of this run cannot be read"):
+    with pytest.raises(ValueError, match=r"runs/a: cannot read a file of the run"):
         read_runs([folder])
 
 
-def test_the_same_run_twice_is_refused_even_on_another_device(write_run):
+def test_same_run_twice_raises_even_on_another_device(write_run):
     first, second = write_run("a"), write_run("b", device="cpu")
-    with pytest.raises(ValueError, match="one run twice"):
+    with pytest.raises(ValueError, match="are the same run"):
         read_runs([first, second])
-    with pytest.raises(ValueError, match="one run twice"):
+    with pytest.raises(ValueError, match="are the same run"):
         read_runs([first, first.parent / "a"])
 
 
-def test_rows_are_named_and_ordered_from_controls_to_the_teacher(write_run):
+def test_rows_are_labeled_and_sorted_from_controls_to_the_teacher(write_run):
     kinds = [
         ("teacher", "none", False, "teacher (upper line)"),
         ("projector", "bone", False, "Bone, projector"),
@@ -188,23 +198,23 @@ def test_rows_are_named_and_ordered_from_controls_to_the_teacher(write_run):
     assert protocol_table(runs).index.tolist() == [kind[-1] for kind in kinds][::-1]
 
 
-def test_values_per_fold_and_shares_of_the_ceiling_are_those_computed_by_hand(write_run):
+def test_fold_values_and_shares_of_the_ceiling_match_numpy(write_run):
     runs = read_runs([write_run("a", noise=0.7, ceiling=0.9), write_run("b", method="bone", noise=0.4, ceiling=0.9)])
     for target in ("log1p-cp10k", "log1p"):
         table = protocol_table(runs, normalization=target)
         for row, noise in (("frozen", 0.7), ("Bone", 0.4)):
             by_fold = []
             for fold in range(3):
-                Y, P = held_out(target, fold, noise=noise)
+                Y, P = draw_fold(target, fold, noise=noise)
                 by_fold.append(np.mean([np.corrcoef(Y[:, g], P[:, g])[0, 1] for g in range(3)]))
             assert table.loc[row, ["fold 0", "fold 1", "fold 2"]].tolist() == pytest.approx(by_fold)
             assert table.loc[row, "PCC"] == pytest.approx(np.mean(by_fold))
-            assert table.loc[row, "PCC, by slides"] == pytest.approx(np.mean(by_fold))  # a slide a fold
+            assert table.loc[row, "PCC, by slides"] == pytest.approx(np.mean(by_fold))  # each fold is one slide
             assert table.loc[row, "share of ceiling"] == pytest.approx(np.mean(by_fold) / 0.9)
             assert table.loc[row, "low"] < table.loc[row, "PCC"] < table.loc[row, "high"]
 
 
-def test_a_protocol_table_says_what_was_held_out_and_what_the_intervals_are_over(write_run):
+def test_protocol_table_title_names_split_and_units_of_intervals(write_run):
     table = protocol_table(read_runs([write_run("a", split="slide", one_patient=True)]))
     assert table.attrs["title"] == (
         "strict protocol · mini (synthetic) · mini with random weights · one patient, sections held out · "
@@ -212,7 +222,7 @@ def test_a_protocol_table_says_what_was_held_out_and_what_the_intervals_are_over
     )
     other = protocol_table(read_runs([write_run("b", protocol="hest")]), normalization="log1p-cp10k")
     assert "patients held out · log1p-cp10k targets · intervals over 3 patients" in other.attrs["title"]
-    assert "The protocol's own targets are log1p" in other.attrs["note"]
+    assert "The protocol's targets are log1p" in other.attrs["note"]
     assert "random spots held out" in protocol_table(read_runs([write_run("c", protocol="paper")])).attrs["title"]
 
 
@@ -229,14 +239,14 @@ def test_a_protocol_table_says_what_was_held_out_and_what_the_intervals_are_over
         ({"train_share": 0.5}, "train_share"),
     ],
 )
-def test_runs_that_may_not_share_a_column_are_refused_by_what_differs(write_run, other, field):
+def test_error_for_runs_that_cannot_share_a_column_names_the_field(write_run, other, field):
     runs = read_runs([write_run("a"), write_run("b", method="bone", **other)])
     for table in (protocol_table, difference_table):
         with pytest.raises(ValueError, match=f"a and b differ in {field} "):
             table(runs)
 
 
-def test_weights_of_one_name_that_are_not_the_same_are_refused(write_run):
+def test_weights_with_equal_names_and_different_content_raise(write_run):
     folders = [write_run("a", weights="hub"), write_run("b", weights="hub", method="bone")]
     for folder, fingerprint in zip(folders, ("f0", "f1"), strict=True):
         summary = json.loads((folder / "summary.json").read_text()) | {"backbone_fingerprint": fingerprint}
@@ -245,7 +255,7 @@ def test_weights_of_one_name_that_are_not_the_same_are_refused(write_run):
         protocol_table(read_runs(folders))
 
 
-def test_taught_students_of_other_epochs_or_teacher_are_refused_but_frozen_ones_have_none(write_run):
+def test_epochs_and_teacher_must_match_for_trained_students_but_not_for_frozen(write_run):
     frozen = write_run("a", epochs=50, teacher="scfoundation")
     bone = write_run("b", method="bone")
     assert len(protocol_table(read_runs([frozen, bone]))) == 2
@@ -255,13 +265,13 @@ def test_taught_students_of_other_epochs_or_teacher_are_refused_but_frozen_ones_
             protocol_table(runs)
 
 
-def test_two_runs_of_one_name_are_refused_by_the_setting_that_differs(write_run):
+def test_error_for_two_runs_of_one_row_names_the_setting(write_run):
     runs = read_runs([write_run("a", method="bone"), write_run("b", method="bone", lr=1e-3)])
     with pytest.raises(ValueError, match="both be the row 'Bone'; they differ in lr:"):
         protocol_table(runs)
 
 
-def test_controls_read_no_student_and_stand_beside_any_backbone(write_run):
+def test_controls_share_a_table_with_any_backbone(write_run):
     runs = read_runs([write_run("a", backbone="uni", weights="hub"), write_run("b", features="color", noise=2.0)])
     table = protocol_table(runs)
     assert table.index.tolist() == ["color and texture", "frozen"]
@@ -277,13 +287,13 @@ def test_differences_are_paired_to_the_reference(write_run):
     assert table.loc["Bone", "difference"] == pytest.approx(scores["Bone"] - scores["frozen"])
     assert table.loc["Bone", "low"] < table.loc["Bone", "difference"] < table.loc["Bone", "high"]
     assert table.attrs["title"].startswith("minus frozen · strict protocol")
-    turned = difference_table(runs, reference="Bone")
-    assert turned.loc["frozen", "difference, by slides"] == pytest.approx(-table.loc["Bone", "difference, by slides"])
-    with pytest.raises(ValueError, match="no differences to 'LoRA'"):
+    reverse = difference_table(runs, reference="Bone")
+    assert reverse.loc["frozen", "difference, by slides"] == pytest.approx(-table.loc["Bone", "difference, by slides"])
+    with pytest.raises(ValueError, match="differences to 'LoRA' need that run"):
         difference_table(runs, reference="LoRA")
 
 
-def three_protocols(write_run, **settings):
+def write_three_protocols(write_run, **settings):
     noise = {"paper": 0.3, "hest": 0.8, "strict": 1.0}
     for p in noise:
         write_run(f"f-{p}", protocol=p, noise=noise[p] + 0.2, **settings)
@@ -292,7 +302,7 @@ def three_protocols(write_run, **settings):
 
 
 def test_costs_are_differences_of_neighboring_protocols(write_run):
-    runs = read_runs([three_protocols(write_run)])
+    runs = read_runs([write_three_protocols(write_run)])
     table = leak_table(runs)
     assert table.columns[:5].tolist() == [
         "paper", "hest", "strict", "cost of holding patients out", "cost of the rest",
@@ -306,19 +316,19 @@ def test_costs_are_differences_of_neighboring_protocols(write_run):
     assert table.loc["log1p"].index.tolist() == table.loc["log1p-cp10k"].index.tolist() == ["frozen", "Bone"]
 
 
-def test_leaks_need_two_protocols_of_the_same_data_and_epochs(write_run):
+def test_leak_table_needs_two_protocols_of_the_same_data_and_epochs(write_run):
     strict = write_run("a", method="bone")
     with pytest.raises(ValueError, match="at least two of paper, hest and strict, not strict"):
         leak_table(read_runs([strict]))
     for k, other in enumerate(({"data": "d1"}, {"epochs": 6}, {"backbone": "uni"})):
         runs = read_runs([strict, write_run(f"b{k}", protocol="hest", method="bone", **other)])
-        with pytest.raises(ValueError, match="may not share a column"):
+        with pytest.raises(ValueError, match="cannot share a column"):
             leak_table(runs)
     with pytest.raises(ValueError, match="not strict, custom"):
         leak_table(read_runs([strict, write_run("c", protocol="custom", method="bone")]))
 
 
-def test_a_missing_protocol_leaves_its_column_empty_and_one_patient_has_sections_held_out(write_run):
+def test_missing_protocol_has_an_empty_column_and_one_patient_is_split_by_section(write_run):
     runs = [write_run(p, protocol=p, one_patient=True, **({} if p == "paper" else {"split": "slide"}))
             for p in ("paper", "strict")]  # fmt: skip
     table = leak_table(read_runs(runs))
@@ -326,13 +336,11 @@ def test_a_missing_protocol_leaves_its_column_empty_and_one_patient_has_sections
     assert table["cost of holding sections out"].isna().all()
 
 
-def test_tables_beside_published_values_take_one_protocol_and_name_it(write_run):
-    from peka_lite.reports.figures import figure2
-
-    runs = read_runs([three_protocols(write_run)])
-    for make in (table1, table2, figure2):
+def test_tables_with_published_values_take_one_protocol_and_name_it(write_run):
+    runs = read_runs([write_three_protocols(write_run)])
+    for function in (table1, table2, figure2):
         with pytest.raises(ValueError, match="runs of one protocol, not of"):
-            make(runs)
+            function(runs)
     strict = [run for run in runs if run.summary["protocol"] == "strict"]
     table = table1(strict)
     assert "strict protocol" in table.attrs["title"]
@@ -340,13 +348,16 @@ def test_tables_beside_published_values_take_one_protocol_and_name_it(write_run)
     assert [c for c in table if "published" in c] == [f"{c}, published" for c in ("breast", "kidney", "liver", "lung")]
 
 
-def test_published_values_and_ours_stand_in_columns_of_their_own(write_run):
+def test_published_values_and_ours_have_separate_columns(write_run):
     uni = {"cohort": "breast", "backbone": "uni", "weights": "hub"}
-    made = [write_run("a", noise=1.5, **uni), write_run("b", method="bone", noise=0.9, **uni)]
-    made += [write_run("c", method="bone", noise=0.4, cohort="breast"), write_run("d", method="lora", noise=1, **uni)]
-    made += [write_run("e", method="bone", features="frozen+student", noise=0.1, **uni)]
-    made += [write_run("f", method="bone", shuffle_teacher=True, noise=0.2, **uni)]
-    runs = {run.name: run for run in read_runs(made)}
+    folders = [write_run("a", noise=1.5, **uni), write_run("b", method="bone", noise=0.9, **uni)]
+    folders += [
+        write_run("c", method="bone", noise=0.4, cohort="breast"),
+        write_run("d", method="lora", noise=1, **uni),
+    ]
+    folders += [write_run("e", method="bone", features="frozen+student", noise=0.1, **uni)]
+    folders += [write_run("f", method="bone", shuffle_teacher=True, noise=0.2, **uni)]
+    runs = {run.name: run for run in read_runs(folders)}
     one, two = table1(list(runs.values())), table2(list(runs.values()))
     ours = one["breast, ours (strict)"].dropna().to_dict()
     assert ours == {"UNI": runs["a"].score()["pcc"], "PEKA (best)": runs["c"].score()["pcc"]}
@@ -357,7 +368,7 @@ def test_published_values_and_ours_stand_in_columns_of_their_own(write_run):
     assert np.isnan(two.loc[("mini", "Bone (PEKA)"), "breast, published"])
 
 
-def test_a_part_or_a_copy_of_a_papers_cohort_is_not_the_papers(write_run, tmp_path):
+def test_part_or_copy_of_a_paper_cohort_has_another_name(write_run, tmp_path):
     part = write_run("a", cohort="breast", slides=["S1", "S2"], data="d1")
     folder = write_run("b", cohort=str(tmp_path / "breast"), data="d2")
     whole = write_run("c", cohort="breast")
@@ -365,31 +376,31 @@ def test_a_part_or_a_copy_of_a_papers_cohort_is_not_the_papers(write_run, tmp_pa
     assert names == ["breast S1, S2", "breast (folder)", "breast"]
 
 
-def test_the_sentence_names_what_differs_and_only_that(write_run):
-    said = describe_comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
-    assert said == (
-        "Published and our values may not be compared: the protocol is strict and not paper; cohort mini "
+def test_comparability_names_exactly_the_differences(write_run):
+    text = describe_comparability(read_runs([write_run("a"), write_run("b", method="bone")]))
+    assert text == (
+        "Our values are not comparable with the published ones: the protocol is strict and not paper; cohort mini "
         "(synthetic) is not in the paper; backbone mini is not in the paper; weights are random (mini); the teacher "
         "is pca and not scFoundation."
     )
-    like = {"protocol": "paper", "cohort": "breast", "backbone": "uni", "weights": "hub", "teacher": "scfoundation"}
-    assert "caution" in describe_comparability(read_runs([write_run("c", method="bone", **like)]))
-    one_off = {**like, "teacher": "pca"}
-    said = describe_comparability(read_runs([write_run("d", method="bone", **one_off)]))
-    assert said == "Published and our values may not be compared: the teacher is pca and not scFoundation."
-    assert "teacher" not in describe_comparability(read_runs([write_run("e", **one_off, train_share=0.5)]))
-    assert "share" in describe_comparability(read_runs([write_run("f", **one_off, train_share=0.5, seed=1)]))
+    paper = {"protocol": "paper", "cohort": "breast", "backbone": "uni", "weights": "hub", "teacher": "scfoundation"}
+    assert "caution" in describe_comparability(read_runs([write_run("c", method="bone", **paper)]))
+    other_teacher = {**paper, "teacher": "pca"}
+    text = describe_comparability(read_runs([write_run("d", method="bone", **other_teacher)]))
+    assert text == "Our values are not comparable with the published ones: the teacher is pca and not scFoundation."
+    assert "teacher" not in describe_comparability(read_runs([write_run("e", **other_teacher, train_share=0.5)]))
+    assert "share" in describe_comparability(read_runs([write_run("f", **other_teacher, train_share=0.5, seed=1)]))
 
 
 def test_markdown_is_well_formed():
     table = pd.DataFrame({"PCC": [0.12345, np.nan], "a|b": ["x", "y|z"]}, index=pd.Index(["one", "two"], name="row"))
-    assert report.markdown(table) == (
+    assert format_markdown(table) == (
         "| row | PCC | a\\|b |\n| --- | --- | --- |\n| one | 0.123 | x |\n| two |  | y\\|z |\n"
     )
 
 
-def test_a_report_holds_every_table_and_figure_and_binds_them(write_run, tmp_path):
-    runs, out = three_protocols(write_run), tmp_path / "deep" / "report"
+def test_report_writes_all_tables_and_figures_and_shows_them_in_report_md(write_run, tmp_path):
+    runs, out = write_three_protocols(write_run), tmp_path / "deep" / "report"
     written = write_report([runs], out)
     assert sorted(out.iterdir()) == written
     names = {path.name for path in written}
@@ -407,7 +418,7 @@ def test_a_report_holds_every_table_and_figure_and_binds_them(write_run, tmp_pat
             assert path.read_text().strip() in page
             for block in path.read_text().split("\n\n"):
                 if block.startswith("|"):
-                    assert len({len(line) for line in cells(block)}) == 1
+                    assert len({len(line) for line in split_cells(block)}) == 1
     stacked = pd.read_csv(out / "protocol_mini_strict.csv").set_index(["targets", "features"])
     assert stacked.index.tolist() == [(t, r) for t in ("log1p-cp10k", "log1p") for r in ("frozen", "Bone")]
     strict = [run for run in read_runs([runs]) if run.summary["protocol"] == "strict"]
@@ -416,7 +427,7 @@ def test_a_report_holds_every_table_and_figure_and_binds_them(write_run, tmp_pat
     )
 
 
-def test_one_protocol_needs_no_name_in_its_files_and_says_what_is_not_there(write_run, tmp_path):
+def test_report_of_one_protocol_omits_it_in_file_names_and_names_missing_parts(write_run, tmp_path):
     names = {path.name for path in write_report([write_run("a")], tmp_path / "out")}
     assert {"table1.csv", "table1.md", "table2.csv", "table2.md", "figure2.png"} <= names
     assert not any(name.startswith(("leak", "differences")) for name in names)
@@ -425,15 +436,19 @@ def test_one_protocol_needs_no_name_in_its_files_and_says_what_is_not_there(writ
     assert "one protocol only" in page
 
 
-def test_backbones_of_one_cohort_get_tables_of_their_own_with_the_controls_in_each(write_run, tmp_path):
-    made = [write_run("a"), write_run("b", backbone="uni", weights="hub"), write_run("c", features="color", noise=3.0)]
-    names = {path.name for path in write_report(made, tmp_path / "out")}
+def test_each_backbone_of_a_cohort_has_a_table_with_the_controls(write_run, tmp_path):
+    folders = [
+        write_run("a"),
+        write_run("b", backbone="uni", weights="hub"),
+        write_run("c", features="color", noise=3.0),
+    ]
+    names = {path.name for path in write_report(folders, tmp_path / "out")}
     assert {"protocol_mini-UNI_strict.csv", "protocol_mini-mini_strict.csv"} <= names
     rows = pd.read_csv(tmp_path / "out" / "protocol_mini-UNI_strict.csv")["features"]
     assert rows.tolist() == ["color and texture", "frozen"] * 2
 
 
-def test_an_error_leaves_nothing_and_what_is_there_is_not_touched(write_run, tmp_path, monkeypatch):
+def test_failed_report_leaves_no_files_and_existing_folder_is_unchanged(write_run, tmp_path, monkeypatch):
     run, out = write_run("a"), tmp_path / "out"
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("peka_lite.reports.figures.figure2", lambda runs: 1 / 0)
@@ -447,9 +462,7 @@ def test_an_error_leaves_nothing_and_what_is_there_is_not_touched(write_run, tmp
 
 
 def test_figures_show_every_row_and_protocol(write_run):
-    from peka_lite.reports.figures import figure2, leak_figure
-
-    runs = read_runs([three_protocols(write_run)])
+    runs = read_runs([write_three_protocols(write_run)])
     figure = leak_figure(runs)
     assert [ax.get_title() for ax in figure.axes[:2]] == ["log1p-cp10k targets", "log1p targets"]
     shown = leak_table(runs).loc[("log1p", "Bone")]

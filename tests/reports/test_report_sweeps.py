@@ -1,4 +1,4 @@
-"""Reports of sweeps: seeds are averaged, settings kept apart, differences paired, every number in a tidy file."""
+"""Reports of sweeps: averaged seeds, separate settings, paired differences and tidy files."""
 
 import ast
 import json
@@ -8,88 +8,100 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from run_folders import GENES, held_out, write_run_folder, write_sweep_file
+from run_folders import GENES, draw_fold, write_run_folder, write_sweep_file
 
 import peka_lite
-from peka_lite.evaluation.scores import bootstrap_difference, bootstrap_interval
-from peka_lite.experiments._sweep_folder import read_sweep_folder
-from peka_lite.reports._effects import effects_table
-from peka_lite.reports._settings import TRAINED, average_seeds, run_settings, seed_sd, split_by_settings
-from peka_lite.reports.page import write_report
-from peka_lite.reports.points import metrics_table, points_table, setting_columns
-from peka_lite.reports.runs import read_runs, require_shared, row_label
-from peka_lite.reports.tables import difference_table, protocol_table
+from peka_lite.evaluation import bootstrap_difference, bootstrap_interval
+from peka_lite.experiments import read_sweep_folder
+from peka_lite.reports import (
+    average_seeds,
+    difference_table,
+    effects_figure,
+    effects_table,
+    metrics_table,
+    points_table,
+    protocol_table,
+    read_runs,
+    row_label,
+    seed_sd,
+    split_by_settings,
+    sweep_figure,
+    write_report,
+)
+from peka_lite.reports._settings import TRAINED, UNTRAINED, run_settings
+from peka_lite.reports.points import setting_columns
+from peka_lite.reports.runs import require_shared
 
 
-def point_name(given):
-    return ",".join(f"{k}={v}" for k, v in given.items()) or "base"
+def point_name(settings):
+    return ",".join(f"{k}={v}" for k, v in settings.items()) or "base"
 
 
 @pytest.fixture
 def write_sweep(tmp_path):
-    """Return a function that writes a sweep's folder of run points, less those in `leave`."""
+    """Return a function that writes a sweep folder of run points, without those in `unfinished`."""
 
-    def write(points, *, name="sweep", leave=(), log=None, **fixed):
-        for k, given in enumerate(points):
-            if point_name(given) not in leave:
-                write_run_folder(tmp_path / name / point_name(given), **({"noise": 0.5 + k / 20} | fixed | given))
-        told = {point_name(given): {k: v for k, v in given.items() if k != "noise"} for given in points}
-        return write_sweep_file(tmp_path / name, told, title="Seeds and taus", log=log)
+    def write(points, *, name="sweep", unfinished=(), log=None, **fixed):
+        for k, point in enumerate(points):
+            if point_name(point) not in unfinished:
+                write_run_folder(tmp_path / name / point_name(point), **({"noise": 0.5 + k / 20} | fixed | point))
+        settings = {point_name(point): {k: v for k, v in point.items() if k != "noise"} for point in points}
+        return write_sweep_file(tmp_path / name, settings, title="Seeds and taus", log=log)
 
     return write
 
 
-def seeds(write_run, method, noise, which=(0, 1, 2), **more):
-    return [write_run(f"{method},seed={s}", method=method, noise=noise, seed=s, **more) for s in which]
+def write_seeds(write_run, method, noise, seeds=(0, 1, 2), **settings):
+    return [write_run(f"{method},seed={s}", method=method, noise=noise, seed=s, **settings) for s in seeds]
 
 
-def methods_and_taus(**more):
-    return [{"method": m, "tau": t, **more} for m in ("none", "lora", "bone") for t in (1.0, 2.0)]
+def methods_and_taus():
+    return [{"method": m, "tau": t} for m in ("none", "lora", "bone") for t in (1.0, 2.0)]
 
 
-def test_a_sweep_is_read_without_what_is_unfinished_or_logged(write_sweep):
+def test_unfinished_points_and_logs_of_a_sweep_are_not_read(write_sweep):
     points = [{"method": m, "seed": s} for m in ("none", "bone") for s in (0, 1)]
-    folder = write_sweep(points, leave=("method=bone,seed=1",), log={"method=bone,seed=1": {"state": "failed"}})
+    folder = write_sweep(points, unfinished=("method=bone,seed=1",), log={"method=bone,seed=1": {"state": "failed"}})
     write_run_folder(folder / "method=bone,seed=1.partial", method="bone", seed=1)
     write_run_folder(folder / "log" / "old", method="bone", seed=3)
-    write_run_folder(folder / "method=lora", method="lora")  # no point of this sweep
+    write_run_folder(folder / "method=lora", method="lora")  # not a point of this sweep
     runs = read_runs([folder])
     assert [(run.points, run.varied) for run in runs] == [((point_name(p),), p) for p in points[:3]]
 
 
-def notebook_sweep(tmp_path):
+def write_notebook_sweep(tmp_path):
     folder = tmp_path / "book"
     for tau in (1.0, 2.0):
         results = folder / f"tau={tau}" / "results"
         write_run_folder(results / "deep" / "frozen", noise=1.5)
         write_run_folder(results / "bone", method="bone", tau=tau, noise=tau / 3)
         write_run_folder(results / "lora.partial", method="lora", tau=tau)
-        (results / "trained").mkdir()  # a trained model's folder: no run, and its summary is no notebook's
+        (results / "trained").mkdir()  # a trained model: neither a run nor a notebook's summary
         for name in ("config.yml", "summary.json"):
             (results / "trained" / name).write_text("{}")
-        own = {"accuracy": tau / 10, "best": "Bone", "sound": True, "curve": [1, 2], "nothing": None}
-        (folder / f"tau={tau}" / "summary.json").write_text(json.dumps(own))
+        scalars = {"accuracy": tau / 10, "best": "Bone", "valid": True, "curve": [1, 2], "missing": None}
+        (folder / f"tau={tau}" / "summary.json").write_text(json.dumps(scalars))
     return write_sweep_file(folder, {f"tau={t}": {"tau": t} for t in (1.0, 2.0)}, notebook="05_evaluation.ipynb")
 
 
-def test_runs_below_notebooks_are_found_at_any_depth_and_the_same_run_is_read_once(tmp_path):
-    folder = notebook_sweep(tmp_path)
+def test_runs_of_notebook_points_are_read_at_any_depth_and_once(tmp_path):
+    folder = write_notebook_sweep(tmp_path)
     runs = {run.name + str(run.config.get("tau", "")): run for run in read_runs([folder])}
     assert sorted(runs) == ["bone1.0", "bone2.0", "frozen"]
     assert runs["frozen"].points == ("tau=1.0", "tau=2.0")
-    assert runs["frozen"].varied == {}  # of no one tau
+    assert runs["frozen"].varied == {}  # its points differ in tau
     assert runs["bone2.0"].varied == {"tau": 2.0}
     table = points_table(list(runs.values()), sweeps=[read_sweep_folder(folder)])
     assert dict(zip(table["run"], table["point"], strict=True))["frozen"] == "tau=1.0; tau=2.0"
     assert len(table) == 5
-    own = table[table["label"].isna()].set_index("point")
-    assert own["accuracy"].to_dict() == {"tau=1.0": 0.1, "tau=2.0": 0.2}
-    assert own["tau"].to_dict() == {"tau=1.0": 1.0, "tau=2.0": 2.0}
-    assert own[["best", "sound"]].to_numpy().tolist() == [["Bone", True]] * 2
+    summaries = table[table["label"].isna()].set_index("point")
+    assert summaries["accuracy"].to_dict() == {"tau=1.0": 0.1, "tau=2.0": 0.2}
+    assert summaries["tau"].to_dict() == {"tau=1.0": 1.0, "tau=2.0": 2.0}
+    assert summaries[["best", "valid"]].to_numpy().tolist() == [["Bone", True]] * 2
     assert "curve" not in table
 
 
-def test_a_sweep_without_run_folders_gives_its_points_and_no_figure(tmp_path):
+def test_report_of_a_sweep_without_run_folders_has_points_and_no_figure(tmp_path):
     folder = tmp_path / "book"
     for k in (1, 2):
         (folder / f"k={k}").mkdir(parents=True)
@@ -107,14 +119,14 @@ def test_a_sweep_without_run_folders_gives_its_points_and_no_figure(tmp_path):
     assert page.startswith("# Labels\n\n2 of 3 points finished; missing: `k=3`.\n")
 
 
-def test_a_sweep_of_which_nothing_is_finished_says_so(tmp_path):
+def test_report_of_a_sweep_without_finished_points_names_the_missing_ones(tmp_path):
     folder = write_sweep_file(tmp_path / "s", {"tau=1": {"tau": 1}})
     assert read_runs([folder]) == []
     write_report([folder], tmp_path / "out")
     assert "0 of 1 points finished; missing: `tau=1`." in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_broken_sweep_file_or_summary_is_refused_by_name(tmp_path):
+def test_error_for_an_invalid_sweep_file_or_summary_names_it(tmp_path):
     (tmp_path / "s").mkdir()
     for text in ("grid: {tau: [1]}", "- 1", "a: [", "title: t\nnotebook: null\nvaried: [a]\npoints: [1]"):
         (tmp_path / "s" / "sweep.yml").write_text(text)
@@ -127,11 +139,11 @@ def test_a_broken_sweep_file_or_summary_is_refused_by_name(tmp_path):
         write_report([folder], tmp_path / "out")
 
 
-def test_a_mean_over_seeds_is_the_mean_of_its_seeds(write_run):
-    folders = [*seeds(write_run, "bone", 0.5), write_run("frozen", noise=1.0)]
+def test_mean_over_seeds_equals_the_mean_of_its_seeds(write_run):
+    folders = [*write_seeds(write_run, "bone", 0.5), write_run("frozen", noise=1.0)]
     runs = read_runs(folders)
-    merged, alone = average_seeds(runs)
-    assert alone is runs[3]
+    merged, single = average_seeds(runs)
+    assert single is runs[3]
     assert merged.seeds == (0, 1, 2)
     assert merged.name == "bone (3 seeds)"
     for target in ("log1p-cp10k", "log1p"):
@@ -141,19 +153,19 @@ def test_a_mean_over_seeds_is_the_mean_of_its_seeds(write_run):
             np.mean([run.score("slides", normalization=target)["pcc"] for run in runs[:3]])
         )
         assert seed_sd(merged, normalization=target) == pytest.approx(np.std(values, ddof=1))
-    assert np.isnan(seed_sd(alone))
+    assert np.isnan(seed_sd(single))
     assert merged.score()["n_units"] == 3  # patients, not patients times seeds
     assert merged.summary["mean_pcc"] == merged.score()["pcc"]
 
 
 def test_seeds_do_not_count_as_patients(write_run):
-    """The same numbers under three seeds are worth no more than once: the interval stays as wide."""
-    one = read_runs(seeds(write_run, "bone", 0.5, which=(0,)))[0]
+    """Three copies of one seed give the same interval as one."""
+    one = read_runs(write_seeds(write_run, "bone", 0.5, seeds=(0,)))[0]
     copies = [one.moments.assign(fold=[f"{s}:{f}" for f in one.moments["fold"]]) for s in range(3)]
-    own = [m[m["normalization"] == "log1p"] for m in (one.moments, pd.concat(copies))]
-    alone, thrice = (bootstrap_interval(m, n_boot=400) for m in own)
-    assert thrice["ci_low"] == pytest.approx(alone["ci_low"])
-    merged = average_seeds(read_runs([one.folder, *seeds(write_run, "bone", 0.5, which=(1, 2))]))[0]
+    moments = [m[m["normalization"] == "log1p"] for m in (one.moments, pd.concat(copies))]
+    single, triple = (bootstrap_interval(m, n_boot=400) for m in moments)
+    assert triple["ci_low"] == pytest.approx(single["ci_low"])
+    merged = average_seeds(read_runs([one.folder, *write_seeds(write_run, "bone", 0.5, seeds=(1, 2))]))[0]
     assert {fold.split(":")[0] for fold in merged.moments["fold"]} == {"0", "1", "2"}
     assert merged.moments.groupby("normalization")["fold"].nunique().tolist() == [9, 9]
 
@@ -170,7 +182,7 @@ def test_ceilings_and_seconds_are_means_over_seeds(write_run):
 
 
 def test_differences_of_means_over_seeds_are_paired(write_run):
-    runs = average_seeds(read_runs([*seeds(write_run, "none", 1.2), *seeds(write_run, "bone", 0.5)]))
+    runs = average_seeds(read_runs([*write_seeds(write_run, "none", 1.2), *write_seeds(write_run, "bone", 0.5)]))
     table = difference_table(runs)
     by_seed = [b.score()["pcc"] - f.score()["pcc"] for f, b in zip(*(run.parts for run in runs), strict=True)]
     assert table.loc["Bone", "difference"] == pytest.approx(np.mean(by_seed))
@@ -181,97 +193,105 @@ def test_differences_of_means_over_seeds_are_paired(write_run):
     assert not any(column.startswith("fold") for column in scores)
 
 
-def test_other_seeds_are_not_paired_and_said(write_run):
-    runs = average_seeds(read_runs([*seeds(write_run, "none", 1.2, which=(0,)), *seeds(write_run, "bone", 0.5)]))
+def test_runs_of_other_seeds_are_not_paired_and_noted(write_run):
+    folders = [*write_seeds(write_run, "none", 1.2, seeds=(0,)), *write_seeds(write_run, "bone", 0.5)]
+    runs = average_seeds(read_runs(folders))
     table = difference_table(runs)
     assert table["difference"].isna().all()
-    assert "None for Bone: not the seeds of frozen." in table.attrs["note"]
-    assert "Of fewer seeds: frozen." in protocol_table(runs).attrs["note"]
-    strange = average_seeds(
-        read_runs([*seeds(write_run, "lora", 1.2, which=(3, 4)), *(r.folder for r in runs[1].parts)])
-    )
+    assert "Missing for Bone: other seeds than frozen." in table.attrs["note"]
+    assert "Fewer seeds: frozen." in protocol_table(runs).attrs["note"]
+    folders = [*write_seeds(write_run, "lora", 1.2, seeds=(3, 4)), *(r.folder for r in runs[1].parts)]
+    others = average_seeds(read_runs(folders))
     with pytest.raises(ValueError, match=r"differ in seed \(0\+1\+2 and 3\+4\)"):
-        require_shared(strange[::-1])
+        require_shared(others[::-1])
 
 
-def test_settings_of_teaching_are_those_that_decide_a_student():
-    source = (Path(peka_lite.__file__).parent / "experiments" / "cache.py").read_text()  # which imports torch
-    named = {
+def test_training_settings_match_those_of_the_student_cache():
+    source = (Path(peka_lite.__file__).parent / "experiments" / "cache.py").read_text()  # importing it imports torch
+    constants = {
         line.targets[0].id: ast.literal_eval(line.value)
         for line in ast.parse(source).body
         if isinstance(line, ast.Assign) and line.targets[0].id in ("TRAINING", "FITTING")
     }
-    theirs = {*named["TRAINING"], *named["FITTING"]} - {"backbone", "weights", "seed", "method", "shuffle_teacher"}
+    expected = {*constants["TRAINING"], *constants["FITTING"]} - {
+        "backbone",
+        "weights",
+        "seed",
+        "method",
+        "shuffle_teacher",
+    }
     files = {"teacher_checkpoint", "teacher_genes", "teacher_mapping"}
-    assert set(TRAINED) == theirs | files
+    assert set(TRAINED) == expected | files
 
 
-def test_frozen_students_and_controls_join_every_group_but_do_not_make_one(write_run):
-    made = [write_run("f", tau=9.0, epochs=50, noise=1.5), write_run("c", features="color", r=4, noise=2.0)]
-    made += [write_run(f"{m}{t}", method=m, tau=t, noise=0.5 + t / 10) for t in (1.0, 2.0) for m in ("lora", "bone")]
-    made += [write_run("miss", method="miss", tau=2.0)]
-    reference, others, told = split_by_settings(average_seeds(read_runs(made)))
+def test_frozen_students_and_controls_join_every_group_and_form_none(write_run):
+    folders = [write_run("f", tau=9.0, epochs=50, noise=1.5), write_run("c", features="color", r=4, noise=2.0)]
+    folders += [write_run(f"{m}{t}", method=m, tau=t, noise=0.5 + t / 10) for t in (1.0, 2.0) for m in ("lora", "bone")]
+    folders += [write_run("miss", method="miss", tau=2.0)]
+    reference, others, reference_settings = split_by_settings(average_seeds(read_runs(folders)))
     assert [run.name for run in reference] == ["f", "c", "lora2.0", "bone2.0", "miss"]  # the larger group
     assert [run.name for run in others] == ["lora1.0", "bone1.0"]
-    assert told == {"mini": {"tau": 2.0}}
+    assert reference_settings == {"mini": {"tau": 2.0}}
     assert "tau" not in run_settings(reference[0])
     teachers = [write_run(f"t{k}", features="teacher", teacher=k) for k in ("pca", "scfoundation")]
-    kept, rest, _ = split_by_settings(average_seeds(read_runs(teachers)))  # the upper line feels its teacher
-    assert ([r.name for r in kept], [r.name for r in rest]) == (["tpca"], ["tscfoundation"])
+    reference, others, _ = split_by_settings(average_seeds(read_runs(teachers)))  # a teacher run depends on its teacher
+    assert ([r.name for r in reference], [r.name for r in others]) == (["tpca"], ["tscfoundation"])
 
 
-def test_the_reference_of_equal_groups_is_the_one_that_others_differ_from_least(write_run):
+def test_reference_of_equal_groups_is_the_one_with_fewest_differences(write_run):
     base = {"method": "bone", "augment": False, "tau": 2.0, "kd_space": "embedding"}
     changes = [{"augment": True}, {"kd_space": "logits"}, {}, {"tau": 4.0}]
     runs = read_runs([write_run(f"r{k}", noise=1 + k / 10, **base | change) for k, change in enumerate(changes)])
-    reference, others, told = split_by_settings(average_seeds(runs))
+    reference, others, reference_settings = split_by_settings(average_seeds(runs))
     assert [run.name for run in reference] == ["r2"]
-    assert told["mini"] == {"augment": False, "tau": 2.0, "kd_space": "embedding"}
+    assert reference_settings["mini"] == {"augment": False, "tau": 2.0, "kd_space": "embedding"}
     table = effects_table(others, reference)
     assert table.index.get_level_values("settings").tolist() == ["augment=true", "kd_space=logits", "tau=4"]
 
 
-def test_what_could_stand_in_one_column_before_still_does(write_run):
-    """Cohorts of other n_splits, methods of other lr and backbones of other r and weights are one group, as ever."""
-    made = [write_run("a", method="bone", lr=1e-4), write_run("b", method="lora", lr=1e-3)]
-    made += [write_run("c", method="bone", backbone="uni", weights="hub", r=256)]
-    made += [write_run("d", method="bone", cohort="lung", n_splits=2, data="d2")]
-    made += [write_run("e", protocol="paper", method="bone")]
-    reference, others, told = split_by_settings(average_seeds(read_runs(made)))
+def test_methods_backbones_and_cohorts_may_differ_in_settings_within_a_group(write_run):
+    """Cohorts may differ in n_splits, methods in lr, and backbones in r and weights."""
+    folders = [write_run("a", method="bone", lr=1e-4), write_run("b", method="lora", lr=1e-3)]
+    folders += [write_run("c", method="bone", backbone="uni", weights="hub", r=256)]
+    folders += [write_run("d", method="bone", cohort="lung", n_splits=2, data="d2")]
+    folders += [write_run("e", protocol="paper", method="bone")]
+    reference, others, reference_settings = split_by_settings(average_seeds(read_runs(folders)))
     assert len(reference) == 5
     assert others == []
-    assert told == {"mini": {}, "lung": {}}
+    assert reference_settings == {"mini": {}, "lung": {}}
 
 
-def test_what_a_protocol_sets_splits_runs_of_one_protocol_alone(write_run):
-    made = [write_run(f"{m}{a}", method=m, protocol="custom", alpha=a) for m, a in (("bone", 1.0), ("lora", 7.0))]
-    reference, others, told = split_by_settings(average_seeds(read_runs([*made, write_run("h", protocol="hest")])))
+def test_protocol_settings_split_runs_of_one_protocol_only(write_run):
+    folders = [write_run(f"{m}{a}", method=m, protocol="custom", alpha=a) for m, a in (("bone", 1.0), ("lora", 7.0))]
+    reference, others, reference_settings = split_by_settings(
+        average_seeds(read_runs([*folders, write_run("h", protocol="hest")]))
+    )
     assert [run.name for run in reference] == ["bone1.0", "h"]
     assert [run.name for run in others] == ["lora7.0"]
-    assert told == {"mini": {"alpha": 1.0}}
+    assert reference_settings == {"mini": {"alpha": 1.0}}
 
 
-def test_runs_that_differ_in_nothing_they_feel_are_one_row(write_run, tmp_path):
-    made = [write_run(f"f{t}", tau=t, noise=1.5) for t in (1.0, 2.0)]
-    made += [write_run(f"b{t}", method="bone", tau=t, noise=t / 3) for t in (1.0, 2.0)]
-    write_report(made, tmp_path / "out")
+def test_runs_that_differ_in_unused_settings_are_one_row(write_run, tmp_path):
+    folders = [write_run(f"f{t}", tau=t, noise=1.5) for t in (1.0, 2.0)]
+    folders += [write_run(f"b{t}", method="bone", tau=t, noise=t / 3) for t in (1.0, 2.0)]
+    write_report(folders, tmp_path / "out")
     assert pd.read_csv(tmp_path / "out" / "protocol_mini_strict.csv")["features"].tolist() == ["frozen", "Bone"] * 2
     assert len(pd.read_csv(tmp_path / "out" / "points.csv")) == 4
 
 
-def test_effects_are_paired_differences_to_the_same_row_of_the_reference(write_run):
+def test_effects_are_paired_differences_to_the_same_reference_row(write_run):
     folders = [write_run("f", noise=1.5)]
     folders += [write_run(f"{m}{t}", method=m, tau=t, noise=t / 3) for t in (1.0, 4.0) for m in ("bone", "lora")]
     folders += [write_run("few", method="bone", tau=1.0, n_splits=2), write_run("miss", method="miss", tau=4.0)]
     runs = {run.name: run for run in read_runs(folders)}
-    reference, others, told = split_by_settings(average_seeds(list(runs.values())))
-    assert told["mini"] == {"tau": 4.0, "n_splits": 3}
+    reference, others, reference_settings = split_by_settings(average_seeds(list(runs.values())))
+    assert reference_settings["mini"] == {"tau": 4.0, "n_splits": 3}
     table = effects_table(others, reference)
     moments = [runs[k].moments.query("normalization == 'log1p-cp10k'") for k in ("bone1.0", "bone4.0")]
-    by_hand = bootstrap_difference(*moments)
+    expected = bootstrap_difference(*moments)
     row = table.loc[("tau=1", "Bone")]
     assert row[["difference", "difference low", "difference high"]].tolist() == [
-        by_hand[k] for k in ("pcc", "ci_low", "ci_high")
+        expected[k] for k in ("pcc", "ci_low", "ci_high")
     ]
     assert row["PCC"] == runs["bone1.0"].score()["pcc"]
     few = table.loc[("n_splits=2, tau=1", "Bone")]
@@ -281,22 +301,22 @@ def test_effects_are_paired_differences_to_the_same_row_of_the_reference(write_r
     only = effects_table([runs["miss"]], [runs["bone1.0"]]).iloc[0]
     assert np.isnan(only["difference"])
     assert only["note"] == "the reference settings have no such row"
-    with pytest.raises(ValueError, match="within one protocol and cohort"):
+    with pytest.raises(ValueError, match="runs of one protocol and cohort"):
         effects_table(others, average_seeds(read_runs([write_run("p", protocol="paper")])))
 
 
-def test_effects_of_means_over_other_seeds_say_so(write_run):
-    made = seeds(write_run, "bone", 0.5, tau=1.0) + seeds(write_run, "lora", 0.5, tau=1.0)
-    made += [write_run(f"x{s}", method="bone", seed=s, tau=2.0, noise=0.8) for s in (0, 1)]
-    table = effects_table(*split_by_settings(average_seeds(read_runs(made)))[1::-1])
+def test_effects_of_means_over_other_seeds_have_a_note(write_run):
+    folders = write_seeds(write_run, "bone", 0.5, tau=1.0) + write_seeds(write_run, "lora", 0.5, tau=1.0)
+    folders += [write_run(f"x{s}", method="bone", seed=s, tau=2.0, noise=0.8) for s in (0, 1)]
+    table = effects_table(*split_by_settings(average_seeds(read_runs(folders)))[1::-1])
     assert table.loc[("tau=2", "Bone"), "note"] == "not paired: seeds 0, 1, the reference's 0, 1, 2"
     assert table.loc[("tau=2", "Bone"), "sd over seeds"] > 0
 
 
-def test_points_hold_every_setting_that_varies_and_the_summaries_numbers(write_run):
-    made = [write_run("a", r=None, alpha="hest", protocol="custom"), write_run("c", protocol="hest", noise=0.4)]
-    made += [write_run("b", method="bone", r=256, lr=1e-3, noise=0.5, alpha=1.0, protocol="custom", device="cpu")]
-    runs = read_runs(made)
+def test_points_table_has_varying_settings_and_scores(write_run):
+    folders = [write_run("a", r=None, alpha="hest", protocol="custom"), write_run("c", protocol="hest", noise=0.4)]
+    folders += [write_run("b", method="bone", r=256, lr=1e-3, noise=0.5, alpha=1.0, protocol="custom", device="cpu")]
+    runs = read_runs(folders)
     table = points_table(runs)
     assert setting_columns(table) == ["alpha", "lr", "method", "normalization", "r", "split"]
     assert table["alpha"].tolist() == ["hest", "hest", "1"]
@@ -309,28 +329,28 @@ def test_points_hold_every_setting_that_varies_and_the_summaries_numbers(write_r
     assert table["label"].tolist() == ["frozen", "frozen", "Bone"]
 
 
-def test_metrics_hold_every_fold_and_gene_with_the_settings(write_sweep, tmp_path):
+def test_metrics_table_has_every_fold_and_gene_with_settings(write_sweep, tmp_path):
     folder = write_sweep(methods_and_taus())
     runs = read_runs([folder])
-    given = pd.DataFrame({"method": "bone", "fold": [0, 0], "gene": ["G1", "G2"], "pcc": [0.1, 0.2], "n_train": 7})
-    given.to_csv(folder / "method=bone,tau=2.0" / "metrics.csv", index=False)
+    metrics = pd.DataFrame({"method": "bone", "fold": [0, 0], "gene": ["G1", "G2"], "pcc": [0.1, 0.2], "n_train": 7})
+    metrics.to_csv(folder / "method=bone,tau=2.0" / "metrics.csv", index=False)
     table = metrics_table(runs, sweeps=[read_sweep_folder(folder)])
     assert list(table)[:4] == ["point", "run", "method", "tau"]
     one = table[table["point"] == "method=lora,tau=2.0"]
     assert len(one) == 3 * len(GENES)
-    Y, P = held_out("log1p-cp10k", 1, noise=0.65)
+    Y, P = draw_fold("log1p-cp10k", 1, noise=0.65)
     measured = one.set_index(["fold", "gene"]).loc[(1, "G2"), "pcc"]
     assert measured == pytest.approx(np.corrcoef(Y[:, 1], P[:, 1])[0, 1])
     two = table[table["point"] == "method=bone,tau=2.0"]
     assert two[["tau", "pcc", "n_train"]].to_numpy().tolist() == [[2.0, 0.1, 7.0], [2.0, 0.2, 7.0]]
 
 
-def test_a_report_of_a_sweep_begins_with_what_is_finished_and_holds_all(write_sweep):
+def test_report_of_a_sweep_begins_with_the_number_of_finished_points(write_sweep):
     points = [{"method": m, "tau": t, "seed": s} for m in ("none", "bone") for t in (1.0, 2.0) for s in (0, 1)]
-    leave = ("method=bone,tau=2.0,seed=1", "method=bone,tau=2.0,seed=0", "method=none,tau=2.0,seed=1")
-    log = {leave[0]: {"state": "failed", "seconds": 3.0, "last_line": "ValueError: no such teacher"}}
-    folder = write_sweep(points, leave=leave, log=log)
-    (folder / f"{leave[1]}.partial").mkdir()
+    unfinished = ("method=bone,tau=2.0,seed=1", "method=bone,tau=2.0,seed=0", "method=none,tau=2.0,seed=1")
+    log = {unfinished[0]: {"state": "failed", "seconds": 3.0, "last_line": "ValueError: no such teacher"}}
+    folder = write_sweep(points, unfinished=unfinished, log=log)
+    (folder / f"{unfinished[1]}.partial").mkdir()
     written = write_report([folder], folder / "report")
     page = (folder / "report" / "report.md").read_text()
     assert page.startswith(
@@ -346,10 +366,10 @@ def test_a_report_of_a_sweep_begins_with_what_is_finished_and_holds_all(write_sw
         )
         assert list(csv) == list(parquet)
         assert len(csv) == len(parquet) > 4
-    assert read_runs([folder])[0].points == ("method=none,tau=1.0,seed=0",)  # the report in it is no point
+    assert read_runs([folder])[0].points == ("method=none,tau=1.0,seed=0",)  # the report folder is not a point
 
 
-def test_tables_and_effects_of_several_settings_are_in_a_report(write_sweep):
+def test_report_of_several_settings_has_tables_and_effects(write_sweep):
     folder = write_sweep([{**p, "protocol": k} for k in ("paper", "strict") for p in methods_and_taus()])
     written = {path.name for path in write_report([folder], folder / "report")}
     for protocol in ("paper", "strict"):
@@ -363,16 +383,16 @@ def test_tables_and_effects_of_several_settings_are_in_a_report(write_sweep):
     assert "leak_mini.png" in written
 
 
-def test_two_sweeps_and_a_run_make_one_report(write_sweep, write_run, tmp_path):
+def test_report_of_two_sweeps_and_a_run(write_sweep, write_run, tmp_path):
     one = write_sweep([{"method": "bone"}], name="one")
-    two = write_sweep([{"method": "bone"}, {"method": "none"}], name="two")  # the first is that of `one`
+    two = write_sweep([{"method": "bone"}, {"method": "none"}], name="two")  # the first run is also in `one`
     write_report([one, two, write_run("lora", method="lora")], tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
     assert page.startswith("# Report\n\nSeeds and taus: 1 of 1 points finished.\n\nSeeds and taus: 2 of 2")
     assert pd.read_csv(tmp_path / "out" / "points.csv")["run"].tolist() == ["method=bone", "method=none", "lora"]
 
 
-def test_only_a_report_is_replaced_and_only_by_a_complete_one(write_run, tmp_path, monkeypatch):
+def test_replace_requires_a_report_and_failure_leaves_the_old_one(write_run, tmp_path, monkeypatch):
     out, run = tmp_path / "out", write_run("a")
     write_report([run], out)
     with pytest.raises(FileExistsError, match="is there already"):
@@ -388,31 +408,31 @@ def test_only_a_report_is_replaced_and_only_by_a_complete_one(write_run, tmp_pat
     assert "| b |" in (out / "report.md").read_text()
     assert not (out / "old.csv").exists()
     (out / "notes").mkdir()
-    with pytest.raises(FileExistsError, match=r"holds what no report makes \(notes\)"):
+    with pytest.raises(FileExistsError, match=r"has files of no report \(notes\)"):
         write_report([run], out, replace=True)
-    with pytest.raises(FileExistsError, match="is no report"):
+    with pytest.raises(FileExistsError, match="is not a report"):
         write_report([run], run, replace=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
 
-def test_an_old_report_is_back_where_the_new_one_cannot_take_its_place(write_run, tmp_path, monkeypatch):
+def test_old_report_is_restored_if_the_new_one_cannot_be_moved(write_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     write_report([write_run("a")], out)
-    true = os.replace
+    replace = os.replace
 
-    def refuse(source, target):
+    def fail(source, target):
         if target == out and source.name != "old":
             raise OSError("no space")
-        true(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr("peka_lite.reports.page.os.replace", refuse)
+    monkeypatch.setattr("peka_lite.reports.page.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_report([write_run("b", method="bone")], out, replace=True)
     assert "| a |" in (out / "report.md").read_text()
 
 
-def markers(ax):
-    """Markers of a panel, (n, 2), and their intervals, (n, 2, 2)."""
+def read_markers(ax):
+    """Return the markers of a panel, (n, 2), and their intervals, (n, 2, 2)."""
     from matplotlib.collections import LineCollection, PathCollection
 
     spots = np.concatenate([c.get_offsets() for c in ax.collections if isinstance(c, PathCollection)])
@@ -420,9 +440,7 @@ def markers(ax):
     return spots[~np.isnan(np.ma.filled(spots, np.nan)).any(1)], np.array(bars)
 
 
-def test_a_sweeps_figure_has_a_panel_a_protocol_and_a_marker_a_run(write_sweep):
-    from peka_lite.reports._sweep_figures import sweep_figure
-
+def test_sweep_figure_has_a_panel_per_protocol_and_a_marker_per_run(write_sweep):
     points = [{**p, "protocol": k, "seed": s} for k in ("strict", "paper") for p in methods_and_taus() for s in (0, 1)]
     table = points_table(read_runs([write_sweep(points)]))
     figure = sweep_figure(table)
@@ -430,19 +448,17 @@ def test_a_sweeps_figure_has_a_panel_a_protocol_and_a_marker_a_run(write_sweep):
     assert titles == ["paper protocol · mini (synthetic)", "strict protocol · mini (synthetic)"]
     strict = table[table["protocol"] == "strict"]
     assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["tau=1", "tau=2", "frozen"]
-    spots, bars = markers(figure.axes[1])
+    spots, bars = read_markers(figure.axes[1])
     assert sorted(spots[:, 0]) == pytest.approx(sorted(strict["mean_pcc"]))
     assert sorted(bars[:, 0, 0]) == pytest.approx(sorted(strict["ci_low"]))
     assert sorted(bars[:, 1, 0]) == pytest.approx(sorted(strict["ci_high"]))
     assert "95% intervals" in figure.get_suptitle()
-    assert "seeds beside each other" in figure.get_suptitle()
+    assert "seeds side by side" in figure.get_suptitle()
     legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert legend == ["frozen", "Bone", "LoRA"]
 
 
-def test_a_number_of_three_values_is_an_axis_and_frozen_students_are_level(write_sweep):
-    from peka_lite.reports._sweep_figures import sweep_figure
-
+def test_numeric_setting_of_three_values_is_the_axis_and_frozen_students_are_constant(write_sweep):
     points = [{"method": "none"}, *({"method": m, "tau": t} for m in ("bone", "lora") for t in (1.0, 2.0, 4.0))]
     figure = sweep_figure(points_table(read_runs([write_sweep(points, noise=0.7)])))
     ax = figure.axes[0]
@@ -451,55 +467,49 @@ def test_a_number_of_three_values_is_an_axis_and_frozen_students_are_level(write
     lines = [line.get_xydata() for line in ax.lines if len(line.get_xdata())]
     assert [line[:, 0].tolist() for line in lines] == [[1, 2, 4]] * 3
     assert np.ptp(lines[0][:, 1]) == 0
-    assert len(markers(ax)[0]) == 9
+    assert len(read_markers(ax)[0]) == 9
 
 
-def test_a_figure_of_many_changes_names_only_what_changed_and_grows(write_run):
-    from peka_lite.reports._sweep_figures import sweep_figure
-
+def test_sweep_figure_of_many_changes_labels_only_changes_and_grows(write_run):
     base = {"method": "bone", "tau": 2.0, "r": None, "augment": False, "kd_space": "embedding"}
     changes = [{}, {"tau": 1.0}, {"tau": 4.0}, {"r": 64}, {"augment": True}, {"kd_space": "logits"}]
     changes += [{"lr": k / 1000} for k in range(1, 35)]
-    made = [write_run(f"r{k}", noise=0.5, **({"lr": 1e-4} | base | change)) for k, change in enumerate(changes)]
-    table = points_table(read_runs(made))
+    folders = [write_run(f"r{k}", noise=0.5, **({"lr": 1e-4} | base | change)) for k, change in enumerate(changes)]
+    table = points_table(read_runs(folders))
     figure = sweep_figure(table)
     rows = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert rows[:6] == ["base", "tau=1", "tau=4", "r=64", "augment=true", "kd_space=logits"]
     assert len(rows) == 40
     assert figure.get_figheight() > 10
     assert "base: " in figure.axes[0].get_title()
-    with pytest.raises(ValueError, match="no row of these points is a run"):
+    with pytest.raises(ValueError, match="points has no row of a run"):
         sweep_figure(table.iloc[:0])
 
 
-def test_an_effects_figure_has_a_row_a_change_a_zero_line_and_says_what_is_not_paired(write_run):
-    from peka_lite.reports._sweep_figures import effects_figure
-
+def test_effects_figure_has_a_row_per_change_a_zero_line_and_marks_unpaired_runs(write_run):
     changes = [{"tau": 2.0}, {"tau": 4.0}, {"tau": 8.0}, {"tau": 2.0, "n_splits": 2}]
-    made = [
+    folders = [
         write_run(f"{m}{k}", method=m, noise=1 + k / 5, **c) for k, c in enumerate(changes) for m in ("bone", "lora")
     ]
-    reference, others, _ = split_by_settings(average_seeds(read_runs(made)))
+    reference, others, _ = split_by_settings(average_seeds(read_runs(folders)))
     table = effects_table(others, reference)
     figure = effects_figure(table)
     ax = figure.axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["tau=4", "tau=8", "n_splits=2"]
-    spots, bars = markers(ax)
+    spots, bars = read_markers(ax)
     drawn = table.dropna(subset="difference")
     assert sorted(spots[:, 0]) == pytest.approx(sorted(drawn["difference"]))
     assert sorted(bars[:, 0, 0]) == pytest.approx(sorted(drawn["difference low"]))
     assert [list(line.get_xdata()) for line in ax.lines if len(line.get_xdata())] == [[0, 0]]
     assert [text.get_text() for text in ax.texts] == ["not paired"] * 2
-    assert "What each change of settings is worth" in figure.get_suptitle()
+    assert "Effect of each change of settings" in figure.get_suptitle()
     assert "strict protocol" in figure.get_suptitle()
     assert "reference: tau=2" in figure.get_suptitle()
-    alone = effects_figure(table[table["difference"].isna()])
-    assert alone.axes[0].get_xlabel().startswith("mean PCC (no run can be paired")
+    unpaired = effects_figure(table[table["difference"].isna()])
+    assert unpaired.axes[0].get_xlabel().startswith("mean PCC (no run can be paired")
 
 
-def test_labels_of_untaught_runs_are_those_of_labels(write_run):
-    from peka_lite.reports._settings import UNTRAINED
-
+def test_untrained_labels_match_row_labels(write_run):
     kinds = ["student", "color", "coordinates", "depth", "teacher"]
     runs = read_runs([write_run(kind, features=kind) for kind in kinds])
     assert sorted(map(row_label, runs)) == sorted(UNTRAINED)
