@@ -2,11 +2,11 @@
 
     python benchmarks/mini_counts.py HER2ST [--out benchmarks/results/DATE_mini_counts.csv]
 
-HER2ST holds `st/` and `metadata/` of HER2_C2 to C5: four sections of one breast tumor, first-generation Spatial
-Transcriptomics (100 um spots 200 um apart; the mini cohort has Visium's 55 um spots 100 um apart). Every statistic is
-that of one slide, over the genes that both data sets hold, scaled to their own total; the table gives its median over
-slides and, in brackets, the lowest and the highest. A gene's kind is the one it has in the mini cohort. Neighbors are
-given by number, 100 um away in the one and 200 um in the other, and by distance. No model is involved.
+HER2ST has `st/` and `metadata/` of HER2_C2 to C5: four sections of one breast tumor, first-generation Spatial
+Transcriptomics (100 um spots 200 um apart; the mini cohort has Visium's 55 um spots 100 um apart). Each statistic is
+of one slide, over the genes of both data sets, normalized to their total; the table gives its median over slides and,
+in brackets, the lowest and the highest. A gene's kind is that of the mini cohort. Neighbors are defined by number (100
+and 200 um away) and by distance. No model is used.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from scipy import sparse
 from scipy.spatial import KDTree
 
 import peka_lite as pk
-from peka_lite.data.mini.cohort import noise_ceiling, write_mini_cohort
+from peka_lite.data.mini.cohort import write_mini_cohort
 
 REAL = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-MIN_COUNTS = 100  # over the shared genes: real sections hold a few spots that are almost or wholly empty
+MIN_COUNTS = 100  # over the shared genes: real sections have a few (almost) empty spots
 KINDS = ("visible", "invisible", "noise")
 
 
-def moran(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
-    """Moran's I of each column of (n_spots, n_genes); NaN where it is constant or no spot has a neighbor."""
+def compute_moran(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
+    """Return Moran's I of each column of (n_spots, n_genes); NaN if it is constant or no spot has neighbors."""
     z = values - values.mean(0)
     variance = (z**2).mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (z * (weights @ z)).sum(0) / weights.sum() / np.where(variance > 1e-12, variance, np.nan)
 
 
-def graphs(um: np.ndarray) -> dict[str, sparse.csr_matrix]:
-    """The neighbors of every spot: the six nearest, and all those 150 to 250 um away."""
+def build_graphs(um: np.ndarray) -> dict[str, sparse.csr_matrix]:
+    """Return the graphs of the six nearest spots, and of spots 150 to 250 um away."""
     tree = KDTree(um)
     nearest = tree.query(um, 7)[1][:, 1:]
     rows = np.repeat(np.arange(len(um)), 6)
@@ -52,17 +52,17 @@ def graphs(um: np.ndarray) -> dict[str, sparse.csr_matrix]:
     return {"6 nearest": six, "150-250 um": distance}
 
 
-def statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, float]:
-    """Every statistic of one slide whose genes are those of `kind`."""
+def compute_statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, float]:
+    """Compute all statistics of a slide with the genes of `kind`."""
     deep = np.asarray(slide.X.sum(1)).ravel() >= MIN_COUNTS
     n_dropped = int((~deep).sum())
     slide, um = slide[deep].copy(), um[deep]
     X = slide.X.toarray().astype(float)  # (n_spots, n_genes)
     total, mean = X.sum(1), X.mean(0)
-    near = graphs(um)
+    graphs = build_graphs(um)
     logs = np.log1p(1e4 * X / total[:, None])
     low, high = np.quantile(total, (0.25, 0.75))
-    found = {
+    result = {
         f"spots left out, below {MIN_COUNTS} counts": n_dropped,
         "spots": len(X),
         "genes": X.shape[1],
@@ -72,51 +72,54 @@ def statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> dict[str, 
         "counts per spot, coefficient of variation": total.std() / total.mean(),
         "genes seen per spot, median": np.median((X > 0).sum(1)),
     }
-    found |= {f"log10 counts per spot, Moran's I, {n}": moran(np.log10(total)[:, None], w)[0] for n, w in near.items()}
+    result |= {
+        f"log10 counts per spot, Moran's I, {n}": compute_moran(np.log10(total)[:, None], w)[0]
+        for n, w in graphs.items()
+    }
 
     groups = {"all": np.ones(len(kind), bool), **{name: (kind == name).to_numpy() for name in KINDS}}
-    found |= {f"share of zeros, {name}": (X[:, of] == 0).mean() for name, of in groups.items()}
-    found |= {f"share of counts, {name}": X[:, of].sum() / X.sum() for name, of in groups.items() if name != "all"}
-    found["share of genes not seen"] = (mean == 0).mean()
+    result |= {f"share of zeros, {name}": (X[:, of] == 0).mean() for name, of in groups.items()}
+    result |= {f"share of counts, {name}": X[:, of].sum() / X.sum() for name, of in groups.items() if name != "all"}
+    result["share of genes not seen"] = (mean == 0).mean()
     log_mean = np.log10(mean, where=mean > 0, out=np.full(len(mean), -np.inf))
     for name, of in groups.items():
         levels = QUANTILES if name == "all" else (0.5,)
         values = np.quantile(log_mean[of & (mean > 0)], levels)
-        found |= {f"log10 mean of a gene, {name}, quantile {q}": v for q, v in zip(levels, values, strict=True)}
+        result |= {f"log10 mean of a gene, {name}, quantile {q}": v for q, v in zip(levels, values, strict=True)}
 
-    # Moments, expected counts from each spot's total alone: squared residual = expected + dispersion * expected**2.
+    # By moments, with expected counts from the spot totals: squared residual = expected + dispersion * expected**2.
     expected = np.outer(total / total.mean(), mean)
     with np.errstate(invalid="ignore"):
         dispersion = ((X - expected) ** 2 - expected).sum(0) / (expected**2).sum(0)
     for name, of in groups.items():
         levels = QUANTILES if name == "all" else (0.5,)
         values = np.quantile(dispersion[of & (mean > 0.5)], levels)
-        found |= {f"dispersion, mean > 0.5, {name}, quantile {q}": v for q, v in zip(levels, values, strict=True)}
+        result |= {f"dispersion, mean > 0.5, {name}, quantile {q}": v for q, v in zip(levels, values, strict=True)}
 
     top = np.isin(slide.var_names, pk.data.top_hvg(slide, n=50))
-    for graph, weights in near.items():
-        value = moran(logs, weights)
+    for graph, weights in graphs.items():
+        value = compute_moran(logs, weights)
         for name, of in {**groups, "top 50": top}.items():
             levels = QUANTILES if name in ("all", "top 50") else (0.5, 0.95)
             quantiles = np.nanquantile(value[of], levels)
-            found |= {f"Moran's I, {graph}, {name}, quantile {q}": v for q, v in zip(levels, quantiles, strict=True)}
+            result |= {f"Moran's I, {graph}, {name}, quantile {q}": v for q, v in zip(levels, quantiles, strict=True)}
     spread = logs.std(0)
     with_top = {**groups, "top 50": top}
-    found |= {f"spread of log1p-cp10k, {n}, median": np.median(spread[of]) for n, of in with_top.items()}
-    found["log10 mean of a gene, top 50, quantile 0.5"] = np.median(log_mean[top])
-    found |= {f"top 50, {name}": (kind[top] == name).sum() for name in KINDS}
+    result |= {f"spread of log1p-cp10k, {n}, median": np.median(spread[of]) for n, of in with_top.items()}
+    result["log10 mean of a gene, top 50, quantile 0.5"] = np.median(log_mean[top])
+    result |= {f"top 50, {name}": (kind[top] == name).sum() for name in KINDS}
     split = pk.evaluation.estimate_ceiling(slide)
-    found |= {f"ceiling by count splitting, {n}, median": split[of].median() for n, of in with_top.items()}
+    result |= {f"ceiling by count splitting, {n}, median": split[of].median() for n, of in with_top.items()}
     if "rate" in slide.layers:
-        known = noise_ceiling(slide)
+        known = pk.evaluation.noise_ceiling(slide)
         for name, of in {"visible": groups["visible"], "top 50, visible": top & groups["visible"]}.items():
             values = known[of].quantile(QUANTILES)
-            found |= {f"true noise ceiling, {name}, quantile {q}": v for q, v in values.items()}
-    return found
+            result |= {f"true noise ceiling, {name}, quantile {q}": v for q, v in values.items()}
+    return result
 
 
-def read(root: Path, names) -> list[tuple[ad.AnnData, np.ndarray]]:
-    """The slides, each with its spots' positions in um."""
+def read_slides(root: Path, names) -> list[tuple[ad.AnnData, np.ndarray]]:
+    """Return the slides with the positions of their spots in um."""
     slides = []
     for name in names:
         slide = ad.read_h5ad(root / "st" / f"{name}.h5ad")
@@ -125,26 +128,26 @@ def read(root: Path, names) -> list[tuple[ad.AnnData, np.ndarray]]:
     return slides
 
 
-def table_of(slides, kind: pd.Series) -> pd.DataFrame:
-    """The statistics of every slide, (n_statistics, n_slides)."""
-    return pd.DataFrame([statistics(slide[:, kind.index].copy(), um, kind) for slide, um in slides]).T
+def tabulate(slides, kind: pd.Series) -> pd.DataFrame:
+    """Return the statistics of all slides, (n_statistics, n_slides)."""
+    return pd.DataFrame([compute_statistics(slide[:, kind.index].copy(), um, kind) for slide, um in slides]).T
 
 
-def cohort_ceiling(slides) -> dict[str, float]:
-    """What `top_hvg` chooses over all slides of the mini cohort, and the true ceilings of these genes."""
+def compute_ceiling(slides) -> dict[str, float]:
+    """Return the kinds of the genes that `top_hvg` selects in the mini cohort, and their true ceilings."""
     whole = ad.concat([slide for slide, _ in slides], merge="same", index_unique="-")
-    top, ceiling = list(pk.data.top_hvg(whole)), noise_ceiling(whole)
+    top, ceiling = list(pk.data.top_hvg(whole)), pk.evaluation.noise_ceiling(whole)
     kind = whole.var["kind"].astype(str)
-    found = {f"all slides together: top 50, {name}": (kind[top] == name).sum() for name in KINDS}
+    result = {f"all slides together: top 50, {name}": (kind[top] == name).sum() for name in KINDS}
     groups = {f"top 50, {name}": [g for g in top if kind[g] == name] for name in KINDS[:2]}
     for name, genes in {**groups, "visible": kind.index[kind == "visible"]}.items():
         values = ceiling[genes].quantile(QUANTILES)
-        found |= {f"all slides together: true noise ceiling, {name}, quantile {q}": v for q, v in values.items()}
-    return found
+        result |= {f"all slides together: true noise ceiling, {name}, quantile {q}": v for q, v in values.items()}
+    return result
 
 
-def spell(row: pd.Series) -> str:
-    """Median, lowest and highest over slides."""
+def format_range(row: pd.Series) -> str:
+    """Return median, lowest and highest value over slides as text."""
     row = row.dropna()
     if row.empty:
         return ""
@@ -154,22 +157,24 @@ def spell(row: pd.Series) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("her2st", type=Path, help="folder with st/ and metadata/ of HER2_C2 to C5")
-    parser.add_argument("--mini", type=Path, help="a mini cohort already written; without it the default one is drawn")
+    parser.add_argument("--mini", type=Path, help="an existing mini cohort; by default, one is simulated")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{date.today()}_mini_counts.csv"))
     args = parser.parse_args()
     files = [args.her2st / f / f"{n}{e}" for n in REAL for f, e in (("st", ".h5ad"), ("metadata", ".json"))]
     if absent := next((file for file in files if not file.is_file()), None):
-        sys.exit(f"{absent} is absent: give the folder that holds st/ and metadata/ of {', '.join(REAL)}")
+        sys.exit(f"{absent} does not exist: give the folder with st/ and metadata/ of {', '.join(REAL)}")
     with tempfile.TemporaryDirectory() as folder:
         root = args.mini or write_mini_cohort(Path(folder) / "mini")
-        mini = read(root, sorted(file.stem for file in (root / "st").glob("*.h5ad")))
-    real = read(args.her2st, REAL)
+        mini = read_slides(root, sorted(file.stem for file in (root / "st").glob("*.h5ad")))
+    real = read_slides(args.her2st, REAL)
     var = mini[0][0].var
     shared = [gene for gene in var.index if all(gene in slide.var_names for slide, _ in real)]
     kind = var.loc[shared, "kind"].astype(str)
-    ours, theirs = table_of(mini, kind), table_of(real, kind)
-    table = pd.DataFrame({"mini": ours.apply(spell, axis=1), "real": theirs.reindex(ours.index).apply(spell, axis=1)})
-    table = pd.concat([table, pd.DataFrame({"mini": {k: f"{v:.4g}" for k, v in cohort_ceiling(mini).items()}})])
+    ours, reference = tabulate(mini, kind), tabulate(real, kind)
+    table = pd.DataFrame(
+        {"mini": ours.apply(format_range, axis=1), "real": reference.reindex(ours.index).apply(format_range, axis=1)}
+    )
+    table = pd.concat([table, pd.DataFrame({"mini": {k: f"{v:.4g}" for k, v in compute_ceiling(mini).items()}})])
     table = table.fillna("").rename_axis("statistic")
     print(table.to_string())
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-"""The protocol table: every method and every control under every protocol, on one cohort.
+"""Run every method and control under every protocol, on one cohort.
 
     python benchmarks/protocols.py mini
     python benchmarks/protocols.py real --cohort ../shared/real/her2st
 
-writes dated run folders to ``benchmarks/results``, without predictions, maps and weights; `peka-lite report` reads
-them.
-A run that is there already is kept, and taught students come from the cache, so a stopped command goes on.
+Writes dated run folders to ``benchmarks/results``, without predictions, maps and weights, for `peka-lite report`.
+Existing runs are skipped, and trained students come from the cache, so an interrupted command can be repeated.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.run import run
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = ("config.yml", "summary.json", "slides.parquet", "metrics.csv")
+STORED_FILES = ("config.yml", "summary.json", "slides.parquet", "metrics.csv")
 SETTINGS = {
     "mini": {"cohort": "mini"},
-    # The first section's image is unfit for image models, and the four others are of one person.
+    # The image of the first section (HER2_A1) is not usable; the other four are of one person.
     "real": {"slides": ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")},
 }
-# The package's weights have seen the real sections: they are not scored there.
+# The weights of the package were pretrained on the real sections, so they are not scored there.
 WEIGHTS = {"mini": "hub", "real": "random"}
 ROWS = {
     "color": {"features": "color", "method": "none"},
@@ -44,11 +43,11 @@ ROWS = {
 
 
 def main() -> None:
-    """Run what is missing, row by row."""
+    """Run the missing combinations of row and protocol."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=SETTINGS)
     parser.add_argument("--cohort", help="folder in HEST-1k's layout, for 'real'")
-    parser.add_argument("--weights", help="of the student; None: the package's on 'mini', random on 'real'")
+    parser.add_argument("--weights", help="of the student; default: of the package on 'mini', random on 'real'")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--n-splits", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,19 +64,19 @@ def main() -> None:
             folder = out / f"{protocol}_{name}"
             if folder.exists():
                 continue
-            held_out = {"split": "slide"} if options.data == "real" and protocol != "paper" else {}
+            split = {"split": "slide"} if options.data == "real" and protocol != "paper" else {}
             config = RunConfig(
-                **settings, **held_out, **ROWS[name], protocol=protocol,
+                **settings, **split, **ROWS[name], protocol=protocol,
                 weights=options.weights or WEIGHTS[options.data], epochs=options.epochs,
                 n_splits=options.n_splits, seed=options.seed,
             )  # fmt: skip
-            start, whole = time.perf_counter(), out / f".{folder.name}"
-            shutil.rmtree(whole, ignore_errors=True)
-            summary = run(config, whole, maps=False)
-            for path in whole.iterdir():
-                if path.name not in KEPT:
+            start, draft = time.perf_counter(), out / f".{folder.name}"
+            shutil.rmtree(draft, ignore_errors=True)
+            summary = run(config, draft, maps=False)
+            for path in draft.iterdir():
+                if path.name not in STORED_FILES:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            whole.rename(folder)
+            draft.rename(folder)
             print(f"{folder.name:24}{summary['mean_pcc']:7.3f}{time.perf_counter() - start:8.1f} s", flush=True)
 
 

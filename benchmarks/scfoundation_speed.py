@@ -1,7 +1,7 @@
-"""Spots per second of the scFoundation teacher, beside PyTorch's own encoder layers fed one spot at a time.
+"""Compare spots per second of the scFoundation teacher with PyTorch's encoder layers run one spot at a time.
 
-Both have the same random weights (12 layers, 768 wide, as the published model), the same threads and the same real
-spots, in one run; only the transformer differs. Writes ``results/scfoundation_speed_{device}.json``.
+Both have the same random weights (12 layers of width 768, as the published model), threads and real spots, in one run;
+only the transformer differs. Writes ``results/scfoundation_speed_{device}.json``.
 
     python benchmarks/scfoundation_speed.py --cohort FOLDER --slides HER2_C2,HER2_C3 --genes GENES.tsv --spots 12
 """
@@ -30,15 +30,15 @@ from peka_lite.teachers._encoder import pool_tokens
 BUDGETS = {"cpu": (4_096, 16_384), "cuda": (16_384, 65_536, 262_144)}
 
 
-def real_spots(cohort: str, slides: list[str] | None, n: int, seed: int = 0) -> ad.AnnData:
-    """Draw spots of a real cohort after quality control, each with its own number of expressed genes."""
+def draw_spots(cohort: str, slides: list[str] | None, n: int, seed: int = 0) -> ad.AnnData:
+    """Draw spots of a real cohort after quality control."""
     data = pk.open_cohort(cohort, slides=slides).adata
     rows = np.random.default_rng(seed).choice(data.n_obs, size=min(n, data.n_obs), replace=False)
     return data[np.sort(rows)].copy()
 
 
 class Peer:
-    """The reference's procedure: `nn.TransformerEncoderLayer` in eval mode, one spot at a time, float32."""
+    """Reference: `nn.TransformerEncoderLayer` in eval mode, one spot at a time, float32."""
 
     def __init__(self, teacher: pk.teachers.ScFoundation, device: str):
         c = teacher.encoder.config
@@ -46,9 +46,9 @@ class Peer:
         self.front = teacher.encoder.to(device)
         self.layers = []
         for ours in teacher.encoder.encoder["transformer_encoder"]:
-            theirs = nn.TransformerEncoderLayer(c.hidden_dim, c.heads, 4 * c.hidden_dim, batch_first=True)
-            theirs.load_state_dict(ours.state_dict())
-            self.layers.append(theirs.eval().requires_grad_(False).to(device))
+            layer = nn.TransformerEncoderLayer(c.hidden_dim, c.heads, 4 * c.hidden_dim, batch_first=True)
+            layer.load_state_dict(ours.state_dict())
+            self.layers.append(layer.eval().requires_grad_(False).to(device))
 
     @torch.no_grad()
     def embed(self, adata: ad.AnnData) -> np.ndarray:
@@ -62,15 +62,15 @@ class Peer:
         return np.concatenate(out)
 
 
-def work_of(lengths: np.ndarray, size: dict) -> float:
-    """Return the transformer's floating-point operations on spots of these lengths, in units of 1e9."""
+def count_operations(lengths: np.ndarray, size: dict) -> float:
+    """Return the transformer's floating-point operations on spots of these lengths, in 1e9."""
     L, width = lengths.astype(float), size["hidden_dim"]
     return size["depth"] * (24 * width**2 * L.sum() + 4 * width * (L**2).sum()) / 1e9
 
 
 @torch.inference_mode()
-def matmul_rate(device: str, width: int) -> float:
-    """Return the speed of the feed-forward's first matrix product alone, float32, in 1e9 operations a second."""
+def measure_matrix_rate(device: str, width: int) -> float:
+    """Return the speed of the first feed-forward matrix product, float32, in 1e9 operations per second."""
     x, layer = torch.randn(4096, width, device=device), nn.Linear(width, 4 * width, device=device)
     seconds = []
     for _ in range(8):
@@ -83,13 +83,13 @@ def matmul_rate(device: str, width: int) -> float:
 
 
 def measure(embed, adata: ad.AnnData, device: str) -> tuple[np.ndarray, dict]:
-    """Return embeddings, and spots per second with the peak of memory above what was held before."""
-    embed(adata[:1])  # kernels are chosen on first use
-    before = start_of_peak(device)
+    """Return embeddings, and spots per second with the peak of added memory."""
+    embed(adata[:1])  # selects kernels
+    before = reset_peak(device)
     begun = time.perf_counter()
     E = embed(adata)
     seconds = time.perf_counter() - begun
-    peak = (peak_bytes(device) - before) / 2**30
+    peak = (read_peak(device) - before) / 2**30
     return E, {
         "spots_per_second": round(adata.n_obs / seconds, 4),
         "seconds": round(seconds, 2),
@@ -97,18 +97,18 @@ def measure(embed, adata: ad.AnnData, device: str) -> tuple[np.ndarray, dict]:
     }
 
 
-def start_of_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak_bytes(device)
+    return read_peak(device)
 
 
-def peak_bytes(device: str) -> int:
+def read_peak(device: str) -> int:
     if device != "cpu":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
@@ -121,20 +121,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", required=True, help="folder in HEST-1k's layout")
     parser.add_argument("--slides", type=lambda text: text.split(","), help="comma-separated ids; all by default")
-    parser.add_argument("--genes", required=True, help="the vocabulary, a TSV file or JSON list")
+    parser.add_argument("--genes", required=True, help="vocabulary, a TSV file or JSON list")
     parser.add_argument("--spots", type=int, default=12)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = options.device
-    adata = real_spots(options.cohort, options.slides, options.spots)
+    adata = draw_spots(options.cohort, options.slides, options.spots)
     size = {"hidden_dim": 768, "depth": 12, "heads": 12}
     exact = dict.fromkeys(PRECISION, torch.float32)
     teacher = pk.teachers.ScFoundation.random(options.genes, **size, precision=exact)
     lengths = teacher.tokens(adata).lengths
 
-    bound = matmul_rate(device, size["hidden_dim"])
+    bound = measure_matrix_rate(device, size["hidden_dim"])
     print(f"one matrix product alone: {bound:.0f} GFLOP/s", flush=True)
     reference, peer = measure(Peer(teacher, device).embed, adata, device)
     print("peer, one spot at a time", peer, flush=True)
@@ -150,7 +150,7 @@ def main() -> None:
                 "max_tokens": budget,
                 "ratio": round(row["spots_per_second"] / peer["spots_per_second"], 2),
             }
-            row["gflop_per_second"] = round(work_of(lengths, size) / row["seconds"])
+            row["gflop_per_second"] = round(count_operations(lengths, size) / row["seconds"])
             row["max_abs_difference"] = float(f"{np.abs(E - reference).max():.2g}")
             rows.append(row)
             print(row, flush=True)
@@ -163,7 +163,7 @@ def main() -> None:
         "tokens_per_spot": {str(q): int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 100)},
         "matrix_product_alone_gflop_per_second": round(bound),
         "peer": peer
-        | {"gflop_per_second": round(work_of(lengths, size) / peer["seconds"])}
+        | {"gflop_per_second": round(count_operations(lengths, size) / peer["seconds"])}
         | {"what": "nn.TransformerEncoderLayer, eval mode, no_grad, one spot at a time, float32"},
         "ours": rows,
     }

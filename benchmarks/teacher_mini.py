@@ -1,19 +1,19 @@
-"""What teachers tell of the embedded cohort: its domains, its genes and the mixture behind them.
+"""Evaluate teachers on the embedded cohort: how well they predict its domains, genes and mixtures.
 
-Teachers: scfoundation-mini as `load_teacher` makes it, both ways of pooling; the same network with random weights; PCA
-of the same width, and of 50 components, its default. PCA is fitted on all spots of the cohort, and for the held-out
-scores once more on each fold's training spots alone; the others came trained, or not, before they saw the cohort.
+Teachers: scfoundation-mini (`load_teacher`) with both poolings; the same network with random weights; PCA of the same
+width, and with its default of 50 components. PCA is fitted on all spots of the cohort, and for the held-out scores on
+each fold's training spots only; the other teachers are not fitted on the cohort.
 
 - clusters: adjusted Rand index of KNN-Leiden clusters against ``obs["domain"]``, at the default resolution, and at the
-  resolution whose number of clusters is nearest to 6, 9 and 12 (a teacher is not judged by how many it finds);
-- held out by patient: mean PCC of the probe from embedding to the 50 most variable genes, which are the training rows'
-  own choice, with the measured counts (`pcc`) and with the true rates behind them (`pcc_rates`): what is told of the
-  counting noise, which a teacher sees and no tile shows, helps only the first; and R2 of the domain mixture and of the
-  hidden niches (`r2_mixture`, `r2_niche`, mean over columns). Ridge penalty 100 on standardized features.
+  resolution whose number of clusters is nearest to 6, 9 and 12, so that scores do not depend on their number;
+- held out by patient: mean PCC of the probe from embedding to the 50 most variable genes of the training rows, with
+  the measured counts (`pcc`) and with the true rates (`pcc_rates`; counting noise, which the teacher sees and a tile
+  does not show, only helps `pcc`); R2 of the domain mixture and of the hidden niches (`r2_mixture`, `r2_niche`, mean
+  over columns). Ridge with alpha 100 on standardized features.
 
-The row "true mixture" clusters the domain mixture itself: what even perfect knowledge scores.
+The row "true mixture" clusters the domain mixture itself, as an upper bound.
 
-Cohort 0 with default options is the one that the book shows; other seeds show how far numbers move between cohorts.
+Cohort 0 with default options is that of the book; other seeds show the variation between cohorts.
 
     python benchmarks/teacher_mini.py --seeds 0 101 102 103
 """
@@ -50,20 +50,20 @@ ALPHA = 100.0
 PACKAGES = ("peka-lite", "torch", "scanpy", "leidenalg", "scikit-learn", "umap-learn")
 
 
-def cluster_scores(E: np.ndarray, domain: np.ndarray) -> dict[str, float]:
-    """Adjusted Rand indices, and how many clusters the default resolution gives."""
-    found = {r: PseudoLabeler(resolution=r).fit(E) for r in RESOLUTIONS}
-    scores = {"n_clusters": found[1.0].n_labels_, "ari": adjusted_rand_score(domain, found[1.0].labels_)}
-    for wanted in MATCHED:
-        nearest = min(found.values(), key=lambda labeler: abs(labeler.n_labels_ - wanted))
-        scores[f"ari_{wanted}"] = adjusted_rand_score(domain, nearest.labels_)
-        scores[f"n_{wanted}"] = nearest.n_labels_
+def score_clusters(E: np.ndarray, domain: np.ndarray) -> dict[str, float]:
+    """Return adjusted Rand indices, and the number of clusters at the default resolution."""
+    labelers = {r: PseudoLabeler(resolution=r).fit(E) for r in RESOLUTIONS}
+    scores = {"n_clusters": labelers[1.0].n_labels_, "ari": adjusted_rand_score(domain, labelers[1.0].labels_)}
+    for n in MATCHED:
+        nearest = min(labelers.values(), key=lambda labeler: abs(labeler.n_labels_ - n))
+        scores[f"ari_{n}"] = adjusted_rand_score(domain, nearest.labels_)
+        scores[f"n_{n}"] = nearest.n_labels_
     return scores
 
 
-def held_out_scores(cohort, folds, embeddings: list[np.ndarray]) -> pd.DataFrame:
-    """PCC of genes and R2 of the truth of every fold; `embeddings` holds (N, D_t) of each fold's teacher."""
-    mixture, niche = (truth(cohort, name) for name in ("mixture", "niche"))
+def score_folds(cohort, folds, embeddings: list[np.ndarray]) -> pd.DataFrame:
+    """Return PCC of genes and R2 of the truth per fold; `embeddings` has (N, D_t) of each fold's teacher."""
+    mixture, niche = (read_truth(cohort, name) for name in ("mixture", "niche"))
     rates = np.concatenate([slide.adata.layers["rate"] for slide in cohort.slides])  # (N, n_genes)
     rates = pd.DataFrame(np.log1p(1e4 * rates / rates.sum(1, keepdims=True)), columns=cohort.slides[0].adata.var_names)
     rows = []
@@ -85,13 +85,13 @@ def held_out_scores(cohort, folds, embeddings: list[np.ndarray]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def truth(cohort, name: str) -> np.ndarray:
-    """``obsm["mixture"]`` or ``["niche"]`` of all spots."""
+def read_truth(cohort, name: str) -> np.ndarray:
+    """Return ``obsm["mixture"]`` or ``["niche"]`` of all spots."""
     return np.concatenate([slide.adata.obsm[name].to_numpy() for slide in cohort.slides])
 
 
-def teachers_of(width: int, genes) -> dict:
-    """Name -> (what makes the teacher, options of `embed`)."""
+def list_teachers(width: int, genes) -> dict:
+    """Return name -> (function that builds the teacher, options of `embed`)."""
     mini = load_teacher("scfoundation-mini")
     c = mini.encoder.config
     size = {"hidden_dim": c.hidden_dim, "depth": c.depth, "heads": c.heads}
@@ -108,33 +108,33 @@ def teachers_of(width: int, genes) -> dict:
 def measure(cohort, seed: int) -> list[dict]:
     """Score every teacher on one cohort."""
     mini = load_teacher("scfoundation-mini")
-    everything, domain = np.arange(len(cohort)), cohort.adata.obs["domain"].astype(str).to_numpy()
+    all_rows, domain = np.arange(len(cohort)), cohort.adata.obs["domain"].astype(str).to_numpy()
     folds, rows = pk.folds(cohort), []
-    for name, (make, options) in teachers_of(4 * mini.encoder.config.hidden_dim, mini.genes).items():
+    for name, (build, options) in list_teachers(4 * mini.encoder.config.hidden_dim, mini.genes).items():
         with tempfile.TemporaryDirectory() as cache:
-            teacher = make().fit(cohort.by_slide(everything))
+            teacher = build().fit(cohort.by_slide(all_rows))
             begun = time.perf_counter()
             E = embed_cohort(teacher, cohort, cache=cache, device="cpu", **options)
             seconds = time.perf_counter() - begun
         fitted = hasattr(teacher, "pca_")
-        parts = [embed_cohort(make().fit(cohort.by_slide(train)), cohort) if fitted else E for train, _ in folds]
-        held_out = held_out_scores(cohort, folds, parts)
-        scores = cluster_scores(E, domain)
-        # The same, as a run's student is taught: teacher and clusters see each fold's training spots alone.
-        apart = [
+        parts = [embed_cohort(build().fit(cohort.by_slide(train)), cohort) if fitted else E for train, _ in folds]
+        fold_scores = score_folds(cohort, folds, parts)
+        scores = score_clusters(E, domain)
+        # As in a run: teacher and clusters are fitted on each fold's training spots.
+        per_fold = [
             adjusted_rand_score(domain[train], PseudoLabeler().fit(part[train]).labels_)
             for (train, _), part in zip(folds, parts, strict=True)
         ]
         row = {"cohort": seed, "teacher": name, "width": E.shape[1], "seconds": seconds, "spots": len(cohort)}
-        row |= scores | {"ari_training_rows": float(np.mean(apart))}
-        for score in held_out:
-            row |= {score: held_out[score].mean(), f"{score}_sd_over_folds": held_out[score].std()}
+        row |= scores | {"ari_training_rows": float(np.mean(per_fold))}
+        for score in fold_scores:
+            row |= {score: fold_scores[score].mean(), f"{score}_sd_over_folds": fold_scores[score].std()}
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    known = truth(cohort, "mixture")
+    known = read_truth(cohort, "mixture")
     return [
         *rows,
-        {"cohort": seed, "teacher": "true mixture", "width": known.shape[1], **cluster_scores(known, domain)},
+        {"cohort": seed, "teacher": "true mixture", "width": known.shape[1], **score_clusters(known, domain)},
     ]
 
 
