@@ -1,13 +1,13 @@
-r"""Pretrain the small student `mini` on tiles without labels, on a CPU, within a number of minutes.
+r"""Pretrain the small student `mini` on unlabeled tiles, on a CPU, within a time budget.
 
-A first training learns from synthetic tiles, another goes on from its weights with real ones among them:
+A first training uses synthetic tiles; a second one continues from its weights with real tiles added:
 
     python pretraining/student.py --corpus corpus --minutes 30 --out synthetic.safetensors --log synthetic.csv
     python pretraining/student.py --corpus corpus --minutes 5 --init synthetic.safetensors --lr 4e-4 \
         --sections HER2_C2 HER2_C3 HER2_C4 HER2_C5 --out mini.safetensors --log mini.csv
 
-`make pretrain-student` holds the commands behind the shipped weights. `--minutes` of processor time are the budget and
-set the learning rate's course; with `--steps` instead, a seed gives the same weights again on the same machine.
+`make pretrain-student` has the commands for the shipped weights. `--minutes` is a budget of CPU time and sets the
+learning rate schedule. With `--steps` instead, weights are reproducible from the seed on the same machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from peka_lite.backbones.load import extract_features, load_backbone, preprocess
 
 COLUMNS = ("step", "tiles", "cpu_minutes", "loss", "tiles_per_second", "validation_r2")
 WARMUP = 0.05  # of the budget
-FILES = ("corpus", "init", "log", "out")  # where things lie on one machine is not told in the weights
+FILES = ("corpus", "init", "log", "out")  # local paths, not stored in the weights
 
 
 def open_corpus(folder: Path, sections: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -41,20 +41,20 @@ def open_corpus(folder: Path, sections: list[str]) -> tuple[np.ndarray, list[np.
     Raises
     ------
     FileNotFoundError
-        If the corpus, or a section in it, is not there; the message names those that are.
+        If the corpus or a section does not exist; the message names the known sections.
     """
     if not (folder / "synthetic.npy").is_file():
-        raise FileNotFoundError(f"{folder} holds no synthetic.npy; make it with pretraining/corpus.py --out {folder}")
+        raise FileNotFoundError(f"{folder} has no synthetic.npy; create it with pretraining/corpus.py --out {folder}")
     known = sorted(p.stem for p in folder.glob("*.npy") if not p.stem.startswith(("synthetic", "validation", ".")))
     if unknown := [name for name in sections if name not in known]:
-        raise FileNotFoundError(f"{folder} holds no section {unknown[0]!r}; it holds {', '.join(known) or 'none'}")
+        raise FileNotFoundError(f"{folder} has no section {unknown[0]!r}; known: {', '.join(known) or 'none'}")
     files = [folder / f"{name}.npy" for name in ("synthetic", *sections)]
     synthetic, *real = (np.load(file, mmap_mode="r") for file in files)
     return synthetic, real
 
 
 def draw_batch(rng, synthetic, real: list, size: int, share: float) -> torch.Tensor:
-    """Draw tiles uint8 (size, 112, 112, 3), a share of them real where there are real sections."""
+    """Draw tiles uint8 (size, 112, 112, 3), with a share of real tiles if there are real sections."""
     n_real = round(size * share) if real else 0
     batch = np.concatenate([synthetic[np.sort(rng.integers(len(synthetic), size=size - n_real))]])
     if n_real:
@@ -71,7 +71,7 @@ def embed(model, tiles) -> np.ndarray:
 
 
 def ridge_r2(features: np.ndarray, mixture: np.ndarray, section: np.ndarray) -> float:
-    """Tell how well a ridge predicts the domains of sections that it was not fitted on: R2, mean over domains.
+    """Return the R2 of a ridge that predicts the domain mixtures of other sections, mean over domains.
 
     Each half of the sections is predicted from the other half.
     """
@@ -84,16 +84,16 @@ def ridge_r2(features: np.ndarray, mixture: np.ndarray, section: np.ndarray) -> 
 
 
 def make_optimizer(objective, lr: float) -> torch.optim.AdamW:
-    """AdamW, without decay for biases, norms and position embeddings."""
+    """Return AdamW, without weight decay for biases, norms and position embeddings."""
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    flat = [p for name, p in named if p.ndim < 2 or "pos" in name or "cls_token" in name]
-    rest = [p for name, p in named if not (p.ndim < 2 or "pos" in name or "cls_token" in name)]
-    groups = [{"params": rest, "weight_decay": 0.05}, {"params": flat, "weight_decay": 0.0}]
+    no_decay = [p for name, p in named if p.ndim < 2 or "pos" in name or "cls_token" in name]
+    decay = [p for name, p in named if not (p.ndim < 2 or "pos" in name or "cls_token" in name)]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 def write_weights(path: Path, model, record: dict) -> None:
-    """Write the student in half precision under the names that `load_backbone` reads, whole or not at all."""
+    """Write the student atomically in half precision, in the format of `load_backbone`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -107,7 +107,7 @@ def write_weights(path: Path, model, record: dict) -> None:
 def train(options: argparse.Namespace) -> list[dict]:
     """Train, write the weights at every validation and at the end, and return the rows of the log."""
     synthetic, real = open_corpus(options.corpus, options.sections)
-    held_out = [np.load(options.corpus / f"validation{end}.npy") for end in ("", "_mixture", "_section")]
+    validation = [np.load(options.corpus / f"validation{end}.npy") for end in ("", "_mixture", "_section")]
     rng = np.random.default_rng(options.seed)
     torch.manual_seed(options.seed)
     with warnings.catch_warnings():
@@ -120,12 +120,12 @@ def train(options: argparse.Namespace) -> list[dict]:
     student = objective.average["backbone"].eval()
 
     rows, losses, share, step, seen = [], [], 0.0, 0, 0
-    begun, written = time.process_time(), time.perf_counter()
-    judged = written
+    begun, logged = time.process_time(), time.perf_counter()
+    validated = logged
     while share < options.stop:
-        warm, course = min(1.0, (share + 1e-3) / WARMUP), max(0.0, share - WARMUP) / (1 - WARMUP)
+        warmup, progress = min(1.0, (share + 1e-3) / WARMUP), max(0.0, share - WARMUP) / (1 - WARMUP)
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * course)) / 2)
+            group["lr"] = options.lr * warmup * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
         loss = objective.loss(draw_batch(rng, synthetic, real, options.batch, options.real_share))
         optimizer.zero_grad()
         loss.backward()
@@ -134,32 +134,33 @@ def train(options: argparse.Namespace) -> list[dict]:
         momentum = objective.momentum(step, share)
         with torch.no_grad():
             pairs = zip(objective.average.parameters(), objective.learner.parameters(), strict=True)
-            for average, learned in pairs:
-                average.lerp_(learned, 1 - momentum)
+            for average, current in pairs:
+                average.lerp_(current, 1 - momentum)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise ValueError(f"the loss is {losses[-1]} at step {step}; give a smaller --lr")
+            raise ValueError(f"the loss is {losses[-1]} at step {step}; use a smaller --lr")
         step, seen, now = step + 1, seen + options.batch, time.perf_counter()
         minutes = (time.process_time() - begun) / 60
         share = step / options.steps if options.steps else minutes / options.minutes
 
-        judge = share >= options.stop or now - judged > 60 * options.validate
-        if judge or now - written > 30 or step == 1:
+        validate = share >= options.stop or now - validated > 60 * options.validate
+        if validate or now - logged > 30 or step == 1:
             row = {"step": step, "tiles": seen, "cpu_minutes": round(minutes, 2)}
             row["loss"], row["tiles_per_second"] = round(float(np.mean(losses)), 5), round(seen / minutes / 60, 1)
-            row["validation_r2"] = round(ridge_r2(embed(student, held_out[0]), *held_out[1:]), 4) if judge else ""
+            tiles, mixture, section = validation
+            row["validation_r2"] = round(ridge_r2(embed(student, tiles), mixture, section), 4) if validate else ""
             rows.append(row)
-            _append(options.log, rows)
-            losses, written = [], time.perf_counter()
-            if judge:
+            _log_row(options.log, rows)
+            losses, logged = [], time.perf_counter()
+            if validate:
                 settings = {name: value for name, value in vars(options).items() if name not in FILES}
                 write_weights(options.out, student, settings | row | {"share": round(share, 3)})
-                judged = written
+                validated = logged
     return rows
 
 
-def _append(log: Path | None, rows: list[dict]) -> None:
-    """Print the last row, and add it to the log; the first row starts the log anew."""
+def _log_row(log: Path | None, rows: list[dict]) -> None:
+    """Print the last row and append it to the log; the first row overwrites the log."""
     print(", ".join(f"{name} {value}" for name, value in rows[-1].items() if value != ""), flush=True)
     if log is None:
         return
@@ -174,38 +175,38 @@ def _append(log: Path | None, rows: list[dict]) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", type=Path, required=True, help="folder that corpus.py wrote")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder from corpus.py")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file of the weights, in half precision")
-    parser.add_argument("--log", type=Path, help="CSV file of the loss and the validation")
+    parser.add_argument("--log", type=Path, help="CSV file for loss and validation")
     parser.add_argument("--objective", choices=("mae", "dino", "ibot"), default="mae")
-    parser.add_argument("--target", choices=TARGETS, default="descriptors", help="what mae predicts")
-    parser.add_argument("--masked", type=float, default=0.5, help="share of the patches that mae hides")
-    parser.add_argument("--depth", type=int, default=1, help="of mae's decoder")
-    parser.add_argument("--summary", action="store_true", help="mae predicts the descriptors of the whole tile too")
-    parser.add_argument("--minutes", type=float, default=30.0, help="the budget in processor time, validation included")
-    parser.add_argument("--stop", type=float, default=1.0, help="share of the budget after which to end early")
-    parser.add_argument("--steps", type=int, help="the budget in steps, in place of --minutes")
+    parser.add_argument("--target", choices=TARGETS, default="descriptors", help="prediction target of mae")
+    parser.add_argument("--masked", type=float, default=0.5, help="share of masked patches in mae")
+    parser.add_argument("--depth", type=int, default=1, help="decoder layers of mae")
+    parser.add_argument("--summary", action="store_true", help="mae also predicts the descriptors of the whole tile")
+    parser.add_argument("--minutes", type=float, default=30.0, help="budget of CPU time, with validation")
+    parser.add_argument("--stop", type=float, default=1.0, help="share of the budget after which to stop")
+    parser.add_argument("--steps", type=int, help="budget in steps, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", help="weights to go on from; without, a random start")
-    parser.add_argument("--sections", nargs="+", default=[], help="real sections of the corpus in the mix")
+    parser.add_argument("--init", help="initial weights; default: random")
+    parser.add_argument("--sections", nargs="+", default=[], help="real sections of the corpus to include")
     parser.add_argument("--real-share", type=float, default=0.25, help="of a batch, with --sections")
-    parser.add_argument("--stain", type=float, default=0.1, help="spread of the stain jitter, log strength; 0: none")
+    parser.add_argument("--stain", type=float, default=0.1, help="SD of the stain jitter, log strength; 0: none")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--validate", type=float, default=4.0, help="minutes between validations")
     options = parser.parse_args(arguments)
     for name in ("real_share", "masked", "stop"):
         if not 0 <= getattr(options, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} is a share, 0 to 1, not {getattr(options, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be a share, 0 to 1, not {getattr(options, name)}")
     if options.summary and (options.objective, options.target) != ("mae", "descriptors"):
-        parser.error("--summary is of --objective mae and --target descriptors")
+        parser.error("--summary needs --objective mae and --target descriptors")
     if min(options.minutes, options.batch, 1 if options.steps is None else options.steps) <= 0:
-        parser.error("--minutes, --steps and --batch are above 0")
+        parser.error("--minutes, --steps and --batch must be above 0")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train as the command line says; what is wrong with it is one line."""
+    """Train with the command line's options; print errors as one line."""
     try:
         train(parse(arguments))
     except (ValueError, OSError) as error:

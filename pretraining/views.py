@@ -1,4 +1,4 @@
-"""Random views of a batch of tiles: cropped, turned, flipped, and stained a little differently."""
+"""Random views of a batch of tiles: crop, rotation, flip and stain jitter."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def random_view(
     side
         Pixels of a view.
     area
-        Least and largest share of a tile that a view shows; the crop is square.
+        Smallest and largest share of a tile in a view; crops are square.
     stain
-        Standard deviation of the log strength of each stain of Ruifrok and Johnston 2001; 0 leaves colors alone.
+        Standard deviation of the log strength of each stain of Ruifrok and Johnston 2001; 0 leaves colors unchanged.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def random_view(
 
 
 def restain(images: torch.Tensor, stain: float) -> torch.Tensor:
-    """Make every stain of each image (B, 3, H, W), 0 to 255, stronger or weaker in optical density."""
+    """Scale the optical density of each stain of images (B, 3, H, W), 0 to 255, by a random factor."""
     to_stains, to_colors = (torch.from_numpy(m).float() for m in (hed_from_rgb, rgb_from_hed))
     strength = (torch.randn(len(images), 3) * stain).exp()
     mix = (to_stains * strength[:, None]) @ to_colors  # (B, 3, 3), for rows of colors

@@ -1,4 +1,4 @@
-"""What an installation takes: versions that fit together, and a trial of the wheel where a Python is there for it."""
+"""Installation: pinned versions are consistent, and the smoke test skips a missing Python."""
 
 import os
 import re
@@ -15,37 +15,37 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def pins(file):
-    """Name -> version of every package that a file pins."""
+def read_pins(file):
+    """Return name -> version of the packages pinned in a file."""
     lines = re.findall(r"^([\w.-]+)==([\w.+-]+)", (ROOT / file).read_text(), re.M)
     return {name.lower(): Version(version) for name, version in lines}
 
 
 @pytest.mark.parametrize("file", ["requirements.lock", "constraints-3.13.txt"])
-def test_the_pins_hold_every_requirement_and_a_torchvision_of_their_torch(file):
-    pinned = pins(file)
+def test_pins_meet_all_requirements_and_torchvision_matches_torch(file):
+    pinned = read_pins(file)
     for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["notebook"]:
-        wanted = Requirement(line)
-        assert pinned[wanted.name.lower()] in wanted.specifier, line
+        requirement = Requirement(line)
+        assert pinned[requirement.name.lower()] in requirement.specifier, line
     torch, torchvision = pinned["torch"], pinned["torchvision"]
     assert (torch.major, torchvision.major, torch.minor + 15) == (2, 0, torchvision.minor)
 
 
-def test_pins_of_python_3_13_are_another_torch_than_the_locks():
-    assert pins("constraints-3.13.txt")["torch"] > pins("requirements.lock")["torch"]
+def test_python_3_13_pins_a_newer_torch_than_the_lock():
+    assert read_pins("constraints-3.13.txt")["torch"] > read_pins("requirements.lock")["torch"]
 
 
-def smoke(*options, **environment):
+def run_smoke(*options, **environment):
     if shutil.which("bash") is None:
         pytest.skip("bash is absent")
     command = ["bash", str(ROOT / ".ci" / "smoke"), *options]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_without_the_python_it_asks_for_the_trial_prints_one_line(tmp_path):
+def test_smoke_prints_one_line_if_the_python_is_missing(tmp_path):
     other = tmp_path / "python"
     other.write_text("#!/bin/sh\necho Python 3.12.9\n")
     other.chmod(0o755)
-    done = smoke("9.13", PYTHON913=str(other), PYENV_ROOT=str(tmp_path))
+    done = run_smoke("9.13", PYTHON913=str(other), PYENV_ROOT=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "smoke: no Python 9.13 here ($PYTHON913, python9.13, pyenv), so it was not tried\n"
