@@ -345,11 +345,8 @@ def measure_evaluation(base: nn.Module, tiles: np.ndarray, *, batch_size: int, d
 
 def summarize(values, digits: int = 2) -> dict:
     """Return median and quartiles."""
-    low, middle, high = np.percentile(np.asarray(values), [25, 50, 75])
-    return {
-        "median": round(float(middle), digits),
-        "quartiles": [round(float(low), digits), round(float(high), digits)],
-    }
+    low, middle, high = (round(float(q), digits) for q in np.percentile(np.asarray(values), [25, 50, 75]))
+    return {"median": middle, "quartiles": [low, high]}
 
 
 def round_all(values, digits: int = 4) -> list[float]:
@@ -361,19 +358,15 @@ def compute_ratio(runs: dict, slow: str, fast: str) -> dict | None:
 
     On a CPU also from CPU seconds, which depend less on other processes than wall-clock seconds.
     """
-    both = [
-        (a, b)
-        for a, b in zip(runs.get(slow, ()), runs.get(fast, ()), strict=False)
-        if "failed" not in a and "failed" not in b
-    ]
+    pairs = zip(runs.get(slow, ()), runs.get(fast, ()), strict=False)
+    both = [(a, b) for a, b in pairs if "failed" not in a and "failed" not in b]
     if not both:
         return None
-    pairs = [np.median(a["seconds"]) / np.median(b["seconds"]) for a, b in both]
-    result = summarize(pairs, 3) | {"raw": round_all(pairs, 3)}
+    ratios = [np.median(a["seconds"]) / np.median(b["seconds"]) for a, b in both]
+    result = summarize(ratios, 3) | {"raw": round_all(ratios, 3)}
     if "processor_seconds" in both[0][0] and fast != "bone-compile":  # would include the compiler
-        result["by_processor_seconds"] = summarize(
-            [a["processor_seconds"] / b["processor_seconds"] for a, b in both], 3
-        )
+        cpu_ratios = [a["processor_seconds"] / b["processor_seconds"] for a, b in both]
+        result["by_processor_seconds"] = summarize(cpu_ratios, 3)
     return result
 
 
@@ -503,16 +496,14 @@ def main() -> None:
             if name == "bone-compile" and rounds > 1:
                 continue  # two rounds are enough: each compiles again
             rates.append(measure_matrix_rate(device, dtype))
-            run = measure(
-                base, selected[name], data, epochs=options.epochs, batch_size=options.batch_size, device=device
-            )
+            sizes = {"epochs": options.epochs, "batch_size": options.batch_size}
+            run = measure(base, selected[name], data, **sizes, device=device)
             runs[name].append(run)
             print(name, run.get("failed") or round_all(run["seconds"], 3), flush=True)
         rounds += 1
     rate = float(np.median(rates))
-    rows = {
-        name: summarize_case(case, runs[name], options, rate, dtype != torch.float32) for name, case in selected.items()
-    }
+    half = dtype != torch.float32
+    rows = {name: summarize_case(case, runs[name], options, rate, half) for name, case in selected.items()}
     if device == "cpu":
         for name, row in rows.items():
             row |= measure_in_process(name, options)

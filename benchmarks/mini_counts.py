@@ -72,10 +72,8 @@ def compute_statistics(slide: ad.AnnData, um: np.ndarray, kind: pd.Series) -> di
         "counts per spot, coefficient of variation": total.std() / total.mean(),
         "genes seen per spot, median": np.median((X > 0).sum(1)),
     }
-    result |= {
-        f"log10 counts per spot, Moran's I, {n}": compute_moran(np.log10(total)[:, None], w)[0]
-        for n, w in graphs.items()
-    }
+    moran = {n: compute_moran(np.log10(total)[:, None], weights)[0] for n, weights in graphs.items()}
+    result |= {f"log10 counts per spot, Moran's I, {n}": value for n, value in moran.items()}
 
     groups = {"all": np.ones(len(kind), bool), **{name: (kind == name).to_numpy() for name in KINDS}}
     result |= {f"share of zeros, {name}": (X[:, of] == 0).mean() for name, of in groups.items()}
@@ -171,9 +169,8 @@ def main() -> None:
     shared = [gene for gene in var.index if all(gene in slide.var_names for slide, _ in real)]
     kind = var.loc[shared, "kind"].astype(str)
     ours, reference = tabulate(mini, kind), tabulate(real, kind)
-    table = pd.DataFrame(
-        {"mini": ours.apply(format_range, axis=1), "real": reference.reindex(ours.index).apply(format_range, axis=1)}
-    )
+    tables = {"mini": ours, "real": reference.reindex(ours.index)}
+    table = pd.DataFrame({name: part.apply(format_range, axis=1) for name, part in tables.items()})
     table = pd.concat([table, pd.DataFrame({"mini": {k: f"{v:.4g}" for k, v in compute_ceiling(mini).items()}})])
     table = table.fillna("").rename_axis("statistic")
     print(table.to_string())

@@ -44,10 +44,7 @@ def main() -> None:
         mini = read_cohort(args.mini or write_mini_cohort(Path(folder) / "mini"))
         real = read_cohort(args.real, ids=list(REAL))
         rng = np.random.default_rng(0)
-        tiles = {
-            "mini": [sample_tiles(s, rng) for s in mini.slides],
-            "real": [sample_tiles(s, rng) for s in real.slides],
-        }
+        tiles = {k: [sample_tiles(s, rng) for s in v.slides] for k, v in (("mini", mini), ("real", real))}
     table = compare(tiles)
     print(table.round(3).to_string())
     if args.montage:

@@ -182,12 +182,9 @@ def main() -> None:
     parser.add_argument("--spots", type=int, default=30_000)
     parser.add_argument("--features", type=int, default=1536)
     parser.add_argument("--genes", type=int, default=50)
-    parser.add_argument(
-        "--growth", type=lambda t: [int(n) for n in t.split(",")], default=[30_000, 60_000, 120_000, 206_123]
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=3, help="pairs of gene and fold on which to time the authors' procedure"
-    )
+    sizes = [30_000, 60_000, 120_000, 206_123]
+    parser.add_argument("--growth", type=lambda text: [int(n) for n in text.split(",")], default=sizes)
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of gene and fold to time the authors' procedure")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # lsqr stops at step 1000, with a warning for every gene
@@ -240,10 +237,7 @@ def main() -> None:
             "ratio_hest_bench": round(hest / ours, 1),
             "authors": peka,
             "ratio_authors": round(peka["seconds"] / ours, 1),
-            "mean_pcc": {
-                "ours": round(float(table["pcc"].mean()), 5),
-                "hest_bench": round(float(hest_table["pcc"].mean()), 5),
-            },
+            "mean_pcc": {k: round(float(t["pcc"].mean()), 5) for k, t in (("ours", table), ("hest_bench", hest_table))},
         },
         "path": {
             "what": f"{len(ALPHAS)} alphas from {ALPHAS[0]:g} to {ALPHAS[-1]:g}, each scored on every fold",

@@ -132,10 +132,8 @@ def measure(cohort, seed: int) -> list[dict]:
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     known = read_truth(cohort, "mixture")
-    return [
-        *rows,
-        {"cohort": seed, "teacher": "true mixture", "width": known.shape[1], **score_clusters(known, domain)},
-    ]
+    rows.append({"cohort": seed, "teacher": "true mixture", "width": known.shape[1], **score_clusters(known, domain)})
+    return rows
 
 
 def main() -> None:
@@ -155,17 +153,8 @@ def main() -> None:
     weights = f"# scfoundation-mini: fingerprint {load_teacher('scfoundation-mini').fingerprint}"
     out = Path(__file__).with_name("results") / f"{date.today().isoformat()}_teacher_mini.csv"
     out.write_text(f"{head}\n{weights}\n" + table.round(4).to_csv(index=False))
-    columns = [
-        "n_clusters",
-        "ari",
-        "ari_training_rows",
-        *(f"ari_{n}" for n in MATCHED),
-        "pcc",
-        "pcc_rates",
-        "r2_mixture",
-        "r2_niche",
-        "seconds",
-    ]
+    columns = ["n_clusters", "ari", "ari_training_rows", *(f"ari_{n}" for n in MATCHED)]
+    columns += ["pcc", "pcc_rates", "r2_mixture", "r2_niche", "seconds"]
     print(table.groupby("teacher", sort=False)[columns].mean().round(3).to_string())
     print(f"written to {out}")
 

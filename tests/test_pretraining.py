@@ -268,10 +268,7 @@ def test_training_can_stop_early(run, tmp_path):
 
 
 def test_contradicting_options_raise(folder, tmp_path, capsys):
-    for options, message in (
-        (("--summary", "--objective", "dino"), "--summary needs"),
-        (("--stop", "2"), "be a share"),
-    ):
+    for options, message in ((("--summary", "--objective", "dino"), "--summary needs"), (("--stop", "2"), "a share")):
         with pytest.raises(SystemExit):
             student.parse(["--corpus", str(folder), "--out", str(tmp_path / "x"), *options])
         assert message in capsys.readouterr().err

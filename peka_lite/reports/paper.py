@@ -177,7 +177,6 @@ def _join_values(published: pd.DataFrame, ours: dict[str, dict], protocol: str) 
             columns[f"{cohort}, ours ({protocol})"] = ours[cohort]
     rows = dict.fromkeys(row for column in columns.values() for row in column)
     table = pd.DataFrame({name: [column.get(row, float("nan")) for row in rows] for name, column in columns.items()})
-    table.index = (
-        pd.MultiIndex.from_tuples(rows, names=published.index.names) if published.index.nlevels > 1 else list(rows)
-    )
+    index = published.index
+    table.index = pd.MultiIndex.from_tuples(rows, names=index.names) if index.nlevels > 1 else list(rows)
     return table

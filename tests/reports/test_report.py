@@ -351,10 +351,7 @@ def test_tables_with_published_values_take_one_protocol_and_name_it(write_run):
 def test_published_values_and_ours_have_separate_columns(write_run):
     uni = {"cohort": "breast", "backbone": "uni", "weights": "hub"}
     folders = [write_run("a", noise=1.5, **uni), write_run("b", method="bone", noise=0.9, **uni)]
-    folders += [
-        write_run("c", method="bone", noise=0.4, cohort="breast"),
-        write_run("d", method="lora", noise=1, **uni),
-    ]
+    folders += [write_run("c", method="bone", noise=0.4, cohort="breast"), write_run("d", method="lora", **uni)]
     folders += [write_run("e", method="bone", features="frozen+student", noise=0.1, **uni)]
     folders += [write_run("f", method="bone", shuffle_teacher=True, noise=0.2, **uni)]
     runs = {run.name: run for run in read_runs(folders)}
@@ -437,11 +434,7 @@ def test_report_of_one_protocol_omits_it_in_file_names_and_names_missing_parts(w
 
 
 def test_each_backbone_of_a_cohort_has_a_table_with_the_controls(write_run, tmp_path):
-    folders = [
-        write_run("a"),
-        write_run("b", backbone="uni", weights="hub"),
-        write_run("c", features="color", noise=3.0),
-    ]
+    folders = [write_run("a"), write_run("b", backbone="uni", weights="hub"), write_run("c", features="color")]
     names = {path.name for path in write_report(folders, tmp_path / "out")}
     assert {"protocol_mini-UNI_strict.csv", "protocol_mini-mini_strict.csv"} <= names
     rows = pd.read_csv(tmp_path / "out" / "protocol_mini-UNI_strict.csv")["features"]

@@ -213,15 +213,8 @@ def test_training_settings_match_those_of_the_student_cache():
         for line in ast.parse(source).body
         if isinstance(line, ast.Assign) and line.targets[0].id in ("TRAINING", "FITTING")
     }
-    expected = {*constants["TRAINING"], *constants["FITTING"]} - {
-        "backbone",
-        "weights",
-        "seed",
-        "method",
-        "shuffle_teacher",
-    }
-    files = {"teacher_checkpoint", "teacher_genes", "teacher_mapping"}
-    assert set(TRAINED) == expected | files
+    expected = {*constants["TRAINING"], *constants["FITTING"], "teacher_checkpoint", "teacher_genes", "teacher_mapping"}
+    assert set(TRAINED) == expected - {"backbone", "weights", "seed", "method", "shuffle_teacher"}
 
 
 def test_frozen_students_and_controls_join_every_group_and_form_none(write_run):
@@ -263,9 +256,8 @@ def test_methods_backbones_and_cohorts_may_differ_in_settings_within_a_group(wri
 
 def test_protocol_settings_split_runs_of_one_protocol_only(write_run):
     folders = [write_run(f"{m}{a}", method=m, protocol="custom", alpha=a) for m, a in (("bone", 1.0), ("lora", 7.0))]
-    reference, others, reference_settings = split_by_settings(
-        average_seeds(read_runs([*folders, write_run("h", protocol="hest")]))
-    )
+    runs = read_runs([*folders, write_run("h", protocol="hest")])
+    reference, others, reference_settings = split_by_settings(average_seeds(runs))
     assert [run.name for run in reference] == ["bone1.0", "h"]
     assert [run.name for run in others] == ["lora7.0"]
     assert reference_settings == {"mini": {"alpha": 1.0}}
