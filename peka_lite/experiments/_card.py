@@ -1,4 +1,4 @@
-"""A model card: what a taught student is, where it comes from, what it scored, and what may be done with it."""
+"""Write the model card of a trained student: use, data, protocol, scores and license."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from peka_lite.data.download import read_manifest
 from peka_lite.experiments.model import TrainedModel
 
 TAGS = ["timm", "pathology", "histology", "spatial-transcriptomics", "gene-expression", "peka"]
-HELD_OUT = {
+TEST_UNITS = {
     "patient": "whole patients",
-    "slide": "whole slides, of which one patient may have several",
-    "spot": "single spots, whose neighbors on the same slide were learned from: scores for a new slide will be lower",
+    "slide": "whole slides, several of which may be of one patient",
+    "spot": "single spots, whose neighbors on the same slide were trained on: scores on a new slide will be lower",
 }
 POOLING = {
     "token": "the class token",
     "avg": "the mean of the patch tokens, or of the feature map",
     "token+avg": "the class token, then the mean of the patch tokens",
-    "network": "as timm's model gives it",
+    "network": "that of the timm model",
 }
-OTHER_LICENSE = "Read it before you share weights made from them."
+OTHER_LICENSE = "Read it before you share weights derived from them."
 LICENSES = {
-    "CC-BY-NC-ND-4.0": "They may be used without commercial purpose and with attribution. Adapted material may not be "
-    "shared, and these merged weights are adapted material: keep this folder to yourself unless the owner allows it.",
-    "GPL-3.0": "Who shares weights made from them does so under the same license.",
-    "AGPL-3.0": "Who shares weights made from them, or offers them over a network, does so under the same license.",
-    "Apache-2.0": "Changed weights may be shared, with the license, the notices and a word that they were changed.",
-    "BSD-3-Clause": "Changed weights may be shared, with the copyright notice and the license.",
+    "CC-BY-NC-ND-4.0": "They may be used for non-commercial purposes with attribution. Adapted material may not be "
+    "shared, and these merged weights are adapted material: do not share this folder unless the owner allows it.",
+    "GPL-3.0": "Weights derived from them must be shared under the same license.",
+    "AGPL-3.0": "Weights derived from them must be shared, or offered over a network, under the same license.",
+    "Apache-2.0": "Modified weights may be shared with the license, the notices and a statement of the changes.",
+    "BSD-3-Clause": "Modified weights may be shared with the copyright notice and the license.",
 }
 
 
 def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> str:
     """Return the model card (Markdown with YAML front matter) of a trained model; `metrics` is its ``metrics.csv``.
 
-    Names and texts of the run are escaped for their place, and values in the Python code are literals.
+    Text of the run is escaped for Markdown, and values in the Python code are literals.
 
     Raises
     ------
     ValueError
-        For a value of the run that is no literal of its type, as a seed that is no number.
+        For a value of the run of another type, such as a seed that is not a number.
     """
     spec, method = trained.student.spec, escape_markdown(trained.config.method)
-    taught = "" if trained.config.method == "none" else f", taught gene expression with {method}"
+    adapted = "" if trained.config.method == "none" else f", adapted to gene expression with {method}"
     parts = [
         f"---\n{yaml_text(_front_matter(trained))}---",
-        f"# {escape_markdown(spec.name)}{taught}",
+        f"# {escape_markdown(spec.name)}{adapted}",
         f"A pathology image model ({escape_markdown(spec.arch)}) and a linear probe that predicts {len(trained.genes)} "
-        f"genes ({escape_markdown(trained.normalization)}) from an H&E tile, made with peka_lite after PEKA "
+        f"genes ({escape_markdown(trained.normalization)}) from an H&E tile, trained with peka_lite after PEKA "
         "(arXiv:2504.07061). "
-        + ("The image model is the parent, unchanged." if not taught else "The adapters are merged into the weights."),
-        f"## Use\n\nTiles are RGB, uint8, and show as many micrometres as those of the cohort (HEST-1k: 112). They "
+        + ("The adapters are merged into the weights." if adapted else "The image model is the parent, unchanged."),
+        f"## Use\n\nTiles are RGB, uint8, and cover as many micrometers as those of the cohort (HEST-1k: 112). They "
         f"are resized to {_whole(spec.input_size)} x {spec.input_size} pixels, scaled to 0 to 1 and normalized with "
         f"mean {_three(spec.mean)} and standard deviation {_three(spec.std)}. Pooling: {POOLING[spec.pooling]}.",
         f"{fenced_code(usage(trained), 'python')}\n\nGenes: {', '.join(map(escape_markdown, trained.genes))}.",
@@ -68,19 +68,19 @@ def model_card(trained: TrainedModel, metrics: pd.DataFrame | None = None) -> st
         f"## Protocol\n\n{_protocol(trained)}",
         f"## Scores\n\n{_scores(trained, metrics)}",
         f"## License\n\n{_license(trained)}",
-        "## Limits\n\nFor research only, not for diagnosis or treatment. Predictions are estimates from the image; "
-        "they replace no measurement. How it does on other organs, stains and scanners than those named is not known.",
+        "## Limits\n\nFor research only, not for diagnosis or treatment. Predictions are estimates from the image and "
+        "do not replace a measurement. Performance on other organs, stains and scanners is unknown.",
         f"## Versions\n\n{_versions(trained)}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def usage(trained: TrainedModel) -> str:
-    """Return Python code that loads an exported folder with timm and predicts; it runs inside that folder."""
+    """Return Python code that loads an exported folder with timm and predicts; it runs in that folder."""
     spec, config, out = trained.student.spec, trained.config, "model(x)"
     imports, options = _options(spec)
-    by_itself = {"network", timm_pooling(trained.student)}
-    if spec.pooling == "token+avg" or (hasattr(trained.student, "num_prefix_tokens") and spec.pooling not in by_itself):
+    built_in = {"network", timm_pooling(trained.student)}
+    if spec.pooling == "token+avg" or (hasattr(trained.student, "num_prefix_tokens") and spec.pooling not in built_in):
         parts = {"token": "t[:, 0]", "avg": "t[:, model.num_prefix_tokens :].mean(1)"}
         norm = "model.fc_norm" if hasattr(trained.student, "fc_norm") else ""
         out = ", ".join(f"{norm}({parts[part]})" for part in spec.pooling.split("+"))
@@ -90,7 +90,7 @@ def usage(trained: TrainedModel) -> str:
         weights = config.weights if config.weights in ("hub", "random") else "FILE"
         imports.append("from peka_lite import embed_tiles, load_backbone")
         frozen = (
-            "\n# The probe reads the parent's features too, before those of this model.\n"
+            "\n# The probe also uses the parent's features, before those of this model.\n"
             f"parent = load_backbone({str(spec.name)!r}, weights={weights!r}, seed={_whole(config.seed)})\n"
         )
         both = "np.hstack([embed_tiles(parent, tiles), features(tiles)])"
@@ -122,26 +122,26 @@ def predict(tiles):  # -> float64 (n, {len(trained.genes)}), genes as listed bel
 
 
 def _options(spec: Backbone) -> tuple[list[str], str]:
-    """Return import lines and keyword arguments that write a row's options as code; a layer is imported by its text."""
-    imports, written = [], ""
+    """Return a backbone's options as code: the import lines of its layers, and keyword arguments."""
+    imports, arguments = [], ""
     for key, value in row_fields(spec).get("options", {}).items():
         if not key.isidentifier() or keyword.iskeyword(key):
-            raise ValueError(f"backbone {spec.name!r} has an option {key!r}, which is no name of an argument")
+            raise ValueError(f"backbone {spec.name!r} has an option {key!r}, which is not a valid argument name")
         if isinstance(value, str) and value in LAYER_TYPES:
             imports.append(f"import {value.split(':')[0]}")
             code = value.replace(":", ".")
         else:
             code = _literal(value)
-        written += f", {key}={code}"
-    return sorted(set(imports)), written
+        arguments += f", {key}={code}"
+    return sorted(set(imports)), arguments
 
 
 def _front_matter(trained: TrainedModel) -> dict:
     spec, front = trained.student.spec, {}
-    ours = spec.source is None or spec.source.startswith(PREFIX)
-    if ours or not starts_random(trained):
-        front["license"] = escape_control(spec.license.lower())  # the Hub's ids of the registry's licenses
-    if not ours and not starts_random(trained) and not spec.source.startswith("datasets/"):
+    packaged = spec.source is None or spec.source.startswith(PREFIX)
+    if packaged or not starts_random(trained):
+        front["license"] = escape_control(spec.license.lower())  # the Hub's license ids are lower-case
+    if not packaged and not starts_random(trained) and not spec.source.startswith("datasets/"):
         front["base_model"] = escape_control(spec.source)
     entry = read_manifest().artifacts.get(trained.config.cohort)
     if entry is not None and entry.repo_type == "dataset":
@@ -150,18 +150,18 @@ def _front_matter(trained: TrainedModel) -> dict:
 
 
 def _data(trained: TrainedModel) -> str:
-    about, entry = trained.summary, read_manifest().artifacts.get(trained.config.cohort)
-    slides = _kept(about, "slides", list)
+    summary, entry = trained.summary, read_manifest().artifacts.get(trained.config.cohort)
+    slides = _get_field(summary, "slides", list)
     lines = [
         f"- Cohort: {escape_markdown(Path(trained.config.cohort).name)}"
         + (f", {entry.title} ({entry.license})" if entry else "")
     ]
-    if about.get("synthetic"):
-        lines.append("- **Synthetic: drawn by a program. This model knows nothing of real tissue.**")
+    if summary.get("synthetic"):
+        lines.append("- **Synthetic: drawn by a program. This model was not trained on real tissue.**")
     lines += [
         f"- Slides ({len(slides)}): {', '.join(map(escape_markdown, slides))}",
-        f"- Spots: {escape_markdown(about.get('n_spots', 'not recorded'))}",
-        f"- Fingerprint of the data: {escape_markdown(about.get('data_fingerprint', 'not recorded'))}",
+        f"- Spots: {escape_markdown(summary.get('n_spots', 'not recorded'))}",
+        f"- Fingerprint of the data: {escape_markdown(summary.get('data_fingerprint', 'not recorded'))}",
     ]
     return "\n".join(lines)
 
@@ -169,32 +169,32 @@ def _data(trained: TrainedModel) -> str:
 def _protocol(trained: TrainedModel) -> str:
     protocol = trained.config.settled_protocol()
     if trained.fold is None:
-        return "Nothing was held out: the whole cohort was there to learn from."
-    lines = [f"Protocol {escape_markdown(repr(protocol.name))}. Held out: {HELD_OUT[protocol.split]}."]
+        return "Nothing was held out: the model was trained on the whole cohort."
+    lines = [f"Protocol {escape_markdown(repr(protocol.name))}. Held out: {TEST_UNITS[protocol.split]}."]
     if trained.config.method != "none":
-        learned = "every spot, those held out included" if protocol.student == "all" else "training spots only"
-        lines.append(f"Teacher, pseudo-labels and student learned from {learned}.")
-    lines.append(f"The genes were chosen on {'every spot' if protocol.genes == 'all' else 'training spots only'}.")
+        rows = "all spots, including those held out" if protocol.student == "all" else "training spots only"
+        lines.append(f"Teacher, pseudo-labels and student were fitted on {rows}.")
+    lines.append(f"The genes were selected on {'all spots' if protocol.genes == 'all' else 'training spots only'}.")
     lines.append(f"This is the model of fold {trained.fold}.")
     return " ".join(lines)
 
 
 def _scores(trained: TrainedModel, metrics: pd.DataFrame | None) -> str:
-    about = trained.summary
-    if about.get("mean_pcc") is None:
-        why = "nothing was held out" if trained.fold is None else "what was held out was not scored"
-        return f"There are none: {why}, so how well this model predicts is not known."
+    summary = trained.summary
+    if summary.get("mean_pcc") is None:
+        reason = "nothing was held out" if trained.fold is None else "the held-out spots were not scored"
+        return f"There are none: {reason}, so the accuracy of this model is unknown."
     lines = ["| Fold | Training spots | Test spots | Mean PCC over genes |", "|---|---|---|---|"]
-    for fold, pcc in enumerate(_kept(about, "mean_pcc_per_fold", list)):
+    for fold, pcc in enumerate(_get_field(summary, "mean_pcc_per_fold", list)):
         rows = metrics[metrics["fold"] == fold] if metrics is not None else ()
         sizes = [str(rows[c].iloc[0]) if len(rows) and c in rows else "" for c in ("n_train", "n_test")]
         mark = " (this model)" if fold == trained.fold else ""
         lines.append(f"| {fold}{mark} | {' | '.join(map(escape_markdown, sizes))} | {_number(pcc):.3f} |")
-    low, high, mean = (_number(about.get(name)) for name in ("ci_low", "ci_high", "mean_pcc"))
-    unit = escape_markdown(about.get("unit"))
+    low, high, mean = (_number(summary.get(name)) for name in ("ci_low", "ci_high", "mean_pcc"))
+    unit = escape_markdown(summary.get("unit"))
     known = math.isfinite(low) and math.isfinite(high)
-    reach = f"95% interval {low:.3f} to {high:.3f}" if known else f"no interval: there is one {unit}"
-    lines.append(f"| all | | | {mean:.3f} ({reach}) |")
+    interval = f"95% interval {low:.3f} to {high:.3f}" if known else f"no interval: there is one {unit}"
+    lines.append(f"| all | | | {mean:.3f} ({interval}) |")
     kind = escape_markdown(trained.config.normalization)
     return "\n".join(lines) + (
         f"\n\nPCC: Pearson correlation of predicted and measured {kind} expression over a fold's test spots. The "
@@ -208,44 +208,42 @@ def _license(trained: TrainedModel) -> str:
     if starts_random(trained):
         return (
             f"There are no parent weights: the image model started from {escape_markdown(trained.student.weights_origin)}. "
-            "No license is inherited, and no knowledge of tissue either: this is a model to test with."
+            "No license is inherited. Use this model for tests only."
         )
-    means = LICENSES.get(spec.license, OTHER_LICENSE)
+    terms = LICENSES.get(spec.license, OTHER_LICENSE)
     text = (
-        f"Parent weights: {escape_markdown(trained.student.weights_origin)}, {escape_markdown(spec.license)}. {means}"
+        f"Parent weights: {escape_markdown(trained.student.weights_origin)}, {escape_markdown(spec.license)}. {terms}"
     )
     if spec.name == "ctranspath":
         text += " The authors' README adds that they are for non-commercial academic purposes."
     if spec.gate:
-        text += (
-            f" Access to them is granted at {escape_markdown(spec.gate)}, on terms that bind whoever was granted it."
-        )
+        text += f" Access to them is granted at {escape_markdown(spec.gate)}, on terms that bind the user."
     if "-ND" in spec.license:
         text = "> [!WARNING]\n> " + text
     if trained.config.teacher == "scfoundation" and trained.config.method != "none":
         license = read_manifest()["scfoundation"].license
         text += f"\n\nIts teacher was scFoundation, whose weights are under the {license}."
-    return text + "\n\nThe license of the data above may ask for more."
+    return text + "\n\nThe license of the data above may have further terms."
 
 
 def _versions(trained: TrainedModel) -> str:
-    made = _kept(trained.summary, "versions", dict).items()
-    lines = [f"- Made with: {escape_markdown(', '.join(f'{name} {v}' for name, v in made)) or 'not recorded'}"]
+    versions = _get_field(trained.summary, "versions", dict).items()
+    lines = [f"- Trained with: {escape_markdown(', '.join(f'{name} {v}' for name, v in versions)) or 'not recorded'}"]
     lines += [f"- Exported with: peka_lite {__version__}", f"- Fingerprint of the model: {trained.fingerprint}"]
     return "\n".join(lines)
 
 
-def _kept(about: dict, name: str, kind: type):
-    """Return a list or mapping of a summary; an empty one where there is none."""
-    if not isinstance(found := about.get(name) or kind(), kind):
-        raise ValueError(f"{name} in summary.json is {escape_control(found)!r}: a card cannot be written of this model")
-    return found
+def _get_field(summary: dict, name: str, kind: type):
+    """Return a list or mapping of a summary; an empty one if it is missing."""
+    if not isinstance(value := summary.get(name) or kind(), kind):
+        raise ValueError(f"{name} in summary.json must be a {kind.__name__}, not {escape_control(value)!r}")
+    return value
 
 
 def _whole(value: object) -> str:
     """Return a whole number as Python code."""
     if type(value) is not int:
-        raise ValueError(f"{escape_control(value)!r} is no whole number: a card cannot be written of this model")
+        raise ValueError(f"expected a whole number, not {escape_control(value)!r}")
     return _literal(value)
 
 
@@ -259,18 +257,18 @@ def _literal(value: bool | int | float | str | list | None) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if not isinstance(value, bool | int | float | str | None):
-        raise ValueError(f"{escape_control(value)!r} is no plain value: a card cannot be written of this model")
+        raise ValueError(f"expected a bool, number, text, list or None, not {escape_control(value)!r}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no literal: a card cannot be written of this model")
+        raise ValueError(f"expected a finite number, not {value}")
     return repr(value)
 
 
 def _number(value: object) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{escape_control(value)!r} is no number: a card cannot be written of this model")
+        raise ValueError(f"expected a number, not {escape_control(value)!r}")
     return value
 
 
 def starts_random(trained: TrainedModel) -> bool:
-    """Say whether the student started from random weights."""
+    """Return whether the student started from random weights."""
     return trained.config.weights == "random"

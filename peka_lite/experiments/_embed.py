@@ -1,4 +1,4 @@
-"""The second half of a run alone: a student's features of every spot of a cohort, in a file."""
+"""Write the features of every spot of a cohort to a file."""
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ def write_features(
     Parameters
     ----------
     cohort
-        From `open_cohort`; any cohort, not only the one that taught the student.
+        From `open_cohort`; not only the one that the student was trained on.
     out
-        ``.h5ad`` file, written under another name and renamed when whole. One that is there is replaced where this
-        wrote it and nobody changed it since.
+        ``.h5ad`` file, written atomically. An existing file is replaced only if this function wrote it and it is
+        unchanged.
     student
-        From `load_backbone`, or ``load_trained(folder).student``; or any module that `embed_tiles` takes.
+        From `load_backbone`, or ``load_trained(folder).student``, or any module that `embed_tiles` takes.
     source
-        Plain values that say where the student comes from, such as ``TrainedModel.describe()``; kept in
-        ``uns["peka_lite"]``.
+        Origin of the student as plain values, such as ``TrainedModel.describe()``; stored in ``uns["peka_lite"]``.
     mean, std, input_size
         As in `embed_tiles`.
 
@@ -57,9 +56,9 @@ def write_features(
     Raises
     ------
     ValueError
-        For a name that does not end in .h5ad, and as `embed_tiles`.
+        If `out` does not end in .h5ad, and as `embed_tiles`.
     FileExistsError
-        For an `out` that is another file, or one that the cohort is read from.
+        If `out` is another file or an input of the cohort.
 
     Examples
     --------
@@ -78,25 +77,25 @@ def write_features(
     out = Path(out)
     if out.suffix != ".h5ad":
         raise ValueError(f"{out}: features are written as AnnData; give a name that ends in .h5ad")
-    at = {"by": "peka-lite embed", "inputs": cohort.tiles.paths}
-    check_file(out, **at)
+    access = {"by": "peka-lite embed", "inputs": cohort.tiles.paths}
+    check_file(out, **access)
     name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
-    looks = {"mean": mean, "std": std, "input_size": input_size}
+    inputs = {"mean": mean, "std": std, "input_size": input_size}
     with Stage("", reports=progress):
         print_line(f"plan: {len(cohort):,} tiles to embed by {name}")
-        X = embed_tiles(student, cohort.tiles, **looks, batch_size=batch_size, device=device, progress=progress)
+        X = embed_tiles(student, cohort.tiles, **inputs, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()
     obs = obs.fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names
     spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
     spec = getattr(student, "spec", None)
-    said = {"backbone": getattr(spec, "name", type(student).__name__), "data_fingerprint": hash_cohort(cohort)}
-    said |= {"weights": getattr(student, "weights_origin", "a network in memory")}
-    said |= {name: list(map(float, np.atleast_1d(value))) for name, value in looks.items() if value is not None}
-    said |= {"versions": {"peka_lite": __version__}} | (source or {})
+    record = {"backbone": getattr(spec, "name", type(student).__name__), "data_fingerprint": hash_cohort(cohort)}
+    record |= {"weights": getattr(student, "weights_origin", "a network in memory")}
+    record |= {name: list(map(float, np.atleast_1d(value))) for name, value in inputs.items() if value is not None}
+    record |= {"versions": {"peka_lite": __version__}} | (source or {})
     names = pd.Index([f"feature_{i}" for i in range(X.shape[1])])
     adata = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=names), obsm={"spatial": spatial})
-    adata.uns["peka_lite"] = to_h5ad_values(said)
-    with write_output(out, **at) as partial:
+    adata.uns["peka_lite"] = to_h5ad_values(record)
+    with write_output(out, **access) as partial:
         write_h5ad(adata, partial, of=out)
     return adata

@@ -1,4 +1,4 @@
-"""A run's model applied to a slide: an image or a HEST slide, by the model that did not learn from it."""
+"""Predict a slide with the model of a run, for a slide of its cohort with the fold that held it out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def predict_from(
     device: str | None = None,
     progress: bool = False,
 ) -> ad.AnnData:
-    """Predict genes on a slide with what a run or a training left behind.
+    """Predict genes on a slide with the model in the folder of a run or training.
 
     Parameters
     ----------
@@ -39,11 +39,12 @@ def predict_from(
         Path of a whole-slide image (`predict_slide`), or the id of a slide of a cohort, predicted at its spots
         (`predict_spots`).
     fold
-        Whose model. None: for a slide of the run's own cohort the fold that held it out, else as in `load_trained`.
+        Fold whose model to use. None: for a slide of the run's cohort the fold that held it out, else as in
+        `load_trained`.
     weights
         As in `load_trained`.
     cohort
-        Name or folder in which an id is looked up; None takes the run's.
+        Name or folder of the cohort of an id. None: the run's.
     mpp, min_tissue
         For an image, as in `predict_slide`.
 
@@ -56,11 +57,11 @@ def predict_from(
     Raises
     ------
     FileNotFoundError
-        For a slide that is neither a file nor an id of the cohort.
+        If `slide` is neither a file nor an id of the cohort.
     FileExistsError
-        For an `out` that is read here, or is there already and was not written by this.
+        If `out` is an input, or a file that this function did not write.
     ValueError
-        As `load_trained` and `predict_slide`, for `mpp` given with a HEST slide, and for `cohort` with an image.
+        As `load_trained` and `predict_slide`, for `mpp` with a HEST slide, and for `cohort` with an image.
 
     Examples
     --------
@@ -82,7 +83,7 @@ def predict_from(
     options = {"batch_size": batch_size, "device": device, "progress": progress}
     if Path(slide).is_file():
         if cohort is not None:
-            raise ValueError(f"{slide} is an image file: a cohort is where the id of a HEST slide is looked up")
+            raise ValueError(f"{slide} is an image file; a cohort can be given only with the id of a HEST slide")
         trained = load_trained(model, fold=fold, weights=weights, device=device)
         return predict_slide(slide, trained, out, mpp=mpp, min_tissue=min_tissue, **options)
     config, _ = read_run(Path(model))
@@ -94,16 +95,16 @@ def predict_from(
         raise FileNotFoundError(f"{slide}: no such image file, and no slide of the cohort {cohort}, which has {some}")
     check_prediction_file(Path(out), inputs=[root / "st" / f"{slide}.h5ad"])
     if mpp is not None:
-        raise ValueError(f"{slide} is a HEST slide, whose tiles are cut already: mpp belongs to an image file")
-    own = cohort is None or root == _root_of(config.cohort)
-    missed = fold_without(model, slide) if own else None
-    trained = load_trained(model, fold=missed if fold is None else fold, weights=weights, device=device)
-    held_out = "other cohort" if not own else "no" if missed is None or trained.fold != missed else "yes"
-    return predict_spots(read_slide(root, slide), trained, out, held_out=held_out, **options)
+        raise ValueError(f"{slide} is a HEST slide, whose tiles are already cut; give mpp only with an image file")
+    in_cohort = cohort is None or root == _find_root(config.cohort)
+    test_fold = fold_without(model, slide) if in_cohort else None
+    trained = load_trained(model, fold=test_fold if fold is None else fold, weights=weights, device=device)
+    status = "other cohort" if not in_cohort else "no" if test_fold is None or trained.fold != test_fold else "yes"
+    return predict_spots(read_slide(root, slide), trained, out, held_out=status, **options)
 
 
-def _root_of(cohort: str) -> Path | None:
-    """Return the folder of a model's own cohort; None where it is not on this machine."""
+def _find_root(cohort: str) -> Path | None:
+    """Return the folder of the run's cohort; None if it is not on this machine."""
     try:
         return cohort_root(cohort)
     except (FileNotFoundError, ValueError):
@@ -111,7 +112,7 @@ def _root_of(cohort: str) -> Path | None:
 
 
 def fold_without(model: str | os.PathLike, slide: str) -> int | None:
-    """Return the fold of a run or training whose model learned from no spot of a slide of its cohort; None without."""
+    """Return the fold whose model was trained on no spot of a slide of the run's cohort; None if there is none."""
     config, summary = read_run(Path(model))
     if config.settled_protocol().student == "all":
         return None

@@ -1,4 +1,4 @@
-"""Export: a taught student as plain timm weights, its probe, and a model card beside them."""
+"""Export a trained student as plain timm weights with its probe and a model card."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def export(
     fold: int | None = None,
     weights: str | os.PathLike | None = None,
 ) -> Path:
-    """Write merged weights that timm alone loads, their probe, and a model card in Hugging Face's format.
+    """Write merged weights in timm's format, their probe, and a model card in Hugging Face's format.
 
     Parameters
     ----------
     folder, fold, weights
         As in `load_trained`.
     out
-        Folder to make: ``model.safetensors``, ``probe.safetensors``, ``README.md``. It appears when it is complete.
+        Folder to create: ``model.safetensors``, ``probe.safetensors``, ``README.md``. Written atomically.
 
     Returns
     -------
@@ -40,12 +40,12 @@ def export(
     Raises
     ------
     FileExistsError
-        If `out` is there already, or when another process that is at work on it is through.
+        If `out` exists, or another process creates it meanwhile.
 
     Warns
     -----
     UserWarning
-        When the license of the parent weights forbids sharing what was written.
+        If the license of the parent weights forbids sharing the export.
 
     Examples
     --------

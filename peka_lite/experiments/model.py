@@ -1,4 +1,4 @@
-"""A trained model from a run's folder: student, probe and genes, ready to predict expression from tiles."""
+"""Load the trained model of a run and predict expression from tiles."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from peka_lite.probe.pca_ridge import PCARidge
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float)  # NaN and infinity too: an interval of one patient has neither end
+    return type(value) in (int, float)  # including NaN: the confidence interval of one patient is undefined
 
 
-_SUMMARY = {  # what is read of a summary, where it is not None: its check, and what passes it in words
+_SUMMARY = {  # field of summary.json -> check of values other than None, description of valid values
     "n_spots": (lambda value: type(value) is int and value >= 0, "a whole number"),
     "n_taught": (lambda value: type(value) is int and value >= 0, "a whole number"),
     **dict.fromkeys(("mean_pcc", "ci_low", "ci_high"), (_is_number, "a number")),
@@ -56,25 +56,25 @@ _SUMMARY = {  # what is read of a summary, where it is not None: its check, and 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Everything from a tile to its genes; see `load_trained`.
+    """Hold the student, probe and genes of one fold; `load_trained` loads them.
 
     Attributes
     ----------
     student
-        Plain timm model in eval mode, adapters merged in.
+        Timm model in eval mode with its adapters merged.
     frozen
-        The student as it was before, where the probe reads its features too (first); else None.
+        The student before training, if the probe also uses its features (they come first). Else None.
     probe, genes
         Fitted probe, and the genes it predicts in column order.
     normalization
-        Of the predictions, as in `normalize`.
+        Normalization of the predictions, as in `normalize`.
     config, summary, folder
-        The run.
+        Settings, summary and folder of the run.
     fold
-        Number of the fold whose test rows neither probe nor, unless the protocol says so, student learned from; None
-        where one model learned from the whole cohort.
+        The fold held out from the probe and, unless the protocol trains the student on all spots, from the student.
+        None for a model of the whole cohort.
     fingerprint
-        16 hex digits, the same for the same frozen weights, adapter, probe and genes.
+        16 hex digits. Equal for equal frozen weights, adapter, probe and genes.
 
     Examples
     --------
@@ -101,8 +101,8 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        """``"all"``, or ``"fold0"`` and so on."""
-        return _name(self.fold)
+        """Return ``"all"``, or ``"fold0"`` and so on."""
+        return _fold_name(self.fold)
 
     def predict(self, tiles, *, batch_size: int = 64, device: str | None = None, progress: bool = False) -> np.ndarray:
         """Predict normalized expression (n, genes) float32 from tiles.
@@ -112,7 +112,7 @@ class TrainedModel:
         tiles
             Anything that slices to uint8 (n, H, W, 3), as for `embed_tiles`.
         device
-            None: where the student is.
+            None: the student's device.
         """
         device = device or str(next(self.student.parameters()).device)
         models = [m for m in (self.frozen, self.student) if m is not None]  # the order the probe was fitted in
@@ -121,7 +121,7 @@ class TrainedModel:
 
     @property
     def gene_pcc(self) -> np.ndarray:
-        """(genes,) PCC on the spots that this model's fold held out; NaN where the folder has no scores of it."""
+        """Return each gene's PCC (genes,) on the fold's test spots; NaN if the folder has no scores of the fold."""
         table = self.folder / "metrics.csv"
         if self.fold is None or not table.is_file():
             return np.full(len(self.genes), np.nan)
@@ -130,11 +130,11 @@ class TrainedModel:
 
     @property
     def target_range(self) -> np.ndarray:
-        """(2, genes) least and greatest training target of each gene; NaN where an older version made the folder."""
+        """Return each gene's smallest and largest training target (2, genes); NaN for folders of older versions."""
         return getattr(self.probe, "range_", np.full((2, len(self.genes)), np.nan))
 
     def describe(self) -> dict:
-        """Say what this model is, in values that JSON can hold."""
+        """Return the model's origin, settings and scores as values that JSON can hold."""
         config, summary = self.config, self.summary
         score = None
         if summary.get("mean_pcc") is not None:
@@ -167,29 +167,29 @@ def load_trained(
     weights: str | os.PathLike | None = None,
     device: str | None = None,
 ) -> TrainedModel:
-    """Load what a run or a training left behind; the cohort and the teacher are not needed any more.
+    """Load a trained model from the folder of a run or training, without its cohort and teacher.
 
     Parameters
     ----------
     folder
-        Written by `run` or by ``peka-lite train``: ``config.yml``, ``summary.json``, ``probe.safetensors`` and, where
-        a student was taught, ``adapter.safetensors``.
+        Written by `run` or ``peka-lite train``: ``config.yml``, ``summary.json``, ``probe.safetensors`` and, for a
+        trained student, ``adapter.safetensors``.
     fold
-        Whose model to take. None: the one of the whole cohort where there is one, else the first fold's.
+        Fold whose model to load. None: the model of the whole cohort if there is one, else that of the first fold.
     weights
-        Where the frozen weights are now, as in `load_backbone`; None looks where the run found them. Other weights
-        than the run's are refused. Of a folder that brings its backbone's row (``backbone.yml``), weights of the hub
-        are fetched for ``"hub"`` only: without it they are taken where they are in the cache already.
+        The frozen weights, as in `load_backbone`; they must be the run's. None: as in the run's settings. If the
+        folder defines its own backbone (``backbone.yml``), weights are downloaded from the Hub only for ``"hub"``;
+        None then takes them from the cache.
     device
-        None: the GPU where there is one.
+        None: the GPU if there is one.
 
     Raises
     ------
     FileNotFoundError
-        For a folder or file that is not there.
+        If the folder or one of its files is missing.
     ValueError
-        For a fold that is not there, features without a student, frozen weights other than the run's, and files that
-        do not belong together.
+        For an unknown fold, features without a student, frozen weights other than the run's, and files of different
+        runs.
 
     Examples
     --------
@@ -206,42 +206,43 @@ def load_trained(
     config, summary = read_run(folder)
     if config.features not in ("student", "frozen+student"):
         raise ValueError(
-            f"{folder} has features {config.features!r}: models are kept of 'student' and 'frozen+student' "
-            "alone; give a run with one of these"
+            f"{folder} has features {config.features!r}, of which no model is saved; "
+            "give a run with features 'student' or 'frozen+student'"
         )
     probes = load_probes(file_inside(folder, "probe.safetensors"))
-    fold = _fold(folder, probes, fold)
-    probe, genes = probes.probes[_name(fold)]
+    fold = _select_fold(folder, probes, fold)
+    probe, genes = probes.probes[_fold_name(fold)]
     _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
 
-    at, origin = (_where(folder, config), config.weights) if weights is None else (weights, None)
+    source, origin = (_find_weights(folder, config), config.weights) if weights is None else (weights, None)
 
-    def fresh() -> nn.Module:
-        model = load_backbone(config.backbone, weights=at, seed=config.seed)
-        if origin == "hub" and at != "hub":
+    def load_frozen() -> nn.Module:
+        model = load_backbone(config.backbone, weights=source, seed=config.seed)
+        if origin == "hub" and source != "hub":
             model.weights_origin = f"hub {model.spec.source}"
         return model
 
-    student, state = fresh(), {}
+    student, state = load_frozen(), {}
     base = backbone_fingerprint(student)
     if config.method != "none":
-        student = _adapted(folder, config, summary, student, fold)
+        student = _load_adapted(folder, config, summary, student, fold)
         state = adapter_state(student)
         student = merge(student)
     if probes.fingerprint not in (None, base):
         raise ValueError(
             f"{folder / 'probe.safetensors'} was fitted on {config.backbone} with weights {summary.get('weights')!r} "
-            f"(fingerprint {probes.fingerprint}); these are {student.weights_origin!r} (fingerprint {base}): load those"
+            f"(fingerprint {probes.fingerprint}), not {student.weights_origin!r} (fingerprint {base}); give the former"
         )
     both = config.features == "frozen+student"
-    if len(probe.mean_) != (wanted := student.spec.dim * (2 if both else 1)):
+    if len(probe.mean_) != (dim := student.spec.dim * (2 if both else 1)):
         raise ValueError(
-            f"{folder / 'probe.safetensors'} takes {len(probe.mean_)} features, the student gives {wanted}"
+            f"{folder / 'probe.safetensors'} takes {len(probe.mean_)} features, but the student has {dim}; "
+            "it belongs to another run"
         )
     device = device or default_device()
     return TrainedModel(
         student=student.to(device),
-        frozen=fresh().to(device) if both else None,
+        frozen=load_frozen().to(device) if both else None,
         probe=probe,
         genes=genes,
         normalization=probes.normalization,
@@ -249,80 +250,80 @@ def load_trained(
         summary=summary,
         folder=folder,
         fold=fold,
-        fingerprint=_fingerprint(base, state, probe, genes),
+        fingerprint=_hash_model(base, state, probe, genes),
     )
 
 
 def read_run(folder: Path) -> tuple[RunConfig, dict]:
-    """Return settings and summary of a finished run or training, wherever its cohort and teacher are now."""
+    """Read the settings and summary of a finished run or training; cohort and teacher may be absent."""
     needs = ("config.yml", "summary.json")
     if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
         raise FileNotFoundError(explain_missing(folder, needs=needs, kind="run or training"))
     restore_backbone(folder)
-    fields, summary = (_read(file_inside(folder, name, largest=2**24)) for name in needs)
-    known = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    if not isinstance(fields, dict) or (odd := fields.keys() - known.keys()):
-        what = f"unknown settings {', '.join(sorted(odd))}" if isinstance(fields, dict) else "no settings"
-        raise ValueError(f"{folder / 'config.yml'} holds {what}; it is not of this peka_lite")
+    fields, summary = (_parse_file(file_inside(folder, name, largest=2**24)) for name in needs)
+    defaults = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    if not isinstance(fields, dict) or (unknown := fields.keys() - defaults.keys()):
+        problem = f"unknown settings {', '.join(sorted(unknown))}" if isinstance(fields, dict) else "no settings"
+        raise ValueError(f"{folder / 'config.yml'} has {problem}; give a folder written by this version of peka_lite")
     if not isinstance(summary, dict):
-        raise ValueError(f"{folder / 'summary.json'} holds no summary; remove the folder and make it again")
-    # The run checked them when it began. Its cohort, teacher files and GPU need not be here now, so not once more.
+        raise ValueError(f"{folder / 'summary.json'} is not a mapping; remove the folder and run the command again")
+    # RunConfig() would require the cohort, the teacher's files and the GPU of the run, so only the fields are checked.
     config = object.__new__(RunConfig)
-    for name, value in (known | fields).items():
+    for name, value in (defaults | fields).items():
         try:
             check_field(name, value)
             if name == "backbone" and is_backbone_file(value):
-                raise ValueError(f"backbone is a name, whose row is in {FILE} beside it, not a file: {value!r}")
+                raise ValueError(f"backbone is the name of a backbone defined in {FILE}, not a file: {value!r}")
         except ValueError as error:
             raise ValueError(f"{folder / 'config.yml'}: {error}") from None
         object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
-    for name, (right, wanted) in _SUMMARY.items():
-        if (value := summary.get(name)) is not None and not right(value):
-            raise ValueError(f"{folder / 'summary.json'}: {name} is {wanted}, not {repr(value)[:120]}")
+    for name, (is_valid, description) in _SUMMARY.items():
+        if (value := summary.get(name)) is not None and not is_valid(value):
+            raise ValueError(f"{folder / 'summary.json'}: {name} must be {description}, not {repr(value)[:120]}")
     return config, summary
 
 
-def _where(folder: Path, config: RunConfig) -> str | Path:
-    """Return where a run's frozen weights are; a row that came with the folder fetches nothing unasked."""
+def _find_weights(folder: Path, config: RunConfig) -> str | Path:
+    """Return the source of a run's frozen weights; for a backbone defined in its folder, only a local one."""
     row = BACKBONES[config.backbone]
     if config.weights != "hub" or row.source is None or row.name in PACKAGE or find_packaged(row) is not None:
         return config.weights
     if (path := find_cached_weights(row)) is None:
         raise ValueError(
-            f"{folder / FILE} names weights of another's hub repository ({row.source}), which are not on this machine: "
-            "--weights hub (weights='hub') fetches them from there, --weights FILE takes a copy"
+            f"{folder / FILE} needs weights of the Hub repository {row.source}, which are not in the cache; "
+            "download them with --weights hub (weights='hub') or give a copy with --weights FILE"
         )
     return path
 
 
-def _read(path: Path):
+def _parse_file(path: Path):
     try:
         if path.suffix == ".yml":
             return read_yaml(path)
         return parse_json(read_text(path, longest=LARGEST))
     except ValueError:
         raise ValueError(
-            f"{path} is cut short or damaged; remove its folder and give `{remake_command(path.parent)}`"
+            f"{path} is truncated or damaged; remove its folder and run `{remake_command(path.parent)}`"
         ) from None
 
 
-def _fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
-    there = list(probes.probes)
-    if odd := [name for name in there if not re.fullmatch(r"all|fold\d{1,9}", name)]:
-        raise ValueError(f"{folder / 'probe.safetensors'} holds {odd[0]!r}; probes of a run are all, or fold0, ...")
+def _select_fold(folder: Path, probes: Probes, fold: int | None) -> int | None:
+    names = list(probes.probes)
+    if unknown := [name for name in names if not re.fullmatch(r"all|fold\d{1,9}", name)]:
+        raise ValueError(f"{folder / 'probe.safetensors'} has a probe {unknown[0]!r}; expected all, or fold0, ...")
     if fold is None:
-        return None if "all" in there else min(int(name.removeprefix("fold")) for name in there)
-    if _name(fold) not in there:
-        has = "one model of the whole cohort, no folds" if there == ["all"] else f"models of {', '.join(there)}"
-        raise ValueError(f"{folder} has no fold {fold}; it has {has}")
+        return None if "all" in names else min(int(name.removeprefix("fold")) for name in names)
+    if _fold_name(fold) not in names:
+        models = "one model of the whole cohort, no folds" if names == ["all"] else f"models of {', '.join(names)}"
+        raise ValueError(f"{folder} has no fold {fold}; it has {models}")
     return fold
 
 
-def _adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module, fold: int | None) -> nn.Module:
-    """Put on the adapter of a fold, or that of all where one student serves every fold."""
+def _load_adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module, fold: int | None) -> nn.Module:
+    """Load the adapter of a fold, or the one that all folds share, into the student."""
     path = file_inside(folder, "adapter.safetensors")
     info = read_adapter_info(path)
-    name = "all" if config.settled_protocol().student == "all" else _name(fold)
+    name = "all" if config.settled_protocol().student == "all" else _fold_name(fold)
     student = load_adapter(student, path, name=name)
     _require_same(path, "method", info.method, config.method)
     if info.data[name] is not None and summary.get("data_fingerprint") is not None:
@@ -330,16 +331,16 @@ def _adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Module,
     return student
 
 
-def _require_same(path: Path, field: str, found, wanted) -> None:
-    if found != wanted:
-        raise ValueError(f"{path} has {field} {found!r}, the run {wanted!r}: it belongs to another folder")
+def _require_same(path: Path, field: str, value, expected) -> None:
+    if value != expected:
+        raise ValueError(f"{path} has {field} {value!r}, but the run has {expected!r}; it belongs to another run")
 
 
-def _name(fold: int | None) -> str:
+def _fold_name(fold: int | None) -> str:
     return "all" if fold is None else f"fold{fold}"
 
 
-def _fingerprint(base: str, state: dict[str, torch.Tensor], probe: PCARidge, genes: tuple[str, ...]) -> str:
+def _hash_model(base: str, state: dict[str, torch.Tensor], probe: PCARidge, genes: tuple[str, ...]) -> str:
     digest = hashlib.sha256(json.dumps([base, list(genes)]).encode())
     for name, tensor in sorted(state.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Predicted expression of a whole slide: tiles stream through a trained model, and a map ready to draw comes out."""
+"""Predict the expression of a whole slide, tile by tile, with a trained model."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def predict_slide(
     workers: int = 2,
     progress: bool = False,
 ) -> ad.AnnData:
-    """Predict expression on the tissue of a whole-slide image, one tile of 224 px at 0.5 um/px (112 um) beside another.
+    """Predict expression on the tissue of a whole-slide image, on a grid of 224 px tiles at 0.5 um/px (112 um).
 
-    Tiles are read ahead in threads and predictions written to ``{out}.{machine}.partial`` as they come: memory holds
-    a few batches, however large the slide. A job stopped on this machine goes on where it was, to the same numbers,
-    unless slide, model or settings have changed.
+    Threads read tiles ahead, and predictions are written to ``{out}.{machine}.partial``, so memory holds only a few
+    batches. On the same machine, a stopped job resumes from this file and gives the same numbers, unless slide, model
+    or settings changed.
 
     Parameters
     ----------
@@ -62,39 +62,37 @@ def predict_slide(
     model
         A trained model.
     out
-        ``.h5ad`` file to write. One that is there is replaced when the new one is complete, where this wrote it and
-        nobody changed it since.
+        ``.h5ad`` file to write. An existing file is replaced, once the new one is complete, only if this function
+        wrote it and it is unchanged.
     min_tissue
-        Least share of a tile that is tissue; see `tissue_tiles`.
+        Minimum tissue share of a tile; see `tissue_tiles`.
     batch_size
-        Tiles at once.
+        Tiles per batch.
     device
-        None: the GPU where there is one.
+        None: the GPU if there is one.
     workers
-        Threads that read tiles, each a batch at a time and one batch ahead.
+        Threads that read tiles, one batch each.
     progress
-        Print the plan and show a bar with tiles per second and the time left, or where stderr is no terminal a line
-        every half minute.
+        Print the plan and show a progress bar, or a line every half minute if stderr is not a terminal.
 
     Returns
     -------
     anndata.AnnData
-        As read from `out`. ``X`` (N, genes) float32; ``var`` pcc, how well the model's own run predicted each gene on
-        spots it had held out (NaN where none were), train_min and train_max, the range of its training targets (NaN
-        where the model is of an older version that did not keep it); ``obs`` array_row, array_col and tissue_share;
-        ``obsm["spatial"]`` (N, 2) centers in pixels of the slide's finest level, x first; ``uns["spatial"]`` the
-        thumbnail and its scale, so that `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial` draw it;
-        ``uns["peka_lite"]`` where it comes from, and outside_training_range, the share of the values in ``X`` that lie
-        outside their gene's range (NaN where it is unknown).
+        As read from `out`. ``X`` (N, genes) float32. ``var``: pcc, each gene's PCC on the test spots of the model's
+        run (NaN without test spots), train_min and train_max, the range of its training targets (NaN for models of
+        older versions). ``obs``: array_row, array_col and tissue_share. ``obsm["spatial"]`` (N, 2): centers in pixels
+        of the slide's finest level, x first. ``uns["spatial"]``: the thumbnail and its scale, for
+        `squidpy.pl.spatial_scatter` and `scanpy.pl.spatial`. ``uns["peka_lite"]``: slide, model, versions, and
+        outside_training_range, the share of the values in ``X`` outside their gene's training range (NaN if unknown).
 
     Raises
     ------
     FileNotFoundError, SlideError
-        As `open_slide`, `tissue_tiles` and `WholeSlide.read_tile`. What was predicted before stays for the next try.
+        As `open_slide`, `tissue_tiles` and `WholeSlide.read_tile`. Finished predictions are kept for the next call.
     FileExistsError
-        For an `out` that is another file, or one that is read here.
+        If `out` is another file or an input.
     ValueError
-        For an `out` that is not ``.h5ad``, or predictions that are not finite or not of the model's genes.
+        If `out` does not end in ``.h5ad``, or predictions are not finite or not of the model's genes.
 
     Examples
     --------
@@ -111,21 +109,21 @@ def predict_slide(
     >>> list(predicted.obs), list(predicted.var)
     (['array_row', 'array_col', 'tissue_share'], ['pcc', 'train_min', 'train_max'])
     """
-    out = _checked(out, batch_size, workers, inputs=[slide])
+    out = _check_options(out, batch_size, workers, inputs=[slide])
     with open_slide(slide, mpp=mpp) as opened:
         with Stage("finding the tissue"):
-            found = tissue_tiles(opened, min_tissue=min_tissue)
-        places = found.obs[["array_row", "array_col"]].to_numpy()  # (N, 2)
+            tissue = tissue_tiles(opened, min_tissue=min_tissue)
+        places = tissue.obs[["array_row", "array_col"]].to_numpy()  # (N, 2)
 
         def read(rows: slice) -> np.ndarray:
             return np.stack([opened.read_tile(row, col) for row, col in places[rows]])
 
         width, height = opened.tile
         scalefactors = {"spot_diameter_fullres": (width * height) ** 0.5}
-        scalefactors |= {f"tissue_{key}_scalef": found.scale for key in ("hires", IMAGE_KEY)}
-        picture = {"images": {"hires": found.picture, IMAGE_KEY: found.picture}, "scalefactors": scalefactors}
+        scalefactors |= {f"tissue_{key}_scalef": tissue.scale for key in ("hires", IMAGE_KEY)}
+        picture = {"images": {"hires": tissue.picture, IMAGE_KEY: tissue.picture}, "scalefactors": scalefactors}
         adata = ad.AnnData(
-            obs=found.obs,
+            obs=tissue.obs,
             obsm={"spatial": (places[:, ::-1] + 0.5) * (width, height)},
             uns={"spatial": {opened.path.stem: picture}},
         )
@@ -146,12 +144,12 @@ def predict_spots(
     device: str | None = None,
     progress: bool = False,
 ) -> ad.AnnData:
-    """Predict expression at the spots of a HEST slide, from its own tiles.
+    """Predict expression at the spots of a HEST slide.
 
-    As `predict_slide`, but with the slide's spots. Of ``slide.adata`` are kept: of obs array_row, array_col and
-    in_tissue where they are numbers, ``obsm["spatial"]`` (N, 2), and of ``uns["spatial"]`` the images hires, lowres
-    and downscaled_fullres with their scale factors and the spots' diameter. The image also goes by the name ``"hires"``
-    where there is none, which plots look for. What `held_out` says of slide and model is kept in ``uns["peka_lite"]``.
+    As `predict_slide`, but at the slide's spots. Copied from ``slide.adata``: the numeric columns array_row, array_col
+    and in_tissue of obs, ``obsm["spatial"]`` (N, 2), and from ``uns["spatial"]`` the images hires, lowres and
+    downscaled_fullres, their scale factors and the spot diameter. If there is no image ``"hires"``, which plots need,
+    downscaled_fullres is stored under this name too. `held_out` is stored in ``uns["peka_lite"]``.
 
     Examples
     --------
@@ -168,7 +166,7 @@ def predict_spots(
     PGR     0.4        0.0        4.2
     UBE2Q1  0.0        0.0        3.2
     """
-    out = _checked(out, batch_size, 1, inputs=slide.tiles.paths)
+    out = _check_options(out, batch_size, 1, inputs=slide.tiles.paths)
     measured = slide.adata
     pictures = {}
     for name, library in measured.uns.get("spatial", {}).items():
@@ -187,20 +185,22 @@ def predict_spots(
     )
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in slide.tiles.paths]
     key = repr((slide.id, stats, slide.tiles.part.tobytes(), slide.tiles.row.tobytes()))
-    options = {"batch_size": batch_size, "device": device, "workers": 1, "progress": progress}  # h5py reads one by one
+    options = {"batch_size": batch_size, "device": device, "workers": 1, "progress": progress}  # h5py reads serially
     return _predict(
         slide.tiles.__getitem__, adata, {"slide": slide.id, "held_out": held_out}, model, out, key=key, **options
     )
 
 
 def check_prediction_file(out: Path, *, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """Refuse a place where predictions cannot be written, or where another file is or one that is read."""
+    """Check that predictions can be written to `out`: an ``.h5ad`` name, no other file and no input."""
     if out.suffix != ".h5ad" or out.is_dir():
-        raise ValueError(f"{out}: predictions are one AnnData file; give a name that ends in .h5ad")
+        raise ValueError(f"{out}: predictions are written as one AnnData file; give a name that ends in .h5ad")
     check_file(out, BY, inputs=inputs)
 
 
-def _checked(out: str | os.PathLike, batch_size: int, workers: int, *, inputs: Iterable[str | os.PathLike]) -> Path:
+def _check_options(
+    out: str | os.PathLike, batch_size: int, workers: int, *, inputs: Iterable[str | os.PathLike]
+) -> Path:
     out = Path(out)
     check_prediction_file(out, inputs=inputs)
     for name, value in {"batch_size": batch_size, "workers": workers}.items():
@@ -222,34 +222,34 @@ def _predict(
     workers: int,
     progress: bool,
 ) -> ad.AnnData:
-    """Fill `adata` with predictions for the tiles that `read` gives, and write it to `out`."""
+    """Predict the tiles that `read` returns, and write the predictions with `adata` to `out`."""
     device = device or default_device()
     genes = list(model.genes)
-    # The last digits of a prediction depend on device and batch: with them in the key, a resumed job repeats no others.
+    # The last digits of a prediction depend on device and batch size, so a job with others must not resume.
     parts = (__version__, key, model.fingerprint, genes, str(device), batch_size)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     with lock_work_folder(out) as work:
-        check_file(out, BY)  # once more before the work: another process may have been first
+        check_file(out, BY)  # again: another process may have written it meanwhile
         rows, done = open_partial(work, shape=(adata.n_obs, len(genes)), key=key)  # (N, genes), (N,)
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
         n, before = adata.n_obs, int(done.sum())
-        shown = progress_bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
-        with Stage("", reports=progress), shown:
+        bar = progress_bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
+        with Stage("", reports=progress), bar:
             print_line(
                 f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
                 + (f"; {before:,} tiles were done before" if before else "")
             )
             for batch, tiles in _read_ahead(read, left, workers):
-                guess = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
-                if guess.shape != (len(tiles), len(genes)) or not np.isfinite(guess).all():
+                Y = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
+                if Y.shape != (len(tiles), len(genes)) or not np.isfinite(Y).all():
                     raise ValueError(
-                        f"the model predicts {guess.shape} for {len(tiles)} tiles and {len(genes)} genes, or values "
-                        "that are not finite; are its weights whole?"
+                        f"the model predicts an array of shape {Y.shape} for {len(tiles)} tiles and {len(genes)} genes, "
+                        "or values that are not finite; check its weights"
                     )
-                rows[batch], done[batch] = guess, True
-                shown.update(len(tiles))
-        low, high = getattr(model, "target_range", np.full((2, len(genes)), np.nan))  # unknown of a model of one's own
+                rows[batch], done[batch] = Y, True
+                bar.update(len(tiles))
+        low, high = getattr(model, "target_range", np.full((2, len(genes)), np.nan))  # custom models may lack it
         outside = float(np.mean(np.add(*shares_outside(rows, low, high))))
         whole = ad.AnnData(
             np.asarray(rows),  # still on disk
@@ -280,7 +280,7 @@ def _predict(
 def _read_ahead(
     read: Callable[[slice], np.ndarray], batches: list[slice], workers: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Give batches in order, while threads read at most `workers` more."""
+    """Yield batches in order while threads read at most `workers` batches ahead."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
     waiting: deque = deque()
     try:

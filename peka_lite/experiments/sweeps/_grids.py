@@ -1,4 +1,4 @@
-"""Points of a sweep: every combination of a grid, zipped lists and listed points, less what is excluded."""
+"""Combine a grid, zipped lists and listed points into the points of a sweep, and name them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from peka_lite._core.names import short_name
 
-MOST = 100_000  # points
-LARGEST = 2**28  # letters of all that points set, and of what is compared with each of them
+MAX_POINTS = 100_000
+MAX_CHARACTERS = 2**28  # of all points' values, and of the exclusions compared with each point
 
 
 def count_points(
@@ -24,20 +24,19 @@ def count_points(
     exclude: Sequence[Mapping] = (),
     fixed: Mapping | None = None,
 ) -> int:
-    """Return how many points `expand` combines before any is excluded; none of them is made.
+    """Count the points that `expand` combines before exclusions, without creating them.
 
     Parameters
     ----------
     grid, zipped, listed, exclude
         As in `expand`.
     fixed
-        What every point holds besides.
+        Parameters that every point sets too.
 
     Raises
     ------
     ValueError
-        For an axis without values, lists of unequal length, more than 100,000 points, and points that are too large
-        together.
+        For an axis without values, zipped lists of unequal length, more than 100,000 points, and too large values.
 
     Examples
     --------
@@ -46,29 +45,32 @@ def count_points(
     12
     >>> count_points(grid={name: range(1000) for name in ("seed", "n_genes", "epochs")})
     Traceback (most recent call last):
-    ValueError: 1,000,000,000 points, before any is excluded, are more than a sweep may have (100,000); split it
+    ValueError: 1,000,000,000 points before exclusions are more than a sweep may have (100,000); split the sweep
     """
-    axes = [(len(_values(name, values)), _size(values)) for name, values in (grid or {}).items()]
+    axes = [(len(_check_values(name, values)), _count_characters(values)) for name, values in (grid or {}).items()]
     for group in zipped:
-        lengths = {name: len(_values(name, values)) for name, values in group.items()}
+        lengths = {name: len(_check_values(name, values)) for name, values in group.items()}
         if len(set(lengths.values())) != 1:
-            told = ", ".join(f"{short_name(str(name))} has {n}" for name, n in lengths.items()) or "it is empty"
-            raise ValueError(f"zip: lists of one group are equally long, but {told}")
-        axes.append((len(next(iter(group.values()))), _size(group)))
-    axes += [(len(listed), _size(listed))] if listed else []
+            counts = ", ".join(f"{short_name(str(name))} has {n}" for name, n in lengths.items()) or "it is empty"
+            raise ValueError(f"zip: the lists of a group must have equal length, but {counts}")
+        axes.append((len(next(iter(group.values()))), _count_characters(group)))
+    axes += [(len(listed), _count_characters(listed))] if listed else []
     n = 1
     for length, _ in axes:
         n *= length
         if n > 10**18:
             break
-    if n > MOST:
-        told = f"{n:,}" if n <= 10**18 else "more than 10^18"
-        raise ValueError(f"{told} points, before any is excluded, are more than a sweep may have ({MOST:,}); split it")
-    size = n * (_size(fixed or {}) + _size(exclude)) + sum(n // length * letters for length, letters in axes)
-    if size > LARGEST:
+    if n > MAX_POINTS:
+        count = f"{n:,}" if n <= 10**18 else "more than 10^18"
         raise ValueError(
-            f"{n:,} points set or are compared with {size:,} letters in all, more than a sweep may have ({LARGEST:,}); "
-            "give fewer points or shorter values"
+            f"{count} points before exclusions are more than a sweep may have ({MAX_POINTS:,}); split the sweep"
+        )
+    size = n * (_count_characters(fixed or {}) + _count_characters(exclude))
+    size += sum(n // length * characters for length, characters in axes)
+    if size > MAX_CHARACTERS:
+        raise ValueError(
+            f"the values and exclusions of {n:,} points have {size:,} characters, more than a sweep may have "
+            f"({MAX_CHARACTERS:,}); give fewer points or shorter values"
         )
     return n
 
@@ -87,22 +89,21 @@ def expand(
     grid
         Values by parameter.
     zipped
-        Groups of equally long lists by parameter, walked through together.
+        Groups of equally long lists by parameter, iterated in parallel.
     listed
-        Points written out: parameters that are set together. An empty one changes nothing: the reference.
+        Points with all their parameters. An empty one is the reference, which changes nothing.
     exclude
-        A point goes where all of an entry's parameters match; a list matches any of its values.
+        A point is removed if all parameters of an entry match; a list matches any of its values.
 
     Returns
     -------
     list of dict
-        What each point sets, in order: the grid's last parameter changes fastest, then groups, then listed points.
+        Parameters of each point. Listed points change fastest, then zipped groups, then the grid's last parameter.
 
     Raises
     ------
     ValueError
-        As `count_points`; for a parameter that two axes set, an exclusion that matches nothing, and where no point is
-        left.
+        As `count_points`, for a parameter set by two axes, an exclusion that matches no point, and if no point is left.
 
     Examples
     --------
@@ -121,21 +122,21 @@ def expand(
     for axis in axes:
         names = {name for step in axis for name in step}
         if both := sorted(seen & names):
-            raise ValueError(f"{', '.join(both)}: set by two of grid, zip and list; a parameter belongs to one of them")
+            raise ValueError(f"{', '.join(both)}: set by two of grid, zip and list; set each parameter in one of them")
         seen |= names
     points = [{k: v for step in steps for k, v in step.items()} for steps in product(*axes)]
     for entry in exclude:
-        kept = [point for point in points if not matches(point, entry)]
-        if len(kept) == len(points):
+        left = [point for point in points if not matches(point, entry)]
+        if len(left) == len(points):
             raise ValueError(f"exclude: {dict(entry)} matches no point; check its names and values")
-        points = kept
+        points = left
     if not points:
         raise ValueError("exclude: no point is left")
     return points
 
 
 def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) -> bool:
-    """Tell whether a point sets all that an exclusion's entry names, or of `names` alone, to one of its values.
+    """Return whether a point matches an exclusion in all its parameters, or in those of `names`.
 
     Examples
     --------
@@ -144,17 +145,17 @@ def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) 
     (True, False)
     """
 
-    def is_one_of(value, wanted) -> bool:
-        return value == wanted or (isinstance(wanted, list) and any(value == w for w in wanted))
+    def is_one_of(value, excluded) -> bool:
+        return value == excluded or (isinstance(excluded, list) and any(value == e for e in excluded))
 
     return all(name in point and is_one_of(point[name], entry[name]) for name in (entry if names is None else names))
 
 
 def point_name(parameters: Mapping) -> str:
-    """Return a folder name that says what a point sets; ``"base"`` where it sets nothing.
+    """Return a folder name made of a point's parameters; ``"base"`` if there are none.
 
-    A file counts by its name alone, and a name of more than 120 bytes is cut and given a hash: two points may share a
-    name, which `unique_names` mends.
+    Paths are shortened to the file's name, and names above 120 bytes are cut and given a hash. Two points may get the
+    same name; `unique_names` makes names unique.
 
     Examples
     --------
@@ -162,47 +163,47 @@ def point_name(parameters: Mapping) -> str:
     >>> point_name({"method": "bone", "lr": 0.0001, "slides": ["A1", "B1"], "r": None})
     'method=bone,lr=0.0001,slides=A1+B1,r=null'
     """
-    name = ",".join(f"{key}={_word(value)}" for key, value in parameters.items()) or "base"
-    name = re.sub(r"(?i)\.partial$", "-partial", name)  # which is how unfinished folders are named
+    name = ",".join(f"{key}={_format_value(value)}" for key, value in parameters.items()) or "base"
+    name = re.sub(r"(?i)\.partial$", "-partial", name)  # reserved for unfinished folders
     if len(name.encode()) > 120:
-        name = f"{name.encode()[:111].decode(errors='ignore')}-{_hash(parameters)[:8]}"
+        name = f"{name.encode()[:111].decode(errors='ignore')}-{_hash_point(parameters)[:8]}"
     return name
 
 
 def unique_names(points: Iterable[Mapping]) -> list[str]:
-    """Name points; those whose names would agree, upper and lower case aside, get a hash of their values."""
+    """Name points, and add a hash of the values to names that differ only in case or not at all."""
     points = list(points)
     names = [point_name(point) for point in points]
-    for digits in (8, 64):  # of 100,000 hashes, two begin alike
+    for digits in (8, 64):  # 8 digits can collide among 100,000 points
         times = Counter(name.casefold() for name in names)
         names = [
-            f"{name}-{_hash(point)[:digits]}" if times[name.casefold()] > 1 else name
+            f"{name}-{_hash_point(point)[:digits]}" if times[name.casefold()] > 1 else name
             for name, point in zip(names, points, strict=True)
         ]
     return names
 
 
-def _values(name: str, values) -> Sequence:
+def _check_values(name: str, values) -> Sequence:
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"{short_name(str(name))}: give a list of at least one value, not {short_name(repr(values))}")
     return values
 
 
-def _size(values) -> int:
+def _count_characters(values) -> int:
     try:
         return len(repr(values))
-    except ValueError:  # which Python does not write out
-        raise ValueError("a whole number has more than 4,300 digits") from None
+    except ValueError:  # Python's limit for converting whole numbers to text
+        raise ValueError("a whole number has more than 4,300 digits; give a shorter one") from None
 
 
-def _word(value) -> str:
+def _format_value(value) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):
-        return "+".join(map(_word, value))
+        return "+".join(map(_format_value, value))
     text = Path(value).name if isinstance(value, str) and "/" in value else str(value)
     return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "empty"
 
 
-def _hash(parameters: Mapping) -> str:
+def _hash_point(parameters: Mapping) -> str:
     return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Sweeps: a YAML file that names many runs, or many executions of a notebook, checked before any of them starts."""
+"""Read and check a sweep: a YAML file of many runs, or of many executions of a notebook."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from peka_lite.experiments.sweeps._checks import (
 )
 from peka_lite.experiments.sweeps._grids import count_points, expand, matches, unique_names
 
-READY = Path(__file__).with_name("presets")  # table1, table2, ablations, quick
+PRESETS = Path(__file__).with_name("presets")  # table1, table2, ablations, quick
 _PATHS = ("backbone", "cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
 _NO_PATHS = ("mini", "hub", "random")
-LONGEST = 2000  # letters of a title, or of what is shown of a wrong value
+LONGEST = 2000  # characters of a title or an error message
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
+    """Describe one run of a sweep.
 
     Attributes
     ----------
     name
-        Of its folder, from what varies: ``"method=bone,seed=0"``.
+        Name of its folder, made of the parameters that vary: ``"method=bone,seed=0"``.
     varied
-        What sets it apart, as the file says it.
+        The parameters that vary, with the file's values.
     settings
-        Every field of `RunConfig`, or the parameters that the notebook is given.
+        All fields of `RunConfig`, or the notebook's parameters.
 
     Examples
     --------
@@ -61,18 +61,18 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Many runs, or many executions of one notebook.
+    """Describe many runs, or many executions of one notebook.
 
     Attributes
     ----------
     name, title, file
-        The file's name without suffix; what it is for, in words; the file.
+        The file's name without suffix, its title, and its path.
     notebook
-        The notebook that is executed with each point's settings; None for `run`.
+        The notebook executed with each point's settings. None for `run`.
     memory
-        GiB that one point needs; decides how many run at once on this machine.
+        GiB that one point needs, which limits the number of points at once on this machine.
     points
-        In order; points with equal settings are one, under the first name.
+        In the file's order. Points with equal settings are merged under the first name.
 
     Examples
     --------
@@ -93,32 +93,32 @@ class Sweep:
 
     @property
     def varied(self) -> tuple[str, ...]:
-        """Names of what varies, in the file's order."""
+        """Return the names of the parameters that vary, in the file's order."""
         return tuple(dict.fromkeys(name for point in self.points for name in point.varied))
 
     @cached_property
     def code(self) -> str | None:
-        """Hash of the notebook's code, 16 hex digits: text may change without a run becoming another one."""
-        return None if self.notebook is None else code_of(self.content)
+        """Return the hash of the notebook's code, 16 hex digits; text cells do not change it."""
+        return None if self.notebook is None else hash_code(self.content)
 
     @cached_property
     def content(self) -> bytes:
-        """The notebook's file, read once: one that is edited meanwhile stays one version."""
+        """Return the notebook's bytes, read once so that later edits have no effect."""
         return self.notebook.read_bytes()
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the notebook's file."""
+        """Return the SHA-256 of the notebook's file."""
         return None if self.notebook is None else hashlib.sha256(self.content).hexdigest()
 
     def told(self) -> dict:
-        """Return title, notebook, what varies and each point's share of it, as the sweep's folder keeps them."""
+        """Return title, notebook and varied parameters, as stored in the sweep's folder."""
         points = {point.name: point.varied for point in self.points}
         notebook = self.notebook and self.notebook.name
         return {"title": self.title, "notebook": notebook, "varied": list(self.varied), "points": points}
 
 
-def code_of(notebook: bytes) -> str:
+def hash_code(notebook: bytes) -> str:
     """Return the hash of a notebook's code cells, 16 hex digits."""
     cells = json.loads(notebook)["cells"]
     code = "\0".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
@@ -126,7 +126,7 @@ def code_of(notebook: bytes) -> str:
 
 
 def ready_sweeps() -> dict[str, str]:
-    """Return names and titles of the sweeps that come with the package.
+    """Return the names and titles of the sweeps in the package.
 
     Examples
     --------
@@ -136,31 +136,30 @@ def ready_sweeps() -> dict[str, str]:
     >>> sorted(pk.experiments.ready_sweeps())
     ['ablations', 'quick', 'table1', 'table2']
     """
-    return {path.stem: _load(path)["title"] for path in sorted(READY.glob("*.yml"))}
+    return {path.stem: _load_mapping(path)["title"] for path in sorted(PRESETS.glob("*.yml"))}
 
 
 def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sweep:
-    """Read a sweep and check every name and value in it; nothing is started or written.
+    """Read a sweep and check all its names and values, without running it.
 
-    Keys of the file, all but one of grid, zip and list optional: ``title``; ``notebook`` (a path; without it the points
-    are runs); ``memory`` (GiB a point needs, 3 by default); ``fixed`` (parameters of every point); ``grid``, ``zip``,
-    ``list`` and ``exclude``, as in `expand`; what varies goes over ``fixed``. Paths of files in it are relative to it.
+    Keys of the file: ``title``; ``notebook`` (a path; without it the points are runs); ``memory`` (GiB per point, 3 by
+    default); ``fixed`` (parameters of all points); ``grid``, ``zip``, ``list`` and ``exclude``, as in `expand`, which
+    override ``fixed``. At least one of grid, zip and list is required. Paths are relative to the file.
 
     Parameters
     ----------
     source
         A YAML file, or the name of a sweep in `ready_sweeps`.
     fixed
-        Parameters of every point, over those of the file. One that the file's grid varies no longer varies; what a
-        listed point sets stays.
+        Parameters of all points, which override the file's ``fixed`` and ``grid``, but not the values of listed points.
 
     Raises
     ------
     FileNotFoundError
-        For a file that is not there: the sweep, its notebook, or one that a point names.
+        If the sweep, its notebook or a file named by a point is missing.
     ValueError
-        For a key, parameter or value that nothing knows; the message names file and place, and the nearest right name.
-        For more than 100,000 points, before any is excluded, as `count_points`.
+        For an unknown key or parameter and an invalid value. As `count_points`, for more than 100,000 points before
+        exclusions.
 
     Examples
     --------
@@ -176,14 +175,14 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
     Traceback (most recent call last):
     ValueError: seeds.yml: given: unknown setting 'epoch'; did you mean 'epochs'?
     """
-    path = _find(source)
-    asked = _load(path)
+    path = _find_file(source)
+    fields = _load_mapping(path)
     try:
-        check_shape(asked)
+        check_shape(fields)
         base = path.resolve().parent
-        notebook = _notebook(base, asked.get("notebook"))
-        axes = {k: asked.get(k) or ({} if k in ("grid", "fixed") else []) for k in KEYS[3:]}
-        _fix(axes, fixed or {})
+        notebook = _find_notebook(base, fields.get("notebook"))
+        axes = {k: fields.get(k) or ({} if k in ("grid", "fixed") else []) for k in KEYS[3:]}
+        _apply_fixed(axes, fixed or {})
         combined = {"grid": axes["grid"], "zipped": axes["zip"], "listed": axes["list"], "exclude": axes["exclude"]}
         count_points(**combined, fixed=axes["fixed"] | dict(fixed or {}))
         check_excluded(axes)
@@ -196,30 +195,30 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
                 raise ValueError(f"{place}: {error}") from None
         points = expand(**combined)
         points = list({json.dumps(point): point for point in points}.values())
-        rooted = functools.partial(_rooted, names=_PATHS if notebook is None else None)
-        shared = rooted(axes["fixed"], base) | rooted(fixed or {}, Path.cwd())
-        made = {}
+        resolve_paths = functools.partial(_resolve_paths, names=_PATHS if notebook is None else None)
+        shared = resolve_paths(axes["fixed"], base) | resolve_paths(fixed or {}, Path.cwd())
+        distinct = {}
         for name, point in zip(unique_names(points), points, strict=True):
-            settings = shared | rooted(point, base)
+            settings = shared | resolve_paths(point, base)
             if notebook is None:
-                settings = _as_run(name, settings)
-            same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-            made.setdefault(same, Point(name, point, settings))
+                settings = _complete_settings(name, settings)
+            key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+            distinct.setdefault(key, Point(name, point, settings))
     except (ValueError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{path}: {short_name(str(error), longest=LONGEST)}") from None
     return Sweep(
         name=path.stem,
-        title=short_name(" ".join(asked.get("title", path.stem).split()), longest=LONGEST),
+        title=short_name(" ".join(fields.get("title", path.stem).split()), longest=LONGEST),
         file=path,
         notebook=notebook,
-        memory=float(asked.get("memory", 3)),
-        points=tuple(made.values()),
+        memory=float(fields.get("memory", 3)),
+        points=tuple(distinct.values()),
     )
 
 
 def read_value(text: str):
-    """Return a value as a sweep file would hold it: ``"1e-4"`` is a number, ``"[a, b]"`` a list, ``"null"`` None.
+    """Parse a value as in a sweep file: ``"1e-4"`` is a number, ``"[a, b]"`` a list, ``"null"`` None.
 
     Examples
     --------
@@ -230,65 +229,65 @@ def read_value(text: str):
     try:
         return parse_yaml(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no value in YAML; put quotes around text") from None
+        raise ValueError(f"{text!r} is not valid YAML; put text in quotes") from None
 
 
-def _find(source: str | os.PathLike) -> Path:
+def _find_file(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    if (ready := READY / f"{path}.yml").is_file():
-        return ready
-    ready = ready_sweeps()
-    near = did_you_mean(path.stem, ready)
-    raise FileNotFoundError(f"{path}: no such sweep; give a YAML file or one of {', '.join(ready)}{near}")
+    if (preset := PRESETS / f"{path}.yml").is_file():
+        return preset
+    presets = ready_sweeps()
+    near = did_you_mean(path.stem, presets)
+    raise FileNotFoundError(f"{path}: no such sweep; give a YAML file or one of {', '.join(presets)}{near}")
 
 
-def _load(path: Path) -> dict:
-    asked = read_yaml(path)
-    if not isinstance(asked, dict):
-        raise ValueError(f"{path}: a sweep is a mapping of {', '.join(KEYS)}")
-    return asked
+def _load_mapping(path: Path) -> dict:
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: a sweep must be a mapping with keys of {', '.join(KEYS)}")
+    return fields
 
 
-def _fix(axes: dict, fixed: Mapping) -> None:
-    """Take given parameters out of what varies."""
+def _apply_fixed(axes: dict, fixed: Mapping) -> None:
+    """Remove parameters given as fixed from the grid and the exclusions."""
     for name, value in fixed.items():
         if any(name in group for group in axes["zip"]) or all(name in row for row in axes["list"] or [{}]):
-            raise ValueError(f"{name} is set together with others under zip or list: change it there")
+            raise ValueError(f"{name} is set together with others under zip or list; change it there")
         if name in axes["grid"]:
             del axes["grid"][name]
             left = [entry for entry in axes["exclude"] if name not in entry or matches({name: value}, entry, (name,))]
             axes["exclude"] = [{k: v for k, v in entry.items() if k != name} for entry in left]
 
 
-def _as_run(name: str, given: dict) -> dict:
+def _complete_settings(name: str, given: dict) -> dict:
     try:
         settings = RunConfig(**given).as_dict()
     except (ValueError, OSError) as error:
         raise type(error)(f"point {name}: {error}") from None
-    # Another process makes the point: it knows a backbone of one's own by its file alone.
+    # The point's process has not registered a custom backbone, so it needs the file instead of the name.
     return settings | ({"backbone": given["backbone"]} if is_backbone_file(given.get("backbone", "")) else {})
 
 
-def _notebook(base: Path, given) -> Path | None:
+def _find_notebook(base: Path, given) -> Path | None:
     if given is None:
         return None
     if not isinstance(given, str) or not os.path.isfile(base / given):
-        raise FileNotFoundError(f"notebook: no such file {given!r} beside the sweep")
+        raise FileNotFoundError(f"notebook: no such file {given!r} in the sweep's folder")
     return (base / given).resolve()
 
 
-def _rooted(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -> dict:
-    """Make paths of files that are there absolute, so that a point means the same wherever it runs."""
-    found = dict(parameters)
+def _resolve_paths(parameters: Mapping, base: Path, *, names: tuple[str, ...] | None) -> dict:
+    """Make paths of existing files absolute, so that a point can run in any folder."""
+    resolved = dict(parameters)
     for name, value in parameters.items():
         if not isinstance(value, str) or not value or value in _NO_PATHS or (names and name not in names):
             continue
-        if name == "backbone" and not is_backbone_file(value):  # a name, whatever lies beside the sweep
+        if name == "backbone" and not is_backbone_file(value):  # a name, even if there is such a file
             continue
         if os.path.exists(base / value):
-            found[name] = str((base / value).resolve())
+            resolved[name] = str((base / value).resolve())
         elif names and os.path.exists(value) and not Path(value).is_absolute():
-            raise FileNotFoundError(f"{name}: {value!r} is not beside the sweep, whose paths start there")
-    return found
+            raise FileNotFoundError(f"{name}: no file {value!r} in the sweep's folder, to which its paths are relative")
+    return resolved
