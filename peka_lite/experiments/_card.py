@@ -207,8 +207,8 @@ def _license(trained: TrainedModel) -> str:
     spec = trained.student.spec
     if starts_random(trained):
         return (
-            f"There are no parent weights: the image model started from {escape_markdown(trained.student.weights_origin)}. "
-            "No license is inherited. Use this model for tests only."
+            "There are no parent weights: the image model started from "
+            f"{escape_markdown(trained.student.weights_origin)}. No license is inherited. Use it for tests only."
         )
     terms = LICENSES.get(spec.license, OTHER_LICENSE)
     text = (

@@ -244,14 +244,14 @@ def _predict(
                 Y = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
                 if Y.shape != (len(tiles), len(genes)) or not np.isfinite(Y).all():
                     raise ValueError(
-                        f"the model predicts an array of shape {Y.shape} for {len(tiles)} tiles and {len(genes)} genes, "
-                        "or values that are not finite; check its weights"
+                        f"the model predicts shape {Y.shape} for {len(tiles)} tiles and {len(genes)} genes, or values "
+                        "that are not finite; check its weights"
                     )
                 rows[batch], done[batch] = Y, True
                 bar.update(len(tiles))
         low, high = getattr(model, "target_range", np.full((2, len(genes)), np.nan))  # custom models may lack it
         outside = float(np.mean(np.add(*shares_outside(rows, low, high))))
-        whole = ad.AnnData(
+        predictions = ad.AnnData(
             np.asarray(rows),  # still on disk
             obs=adata.obs,
             var=pd.DataFrame({"pcc": model.gene_pcc, LOW: low, HIGH: high}, index=genes),
@@ -270,9 +270,9 @@ def _predict(
             },
         )
         with Stage(f"writing {out.name}"):
-            write_h5ad(whole, work / "whole.h5ad", compression="gzip", of=out)
+            write_h5ad(predictions, work / "whole.h5ad", compression="gzip", of=out)
         place_file(work / "whole.h5ad", out, BY)
-        del rows, done, whole
+        del rows, done, predictions
         shutil.rmtree(work)
     return read_anndata(out, uns=("spatial", "peka_lite"))
 

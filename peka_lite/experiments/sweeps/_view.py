@@ -116,9 +116,8 @@ class Board:
     def end(self, states: pd.DataFrame) -> None:
         """Print the number of points in each state, and the last log line of every failed point."""
         counts = states["state"].value_counts()
-        self._print(
-            f"{self.sweep.name}: " + ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
-        )
+        totals = ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
+        self._print(f"{self.sweep.name}: {totals}")
         if states["older"].any():
             self._print(describe_outdated(states))
         for name, row in states[states["state"] == "failed"].iterrows():

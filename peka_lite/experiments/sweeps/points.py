@@ -147,7 +147,7 @@ def estimate_seconds(groups: dict[str, str], seconds: dict[str, float]) -> dict[
     groups
         From `group_similar`.
     seconds
-        Times of points made in one attempt and without cached students.
+        From `get_measured_seconds`.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def estimate_seconds(groups: dict[str, str], seconds: dict[str, float]) -> dict[
 
 
 def get_measured_seconds(states: pd.DataFrame) -> dict[str, float]:
-    """Return the run times of points made in one attempt and without cached students."""
+    """Return the run times of points whose last attempt succeeded without cached students."""
     measured = states["seconds"].notna() & (states["state"] != "failed")
     if "cached" in states:
         measured &= ~states["cached"]

@@ -35,8 +35,8 @@ from peka_lite.experiments.sweeps.read import Point, Sweep
 
 CONNECT_TIMEOUT = 20  # seconds
 POLL_INTERVAL = 0.1  # seconds
-# A point's process imports the package from the same path as this one, and no module from the current folder (-P),
-# which may hold data of other users.
+# A point's process imports the package from the same path as this one, and no modules from the current folder (-P),
+# which may have been received with data.
 _POINT_CODE = (
     "import sys; from importlib import util; spec = util.spec_from_file_location('peka_lite', sys.argv[1]); "
     "package = sys.modules['peka_lite'] = util.module_from_spec(spec); spec.loader.exec_module(package); "
@@ -46,9 +46,7 @@ _POINT_CODE = (
 # and Dask would wait for another one forever.
 _VERSION_CODE = "__import__('peka_lite.experiments.sweeps.run').__version__"
 _INSTALL = f"Install peka_lite {__version__} in the workers' environment and run the command again"
-_MAKE_CODE = (
-    "__import__('peka_lite.experiments.sweeps.run', fromlist=['_make_on_worker'])._make_on_worker(job, **options)"
-)
+_MAKE_CODE = "__import__('peka_lite.experiments.sweeps.run', fromlist=['run']).make_on_worker(job, **options)"
 
 
 class PointError(RuntimeError):
@@ -199,10 +197,9 @@ def _make_on_cluster(scheduler: str, sweep: Sweep, todo: list[Point], out: Path,
         options = {"topic": graph, "out": str(out), "sharing": _count_threads_by_host(client), "version": __version__}
         client.subscribe_topic(graph, lambda event: board.event(event[1]))
         keys = [(graph, k) for k in range(len(jobs))]
-        names = [{"job": job, "options": options} for job in jobs]
-        futures = client.map(
-            eval, [_MAKE_CODE] * len(keys), [{}] * len(keys), names, key=keys, retries=retry, pure=False
-        )
+        scopes = [{"job": job, "options": options} for job in jobs]
+        n = len(keys)
+        futures = client.map(eval, [_MAKE_CODE] * n, [{}] * n, scopes, key=keys, retries=retry, pure=False)
         points = dict(zip(keys, todo, strict=True))
         with board.live(slots=sum(client.nthreads().values()), dashboard=client.dashboard_link):
             for future in as_completed(futures):
@@ -222,7 +219,7 @@ def _report_end(board: Board, out: Path, point: Point, error: str | None) -> Non
     board.ended(point.name, error and short_name(error, longest=LONGEST_LINE), cached=cached)
 
 
-def _make_on_worker(job: dict, *, topic: str, out: str, sharing: dict[str, int], version: str) -> None:
+def make_on_worker(job: dict, *, topic: str, out: str, sharing: dict[str, int], version: str) -> None:
     """Make one point in a child process of a cluster's worker."""
     from distributed import get_worker
 
@@ -398,9 +395,7 @@ def _is_sweep_record(path: Path) -> bool:
 def _write_sweep_record(sweep: Sweep, out: Path) -> None:
     record = yaml_text(sweep.told()).encode()
     if len(record) > LARGEST:
-        raise ValueError(
-            f"{sweep.file}: the record of its points has {len(record):,} bytes, above {LARGEST:,}; split it"
-        )
+        raise ValueError(f"{sweep.file}: its points take {len(record):,} bytes, above {LARGEST:,}; split the sweep")
     (out / "log").mkdir(parents=True, exist_ok=True)
     write_file_atomically(out / "sweep.yml", record)
     if sweep.notebook is not None:  # overwrites any file of this name
