@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 from test_hest import write_slide
-from test_predict import MeanColour
+from test_predict import MeanColor
 from test_visium import picture, sample, save, write_outs
 
 from peka_lite.data._space_ranger import read_counts
@@ -587,7 +587,7 @@ def test_predictions_keep_places_and_pictures_alone(tmp_path):
         file["uns/spatial/ST/scalefactors/own"] = 3.0
         file["uns/spatial/ST/metadata"] = "of the chip"
     out = tmp_path / "p.h5ad"
-    predict_spots(read_slide(root, "S1"), MeanColour(), out, device="cpu")
+    predict_spots(read_slide(root, "S1"), MeanColor(), out, device="cpu")
     with h5py.File(out) as file:
         assert set(file["obs"]) == {"_index", "array_row"}
         assert set(file["uns"]) == {"spatial", "peka_lite"}

@@ -121,8 +121,8 @@ def test_sweep_without_a_file_names_what_is_ready_and_bad_input_is_one_line(caps
     for options, words in (
         (["qiuck"], "qiuck: no such sweep"),
         (["quick", "-p", "ephocs", "3"], "given: unknown setting 'ephocs'; did you mean 'epochs'?"),
-        (["quick", "--workers", "0"], "workers: at least 1, not 0"),
-        (["quick", "--retry", "-1"], "retry is a number of further tries, not -1"),
+        (["quick", "--workers", "0"], "workers must be at least 1, not 0"),
+        (["quick", "--retry", "-1"], "retry must be at least 0, not -1"),
         (["quick", "--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "give one of the two"),
     ):
         assert main(["sweep", *options]) == 2

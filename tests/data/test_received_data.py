@@ -232,7 +232,7 @@ def test_links_among_a_models_files_are_refused(tmp_path, outside):
     with pytest.raises(ValueError, match=r"probe\.safetensors is a link that leads out of"):
         load_trained(folder)
     (folder / "summary.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="cut short or damaged"):
+    with pytest.raises(ValueError, match="truncated or damaged"):
         read_run(folder)
 
 
@@ -534,7 +534,7 @@ def find_calls(card):
     ],
 )  # fmt: skip
 def test_a_card_with_values_that_are_not_literals_is_refused(model, where, field, value):
-    with pytest.raises(ValueError, match=r"card cannot be written|no name of an argument"):
+    with pytest.raises(ValueError, match=r"expected .*, not |must be a \w+, not |not a valid argument name"):
         model_card(changed(model, **{where: {field: value}}))
 
 

@@ -1,18 +1,17 @@
-"""Features in a file: the student's own, in the cohort's order, with where they come from."""
+"""Check features in a file: values, the cohort's order and the recorded origin."""
 
 import anndata as ad
 import numpy as np
 import pytest
 import torch
 
-from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import load_backbone
-from peka_lite.experiments._embed import write_features
+from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.experiments import write_features
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
 
-def test_every_spot_has_its_features_and_its_place(mini_cohort, tmp_path):
+def test_features_and_coordinates_follow_the_cohorts_order(mini_cohort, tmp_path):
     student = load_backbone("mini", weights="random")
     write_features(mini_cohort, tmp_path / "f.h5ad", student, source={"method": "none"}, device="cpu")
     adata = ad.read_h5ad(tmp_path / "f.h5ad")
@@ -21,30 +20,30 @@ def test_every_spot_has_its_features_and_its_place(mini_cohort, tmp_path):
     assert list(adata.obs["slide"]) == list(mini_cohort.obs["slide"])
     first = mini_cohort.slides[0]
     assert np.array_equal(adata.obsm["spatial"][: first.n_spots], first.adata.obsm["spatial"][:, :2])
-    said = adata.uns["peka_lite"]
-    assert (said["backbone"], said["weights"], said["method"]) == ("mini", "random, seed 0", "none")
+    record = adata.uns["peka_lite"]
+    assert (record["backbone"], record["weights"], record["method"]) == ("mini", "random, seed 0", "none")
     assert list(tmp_path.iterdir()) == [tmp_path / "f.h5ad"]
 
 
-def test_any_networks_features_are_written_with_how_it_saw_the_tiles(mini_cohort, tmp_path):
+def test_features_of_a_custom_network_record_its_preprocessing(mini_cohort, tmp_path):
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": 64}
     write_features(mini_cohort, tmp_path / "f.h5ad", net, **half, device="cpu")
     adata = ad.read_h5ad(tmp_path / "f.h5ad")
     assert np.array_equal(adata.X, embed_tiles(net, mini_cohort.tiles, **half, device="cpu"))
-    said = adata.uns["peka_lite"]
-    assert (said["backbone"], said["weights"]) == ("Sequential", "a network in memory")
-    assert [list(said[name]) for name in half] == [[0.5] * 3, [0.5] * 3, [64]]
+    record = adata.uns["peka_lite"]
+    assert (record["backbone"], record["weights"]) == ("Sequential", "a network in memory")
+    assert [list(record[name]) for name in half] == [[0.5] * 3, [0.5] * 3, [64]]
 
 
-def test_another_ending_is_refused_before_any_work(mini_cohort, tmp_path):
+def test_output_must_end_in_h5ad(mini_cohort, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.h5ad"):
         write_features(mini_cohort, tmp_path / "f.csv", None)
 
 
-def test_nothing_half_written_stays(mini_cohort, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(mini_cohort, tmp_path, monkeypatch):
     def fail(adata, path, **_):
-        path.write_bytes(b"half")
+        path.write_bytes(b"partial")
         raise OSError("no space left")
 
     monkeypatch.setattr("peka_lite.experiments._embed.write_h5ad", fail)

@@ -1,5 +1,6 @@
-"""Exports: timm loads the weights alone, the card's code runs, and the card says what one must know."""
+"""Check exports: timm loads the weights, the card's code runs, and the card has all required facts."""
 
+import importlib
 import re
 from dataclasses import replace
 
@@ -9,16 +10,16 @@ import pytest
 import timm
 import torch
 import yaml
-from test_model import GENES, moved, write_folder
+from test_model import GENES, adapted_student, write_folder
 
 from peka_lite._core.lazy import LazyMapping
-from peka_lite.adapters.adapt import merge
-from peka_lite.backbones.load import build_network, extract_features
-from peka_lite.backbones.registry import BACKBONES
+from peka_lite.adapters import merge
+from peka_lite.backbones import BACKBONES, build_network, extract_features
+from peka_lite.experiments import export, load_trained
 from peka_lite.experiments._card import LICENSES, POOLING, _options, model_card, usage
-from peka_lite.experiments.export import export
-from peka_lite.experiments.model import load_trained
-from peka_lite.probe.files import load_probes
+from peka_lite.probe import load_probes
+
+EXPORT = importlib.import_module("peka_lite.experiments.export")  # the package has a function of this name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
@@ -46,7 +47,7 @@ def front(card):
 
 
 def of(trained, name, *, origin="hub", **changes):
-    """The same model under another row of the registry, as if its published weights had been taught."""
+    """Return the model as if it were trained from another backbone of the registry."""
     spec = BACKBONES[name]
     with torch.device("meta"):
         student = build_network(spec)
@@ -57,17 +58,17 @@ def of(trained, name, *, origin="hub", **changes):
     return replace(trained, student=student, config=config)
 
 
-def test_timm_alone_loads_the_merged_weights(exported):
+def test_timm_loads_the_merged_weights(exported):
     spec = BACKBONES["mini"]
     path = str(exported / "model.safetensors")
     model = timm.create_model(spec.arch, num_classes=0, checkpoint_path=path, **spec.options).eval()
-    student = merge(moved("bone", 1))
+    student = merge(adapted_student("bone", 1))
     x = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(model(x), student(x))
 
 
-def test_an_export_holds_one_probe_and_nothing_else(exported, folder):
+def test_export_has_one_probe_and_no_other_files(exported, folder):
     assert sorted(p.name for p in exported.iterdir()) == ["README.md", "model.safetensors", "probe.safetensors"]
     assert [p.name for p in folder.parent.glob(".*")] == []
     probes = load_probes(exported / "probe.safetensors")
@@ -79,41 +80,41 @@ def test_an_export_holds_one_probe_and_nothing_else(exported, folder):
 
 
 @pytest.mark.parametrize("features", ["student", "frozen+student"])
-def test_the_cards_code_runs_and_predicts_the_same(features, tmp_path, tiles, monkeypatch):
+def test_code_of_card_predicts_the_same(features, tmp_path, tiles, monkeypatch):
     folder = write_folder(tmp_path / "run", features=features)
     out = export(folder, tmp_path / "out", fold=1)
     code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(out)
-    room = {}
-    exec(code, room)
+    scope = {}
+    exec(code, scope)
     expected = load_trained(folder, fold=1, device="cpu").predict(tiles, device="cpu")
-    assert np.allclose(room["predict"](tiles), expected, rtol=1e-4, atol=1e-5)
+    assert np.allclose(scope["predict"](tiles), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_cards_code_names_every_option_of_a_row(name, folder):
+def test_code_of_card_sets_every_option_of_a_backbone(name, folder):
     trained = of(load_trained(folder), name)
     compile(usage(trained), name, "exec")
     imports, written = _options(trained.student.spec)
-    room = {"torch": torch}
-    exec("\n".join(imports), room)
-    assert eval(f"dict({written.removeprefix(', ')})", room) == dict(trained.student.spec.options)
+    scope = {"torch": torch}
+    exec("\n".join(imports), scope)
+    assert eval(f"dict({written.removeprefix(', ')})", scope) == dict(trained.student.spec.options)
     assert written in usage(trained)
     assert ("forward_features" in usage(trained)) == (trained.student.spec.pooling == "token+avg")
 
 
-def test_the_cards_code_names_layers_that_no_row_of_the_package_has(folder):
+def test_code_of_card_imports_layers_of_custom_backbones(folder):
     options = LazyMapping({"act_layer": "torch.nn:GELU", "mlp_layer": "timm.layers:GluMlp", "img_size": [32, 48]})
     imports, written = _options(replace(BACKBONES["mini"], options=options))
-    room = {}
-    exec("\n".join(imports), room)
-    assert eval(f"dict({written.removeprefix(', ')})", room) == dict(options)
+    scope = {}
+    exec("\n".join(imports), scope)
+    assert eval(f"dict({written.removeprefix(', ')})", scope) == dict(options)
 
 
 @pytest.mark.parametrize("pooling", ["token", "avg", "token+avg", "network"])
-@pytest.mark.parametrize("own", ["token", "avg"])
-def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
-    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": own, "reg_tokens": 2}
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_code_of_card_pools_as_the_backbone(folder, pooling, global_pool):
+    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": global_pool, "reg_tokens": 2}
     dim, arch = 96 if "+" in pooling else 48, "vit_tiny_patch16_224"
     row = replace(BACKBONES["mini"], arch=arch, dim=dim, input_size=32, pooling=pooling, options=options)
     student = build_network(row).eval()
@@ -125,8 +126,8 @@ def test_the_cards_code_pools_as_the_row_says(folder, pooling, own):
     assert got.shape == (2, dim)
 
 
-def test_the_cards_code_looks_for_no_tokens_where_a_network_has_none(folder):
-    student = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # says not how it pools
+def test_code_of_card_uses_no_tokens_for_a_network_without(folder):
+    student = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # without a global_pool attribute
     student.spec = replace(BACKBONES["mini"], arch="resnet18", dim=3, pooling="avg", options={})
     code = usage(replace(load_trained(folder), student=student))
     x = torch.randn(2, 3, 8, 8)
@@ -136,13 +137,13 @@ def test_the_cards_code_looks_for_no_tokens_where_a_network_has_none(folder):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_card_carries_the_parents_license(name, folder):
+def test_card_has_license_of_the_parent(name, folder):
     spec, card = BACKBONES[name], model_card(of(load_trained(folder), name))
     assert front(card)["license"] in {"apache-2.0", "bsd-3-clause", "agpl-3.0", "cc-by-nc-nd-4.0"}  # the Hub's ids
     assert front(card)["license"] == spec.license.lower()
     assert front(card).get("base_model") == (None if name in ("ctranspath", "mini") else spec.source)
     assert LICENSES[spec.license] in card
-    assert ("> [!WARNING]" in card) == ("keep this folder to yourself" in card) == (spec.license == "CC-BY-NC-ND-4.0")
+    assert ("> [!WARNING]" in card) == ("do not share this folder" in card) == (spec.license == "CC-BY-NC-ND-4.0")
     assert (f"granted at {spec.gate}" in card) == (spec.gate is not None)
     assert POOLING[spec.pooling] in card
 
@@ -150,21 +151,21 @@ def test_the_card_carries_the_parents_license(name, folder):
 @pytest.mark.parametrize(
     ("license", "words"),
     [
-        ("GPL-3.0", "does so under the same license"),
+        ("GPL-3.0", "shared under the same license"),
         ("AGPL-3.0", "over a network"),
         ("MIT", "Read it before you share"),
     ],
 )
-def test_a_backbone_of_ones_own_has_a_card_whatever_its_license(folder, license, words):
+def test_custom_backbone_of_any_license_has_a_card(folder, license, words):
     trained = of(load_trained(folder), "mini")
-    trained.student.spec = replace(trained.student.spec, name="own", license=license)
+    trained.student.spec = replace(trained.student.spec, name="custom", license=license)
     card = model_card(trained)
     assert f"{license}. " in card
     assert words in card
     assert "non-commercial academic" not in card
 
 
-def test_the_card_states_what_binds_ctranspath_and_a_teacher_of_scfoundation(folder):
+def test_card_has_terms_of_ctranspath_and_scfoundation(folder):
     card = model_card(of(load_trained(folder), "ctranspath"))
     assert "AGPL-3.0" in card
     assert "non-commercial academic purposes" in card
@@ -179,7 +180,7 @@ def test_the_card_states_what_binds_ctranspath_and_a_teacher_of_scfoundation(fol
     )
 
 
-def test_the_card_says_that_random_weights_inherit_nothing(exported, folder):
+def test_card_of_random_weights_has_no_parent_license(exported, folder):
     card = (exported / "README.md").read_text()
     assert "no parent weights: the image model started from random, seed 0" in card
     assert "base_model" not in front(card)
@@ -189,12 +190,12 @@ def test_the_card_says_that_random_weights_inherit_nothing(exported, folder):
     assert "WARNING" not in uni
 
 
-def test_the_card_says_what_was_taught_and_on_what(exported, folder):
+def test_card_describes_training_and_data(exported, folder):
     card, trained = (exported / "README.md").read_text(), load_trained(folder, fold=1)
     assert front(card)["library_name"] == "timm"
     assert {"pathology", "spatial-transcriptomics"} <= set(front(card)["tags"])
-    for said in (
-        "# mini, taught gene expression with bone",
+    for text in (
+        "# mini, adapted to gene expression with bone",
         "Cohort: tissue\n",
         "Slides (2): S1, S2",
         "Spots: 183",
@@ -203,50 +204,50 @@ def test_the_card_says_what_was_taught_and_on_what(exported, folder):
         "mean (0.707223, 0.578729, 0.703617) and standard deviation (0.211883, 0.230117, 0.177517)",
         "resized to 112 x 112",
         "Genes: ACTB, KRT8, CD3E.",
-        "Protocol 'custom'. Held out: whole patients. Teacher, pseudo-labels and student learned from training spots",
+        "Protocol 'custom'. Held out: whole patients. Teacher, pseudo-labels and student were fitted on training spots",
         "This is the model of fold 1.",
         "For research only, not for diagnosis",
         "torch 2.6.0",
         f"Fingerprint of the model: {trained.fingerprint}",
     ):
-        assert said in card
-    assert "/nowhere" not in card  # where things lie on this machine is nobody's business
+        assert text in card
+    assert "/nowhere" not in card  # no local paths
 
 
-def test_the_card_tables_every_folds_score(exported):
+def test_card_has_table_of_all_folds_scores(exported):
     card = (exported / "README.md").read_text()
     assert "| 0 | 120 | 63 | 0.200 |\n| 1 (this model) | 63 | 120 | 0.300 |\n" in card
     assert "| all | | | 0.250 (95% interval 0.100 to 0.400) |" in card
     assert "Student's t times a bootstrap standard error, which resamples patients and genes" in card
 
 
-def test_one_unit_has_no_interval(folder):
+def test_single_patient_has_no_interval(folder):
     trained = load_trained(folder)
     alone = replace(trained, summary=trained.summary | {"ci_low": float("nan"), "ci_high": float("nan")})
     assert "0.250 (no interval: there is one patient)" in model_card(alone)
 
 
-def test_the_papers_protocol_is_named_for_what_it_is(folder):
+def test_card_warns_about_leakage_in_the_papers_protocol(folder):
     paper = of(load_trained(folder), "mini", origin="random", protocol="paper", split="spot")
     card = model_card(paper)
-    assert "single spots, whose neighbors on the same slide were learned from" in card
-    assert "learned from every spot, those held out included" in card
-    assert "The genes were chosen on every spot" in card
+    assert "single spots, whose neighbors on the same slide were trained on" in card
+    assert "fitted on all spots, including those held out" in card
+    assert "The genes were selected on all spots" in card
 
 
-def test_a_training_without_scores_says_that_nothing_was_held_out(tmp_path):
+def test_card_of_training_without_scores(tmp_path):
     folder = write_folder(tmp_path / "train", adapters=("all",), probes=("all",), summary={})
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
-    assert "Nothing was held out: the whole cohort was there to learn from." in card
+    assert "Nothing was held out: the model was trained on the whole cohort." in card
     assert "There are none: nothing was held out" in card
     assert "| Fold" not in card
     one = write_folder(tmp_path / "one", adapters=("fold3",), probes=("fold3",), summary={})
     card = (export(one, tmp_path / "out1") / "README.md").read_text()
     assert "This is the model of fold 3." in card
-    assert "There are none: what was held out was not scored" in card
+    assert "There are none: the held-out spots were not scored" in card
 
 
-def test_a_student_that_was_not_taught_is_the_parent(tmp_path):
+def test_card_of_frozen_student_names_the_parent(tmp_path):
     folder = write_folder(tmp_path / "none", method="none", probes=("all",), summary={})
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
     assert "# mini\n" in card
@@ -254,33 +255,29 @@ def test_a_student_that_was_not_taught_is_the_parent(tmp_path):
     assert "pseudo-labels" not in card
 
 
-def test_a_cohort_of_the_manifest_has_its_license_named(folder):
+def test_card_names_license_of_a_manifest_cohort(folder):
     card = model_card(of(load_trained(folder), "mini", origin="random", cohort="breast"))
     assert "breast, Breast cancer (HEST-1k, human Visium) (CC-BY-NC-SA-4.0)" in card
     assert front(card)["datasets"] == ["MahmoodLab/hest"]
 
 
-def test_exporting_what_must_not_be_shared_warns(folder, tmp_path, monkeypatch):
-    import peka_lite.experiments.export as room
-
+def test_export_of_unshareable_weights_warns(folder, tmp_path, monkeypatch):
     small = timm.create_model("resnet10t", num_classes=0)
     small.spec, small.weights_origin = BACKBONES["uni"], "hub MahmoodLab/UNI"
     forbidden = replace(of(load_trained(folder), "uni"), student=small)
-    monkeypatch.setattr(room, "load_trained", lambda *_, **__: forbidden)
+    monkeypatch.setattr(EXPORT, "load_trained", lambda *_, **__: forbidden)
     with pytest.warns(UserWarning, match="out must not be shared: the parent weights are CC-BY-NC-ND-4.0"):
         export(folder, tmp_path / "out")
 
 
-def test_an_export_is_whole_or_absent(exported, folder, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(exported, folder, tmp_path, monkeypatch):
     before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(FileExistsError, match="export is there already"):
         export(folder, exported)
     assert (exported / "README.md").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="no fold 9"):
         export(folder, tmp_path / "out", fold=9)
-    monkeypatch.setattr(
-        "peka_lite.experiments.export.save_probes", lambda *_, **__: (_ for _ in ()).throw(OSError("disk is full"))
-    )
+    monkeypatch.setattr(EXPORT, "save_probes", lambda *_, **__: (_ for _ in ()).throw(OSError("disk is full")))
     with pytest.raises(OSError, match="disk is full"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

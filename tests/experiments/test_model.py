@@ -1,4 +1,4 @@
-"""Trained models: a run's folder predicts what the run predicted, and mixed or broken folders are refused."""
+"""Check that a loaded model reproduces its run, and that mixed or damaged folders are refused."""
 
 import json
 import shutil
@@ -8,15 +8,11 @@ import pytest
 import torch
 import yaml
 
-from peka_lite.adapters.adapt import adapt, merge
-from peka_lite.adapters.files import backbone_fingerprint, join_adapters, read_adapter_info, save_adapter
-from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import load_backbone
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.model import load_trained
-from peka_lite.experiments.run import load_run, run
-from peka_lite.probe.files import save_probes
-from peka_lite.probe.pca_ridge import PCARidge
+from peka_lite.adapters import adapt, backbone_fingerprint, merge, read_adapter_info, save_adapter
+from peka_lite.adapters.files import join_adapters
+from peka_lite.backbones import embed_tiles, load_backbone
+from peka_lite.experiments import RunConfig, load_run, load_trained, run
+from peka_lite.probe import PCARidge, save_probes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"
@@ -28,8 +24,8 @@ def student(seed=0):
     return load_backbone("mini", weights="random", seed=seed)
 
 
-def moved(method, draw, *, seed=0):
-    """A student whose adapters all moved, as after training."""
+def adapted_student(method, draw, *, seed=0):
+    """Return a student with random adapter weights, as after training."""
     model = adapt(student(seed), method, r=32, total_steps=10 if method == "adalora" else None)
     generator = torch.Generator().manual_seed(draw)
     with torch.no_grad():
@@ -45,7 +41,7 @@ def probe(d, draw):
 
 
 def write_folder(folder, *, adapters=("fold0", "fold1"), probes=("fold0", "fold1"), summary=None, **settings):
-    """Write what a run or a training leaves, with made-up weights and scores."""
+    """Write the folder of a run or training with random weights and made-up scores."""
     folder.mkdir()
     config = {"cohort": "/nowhere/tissue", "weights": "random", "method": "bone", "normalization": "log1p-cp10k"}
     config |= {"split": "patient", "alpha": "hest"} | settings
@@ -57,14 +53,14 @@ def write_folder(folder, *, adapters=("fold0", "fold1"), probes=("fold0", "fold1
     if config["method"] != "none":
         paths = {name: folder / name for name in adapters}
         for draw, path in enumerate(paths.values()):
-            save_adapter(moved(config["method"], draw, seed=config.get("seed", 0)), path, data="d" * 16)
+            save_adapter(adapted_student(config["method"], draw, seed=config.get("seed", 0)), path, data="d" * 16)
         join_adapters(paths, folder / "adapter.safetensors")
         for path in paths.values():
             path.unlink()
     d = 192 * (2 if config.get("features") == "frozen+student" else 1)
-    made = {name: (probe(d, draw), GENES) for draw, name in enumerate(probes)}
+    fitted = {name: (probe(d, draw), GENES) for draw, name in enumerate(probes)}
     base = backbone_fingerprint(student(config.get("seed", 0)))
-    save_probes(folder / "probe.safetensors", made, normalization=config["normalization"], fingerprint=base)
+    save_probes(folder / "probe.safetensors", fitted, normalization=config["normalization"], fingerprint=base)
     return folder
 
 
@@ -96,41 +92,41 @@ def finished_run(mini_root, tmp_path_factory):
 
 
 @pytest.mark.parametrize("fold", [None, 0, 1])
-def test_a_trained_model_predicts_what_its_run_predicted(finished_run, mini_cohort, tmp_path, fold):
+def test_loaded_model_reproduces_predictions_of_its_run(finished_run, mini_cohort, tmp_path, fold):
     trained = load_trained(finished_run, fold=fold)
     assert trained.name == f"fold{fold or 0}"
     _, _, summary, predictions = load_run(finished_run)
-    held_out = np.flatnonzero(predictions.obs["fold"] == (fold or 0))
-    P = trained.predict(mini_cohort.tiles.select(held_out), batch_size=16)
+    test_rows = np.flatnonzero(predictions.obs["fold"] == (fold or 0))
+    P = trained.predict(mini_cohort.tiles.select(test_rows), batch_size=16)
     assert P.dtype == np.float32
-    assert P.shape == (len(held_out), 10)
-    there = predictions[held_out, list(trained.genes)].X
-    assert np.abs(P - there).max() < 1e-3 * np.abs(there).max()
+    assert P.shape == (len(test_rows), 10)
+    expected = predictions[test_rows, list(trained.genes)].X
+    assert np.abs(P - expected).max() < 1e-3 * np.abs(expected).max()
     assert trained.config == load_run(finished_run)[0]
     assert trained.summary == summary
 
 
-def test_the_student_is_a_plain_timm_model_with_adapters_merged(folder, tiles):
+def test_student_is_timm_model_with_merged_adapters(folder, tiles):
     trained = load_trained(folder, fold=1, device="cpu")
     assert trained.frozen is None
     assert not trained.student.training
     assert trained.student.state_dict().keys() == student().state_dict().keys()
     assert not any(p.requires_grad for p in trained.student.parameters())
-    X = embed_tiles(merge(moved("bone", 1)), tiles, device="cpu")
+    X = embed_tiles(merge(adapted_student("bone", 1)), tiles, device="cpu")
     expected = probe(192, 1).predict(X).astype(np.float32)
     assert np.array_equal(trained.predict(tiles), expected)
     assert not np.array_equal(load_trained(folder, fold=0, device="cpu").predict(tiles), expected)
 
 
-def test_the_frozen_students_features_come_first(tmp_path, tiles):
+def test_probe_takes_frozen_features_first(tmp_path, tiles):
     folder = write_folder(tmp_path / "both", features="frozen+student")
     trained = load_trained(folder, fold=1, device="cpu")
-    frozen, taught = (embed_tiles(m, tiles, device="cpu") for m in (student(), merge(moved("bone", 1))))
-    expected = probe(384, 1).predict(np.hstack([frozen, taught])).astype(np.float32)
+    frozen, adapted = (embed_tiles(m, tiles, device="cpu") for m in (student(), merge(adapted_student("bone", 1))))
+    expected = probe(384, 1).predict(np.hstack([frozen, adapted])).astype(np.float32)
     assert np.array_equal(trained.predict(tiles), expected)
 
 
-def test_without_a_taught_student_the_frozen_one_predicts(tmp_path, tiles):
+def test_method_none_predicts_with_frozen_student(tmp_path, tiles):
     folder = write_folder(tmp_path / "none", method="none", probes=("all",))
     trained = load_trained(folder, device="cpu")
     assert (trained.name, trained.fold) == ("all", None)
@@ -139,16 +135,16 @@ def test_without_a_taught_student_the_frozen_one_predicts(tmp_path, tiles):
     )
 
 
-def test_one_student_of_all_serves_the_papers_folds(tmp_path, tiles):
+def test_paper_protocol_shares_one_student_among_folds(tmp_path, tiles):
     folder = write_folder(tmp_path / "paper", adapters=("all",), protocol="paper", split="spot", alpha=1.0)
-    X = embed_tiles(merge(moved("bone", 0)), tiles, device="cpu")
+    X = embed_tiles(merge(adapted_student("bone", 0)), tiles, device="cpu")
     for fold in (0, 1):
         P = load_trained(folder, fold=fold, device="cpu").predict(tiles)
         assert np.array_equal(P, probe(192, fold).predict(X).astype(np.float32))
     assert load_trained(folder, device="cpu").fold == 0
 
 
-def test_a_training_on_the_whole_cohort_is_taken_by_itself(tmp_path):
+def test_training_on_whole_cohort_is_loaded_by_default(tmp_path):
     folder = write_folder(tmp_path / "train", adapters=("all",), probes=("all",), summary={})
     trained = load_trained(folder, device="cpu")
     assert trained.fold is None
@@ -157,12 +153,12 @@ def test_a_training_on_the_whole_cohort_is_taken_by_itself(tmp_path):
         load_trained(folder, fold=0)
 
 
-def test_the_first_fold_is_the_one_of_the_lowest_number(tmp_path):
+def test_default_fold_has_lowest_number(tmp_path):
     names = ("fold10", "fold2")
     assert load_trained(write_folder(tmp_path / "a", adapters=names, probes=names)).fold == 2
 
 
-def test_the_description_is_plain_json(folder):
+def test_description_is_json(folder):
     trained = load_trained(folder, fold=0)
     about = json.loads(json.dumps(trained.describe(), allow_nan=False))
     assert about == {
@@ -174,27 +170,27 @@ def test_the_description_is_plain_json(folder):
     }  # fmt: skip
 
 
-def test_an_interval_that_is_not_there_is_null(tmp_path):
+def test_undefined_interval_is_null(tmp_path):
     scored = {"mean_pcc": 0.2, "ci_low": float("nan"), "ci_high": float("nan"), "unit": "slide"}
     about = load_trained(write_folder(tmp_path / "one", summary=scored)).describe()
     assert about["pcc"] == {"mean": 0.2, "low": None, "high": None, "unit": "slide"}
 
 
-def test_the_fingerprint_follows_adapter_probe_genes_and_frozen_weights(folder, copy, tmp_path):
+def test_fingerprint_depends_on_adapter_probe_genes_and_frozen_weights(folder, copy, tmp_path):
     one = load_trained(folder, fold=0).fingerprint
     assert one == load_trained(copy, fold=0).fingerprint
     seen = {one, load_trained(folder, fold=1).fingerprint}
     base = backbone_fingerprint(student())
-    for made in ((probe(192, 7), GENES), (probe(192, 0), ("X", *GENES[1:]))):
-        save_probes(copy / "probe.safetensors", {"fold0": made}, normalization="log1p-cp10k", fingerprint=base)
+    for changed in ((probe(192, 7), GENES), (probe(192, 0), ("X", *GENES[1:]))):
+        save_probes(copy / "probe.safetensors", {"fold0": changed}, normalization="log1p-cp10k", fingerprint=base)
         seen.add(load_trained(copy, fold=0).fingerprint)
-    save_adapter(moved("bone", 5), copy / "adapter.safetensors", name="fold0")
+    save_adapter(adapted_student("bone", 5), copy / "adapter.safetensors", name="fold0")
     seen.add(load_trained(copy, fold=0).fingerprint)
     seen |= {load_trained(write_folder(tmp_path / f"{s}", method="none", seed=s)).fingerprint for s in (0, 1)}
     assert len(seen) == 7
 
 
-def test_the_cohort_and_the_teacher_need_not_be_here(copy):
+def test_cohort_and_teacher_may_be_absent(copy):
     settings = yaml.safe_load((copy / "config.yml").read_text())
     settings |= {
         "teacher": "scfoundation",
@@ -205,10 +201,10 @@ def test_the_cohort_and_the_teacher_need_not_be_here(copy):
     (copy / "config.yml").write_text(yaml.safe_dump(settings))
     trained = load_trained(copy, device="cpu")
     assert trained.config.slides == ("S1",)
-    assert trained.config.epochs == RunConfig.epochs  # what the file leaves out is the default
+    assert trained.config.epochs == RunConfig.epochs  # the default for a setting that the file lacks
 
 
-def test_weights_that_moved_are_found_where_one_says(tmp_path, copy):
+def test_weights_can_be_given_as_a_file(tmp_path, copy):
     settings = yaml.safe_load((copy / "config.yml").read_text()) | {"weights": "/nowhere/vit.pth"}
     (copy / "config.yml").write_text(yaml.safe_dump(settings))
     with pytest.raises(FileNotFoundError, match=r"vit\.pth: no such weights file"):
@@ -220,14 +216,14 @@ def test_weights_that_moved_are_found_where_one_says(tmp_path, copy):
         load_trained(copy, weights=tmp_path / "1.pth")
 
 
-def test_a_frozen_student_of_other_weights_is_refused(tmp_path):
+def test_other_frozen_weights_are_refused(tmp_path):
     folder = write_folder(tmp_path / "none", method="none")
     torch.save(student(1).state_dict(), tmp_path / "1.pth")
     with pytest.raises(ValueError, match=r"fitted on mini with weights 'random, seed 0' .*'file 1\.pth'"):
         load_trained(folder, weights=tmp_path / "1.pth")
 
 
-def test_a_fold_that_is_not_there_is_refused(folder):
+def test_unknown_fold_is_refused(folder):
     for fold in (2, -1):
         with pytest.raises(ValueError, match=f"has no fold {fold}; it has models of fold0, fold1"):
             load_trained(folder, fold=fold)
@@ -236,45 +232,45 @@ def test_a_fold_that_is_not_there_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "color", "method": "none"}, "features 'color': models are kept of"),
-        ({"features": "teacher", "method": "none"}, "features 'teacher': models are kept of"),
+        ({"features": "color", "method": "none"}, "features 'color', of which no model is saved"),
+        ({"features": "teacher", "method": "none"}, "features 'teacher', of which no model is saved"),
         ({"backbone": "vgg"}, "unknown backbone 'vgg'"),
-        ({"method": "lora"}, "has method 'bone', the run 'lora': it belongs to another folder"),
-        ({"normalization": "log1p"}, "has normalization 'log1p-cp10k', the run 'log1p'"),
+        ({"method": "lora"}, "has method 'bone', but the run has 'lora'; it belongs to another run"),
+        ({"normalization": "log1p"}, "has normalization 'log1p-cp10k', but the run has 'log1p'"),
         ({"seed": 1}, "'random, seed 0' .* 'random, seed 1' .* load those of the adapter"),
-        ({"features": "frozen+student"}, "takes 192 features, the student gives 384"),
+        ({"features": "frozen+student"}, "takes 192 features, but the student has 384"),
         ({"protocol": "paper"}, "no adapter 'all'; it has fold0, fold1"),
         ({"flavour": "mint"}, "unknown settings flavour"),
     ],
     ids=str,
 )
-def test_folders_that_do_not_hold_together_are_refused(copy, changes, message):
+def test_inconsistent_folder_is_refused(copy, changes, message):
     settings = yaml.safe_load((copy / "config.yml").read_text()) | changes
     (copy / "config.yml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=message):
         load_trained(copy)
 
 
-def test_an_adapter_of_another_cohort_is_refused(copy):
-    save_adapter(moved("bone", 0), copy / "adapter.safetensors", name="fold0", data="e" * 16)
-    with pytest.raises(ValueError, match=r"has data fingerprint 'e{16}', the run 'd{16}'"):
+def test_adapter_of_another_cohort_is_refused(copy):
+    save_adapter(adapted_student("bone", 0), copy / "adapter.safetensors", name="fold0", data="e" * 16)
+    with pytest.raises(ValueError, match=r"has data fingerprint 'e{16}', but the run has 'd{16}'"):
         load_trained(copy)
 
 
 @pytest.mark.parametrize("name", ["config.yml", "summary.json", "adapter.safetensors", "probe.safetensors"])
-def test_a_missing_file_is_named(copy, name):
+def test_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load_trained(copy)
 
 
-def test_what_is_no_config_is_refused(copy, tmp_path):
-    (copy / "config.yml").write_text("just words")
-    with pytest.raises(ValueError, match=r"config\.yml holds no settings"):
+def test_invalid_config_is_refused(copy, tmp_path):
+    (copy / "config.yml").write_text("text")
+    with pytest.raises(ValueError, match=r"config\.yml has no settings"):
         load_trained(copy)
     with pytest.raises(FileNotFoundError, match="no finished run or training here"):
         load_trained(tmp_path / "nowhere")
 
 
-def test_the_folders_adapter_names_its_weights(folder):
+def test_adapter_records_fingerprint_of_its_weights(folder):
     assert read_adapter_info(folder / "adapter.safetensors").fingerprint == backbone_fingerprint(student())

@@ -1,4 +1,4 @@
-"""A run applied to slides: the right fold's model, an image or spots, and refusals."""
+"""Check predictions from a run's folder: the fold, images and spots, and invalid input."""
 
 import json
 import re
@@ -10,13 +10,9 @@ import pytest
 import tifffile
 
 from peka_lite.cli.main import main
-from peka_lite.data.expression import expression_targets
-from peka_lite.data.hest import read_cohort, read_slide
-from peka_lite.experiments._predict_from import fold_without, predict_from
-from peka_lite.experiments._train import train
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.model import load_trained
-from peka_lite.experiments.run import run
+from peka_lite.data import expression_targets, read_cohort, read_slide
+from peka_lite.experiments import RunConfig, load_trained, predict_from, run, train
+from peka_lite.experiments._predict_from import fold_without
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
@@ -30,15 +26,15 @@ def config(root, **changes):
 
 
 @pytest.fixture(scope="module")
-def judged(own_cache, mini_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "judged"
+def finished_run(own_cache, mini_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
     run(config(mini_root), out, maps=False)
     return out
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """Three by two tiles of purple tissue on white glass, at 0.5 um/px."""
+    """Write three rows of four tiles of purple tissue on white glass, at 0.5 um/px."""
     pixels = np.full((224 * 6, 224 * 8, 3), 245, dtype=np.uint8)
     noise = np.random.default_rng(0).integers(-20, 20, (224 * 3, 224 * 4, 3))
     pixels[224 * 2 : 224 * 5, 224 * 2 : 224 * 6] = np.array([150, 70, 160]) + noise
@@ -49,29 +45,29 @@ def image(tmp_path_factory):
     return path
 
 
-def test_a_slide_of_the_run_is_predicted_by_the_fold_that_held_it_out(judged, mini_root, tmp_path):
-    written = ad.read_h5ad(judged / "predictions.h5ad")
+def test_slide_of_the_run_is_predicted_by_its_test_fold(finished_run, mini_root, tmp_path):
+    written = ad.read_h5ad(finished_run / "predictions.h5ad")
     for slide in ("MINI1", "MINI3"):
-        got = predict_from(judged, slide, tmp_path / f"{slide}.h5ad", device="cpu")
-        wanted = written[written.obs["slide"] == slide]
+        got = predict_from(finished_run, slide, tmp_path / f"{slide}.h5ad", device="cpu")
+        expected = written[written.obs["slide"] == slide]
         assert got.uns["peka_lite"]["held_out"] == "yes"
-        assert got.uns["peka_lite"]["model"]["fold"] == f"fold{wanted.obs['fold'].iloc[0]}"
-        # The run's protocol fits an intercept, so both are in the genes' units.
-        np.testing.assert_allclose(got.X, wanted[:, got.var_names].X, atol=1e-3)
+        assert got.uns["peka_lite"]["model"]["fold"] == f"fold{expected.obs['fold'].iloc[0]}"
+        # The probe has an intercept, so both are in the genes' units.
+        np.testing.assert_allclose(got.X, expected[:, got.var_names].X, atol=1e-3)
 
 
-def test_the_range_is_that_of_the_folds_own_training_rows(judged, mini_root, tmp_path, capsys):
-    cohort, written = read_cohort(mini_root), ad.read_h5ad(judged / "predictions.h5ad")
+def test_range_is_that_of_the_folds_training_rows(finished_run, mini_root, tmp_path, capsys):
+    cohort, written = read_cohort(mini_root), ad.read_h5ad(finished_run / "predictions.h5ad")
     fold_of = written.obs["fold"].to_numpy()
-    seen = []
+    highest = []
     for fold in range(3):
-        model = load_trained(judged, fold=fold, device="cpu")
+        model = load_trained(finished_run, fold=fold, device="cpu")
         Y = expression_targets(cohort.adata[written.obs_names], model.genes)[fold_of != fold]
         np.testing.assert_allclose(model.target_range, [Y.min(0), Y.max(0)], rtol=1e-6)
-        seen.append(model.target_range[1].max())
-    assert len(set(seen)) > 1  # what a fold held out is not in its range
+        highest.append(model.target_range[1].max())
+    assert len(set(highest)) > 1  # ranges exclude test rows
     out = tmp_path / "p.h5ad"
-    assert main(["predict", "MINI1", "--model", str(judged), "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["predict", "MINI1", "--model", str(finished_run), "--out", str(out), "--device", "cpu"]) == 0
     got = ad.read_h5ad(out)
     low, high = got.var["train_min"].to_numpy(), got.var["train_max"].to_numpy()
     outside = (low - 1e-5 > got.X) | (high + 1e-5 < got.X)
@@ -79,21 +75,21 @@ def test_the_range_is_that_of_the_folds_own_training_rows(judged, mini_root, tmp
     assert f"Of the predicted values ({len(got)} spots x 8 genes)" in capsys.readouterr().out
 
 
-def test_another_fold_is_taken_when_asked_for_and_said_to_have_seen_the_slide(judged, tmp_path):
-    own = fold_without(judged, "MINI1")
-    got = predict_from(judged, "MINI1", tmp_path / "p.h5ad", fold=(own + 1) % 3, device="cpu")
+def test_given_fold_is_used_and_slide_marked_as_trained_on(finished_run, tmp_path):
+    test_fold = fold_without(finished_run, "MINI1")
+    got = predict_from(finished_run, "MINI1", tmp_path / "p.h5ad", fold=(test_fold + 1) % 3, device="cpu")
     assert got.uns["peka_lite"]["held_out"] == "no"
 
 
-def test_a_slide_of_another_cohort_is_told_apart(judged, mini_root, tmp_path):
+def test_slide_of_another_cohort_is_marked(finished_run, mini_root, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(mini_root)
-    got = predict_from(judged, "MINI1", tmp_path / "p.h5ad", cohort=other, device="cpu")
+    got = predict_from(finished_run, "MINI1", tmp_path / "p.h5ad", cohort=other, device="cpu")
     assert got.uns["peka_lite"]["held_out"] == "other cohort"
 
 
-def test_a_model_whose_own_cohort_is_elsewhere_predicts_slides_of_another(judged, mini_root, tmp_path):
-    model = shutil.copytree(judged, tmp_path / "model")
+def test_model_without_its_cohort_predicts_slides_of_another(finished_run, mini_root, tmp_path):
+    model = shutil.copytree(finished_run, tmp_path / "model")
     text = (model / "config.yml").read_text()
     (model / "config.yml").write_text(text.replace(str(mini_root), "gone/away"))
     got = predict_from(model, "MINI1", tmp_path / "p.h5ad", cohort=mini_root, device="cpu")
@@ -104,25 +100,26 @@ def test_a_model_whose_own_cohort_is_elsewhere_predicts_slides_of_another(judged
     ("changes", "fold", "slides"),
     [({}, None, []), ({}, 1, 1), ({"split": "spot"}, 1, []), ({"protocol": "paper"}, 1, [])],
 )
-def test_a_training_tells_which_slides_it_never_saw(mini_root, tmp_path, changes, fold, slides):
+def test_training_records_its_excluded_slides(mini_root, tmp_path, changes, fold, slides):
     train(config(mini_root, **changes), tmp_path / "model", fold=fold)
-    said = json.loads((tmp_path / "model" / "summary.json").read_text())["held_out"]
-    assert said == slides if isinstance(slides, list) else len(said) >= slides
+    excluded = json.loads((tmp_path / "model" / "summary.json").read_text())["held_out"]
+    assert excluded == slides if isinstance(slides, list) else len(excluded) >= slides
     for slide in ("MINI1", "MINI2", "MINI3", "MINI4"):
-        assert fold_without(tmp_path / "model", slide) == (fold if slide in said else None)
+        assert fold_without(tmp_path / "model", slide) == (fold if slide in excluded else None)
 
 
-def test_an_image_is_predicted_tile_by_tile(judged, image, tmp_path, capsys):
-    assert main(["predict", str(image), "--model", str(judged), "--out", str(tmp_path / "p.h5ad")]) == 0
-    said = capsys.readouterr().out
+def test_image_is_predicted_tile_by_tile(finished_run, image, tmp_path, capsys):
+    assert main(["predict", str(image), "--model", str(finished_run), "--out", str(tmp_path / "p.h5ad")]) == 0
+    printed = capsys.readouterr().out
     assert (
-        "8 genes at 12 tiles of 112 um, each at least 50% tissue, from pixels of 0.5 um, by model judged, fold0" in said
+        "8 genes at 12 tiles of 112 um, each at least 50% tissue, from pixels of 0.5 um, by model finished, fold0"
+        in printed
     )
     got = ad.read_h5ad(tmp_path / "p.h5ad")
     pixels = tifffile.imread(image)
     tiles = np.stack([pixels[r * 224 : (r + 1) * 224, c * 224 : (c + 1) * 224]
                       for r, c in got.obs[["array_row", "array_col"]].to_numpy()])  # fmt: skip
-    np.testing.assert_allclose(got.X, load_trained(judged, fold=0, device="cpu").predict(tiles), atol=1e-4)
+    np.testing.assert_allclose(got.X, load_trained(finished_run, fold=0, device="cpu").predict(tiles), atol=1e-4)
     assert sorted(set(got.obs["array_row"])) == [2, 3, 4]
     assert sorted(set(got.obs["array_col"])) == [2, 3, 4, 5]
 
@@ -130,16 +127,16 @@ def test_an_image_is_predicted_tile_by_tile(judged, image, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("slide", "options", "message"),
     [
-        ("NOBODY", [], "NOBODY: no such image file, and no slide of the cohort .*mini, which has MINI1, MINI2"),
-        ("MINI1", ["--mpp", "0.5"], "mpp belongs to an image file"),
+        ("OTHER", [], "OTHER: no such image file, and no slide of the cohort .*mini, which has MINI1, MINI2"),
+        ("MINI1", ["--mpp", "0.5"], "give mpp only with an image file"),
         ("MINI1", ["--fold", "7"], "no fold 7"),
         (__file__, ["--cohort", "mini"], "is an image file"),
         ("MINI1", ["--model", "nowhere"], "nowhere: no finished run or training"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(judged, tmp_path, capsys, slide, options, message):
+def test_invalid_input_prints_one_line_and_leaves_no_files(finished_run, tmp_path, capsys, slide, options, message):
     out = tmp_path / "p.h5ad"
-    assert main(["predict", slide, "--model", str(judged), *options, "--out", str(out)]) == 2
+    assert main(["predict", slide, "--model", str(finished_run), *options, "--out", str(out)]) == 2
     shown = capsys.readouterr().err.strip()
     assert re.search(message, shown)
     assert "\n" not in shown
@@ -165,7 +162,7 @@ def test_train_embed_and_export_from_the_command_line(mini_root, tmp_path, capsy
     capsys.readouterr()
     assert main(["embed", "--cohort", str(mini_root), "--out", str(tmp_path / "h.h5ad")]) == 2
     assert "--model" in capsys.readouterr().err
-    words = [
+    arguments = [
         "embed",
         "--cohort",
         str(mini_root),
@@ -176,5 +173,5 @@ def test_train_embed_and_export_from_the_command_line(mini_root, tmp_path, capsy
         "--out",
         str(tmp_path / "h.h5ad"),
     ]
-    assert main(words) == 2
+    assert main(arguments) == 2
     assert "--fold names a model of --model" in capsys.readouterr().err

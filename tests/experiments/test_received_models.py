@@ -1,4 +1,4 @@
-"""Rows, runs, adapters, probes and weights from others: no text becomes an import, no small file endless work."""
+"""Check received backbones, runs, adapters, probes and weights: no code is imported, and small files stay cheap."""
 
 import collections
 import dataclasses
@@ -22,71 +22,75 @@ from tiny import TINY
 import peka_lite as pk
 from peka_lite._core._torch_files import read_torch_file
 from peka_lite._core.lazy import LazyMapping
-from peka_lite.adapters.adapt import adapt
-from peka_lite.adapters.files import load_adapter, read_adapter_info, save_adapter
-from peka_lite.backbones import load as backbones, registry
-from peka_lite.backbones.custom import read_backbone, register_backbone, row_fields
-from peka_lite.backbones.load import build_network, load_backbone
-from peka_lite.backbones.registry import BACKBONES
-from peka_lite.probe.files import load_probes, save_probes
-from peka_lite.probe.pca_ridge import PCARidge
-from peka_lite.teachers.scfoundation import ScFoundation
+from peka_lite.adapters import adapt, load_adapter, read_adapter_info, save_adapter
+from peka_lite.backbones import (
+    BACKBONES,
+    build_network,
+    load as backbones,
+    load_backbone,
+    read_backbone,
+    register_backbone,
+    registry,
+)
+from peka_lite.backbones.custom import row_fields
+from peka_lite.probe import PCARidge, load_probes, save_probes
+from peka_lite.teachers import ScFoundation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 OPTIONS = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "global_pool": "avg"}
-ROW = row_fields(TINY) | {"name": "theirs", "source": None}
+ROW = row_fields(TINY) | {"name": "received", "source": None}
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch):
-    """Rows of one test are not known in the next, and nothing here may ask the hub."""
+def _reset_registry(monkeypatch):
+    """Reset the registry after each test, and fail on any access to the Hub."""
     before = dict(registry._BACKBONES)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the Hub was accessed"))
     yield
     registry._BACKBONES.clear()
     registry._BACKBONES.update(before)
 
 
 def row_file(folder, **fields):
-    """Write a row's YAML with some fields changed; a field None is left out."""
-    path = folder / "theirs.yml"
+    """Write a backbone's YAML file with changed fields, without those that are None."""
+    path = folder / "received.yml"
     path.write_text(yaml.safe_dump({k: v for k, v in (ROW | fields).items() if v is not None or k == "source"}))
     return path
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------
+# --- backbones ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"precision": dict.fromkeys(("cpu", "cuda<8.0", "cuda>=8.0"), "intruder:float32")},
-        {"options": OPTIONS | {"act_layer": "intruder:float32"}},
-        {"options": OPTIONS | {"global_pool": "intruder:float32"}},
-        {"arch": "intruder:float32"},
+        {"precision": dict.fromkeys(("cpu", "cuda<8.0", "cuda>=8.0"), "malicious:float32")},
+        {"options": OPTIONS | {"act_layer": "malicious:float32"}},
+        {"options": OPTIONS | {"global_pool": "malicious:float32"}},
+        {"arch": "malicious:float32"},
     ],
 )
-def test_no_text_of_a_row_is_imported(tmp_path, fields):
+def test_no_text_of_a_backbone_file_is_imported(tmp_path, fields):
     row_file(tmp_path, **fields)
-    (tmp_path / "intruder.py").write_text("open('ran', 'w').close()\nfloat32 = None\n")
+    (tmp_path / "malicious.py").write_text("open('ran', 'w').close()\nfloat32 = None\n")
     code = """
 import peka_lite as pk
 try:
-    row = pk.backbones.read_backbone("theirs.yml")
+    row = pk.backbones.read_backbone("received.yml")
     pk.backbones.register_backbone(row)
-    pk.backbones.register_backbone(pk.backbones.read_backbone("theirs.yml"))
+    pk.backbones.register_backbone(pk.backbones.read_backbone("received.yml"))
     dict(row.precision), dict(row.options)
 except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("theirs.yml: "), done.stderr
+    assert done.stdout.startswith("received.yml: "), done.stderr
     assert not (tmp_path / "ran").exists()
-    subprocess.run([sys.executable, "-c", "import intruder"], cwd=tmp_path, check=True)
-    assert (tmp_path / "ran").exists()  # so an import would have been seen
+    subprocess.run([sys.executable, "-c", "import malicious"], cwd=tmp_path, check=True)
+    assert (tmp_path / "ran").exists()  # an import would have been detected
 
 
-def test_a_mapping_imports_what_is_listed_alone():
+def test_lazy_mapping_imports_only_listed_objects():
     late = LazyMapping({"act_layer": "torch.nn:SiLU", "teacher": "os:system", "kind": "torch:float16", "path": "a:b:c"})
     assert late["act_layer"] is torch.nn.SiLU
     assert (late["teacher"], late["path"]) == ("os:system", "a:b:c")
@@ -94,16 +98,18 @@ def test_a_mapping_imports_what_is_listed_alone():
 
 
 @pytest.mark.parametrize("kind", ["torch:float64", "torch:load", "os:system", "float16", 16, None, ["torch:float16"]])
-def test_a_compute_type_is_one_of_three(tmp_path, kind):
+def test_compute_type_is_one_of_three(tmp_path, kind):
     given = {"cpu": "torch:float32", "cuda<8.0": "torch:float16", "cuda>=8.0": kind}
-    with pytest.raises(ValueError, match=r"theirs\.yml: precision: cuda>=8.0 is .*; give one of torch:float32, torch"):
+    with pytest.raises(
+        ValueError, match=r"received\.yml: precision: cuda>=8.0 is .*; give one of torch:float32, torch"
+    ):
         read_backbone(row_file(tmp_path, precision=given))
 
 
-def test_what_a_registered_row_is_written_as_can_be_read_again(tmp_path):
+def test_registered_backbone_survives_a_round_trip(tmp_path):
     kinds = {"cpu": torch.float32, "cuda<8.0": torch.float16, "cuda>=8.0": "torch:bfloat16"}
     layers = {"act_layer": "gelu", "norm_layer": "timm.layers:RmsNorm", "mlp_layer": "timm.layers:GluMlp"}
-    row = dataclasses.replace(TINY, name="theirs", source=None, precision=kinds, options=OPTIONS | layers)
+    row = dataclasses.replace(TINY, name="received", source=None, precision=kinds, options=OPTIONS | layers)
     row = register_backbone(row)
     assert row.precision["cuda>=8.0"] is torch.bfloat16
     (tmp_path / "row.yml").write_text(yaml.safe_dump(row_fields(row)))
@@ -145,8 +151,8 @@ def test_what_a_registered_row_is_written_as_can_be_read_again(tmp_path):
         ("norm_layer", 5, "norm_layer is 5"),
     ],
 )
-def test_options_are_those_of_a_list_within_bounds(tmp_path, option, value, words):
-    with pytest.raises(ValueError, match=rf"theirs\.yml: options: {words}"):
+def test_options_outside_list_or_bounds_are_refused(tmp_path, option, value, words):
+    with pytest.raises(ValueError, match=rf"received\.yml: options: {words}"):
         read_backbone(row_file(tmp_path, options=OPTIONS | {option: value}))
 
 
@@ -178,12 +184,12 @@ def test_options_are_those_of_a_list_within_bounds(tmp_path, option, value, word
         ({"mean": [0.5, float("nan"), 0.5]}, "mean must be on a scale"),
     ],
 )  # fmt: skip
-def test_a_field_of_a_row_leads_nowhere_else_and_has_bounds(tmp_path, fields, words):
-    with pytest.raises(ValueError, match=rf"theirs\.yml: {words}"):
+def test_invalid_fields_of_a_backbone_are_refused(tmp_path, fields, words):
+    with pytest.raises(ValueError, match=rf"received\.yml: {words}"):
         read_backbone(row_file(tmp_path, **fields))
 
 
-def test_names_that_are_right_are_taken(tmp_path):
+def test_valid_names_are_accepted(tmp_path):
     for source in ("owner/name", "MahmoodLab/UNI2-h", "datasets/a/b/folder/file.pth", "package/x.safetensors", "gpt2"):
         assert read_backbone(row_file(tmp_path, source=source, revision="refs/pr/1")).source == source
     swin = {"img_size": [64, 64], "depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2], "window_size": 4}
@@ -191,25 +197,25 @@ def test_names_that_are_right_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["hf-hub:a/b", "local-dir:/tmp", "hf_hub:a/b", "resnet18.x:y", "vit_tinny", "os"])
-def test_an_architecture_that_timm_does_not_list_is_refused_before_timm_is_asked(monkeypatch, arch):
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
-    row = dataclasses.replace(TINY, arch=arch, source="theirs/weights")
+def test_unknown_architecture_is_refused_before_calling_timm(monkeypatch, arch):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was called"))
+    row = dataclasses.replace(TINY, arch=arch, source="other/weights")
     for weights in ("random", "hub"):
         with pytest.raises(ValueError, match="backbone 'tiny': timm cannot build"):
             load_backbone(row, weights=weights)
 
 
-def test_a_network_of_too_many_weights_or_patches_takes_no_memory(tmp_path):
+def test_too_large_network_takes_no_memory(tmp_path):
     many = OPTIONS | {"embed_dim": 16_384, "depth": 200, "num_heads": 16}
     row = read_backbone(row_file(tmp_path, dim=16_384, options=many))
-    with pytest.raises(ValueError, match=r"'theirs': 644,\d{3},\d{3},\d{3} weights are more than the limit"):
+    with pytest.raises(ValueError, match=r"'received': 644,\d{3},\d{3},\d{3} weights are more than the limit"):
         load_backbone(row, weights="random")
     fine = {"input_size": 1024, "options": OPTIONS | {"img_size": 1024, "patch_size": 1}}
-    with pytest.raises(ValueError, match="'theirs': 1,048,576 patches per tile are more than"):
+    with pytest.raises(ValueError, match="'received': 1,048,576 patches per tile are more than"):
         load_backbone(read_backbone(row_file(tmp_path, **fine)), weights="random")
 
 
-def test_weights_that_a_file_does_not_hold_take_no_memory(tmp_path, monkeypatch):
+def test_weights_missing_in_a_file_take_no_memory(tmp_path, monkeypatch):
     torch.save(build_network(TINY).state_dict(), tmp_path / "small.pth")
     many = OPTIONS | {"embed_dim": 8192, "depth": 20, "num_heads": 16}
     row = read_backbone(row_file(tmp_path, dim=8192, options=many))  # 64 GB
@@ -221,7 +227,7 @@ def test_weights_that_a_file_does_not_hold_take_no_memory(tmp_path, monkeypatch)
         return model
 
     monkeypatch.setattr(backbones, "build_network", recording)
-    with pytest.raises(ValueError, match=r"small\.pth: these weights do not fit theirs"):
+    with pytest.raises(ValueError, match=r"small\.pth: these weights do not fit received"):
         load_backbone(row, weights=tmp_path / "small.pth")
     assert devices == ["meta"]
     monkeypatch.setattr(backbones.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2**34}))
@@ -234,15 +240,15 @@ def test_weights_that_a_file_does_not_hold_take_no_memory(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def _made(tmp_path_factory):
+def _folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("runs") / "bone")
 
 
 @pytest.fixture
-def folder(_made, tmp_path):
+def folder(_folder, tmp_path):
     out = tmp_path / "bone"
     out.mkdir()
-    for path in _made.iterdir():
+    for path in _folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     return out
 
@@ -252,26 +258,26 @@ def settings(folder, **changed):
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
 
 
-def test_weights_of_anothers_repository_are_fetched_for_whoever_asks_alone(folder, tmp_path, monkeypatch):
+def test_weights_of_received_backbone_are_downloaded_only_on_request(folder, tmp_path, monkeypatch):
     source = load_backbone("mini", weights="random")
     weights = tmp_path / "w.safetensors"
     save_file(source.state_dict(), weights)
-    row = dataclasses.replace(BACKBONES["mini"], name="theirs", source="theirs/weights")
+    row = dataclasses.replace(BACKBONES["mini"], name="received", source="other/weights")
     (folder / "backbone.yml").write_text(yaml.safe_dump(row_fields(row)))
-    settings(folder, backbone="theirs", weights="hub", method="none")
-    with pytest.raises(ValueError, match=r"backbone\.yml names weights of another's hub repository \(theirs/weights\)"):
+    settings(folder, backbone="received", weights="hub", method="none")
+    with pytest.raises(ValueError, match=r"backbone\.yml needs weights of the Hub repository other/weights"):
         pk.load_trained(folder, device="cpu")
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, *_, **__: asked.append(repo) or weights)
+    requested = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, *_, **__: requested.append(repo) or weights)
     pk.load_trained(folder, device="cpu", weights="hub")
-    assert asked == ["theirs/weights"]
-    asked.clear()
+    assert requested == ["other/weights"]
+    requested.clear()
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(weights))
-    assert pk.load_trained(folder, device="cpu").student.weights_origin == "hub theirs/weights"
-    assert asked == []
+    assert pk.load_trained(folder, device="cpu").student.weights_origin == "hub other/weights"
+    assert requested == []
 
 
-def test_a_row_of_ones_own_with_a_name_of_the_manifest_takes_nothing_from_the_cache(monkeypatch, tmp_path):
+def test_custom_backbone_named_as_in_the_manifest_ignores_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(backbones, "find_fetched", lambda name: pytest.fail(f"{name} was taken from the cache"))
     weights = tmp_path / "w.safetensors"
     save_file(build_network(TINY).state_dict(), weights)
@@ -295,13 +301,13 @@ def test_a_row_of_ones_own_with_a_name_of_the_manifest_takes_nothing_from_the_ca
         ("method", "bonne", "unknown method 'bonne'"),
         ("protocol", ["paper"], r"protocol is text \(str\) or None"),
         ("normalization", "</script>", "unknown normalization"),
-        ("backbone", "other.yml", "backbone is a name, whose row is in backbone.yml beside it"),
+        ("backbone", "other.yml", "backbone is the name of a backbone defined in backbone.yml"),
         ("lr", float("nan"), "lr must be a finite number"),
         ("r", 0, "r must be at least 1"),
         ("slides", [["S1"]], "slides is a list of names"),
     ],
 )
-def test_settings_of_a_run_are_checked_where_they_are_read(folder, field, value, words):
+def test_invalid_settings_of_a_run_are_refused(folder, field, value, words):
     settings(folder, **{field: value})
     with pytest.raises(ValueError, match=rf"config\.yml: {words}"):
         pk.load_trained(folder)
@@ -310,37 +316,37 @@ def test_settings_of_a_run_are_checked_where_they_are_read(folder, field, value,
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("n_spots", "<b>", "n_spots is a whole number, not '<b>'"),
-        ("mean_pcc", "0.5", "mean_pcc is a number"),
-        ("mean_pcc_per_fold", [0.1, "x"], "mean_pcc_per_fold is a list of numbers"),
-        ("ci_low", [1], "ci_low is a number"),
-        ("slides", "S1", "slides is a list of names"),
-        ("slides", [["S1"]], "slides is a list of names"),
-        ("versions", {"torch": {"a": 1}}, "versions is names of packages with their versions"),
-        ("versions", ["torch"], "versions is names of packages"),
-        ("weights", "a\n# b", "weights is text of one line"),
-        ("unit", 5, "unit is text of one line"),
-        ("synthetic", "no", "synthetic is true or false"),
+        ("n_spots", "<b>", "n_spots must be a whole number, not '<b>'"),
+        ("mean_pcc", "0.5", "mean_pcc must be a number"),
+        ("mean_pcc_per_fold", [0.1, "x"], "mean_pcc_per_fold must be a list of numbers"),
+        ("ci_low", [1], "ci_low must be a number"),
+        ("slides", "S1", "slides must be a list of names"),
+        ("slides", [["S1"]], "slides must be a list of names"),
+        ("versions", {"torch": {"a": 1}}, "versions must be names of packages with their versions"),
+        ("versions", ["torch"], "versions must be names of packages"),
+        ("weights", "a\n# b", "weights must be text of one line"),
+        ("unit", 5, "unit must be text of one line"),
+        ("synthetic", "no", "synthetic must be true or false"),
     ],
 )
-def test_a_summary_is_checked_where_it_is_read(folder, field, value, words):
+def test_invalid_summary_is_refused(folder, field, value, words):
     path = folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(ValueError, match=rf"summary\.json: {words}"):
         pk.load_trained(folder)
 
 
-def test_a_summary_without_a_bottom_is_refused(folder):
+def test_deeply_nested_summary_is_refused(folder):
     (folder / "summary.json").write_text('{"slides":' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(ValueError, match=r"summary\.json is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"summary\.json is truncated or damaged"):
         pk.load_trained(folder)
 
 
 # --- adapters and probes -------------------------------------------------------------------------------------------
 
 
-def stamped(path, change):
-    """Change the record of a safetensors file; `change` gets it, and returns it or the text to write."""
+def change_record(path, change):
+    """Change the record of a safetensors file; `change` maps it to a record or to text."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
         record = change(json.loads(file.metadata()["peka_lite"]))
@@ -354,7 +360,7 @@ def adapter(path, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "miss", "bone"])
-def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(tmp_path, monkeypatch, method):
+def test_rank_beyond_the_tensors_takes_no_memory(tmp_path, monkeypatch, method):
     path = adapter(tmp_path / "a.safetensors", method)
     load_adapter(load_backbone(TINY, weights="random"), path)
 
@@ -362,11 +368,11 @@ def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(tmp_path, monkeypat
         record["options"]["all"]["r"] = 10**7
         return record
 
-    monkeypatch.setattr("peka_lite.adapters.files.adapt", lambda *_, **__: pytest.fail("memory was asked for"))
+    monkeypatch.setattr("peka_lite.adapters.files.adapt", lambda *_, **__: pytest.fail("an adapter was created"))
     with pytest.raises(
         ValueError, match=r"a\.safetensors: r=10000000 in its record needs at least 2,880,000,000 values"
     ):
-        load_adapter(load_backbone(TINY, weights="random"), stamped(path, enlarge))
+        load_adapter(load_backbone(TINY, weights="random"), change_record(path, enlarge))
 
 
 @pytest.mark.parametrize(
@@ -393,32 +399,32 @@ def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(tmp_path, monkeypat
         ("data", {"all": [1]}, "its record has data .1.; it is a fingerprint"),
     ],
 )
-def test_the_record_of_an_adapter_is_checked(tmp_path, field, value, words):
+def test_invalid_record_of_an_adapter_is_refused(tmp_path, field, value, words):
     def change(record):
         of_set = field not in record
         (record["options"]["all"] if of_set else record)[field] = value
         return record
 
-    path = stamped(adapter(tmp_path / "a.safetensors", "lora"), change)
+    path = change_record(adapter(tmp_path / "a.safetensors", "lora"), change)
     with pytest.raises(ValueError, match=rf"a\.safetensors: .*{words}"):
         read_adapter_info(path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", '"x"', "null", "{", '{"kind": ' + '{"a":' * 100_000])
 @pytest.mark.parametrize("read", [read_adapter_info, load_probes])
-def test_a_record_that_is_none_is_refused(tmp_path, read, text):
+def test_record_that_is_not_a_mapping_is_refused(tmp_path, read, text):
     save_file({"all.x": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"peka_lite": text})
     with pytest.raises(ValueError, match=r"a\.safetensors(: its record cannot be read| is no (adapter|probe) file)"):
         read(tmp_path / "a.safetensors")
 
 
-def test_a_record_of_many_megabytes_is_not_read(tmp_path):
+def test_too_large_record_is_not_read(tmp_path):
     save_file({"all.x": torch.zeros(2)}, tmp_path / "a", metadata={"peka_lite": " " * 2**25 + "{}"})
     with pytest.raises(ValueError, match=r"a: its header of 33,\d{3},\d{3} bytes is longer than one here can be"):
         read_adapter_info(tmp_path / "a")
 
 
-def within(*keys):
+def set_field(*keys):
     def change(value):
         def at(record):
             part = record
@@ -435,32 +441,32 @@ def within(*keys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (within("probes")([]), "probes .*; it is a mapping"),
-        (within("probes", "all")([]), "its record is not a probe's .it is no mapping"),
-        (within("probes", "all", "genes")("AB"), "genes 'AB'; it is a list of names, each once"),
-        (within("probes", "all", "genes")([["A"], ["B"]]), "genes .*; it is a list of names, each once"),
-        (within("probes", "all", "genes")(["A"] * 3), "genes .*; it is a list of names, each once"),
+        (set_field("probes")([]), "probes .*; it is a mapping"),
+        (set_field("probes", "all")([]), "its record is not a probe's .it is no mapping"),
+        (set_field("probes", "all", "genes")("AB"), "genes 'AB'; it is a list of names, each once"),
+        (set_field("probes", "all", "genes")([["A"], ["B"]]), "genes .*; it is a list of names, each once"),
+        (set_field("probes", "all", "genes")(["A"] * 3), "genes .*; it is a list of names, each once"),
         (
-            within("probes", "all", "options", "solver")("hest-bench"),
+            set_field("probes", "all", "options", "solver")("hest-bench"),
             "its record is not a probe's .it has n_components",
         ),
-        (within("probes", "all", "options", "alpha")("x"), "alpha 'x'; it is 'hest' or a number"),
-        (within("probes", "all", "options", "alpha")(float("nan")), "alpha nan; it is 'hest' or a number"),
-        (within("probes", "all", "options", "n_components")("5"), "n_components '5'; it is a whole number"),
-        (within("probes", "all", "options", "standardize")("no"), "standardize 'no'; it is true or false"),
-        (within("normalization")(["log1p"]), "normalization .*; it is text"),
-        (within("fingerprint")(5), "fingerprint 5; it is text"),
+        (set_field("probes", "all", "options", "alpha")("x"), "alpha 'x'; it is 'hest' or a number"),
+        (set_field("probes", "all", "options", "alpha")(float("nan")), "alpha nan; it is 'hest' or a number"),
+        (set_field("probes", "all", "options", "n_components")("5"), "n_components '5'; it is a whole number"),
+        (set_field("probes", "all", "options", "standardize")("no"), "standardize 'no'; it is true or false"),
+        (set_field("normalization")(["log1p"]), "normalization .*; it is text"),
+        (set_field("fingerprint")(5), "fingerprint 5; it is text"),
     ],
 )
-def test_the_record_of_a_probe_is_checked(tmp_path, change, words):
+def test_invalid_record_of_a_probe_is_refused(tmp_path, change, words):
     rng = np.random.default_rng(0)
     probe = PCARidge(4).fit(rng.normal(size=(20, 6)), rng.normal(size=(20, 3)))
     save_probes(tmp_path / "p.safetensors", {"all": (probe, ["A", "B", "C"])}, normalization="log1p")
     with pytest.raises(ValueError, match=rf"p\.safetensors: .*{words}"):
-        load_probes(stamped(tmp_path / "p.safetensors", change))
+        load_probes(change_record(tmp_path / "p.safetensors", change))
 
 
-def test_a_probe_of_another_type_or_shape_is_refused(tmp_path):
+def test_probe_of_wrong_type_or_shape_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     probe = PCARidge(4).fit(rng.normal(size=(20, 6)), rng.normal(size=(20, 3)))
     save_probes(tmp_path / "p", {"all": (probe, ["A", "B", "C"])}, normalization="log1p")
@@ -477,7 +483,7 @@ def test_a_probe_of_another_type_or_shape_is_refused(tmp_path):
 
 
 class Call:
-    """Stands in a pickle for what a function makes of some values."""
+    """Pickle as a call of a function with some values."""
 
     def __init__(self, function, *values):
         self.call = function, values
@@ -486,15 +492,15 @@ class Call:
         return self.call
 
 
-def doubled(times):
+def nest_doubled(times):
     values = []
     for _ in range(times):
         values = [values, values]
     return values
 
 
-def rebuilt(size, stride):
-    """A tensor of a size that its storage of 4 values does not have."""
+def rebuild_tensor(size, stride):
+    """Pickle a tensor that is larger than its storage of 4 values."""
     storage = torch.zeros(4).storage()
     return Call(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, collections.OrderedDict())
 
@@ -507,15 +513,15 @@ SAVED = {
     "complex": lambda: torch.zeros(1, dtype=torch.complex64).expand(10**10),
     "as a parameter": lambda: torch.nn.Parameter(torch.zeros(1).expand(10**11)),
     "many views of one storage": lambda: list(torch.zeros(50_000).expand(3000, 50_000)),
-    "more than its storage": lambda: rebuilt((10**10,), (1,)),
-    "more than its storage, by stride": lambda: rebuilt((2, 10**5), (10**9, 1)),
+    "more than its storage": lambda: rebuild_tensor((10**10,), (1,)),
+    "more than its storage, by stride": lambda: rebuild_tensor((2, 10**5), (10**9, 1)),
     "sparse": lambda: torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (10**6, 10**6)),
     "sparse rows": lambda: torch.zeros(4, 4).to_sparse_csr(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.quint8),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.quint8),
     "without values": lambda: torch.zeros(10**6, 10**6, device="meta"),
     "bytes by their number": lambda: Call(bytearray, 10**10),
-    "lists of one list": lambda: doubled(60),
-    "text of lists of one list": lambda: Call(str, doubled(60)),
+    "lists of one list": lambda: nest_doubled(60),
+    "text of lists of one list": lambda: Call(str, nest_doubled(60)),
     "copies of one list": lambda: [Call(collections.OrderedDict, value) for value in [[(1, 2)] * 20_000] * 500],
     "a number of no type": lambda: Call(np.float64(0).__reduce__()[0], np.dtype("S2000000000")),
 }  # fmt: skip
@@ -524,7 +530,7 @@ SAVED = {
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*quantiz", "ignore:TypedStorage", "ignore:.*stride")
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", SAVED)
-def test_a_small_file_of_large_values_is_refused(tmp_path, kind, zipped):
+def test_small_file_of_large_values_is_refused(tmp_path, kind, zipped):
     path = tmp_path / "w.pth"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -553,27 +559,27 @@ def zipped(path, pickled, *, compression=zipfile.ZIP_STORED, size=16):
         (b"\x80\x02" + b"K\x01" * 2**23 + b".", "its pickle has 16,777,219 bytes"),
     ],
 )
-def test_a_pickle_without_a_bottom_is_refused(tmp_path, pickled, words):
+def test_deeply_nested_pickle_is_refused(tmp_path, pickled, words):
     with pytest.raises(ValueError, match=rf"w\.pth: cannot be read as weights \({words}"):
         load_backbone(TINY, weights=zipped(tmp_path / "w.pth", pickled))
 
 
-def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path):
+def test_zip_bomb_is_refused(tmp_path):
     path = zipped(tmp_path / "w.pth", b"\x80\x02}.", compression=zipfile.ZIP_DEFLATED, size=10**7)
     with pytest.raises(ValueError, match=r"\(its 4 entries unpack to 10,000,\d{3} bytes of a file of \d"):
         load_backbone(TINY, weights=path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_training_scripts_save_is_read_as_before(tmp_path, zipped):
+def test_files_of_training_scripts_are_read(tmp_path, zipped):
     table, value = torch.arange(50_000.0), {"a": [1, (2, {3})], "b": collections.OrderedDict(c=None)}
     file = {"table": table, "tied": table.view(100, 500), "part": table[10:20], "turned": table.view(100, 500).T}
     file |= {"mask": torch.zeros(1).expand(4, 4), "one": torch.tensor(1), "none": torch.zeros(0, 3), "value": value}
     file |= {"steps": collections.Counter({3: 1}), "bits": b"abc", "many": [value] * 50, "kind": torch.bfloat16}
     torch.save(file, tmp_path / "a", _use_new_zipfile_serialization=zipped)
     read = read_torch_file(tmp_path / "a", what="weights", instead="")
-    for name, wanted in file.items():
-        same = torch.equal(read[name], wanted) if isinstance(wanted, torch.Tensor) else read[name] == wanted
+    for name, expected in file.items():
+        same = torch.equal(read[name], expected) if isinstance(expected, torch.Tensor) else read[name] == expected
         assert same, name
 
 
@@ -588,7 +594,7 @@ def test_what_training_scripts_save_is_read_as_before(tmp_path, zipped):
         ({"depth": 900}, "Missing key"),
     ],
 )
-def test_sizes_of_a_teacher_are_checked_before_it_is_built(tmp_path, change, words):
+def test_teachers_sizes_are_checked_before_building_it(tmp_path, change, words):
     encoder = {"hidden_dim": 16, "depth": 1, "heads": 2, "module_type": "transformer"} | change
     sizes = {"seq_len": 32, "bin_num": 7, "bin_alpha": 1.0, "mask_token_id": 102, "pad_token_id": 103}
     config = {"model": "m", "model_config": {"m": {"encoder": encoder} | sizes}, "dataset_config": {"rnaseq": {}}}

@@ -1,19 +1,20 @@
-"""Grids: every combination once, nothing that is excluded, and folder names that differ."""
+"""Check grids: combinations, exclusions, limits and unique folder names."""
 
 import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from peka_lite.experiments import expand, unique_names
 from peka_lite.experiments.sweeps import _grids as grids
-from peka_lite.experiments.sweeps._grids import count_points, expand, point_name, unique_names
+from peka_lite.experiments.sweeps._grids import count_points, point_name
 
 VALUES = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3), st.integers(1, 3), st.integers(1, 3))
-def test_axes_multiply(grid, n_zipped, n_listed):
+def test_axes_are_combined(grid, n_zipped, n_listed):
     zipped = [{"x": list(range(n_zipped)), "y": list(range(10, 10 + n_zipped))}]
     listed = [{"z": k} for k in range(n_listed)]
     points = expand(grid=grid, zipped=zipped, listed=listed)
@@ -25,13 +26,13 @@ def test_axes_multiply(grid, n_zipped, n_listed):
     assert all(p[name] in grid[name] for p in points for name in grid)
 
 
-def test_exclusions_match_all_of_their_parameters_and_any_of_a_list():
+def test_exclusions_match_all_parameters_and_any_listed_value():
     grid = {"method": ["none", "bone"], "seed": [0, 1, 2]}
     points = expand(grid=grid, exclude=[{"method": "none", "seed": [1, 2]}])
     assert [(p["method"], p["seed"]) for p in points] == [("none", 0), ("bone", 0), ("bone", 1), ("bone", 2)]
 
 
-def test_an_exclusion_of_a_point_that_does_not_set_the_parameter_leaves_it():
+def test_exclusion_does_not_match_points_without_the_parameter():
     points = expand(listed=[{}, {"tau": 4}, {"tau": None}], exclude=[{"tau": None}])
     assert points == [{}, {"tau": 4}]
 
@@ -49,7 +50,7 @@ def test_an_exclusion_of_a_point_that_does_not_set_the_parameter_leaves_it():
         ({"grid": {"a": [1]}, "exclude": [{"a": 1}]}, "no point is left"),
     ],
 )
-def test_axes_that_make_no_sense_are_refused(axes, words):
+def test_invalid_axes_are_refused(axes, words):
     with pytest.raises(ValueError, match=words):
         expand(**axes)
 
@@ -58,7 +59,7 @@ THOUSAND = list(range(1000))
 
 
 @pytest.mark.parametrize(
-    ("axes", "told"),
+    ("axes", "count"),
     [
         ({"grid": {"a": [0] * 100_001}}, "100,001"),
         ({"grid": {"a": THOUSAND, "b": THOUSAND, "c": THOUSAND[:2]}}, "2,000,000"),
@@ -69,17 +70,17 @@ THOUSAND = list(range(1000))
         ({"grid": {"a": THOUSAND}, "zipped": [{"b": [1, 2]}], "listed": [{}] * 51}, "102,000"),
     ],
 )
-def test_too_many_points_are_counted_and_refused_without_making_one(monkeypatch, axes, told):
+def test_too_many_points_are_refused_without_creating_them(monkeypatch, axes, count):
     monkeypatch.setattr(grids, "product", None)
-    for what in (count_points, expand):
-        with pytest.raises(ValueError, match=f"^{re.escape(told)} points, before any is excluded, are more than"):
-            what(**axes)
+    for function in (count_points, expand):
+        with pytest.raises(ValueError, match=f"^{re.escape(count)} points before exclusions are more than"):
+            function(**axes)
 
 
-def test_a_hundred_thousand_points_are_made_and_named_apart():
+def test_hundred_thousand_points_have_unique_names():
     grid = {"a": THOUSAND[:100], "b": THOUSAND}
     assert count_points(grid=grid) == len(expand(grid=grid)) == 100_000
-    alike = [{"text": f"{'x' * 200}{k}"} for k in range(100_000)]  # whose names are cut, and differ by a hash
+    alike = [{"text": f"{'x' * 200}{k}"} for k in range(100_000)]  # long names are cut and get a hash
     names = unique_names(alike)
     assert len({name.casefold() for name in names}) == 100_000
     assert max(map(len, names)) < 200
@@ -96,21 +97,23 @@ def test_a_hundred_thousand_points_are_made_and_named_apart():
         {"grid": {"a": THOUSAND}, "exclude": [{"a": list(range(10**6))}]},
     ],
 )
-def test_points_that_are_large_together_are_refused_without_making_one(monkeypatch, axes):
+def test_too_large_points_are_refused_without_creating_them(monkeypatch, axes):
     monkeypatch.setattr(grids, "product", None)
-    with pytest.raises(ValueError, match=r"points set or are compared with [\d,]+ letters in all, more than") as found:
+    with pytest.raises(
+        ValueError, match=r"values and exclusions of [\d,]+ points have [\d,]+ characters, more than"
+    ) as error:
         expand(**axes)
-    assert len(str(found.value)) < 300
+    assert len(str(error.value)) < 300
 
 
-def test_one_long_value_is_a_value():
+def test_one_long_value_is_accepted():
     assert expand(grid={"a": ["x" * 10**7], "b": [1, 2]}) == [{"a": "x" * 10**7, "b": 1}, {"a": "x" * 10**7, "b": 2}]
     assert count_points(grid={"a": [1, 2]}, fixed={"b": "x" * 10**7}) == 2
     with pytest.raises(ValueError, match="more than 4,300 digits"):
         count_points(grid={"a": [16**10_000]})
 
 
-def test_names_are_safe_for_a_folder_and_a_file_counts_by_its_name():
+def test_names_are_safe_folder_names():
     assert point_name({"weights": "/data/my weights/uni v1.bin", "augment": True}) == "weights=uni-v1.bin,augment=true"
     assert "/" not in point_name({"cohort": "a/b", "note": "x/../y"})
     assert point_name({}) == "base"
@@ -124,7 +127,7 @@ def test_names_are_safe_for_a_folder_and_a_file_counts_by_its_name():
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyzC013=.-+"), name
 
 
-def test_names_that_would_agree_differ():
+def test_equal_names_get_a_hash():
     points = [{"weights": "/a/w.bin"}, {"weights": "/b/w.bin"}, {"weights": "W.bin"}, {"weights": "other.bin"}]
     names = unique_names(points)
     assert len({name.casefold() for name in names}) == 4

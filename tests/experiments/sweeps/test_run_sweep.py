@@ -1,4 +1,4 @@
-"""A sweep survives what happens to it: failing points, killed workers, a rerun, another sweep, a cluster elsewhere."""
+"""Check running sweeps: failed points, killed workers, reruns, concurrent sweeps and clusters."""
 
 import hashlib
 import io
@@ -19,14 +19,13 @@ import yaml
 from rich.console import Console
 from test_sweeps import write_notebook
 
+from peka_lite.experiments import plan_sweep, read_sweep, run_sweep, sweep_states
 from peka_lite.experiments.sweeps import run as sweep_run
 from peka_lite.experiments.sweeps._view import Board
-from peka_lite.experiments.sweeps.points import make_point, measured_seconds, plan_sweep, point_arguments, sweep_states
-from peka_lite.experiments.sweeps.read import read_sweep
-from peka_lite.experiments.sweeps.run import run_sweep
-from peka_lite.reports.page import write_report
+from peka_lite.experiments.sweeps.points import build_job, get_measured_seconds, make_point
+from peka_lite.reports import write_report
 
-SAYS_WHAT_IT_GOT = """
+WRITES_SUMMARY = """
 import json
 json.dump({"a": a, "b": b, "product": a * len(b)}, open("summary.json", "w"))
 """
@@ -34,7 +33,7 @@ FAILS_ONCE_AND_HANGS_ONCE = """
 import os, time
 from pathlib import Path
 notes = Path(notes)
-if (a, b) == (2, "yy") and not (notes / "mended").exists():
+if (a, b) == (2, "yy") and not (notes / "fixed").exists():
     raise ValueError("planted: a=2, b=yy")
 if (a, b) == (1, "y") and not (notes / "hung").exists():
     (notes / "hung.new").write_text(str(os.getpid()))
@@ -61,48 +60,48 @@ def command(path, *options, **environment):
     )  # fmt: skip
 
 
-def wait_for(what, process):
-    """Wait until something holds, as long as the process lives."""
-    while not what():
+def wait_for(condition, process):
+    """Wait until a condition is true, or fail if the process ends."""
+    while not condition():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
 
 
-def made(out):
-    """Return when each finished point was made."""
+def finish_times(out):
+    """Return the time of each finished point's summary."""
     return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
 
 
-def test_twelve_points_one_planted_failure_one_killed_and_one_rerun(tmp_path):
+def test_failed_and_killed_points_are_made_by_a_rerun(tmp_path):
     path = write_sweep(
-        tmp_path, FAILS_ONCE_AND_HANGS_ONCE, SAYS_WHAT_IT_GOT, grid={"a": [1, 2, 3, 4], "b": ["y", "yy", "yyy"]}
+        tmp_path, FAILS_ONCE_AND_HANGS_ONCE, WRITES_SUMMARY, grid={"a": [1, 2, 3, 4], "b": ["y", "yy", "yyy"]}
     )
     out, hung = tmp_path / "out", tmp_path / "notes" / "hung"
     running = command(path, "--out", str(out), "--workers", "2", "--retry", "1")
     wait_for(hung.exists, running)
     kernel = psutil.Process(int(hung.read_text()))
-    kernel.parent().kill()  # in the middle of a point
-    said, _ = running.communicate()
-    assert running.returncode == 1, said
+    kernel.parent().kill()  # while it makes a point
+    printed, _ = running.communicate()
+    assert running.returncode == 1, printed
     psutil.wait_procs([kernel], timeout=60)
-    assert not kernel.is_running()  # nothing goes on without its point
+    assert not kernel.is_running()  # the kernel ends with its point
 
     sweep = read_sweep(path)
     states = sweep_states(sweep, out)
     assert states["state"].value_counts().to_dict() == {"done": 11, "failed": 1}
     assert states.loc["a=2,b=yy", ["state", "last_line"]].tolist() == ["failed", "ValueError: planted: a=2, b=yy"]
-    assert "failed  a=2,b=yy: ValueError: planted: a=2, b=yy" in said
-    assert "11 done, 1 failed" in said
-    kept = nbformat.read(out / "a=2,b=yy.partial" / "notebook.ipynb", as_version=4)
-    assert any(o.get("ename") == "ValueError" for c in kept.cells for o in c.get("outputs", []))
+    assert "failed  a=2,b=yy: ValueError: planted: a=2, b=yy" in printed
+    assert "11 done, 1 failed" in printed
+    stored = nbformat.read(out / "a=2,b=yy.partial" / "notebook.ipynb", as_version=4)
+    assert any(o.get("ename") == "ValueError" for c in stored.cells for o in c.get("outputs", []))
     assert "1 to run" in plan_sweep(sweep, out)
 
-    before = made(out)
-    (tmp_path / "notes" / "mended").touch()
+    before = finish_times(out)
+    (tmp_path / "notes" / "fixed").touch()
     again = command(path, "--out", str(out), "--workers", "2")
-    said, _ = again.communicate()
-    assert again.returncode == 0, said
-    after = made(out)
+    printed, _ = again.communicate()
+    assert again.returncode == 0, printed
+    after = finish_times(out)
     assert {name: after[name] for name in before} == before
     assert sorted(after) == sorted(p.name for p in sweep.points)
     for point in sweep.points:
@@ -115,7 +114,7 @@ def test_twelve_points_one_planted_failure_one_killed_and_one_rerun(tmp_path):
     assert "12 of 12" in (out / "report" / "report.md").read_text()
 
 
-def test_a_cluster_by_address_makes_the_points_and_a_retry_mends_what_fails_once(tmp_path, capfd, monkeypatch):
+def test_cluster_makes_points_and_retries_failed_ones(tmp_path, capfd, monkeypatch):
     from distributed import LocalCluster
 
     fails_at_first = """
@@ -125,7 +124,7 @@ if a == 2 and not tried.exists():
     tried.touch()
     raise OSError("the disk is away")
 """
-    sweep = read_sweep(write_sweep(tmp_path, fails_at_first, SAYS_WHAT_IT_GOT, grid={"a": [1, 2, 3, 4]}))
+    sweep = read_sweep(write_sweep(tmp_path, fails_at_first, WRITES_SUMMARY, grid={"a": [1, 2, 3, 4]}))
     out = tmp_path / "out"
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster:
         workers = {w["id"] for w in cluster.scheduler_info["workers"].values()}
@@ -138,10 +137,10 @@ if a == 2 and not tried.exists():
         assert len(cluster.scheduler_info["workers"]) == 2  # the cluster outlives the sweep
     assert list(states["state"]) == ["done"] * 4
     assert states["seconds"].gt(0).all()
-    said = capfd.readouterr().out
-    assert "4 to run, 0 done before" in said
-    assert "2 at once; Dask's dashboard: http://127.0.0.1" in said
-    monkeypatch.setattr(sweep_run, "ANSWER_WITHIN", 1)
+    printed = capfd.readouterr().out
+    assert "4 to run, 0 done before" in printed
+    assert "2 at once; Dask's dashboard: http://127.0.0.1" in printed
+    monkeypatch.setattr(sweep_run, "CONNECT_TIMEOUT", 1)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9: no Dask scheduler answers"):
         run_sweep(read_sweep(tmp_path / "many.yml", fixed={"a": 9}), tmp_path / "x", scheduler="tcp://127.0.0.1:9")
 
@@ -156,7 +155,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_points_and_kernels_end_with_the_sweep_and_nothing_of_it_listens(tmp_path, sign, status):
+def test_points_and_kernels_end_with_the_sweep_and_no_port_is_open(tmp_path, sign, status):
     path = write_sweep(tmp_path, HANGS, grid={"a": [1]})
     running = command(path, "--out", str(tmp_path / "out"))
     hung = tmp_path / "notes" / "hung"
@@ -164,7 +163,7 @@ def test_points_and_kernels_end_with_the_sweep_and_nothing_of_it_listens(tmp_pat
     kernel = psutil.Process(int(hung.read_text()))
     point = kernel.parent()
     assert point.ppid() == running.pid
-    # A kernel's sockets take signed messages alone, and are its own and the point's.
+    # Only the kernel and the point have sockets, which accept signed messages only.
     assert [c for c in psutil.Process(running.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN] == []
     assert set(psutil.Process(running.pid).children(recursive=True)) == {kernel, point}
     os.kill(running.pid, sign)
@@ -178,65 +177,64 @@ def test_points_and_kernels_end_with_the_sweep_and_nothing_of_it_listens(tmp_pat
 PLANTED = "import os\nopen(os.environ['PLANTED'], 'a').write(__file__ + '\\n')\nraise SystemExit('planted code ran')\n"
 
 
-def test_modules_of_the_current_folder_are_run_by_no_command_and_no_point(tmp_path):
+def test_modules_of_the_current_folder_are_not_imported(tmp_path):
     path = tmp_path / "runs.yml"
     path.write_text(yaml.safe_dump({"fixed": {"method": "none", "features": "depth"}, "grid": {"seed": [0]}}))
-    (tmp_path / "out" / "seed=0").mkdir(parents=True)  # at which the point stops, after all that it imports
+    (tmp_path / "out" / "seed=0").mkdir(parents=True)  # an incomplete folder, so the point fails after its imports
     for name in ("yaml", "pandas", "numpy", "torch", "psutil", "rich", "sitecustomize", "fcntl", "secrets"):
         (tmp_path / f"{name}.py").write_text(PLANTED)
     running = command(path, "--out", "out", PLANTED=str(tmp_path / "planted"))
-    said, _ = running.communicate()
-    assert running.returncode == 1, said
+    printed, _ = running.communicate()
+    assert running.returncode == 1, printed
     assert not (tmp_path / "planted").exists()
-    assert "failed  seed=0: FileExistsError: " in said
-    assert "it ended but left no summary.json" in said
+    assert "failed  seed=0: FileExistsError: " in printed
+    assert "no summary.json was written" in printed
 
 
-def test_a_point_takes_the_package_from_where_the_sweep_has_it_and_nothing_from_the_current_folder(tmp_path):
-    """As from a clone that is not installed, which only the current folder names."""
+def test_point_imports_the_sweeps_package_and_nothing_from_the_current_folder(tmp_path):
+    """Simulate a clone that is not installed but is in the current folder."""
     package = tmp_path / "clone" / "peka_lite"
-    package.mkdir(parents=True)
+    points = package / "experiments" / "sweeps" / "points.py"
+    points.parent.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "sweep_points.py").write_text(
-        "import json, sys\ndef main():\n    print(json.dumps([__file__, *sys.path]))"
-    )
-    order = {"name": "a=1", "notebook": None, "settings": {}}
+    points.write_text("import json, sys\ndef main():\n    print(json.dumps([__file__, *sys.path]))")
+    job = {"name": "a=1", "notebook": None, "settings": {}}
     (tmp_path / "log").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peka_lite.__file__", str(package / "__init__.py"))
         patch.chdir(tmp_path)
-        environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(["mine", "", "/other", ""])}
-        attempt = sweep_run._Attempt(order, tmp_path, environment, "here")
+        environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(["folder", "", "/other", ""])}
+        attempt = sweep_run._Attempt(job, tmp_path, environment, "host")
         attempt.process.wait(60)
     file, *path = json.loads((tmp_path / "log" / "a=1.txt").read_text())
-    assert file == str(package / "sweep_points.py")
-    assert path[:2] == [str(tmp_path / "mine"), "/other"]
+    assert file == str(points)
+    assert path[:2] == [str(tmp_path / "folder"), "/other"]
     assert not {"", str(tmp_path), str(tmp_path / "clone")} & set(path)
 
 
-def test_a_notebook_that_lies_in_the_log_is_never_run_in_place_of_the_sweeps(tmp_path):
-    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
-    mine, order = sweep.notebook.read_bytes(), point_arguments(sweep, sweep.points[0])
-    planted = nbformat.reads(mine.decode(), as_version=4)
+def test_replaced_notebook_copy_is_not_run(tmp_path):
+    sweep, out = read_sweep(write_sweep(tmp_path, WRITES_SUMMARY, grid={"a": [1]})), tmp_path / "out"
+    content, job = sweep.notebook.read_bytes(), build_job(sweep, sweep.points[0])
+    planted = nbformat.reads(content.decode(), as_version=4)
     planted.cells[1].source += f"\nopen({str(tmp_path / 'planted')!r}, 'w')"
-    same_code = nbformat.reads(mine.decode(), as_version=4)
+    same_code = nbformat.reads(content.decode(), as_version=4)
     same_code.metadata.kernelspec.name = "another"
     (out / "log").mkdir(parents=True)
-    copy = out / "log" / f"{hashlib.sha256(mine).hexdigest()[:16]}.ipynb"
+    copy = out / "log" / f"{hashlib.sha256(content).hexdigest()[:16]}.ipynb"
     for path in (copy, copy.with_stem(sweep.code)):
         nbformat.write(planted, path)
     assert list(run_sweep(sweep, out, workers=1)["state"]) == ["done"]
     assert not (tmp_path / "planted").exists()
-    assert copy.read_bytes() == mine
+    assert copy.read_bytes() == content
     shutil.rmtree(out / "a=1")
-    for replaced in (planted, same_code):  # between the start and the point
+    for replaced in (planted, same_code):  # after the sweep started
         nbformat.write(replaced, copy)
-        with pytest.raises(RuntimeError, match="was replaced since the sweep was started"):
-            make_point(order, out)
+        with pytest.raises(RuntimeError, match="was replaced since the sweep started"):
+            make_point(job, out)
         assert not (tmp_path / "planted").exists()
 
 
-def test_what_lies_in_a_stopped_points_folder_is_neither_imported_nor_written_through(tmp_path):
+def test_links_and_modules_in_a_stopped_points_folder_are_removed(tmp_path):
     code = """
 from pathlib import Path
 assert not Path("pipe").is_fifo()
@@ -247,75 +245,75 @@ for name in ("results.csv", "deep/results.csv", "inside", "data.csv", "notebook.
 Path('helper.py').write_text('x = 1')
 import yaml, pkgutil, helper
 """
-    sweep, out = read_sweep(write_sweep(tmp_path, code, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
-    order, work, mine = point_arguments(sweep, sweep.points[0]), out / "a=1.partial", tmp_path / "mine"
-    sweep_run._write_told(sweep, out)
+    sweep, out = read_sweep(write_sweep(tmp_path, code, WRITES_SUMMARY, grid={"a": [1]})), tmp_path / "out"
+    job, work, outside = build_job(sweep, sweep.points[0]), out / "a=1.partial", tmp_path / "outside"
+    sweep_run._write_sweep_record(sweep, out)
     (work / "package").mkdir(parents=True)
-    (work / "point.json").write_text(json.dumps({"settings": order["settings"], "code": sweep.code}))
+    (work / "point.json").write_text(json.dumps({"settings": job["settings"], "code": sweep.code}))
     for name in ("helper.py", "yaml.py", "nbformat.pyc", "package/__init__.py", "pkgutil.py"):
         (work / name).write_text("raise SystemExit('planted code ran')")
-    mine.mkdir()
-    (mine / "kept.csv").write_text("mine")
-    (work / "results.csv").symlink_to(mine / "kept.csv")
-    (work / "notebook.ipynb").symlink_to(mine / "made.ipynb")
-    (work / "deep").symlink_to(mine)
+    outside.mkdir()
+    (outside / "user.csv").write_text("user")
+    (work / "results.csv").symlink_to(outside / "user.csv")
+    (work / "notebook.ipynb").symlink_to(outside / "new.ipynb")
+    (work / "deep").symlink_to(outside)
     (work / "data.csv").write_text("data ")
     (work / "inside").symlink_to("data.csv")
     os.mkfifo(work / "pipe")
-    make_point(order, out)
-    assert [path.name for path in mine.iterdir()] == ["kept.csv"]
-    assert (mine / "kept.csv").read_text() == "mine"
-    assert (out / "a=1" / "data.csv").read_text() == "data writtenwritten"  # which it may keep
+    make_point(job, out)
+    assert [path.name for path in outside.iterdir()] == ["user.csv"]
+    assert (outside / "user.csv").read_text() == "user"
+    assert (out / "a=1" / "data.csv").read_text() == "data writtenwritten"  # data inside the folder is reused
     assert not (out / "a=1" / "yaml.py").exists()
 
 
 @pytest.mark.parametrize("name", ["log", "report", "a=1", "a=1.partial"])
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_in_a_sweeps_folder_is_refused_before_anything_is_written(tmp_path, name, there):
-    sweep, out = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1]})), tmp_path / "out"
-    mine = tmp_path / "mine"
+@pytest.mark.parametrize("exists", [True, False])
+def test_link_in_a_sweeps_folder_is_refused_before_writing(tmp_path, name, exists):
+    sweep, out = read_sweep(write_sweep(tmp_path, WRITES_SUMMARY, grid={"a": [1]})), tmp_path / "out"
+    target = tmp_path / "target"
     out.mkdir()
-    if there:
-        mine.mkdir()
-        (mine / "point.json").write_text("{}")
-    (out / name).symlink_to(mine)
-    for what in (sweep_states, run_sweep):
-        with pytest.raises(ValueError, match=f"out/{name} is a link; a sweep writes into no link: remove it"):
-            what(sweep, out)
+    if exists:
+        target.mkdir()
+        (target / "point.json").write_text("{}")
+    (out / name).symlink_to(target)
+    for function in (sweep_states, run_sweep):
+        with pytest.raises(ValueError, match=f"out/{name} is a symbolic link; remove it"):
+            function(sweep, out)
     assert [path.name for path in out.iterdir()] == [name]
-    assert not mine.exists() or [path.name for path in mine.iterdir()] == ["point.json"]
+    assert not target.exists() or [path.name for path in target.iterdir()] == ["point.json"]
 
 
-def test_links_in_a_log_are_replaced_and_a_pipe_there_is_not_waited_for(tmp_path):
-    path = write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]})
+def test_links_and_pipes_in_the_log_are_replaced(tmp_path):
+    path = write_sweep(tmp_path, WRITES_SUMMARY, grid={"a": [1, 2]})
     sweep, out = read_sweep(path), tmp_path / "out"
-    log, mine = out / "log", tmp_path / "mine.txt"
+    log, target = out / "log", tmp_path / "target.txt"
     log.mkdir(parents=True)
-    mine.write_text(json.dumps({"state": "failed", "last_line": "not to be shown"}))
+    target.write_text(json.dumps({"state": "failed", "last_line": "not to be shown"}))
     for name in ("log/a=1.txt", "log/a=1.json", f"log/{sweep.digest[:16]}.ipynb"):
-        (out / name).symlink_to(mine)
+        (out / name).symlink_to(target)
     os.mkfifo(log / "a=2.txt")
     os.mkfifo(log / "a=2.json")
-    before = mine.read_text()
-    for options, told in (["--dry-run"], "2 points in out: 0 done, 2 to run"), ([], "many: 2 done"):
+    before = target.read_text()
+    for options, text in (["--dry-run"], "2 points in out: 0 done, 2 to run"), ([], "many: 2 done"):
         running = command(path, "--out", "out", *options)
         try:
-            said, _ = running.communicate(timeout=300)
+            printed, _ = running.communicate(timeout=300)
         finally:
             running.kill()
-        assert running.returncode == 0, said
-        assert told in said
-        assert "not to be shown" not in said
-    assert mine.read_text() == before
+        assert running.returncode == 0, printed
+        assert text in printed
+        assert "not to be shown" not in printed
+    assert target.read_text() == before
     assert not any(path.is_symlink() for path in out.rglob("*"))
     (out / "sweep.yml").unlink()
-    (out / "sweep.yml").symlink_to(mine)
+    (out / "sweep.yml").symlink_to(target)
     with pytest.raises(FileExistsError, match=r"sweep\.yml is there already and was not written by `peka-lite sweep`"):
         run_sweep(sweep, out)
-    assert mine.read_text() == before
+    assert target.read_text() == before
 
 
-def test_ending_well_is_no_success_without_a_complete_summary(tmp_path):
+def test_point_without_complete_summary_is_failed(tmp_path):
     leaves = """
 from pathlib import Path
 if a > 1:
@@ -327,41 +325,41 @@ if a == 4:
     states = run_sweep(sweep, tmp_path / "out", workers=2)
     assert list(states["state"]) == ["failed", "failed", "done", "failed"]
     lines = states["last_line"].tolist()
-    assert "left no summary.json" in lines[0]
-    assert "summary.json is cut short" in lines[1]
+    assert "no summary.json was written" in lines[0]
+    assert "summary.json is truncated" in lines[1]
     assert "results/x.partial is unfinished" in lines[3]
     edited = read_sweep(write_sweep(tmp_path, leaves + "\nprint(a)", grid={"a": [1, 3]}))
     states = sweep_states(edited, tmp_path / "out")
     assert states[["state", "older"]].to_numpy().tolist() == [["failed", False], ["done", True]]
     assert "1 of them by an earlier version of the notebook's code" in plan_sweep(edited, tmp_path / "out")
     other = read_sweep(write_sweep(tmp_path, leaves, grid={"a": [3]}), fixed={"b": "other"})
-    for what in (sweep_states, run_sweep):
-        with pytest.raises(FileExistsError, match=r"a=3 was made with other settings \(b\)"):
-            what(other, tmp_path / "out")
+    for function in (sweep_states, run_sweep):
+        with pytest.raises(FileExistsError, match=r"a=3 has other settings \(b\)"):
+            function(other, tmp_path / "out")
 
 
-def test_what_a_stopped_point_left_is_kept_only_if_it_was_the_same_point(tmp_path):
+def test_data_of_a_stopped_point_is_reused_only_for_equal_settings(tmp_path):
     path = write_sweep(
-        tmp_path, "from pathlib import Path\nleft = Path('left').exists()", SAYS_WHAT_IT_GOT, grid={"a": [1]}
+        tmp_path, "from pathlib import Path\nleft = Path('left').exists()", WRITES_SUMMARY, grid={"a": [1]}
     )
     sweep, out = read_sweep(path), tmp_path / "out"
-    order, work = point_arguments(sweep, sweep.points[0]), out / "a=1.partial"
-    for settings, stays in ((order["settings"], True), ({"a": 7}, False)):
+    job, work = build_job(sweep, sweep.points[0]), out / "a=1.partial"
+    for settings, stays in ((job["settings"], True), ({"a": 7}, False)):
         work.mkdir(parents=True)
-        sweep_run._write_told(sweep, out)
+        sweep_run._write_sweep_record(sweep, out)
         (work / "left").touch()
-        made = {"settings": settings, "code": sweep.code}
-        (work / "point.json").write_text(json.dumps(made))
-        make_point(order, out)
+        record = {"settings": settings, "code": sweep.code}
+        (work / "point.json").write_text(json.dumps(record))
+        make_point(job, out)
         assert (out / "a=1" / "left").exists() == stays
-        assert json.loads((out / "a=1" / "point.json").read_text())["settings"] == order["settings"]
+        assert json.loads((out / "a=1" / "point.json").read_text())["settings"] == job["settings"]
         (out / "a=1" / "summary.json").write_text("{")
-        with pytest.raises(FileExistsError, match=r"a=1 is there, but summary\.json is cut short"):
-            make_point(order, out)
+        with pytest.raises(FileExistsError, match=r"a=1 exists, but summary\.json is truncated"):
+            make_point(job, out)
         shutil.rmtree(out)
 
 
-def test_two_sweeps_at_once_share_one_cache(tmp_path, mini_root):
+def test_concurrent_sweeps_share_one_cache(tmp_path, mini_root):
     path = tmp_path / "two.yml"
     fixed = {"cohort": str(mini_root), "slides": ["MINI1", "MINI2"], "epochs": 1, "protocol": "hest", "n_splits": 2}
     fixed |= {"label_method": "kmeans", "n_clusters": 4}
@@ -369,53 +367,53 @@ def test_two_sweeps_at_once_share_one_cache(tmp_path, mini_root):
     cache = tmp_path / "cache"
     both = [command(path, "--out", str(tmp_path / o), "--workers", "1", PEKA_LITE_CACHE=str(cache)) for o in "ab"]
     for one in both:
-        said, _ = one.communicate()
-        assert one.returncode == 0, said
+        printed, _ = one.communicate()
+        assert one.returncode == 0, printed
     a, b = ({p.parent.name: p.read_bytes() for p in (tmp_path / o).glob("method=*/metrics.csv")} for o in "ab")
     assert a == b
     assert sorted(a) == ["method=bone", "method=none"]
-    assert len(list((cache / "students").glob("mini_bone_*/record.json"))) == 2  # one a fold
+    assert len(list((cache / "students").glob("mini_bone_*/record.json"))) == 2  # one per fold
     assert not list(cache.rglob("*.partial"))
     assert {"table1.csv", "table2.csv", "points.csv", "points.parquet", "metrics.csv"} <= {
         p.name for p in (tmp_path / "a" / "report").iterdir()
     }
-    write_report([tmp_path / "b"], tmp_path / "again")  # the same, by `peka-lite report`
+    write_report([tmp_path / "b"], tmp_path / "again")  # as `peka-lite report`
     assert (tmp_path / "again" / "points.csv").is_file()
 
 
 def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": list(range(40))}, memory=2))
-    monkeypatch.setattr(sweep_run, "_gpus", lambda: ["4", "6"])
-    assert sweep_run._local_environments(sweep, None, 40) == [
+    monkeypatch.setattr(sweep_run, "_list_gpus", lambda: ["4", "6"])
+    assert sweep_run._plan_environments(sweep, None, 40) == [
         {"CUDA_VISIBLE_DEVICES": "4"},
         {"CUDA_VISIBLE_DEVICES": "6"},
     ]
-    assert len(sweep_run._local_environments(sweep, 1, 40)) == 1
-    assert len(sweep_run._local_environments(sweep, None, 1)) == 1  # one point is left
+    assert len(sweep_run._plan_environments(sweep, 1, 40)) == 1
+    assert len(sweep_run._plan_environments(sweep, None, 1)) == 1  # one point left
     with pytest.raises(ValueError, match="3 are more than the 2 GPUs"):
-        sweep_run._local_environments(sweep, 3, 40)
-    monkeypatch.setattr(sweep_run, "_gpus", list)
+        sweep_run._plan_environments(sweep, 3, 40)
+    monkeypatch.setattr(sweep_run, "_list_gpus", list)
     monkeypatch.setattr("dask.system.CPU_COUNT", 16)
     for gib, n in ((9, 4), (1000, 16), (0.5, 1)):
         monkeypatch.setattr("distributed.system.MEMORY_LIMIT", gib * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1 << 60}))
-        assert len(sweep_run._local_environments(sweep, None, 40)) == n
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        sweep_run._local_environments(sweep, 0, 40)
+        assert len(sweep_run._plan_environments(sweep, None, 40)) == n
+    with pytest.raises(ValueError, match="must be at least 1, not 0"):
+        sweep_run._plan_environments(sweep, 0, 40)
 
 
 @pytest.mark.parametrize(
     ("cores", "seen", "threads"),
     [(8, 8, "2"), (64, 8, "8")],
 )
-def test_points_share_a_machine_and_have_a_job_alone(monkeypatch, cores, seen, threads):
+def test_points_share_cores_of_a_machine_but_not_of_a_batch_job(monkeypatch, cores, seen, threads):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("dask.system.CPU_COUNT", seen)
     worker = SimpleNamespace(address="tcp://10.0.0.1:7", state=SimpleNamespace(nthreads=1))
-    assert sweep_run._share(worker, {"tcp://10.0.0.1": 4})["OMP_NUM_THREADS"] == threads
+    assert sweep_run._share_cores(worker, {"tcp://10.0.0.1": 4})["OMP_NUM_THREADS"] == threads
 
 
-def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_lies_beside_it(tmp_path, monkeypatch):
+def test_edits_of_a_running_notebook_have_no_effect_and_its_folder_is_importable(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("FACTOR = 3")
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "on_the_path.py").touch()
@@ -425,7 +423,7 @@ def test_a_notebook_that_is_edited_meanwhile_stays_one_version_and_finds_what_li
     code = """
 import json, os, sys, beside, on_the_path
 from pathlib import Path
-assert sys.path.count(str(Path(notes).parent)) == 1  # as its folder alone, not as the current one too
+assert sys.path.count(str(Path(notes).parent)) == 1  # the notebook's folder, not the current one
 path = Path(notes).parent / "walk.ipynb"
 path.write_text(path.read_text().replace("beside.FACTOR", "100"))
 assert Path(b).read_text() == "7"
@@ -438,13 +436,13 @@ json.dump({"got": a * beside.FACTOR}, open("summary.json", "w"))
     assert got == [3, 6]
 
 
-def test_points_without_a_word_of_the_cache_are_timed():
+def test_points_without_cache_status_are_timed():
     states = pd.DataFrame({"state": ["done", "failed"], "seconds": [30.0, 9.0]}, index=["a=1", "a=2"])
-    assert measured_seconds(states) == {"a=1": 30.0}
-    assert measured_seconds(states.assign(cached=True)) == {}
+    assert get_measured_seconds(states) == {"a=1": 30.0}
+    assert get_measured_seconds(states.assign(cached=True)) == {}
 
 
-def test_the_live_table_shows_any_text_as_it_is(tmp_path):
+def test_live_table_shows_markup_as_text(tmp_path):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
     states = pd.DataFrame(
         {"state": "missing", "seconds": float("nan"), "older": False, "cached": False}, index=["a=1", "a=2"]
@@ -462,8 +460,7 @@ def test_the_live_table_shows_any_text_as_it_is(tmp_path):
     assert "OSError: [/data/x.h5] is [red]not[/red] there" in shown
 
 
-def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeypatch):
-    """As a notebook's does."""
+def test_stream_of_a_notebook_gets_lines(tmp_path, monkeypatch):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1]}))
     stream = io.StringIO()
     stream.isatty = lambda: True
@@ -476,7 +473,7 @@ def test_a_stream_that_only_calls_itself_a_terminal_gets_lines(tmp_path, monkeyp
     assert stream.getvalue() == "2 at once\n[1/1] a=1 done in 0 s; 0 s left\n"
 
 
-def test_where_no_point_ends_for_long_a_line_says_what_runs(tmp_path, pipe):
+def test_progress_line_is_printed_during_long_points(tmp_path, pipe):
     sweep = read_sweep(write_sweep(tmp_path, grid={"a": [1, 2]}))
     states = {"state": "missing", "seconds": float("nan"), "cached": False, "older": False}
     board = Board(sweep, pd.DataFrame(states, index=["a=1", "a=2"]))
@@ -485,16 +482,16 @@ def test_where_no_point_ends_for_long_a_line_says_what_runs(tmp_path, pipe):
         pipe.wait_for("0 of 2 done, 1 running, 0 failed, 1 waiting, .* left")
 
 
-def test_gpus_are_those_that_are_visible(monkeypatch):
+def test_only_visible_gpus_are_listed(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweep_run._gpus() == ["0", "1"]
+    assert sweep_run._list_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7f")
-    assert sweep_run._gpus() == ["3", "GPU-7f"]
+    assert sweep_run._list_gpus() == ["3", "GPU-7f"]
 
 
 def timed_board(tmp_path, took, grid, **keys):
-    """Return the board of a sweep of runs, given state, seconds and cached of each point."""
+    """Return the board of a sweep of runs, given (state, seconds, cached) of each point."""
     path = tmp_path / "runs.yml"
     fixed = {"cohort": "mini", "weights": "random", "epochs": 1}
     path.write_text(yaml.safe_dump({"fixed": fixed, "grid": grid} | keys))
@@ -506,53 +503,53 @@ def timed_board(tmp_path, took, grid, **keys):
 NEVER = ("missing", float("nan"), False)
 
 
-def test_time_left_is_that_of_points_that_are_alike(tmp_path):
+def test_time_left_is_estimated_from_similar_points(tmp_path):
     took = [("done", 30, False), NEVER, ("done", 90, False), NEVER]
     board = timed_board(tmp_path, took, {"method": ["none", "bone"], "seed": [0, 1]})
-    assert board.left() == "2 min 0 s"  # 30 s as frozen, 90 s as Bone
+    assert board.describe_time_left() == "2 min 0 s"  # 30 s as frozen, 90 s as Bone
     board.slots = 2
-    assert board.left() == "1 min 30 s"  # no less than the longest
+    assert board.describe_time_left() == "1 min 30 s"  # at least the longest point
     board.event({"point": "method=none,seed=1", "worker": "tcp://x:1"})
     board.ended("method=none,seed=1", None)
-    assert board.left() == "1 min 30 s"
+    assert board.describe_time_left() == "1 min 30 s"
 
 
-def test_time_left_of_a_kind_that_was_not_timed_is_unknown(tmp_path):
+def test_time_left_without_similar_points_is_unknown(tmp_path):
     took = [("done", 200, False), NEVER, NEVER, NEVER]
     board = timed_board(tmp_path, took, {"method": ["none", "bone"], "seed": [0, 1]})
-    assert board.left() == "more than 3 min 20 s"
+    assert board.describe_time_left() == "more than 3 min 20 s"
     board = timed_board(tmp_path, [NEVER] * 4, {"method": ["none", "bone"], "seed": [0, 1]})
-    assert board.left() == "an unknown time"
+    assert board.describe_time_left() == "an unknown time"
     board.event({"point": "method=none,seed=0", "worker": "tcp://x:1"})
     board.running["method=none,seed=0"] = time.monotonic() - 500, "tcp://x:1"
-    board.ended("method=none,seed=0", "it broke")  # which says nothing of the others
-    assert board.left() == "an unknown time"
+    board.ended("method=none,seed=0", "it broke")  # not an estimate for the others
+    assert board.describe_time_left() == "an unknown time"
 
 
-def test_a_point_that_takes_longer_than_expected_leaves_an_unknown_time(tmp_path):
+def test_time_left_of_a_point_beyond_its_estimate_is_unknown(tmp_path):
     took = [("done", 30, False), NEVER]
     board = timed_board(tmp_path, took, {"seed": [0, 1]})
     board.event({"point": "seed=1", "worker": "tcp://x:1"})
-    assert board.left() == "30 s"
+    assert board.describe_time_left() == "30 s"
     board.running["seed=1"] = time.monotonic() - 100, "tcp://x:1"
-    assert board.left() == "an unknown time"
+    assert board.describe_time_left() == "an unknown time"
     board.ended("seed=1", None)
-    assert board.left() == "0 s"
+    assert board.describe_time_left() == "0 s"
 
 
-def test_what_the_cache_gave_says_nothing_of_the_time_of_others(tmp_path):
+def test_cached_points_are_not_used_for_estimates(tmp_path):
     took = [("done", 2, True), ("failed", 1, False), NEVER, NEVER]
     board = timed_board(tmp_path, took, {"seed": [0, 1, 2, 3]})
-    assert board.left() == "an unknown time"
+    assert board.describe_time_left() == "an unknown time"
     board.event({"point": "seed=1", "worker": "tcp://x:1"})
     board.ended("seed=1", None, cached=True)
-    board.ended("seed=2", None)  # made by another sweep meanwhile
-    assert (board.left(), board.done) == ("an unknown time", 3)
+    board.ended("seed=2", None)  # made by another sweep
+    assert (board.describe_time_left(), board.done) == ("an unknown time", 3)
     board = timed_board(tmp_path, [("done", 2, True), ("done", 60, False), NEVER, NEVER], {"seed": [0, 1, 2, 3]})
-    assert board.left() == "2 min 0 s"
+    assert board.describe_time_left() == "2 min 0 s"
 
 
-def test_a_plan_says_what_is_not_known(tmp_path):
+def test_plan_reports_unknown_run_times(tmp_path):
     path = tmp_path / "runs.yml"
     fixed = {"cohort": "mini", "weights": "random", "epochs": 1}
     path.write_text(yaml.safe_dump({"fixed": fixed, "grid": {"method": ["none", "bone"], "seed": [0, 1]}}))
@@ -560,43 +557,44 @@ def test_a_plan_says_what_is_not_known(tmp_path):
     (out / "log").mkdir(parents=True)
     record = {"state": "done", "seconds": 50.0, "cached": False}  # its folder was removed
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record))
-    said = plan_sweep(sweep, out).splitlines()[-1]
-    assert said.endswith("about 1 min 40 s of work, by 1 that were timed, and 2 of which nothing alike was timed")
+    plan = plan_sweep(sweep, out).splitlines()[-1]
+    assert plan.endswith("run time about 1 min 40 s, estimated from 1 timed points, plus 2 points of unknown run time")
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record | {"cached": True}))
-    assert plan_sweep(sweep, out).splitlines()[-1].endswith("how long a point takes is not known yet")
+    assert plan_sweep(sweep, out).splitlines()[-1].endswith("run time unknown")
 
 
-def test_a_runs_students_are_known_to_come_from_the_cache(tmp_path, monkeypatch):
+def test_cached_students_are_detected(tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
-    order = {"notebook": None, "settings": {"features": "student", "backbone": "mini", "method": "bone"}}
+    job = {"notebook": None, "settings": {"features": "student", "backbone": "mini", "method": "bone"}}
     other = tmp_path / "students" / "mini_0123456789abcdef" / "record.json"
     other.parent.mkdir(parents=True)
     other.touch()
     begun = time.time()
-    assert sweep_run._from_cache(order, since=begun)
-    own = tmp_path / "students" / "mini_bone_0123456789abcdef" / "record.json"
-    own.parent.mkdir()
-    own.touch()
-    assert not sweep_run._from_cache(order, since=begun)
-    os.utime(own, (begun - 60, begun - 60))
-    assert sweep_run._from_cache(order, since=begun)
-    assert not sweep_run._from_cache(order | {"notebook": {}}, since=begun)
-    control = {"notebook": None, "settings": order["settings"] | {"features": "depth"}}
-    assert not sweep_run._from_cache(control, since=begun)
+    assert sweep_run._used_cache(job, since=begun)
+    trained = tmp_path / "students" / "mini_bone_0123456789abcdef" / "record.json"
+    trained.parent.mkdir()
+    trained.touch()
+    assert not sweep_run._used_cache(job, since=begun)
+    os.utime(trained, (begun - 60, begun - 60))
+    assert sweep_run._used_cache(job, since=begun)
+    assert not sweep_run._used_cache(job | {"notebook": {}}, since=begun)
+    control = {"notebook": None, "settings": job["settings"] | {"features": "depth"}}
+    assert not sweep_run._used_cache(control, since=begun)
 
 
 def fake_package(folder, text):
-    """Write a package that goes before the real one on a worker's path, and return that path."""
-    (folder / "peka_lite").mkdir(parents=True)
+    """Write a package that precedes the real one on a worker's path, and return that path."""
+    sweeps = folder / "peka_lite" / "experiments" / "sweeps"
+    sweeps.mkdir(parents=True)
     (folder / "peka_lite" / "__init__.py").write_text(text)
-    (folder / "peka_lite" / "sweep_run.py").touch()
+    (sweeps / "run.py").touch()
     return folder
 
 
-def test_workers_without_the_package_or_with_another_version_are_named_and_never_waited_for(tmp_path, monkeypatch):
+def test_workers_with_missing_or_other_package_are_reported_at_once(tmp_path, monkeypatch):
     from distributed import Client, LocalCluster
 
-    sweep = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]}))
+    sweep = read_sweep(write_sweep(tmp_path, WRITES_SUMMARY, grid={"a": [1, 2]}))
     out, lacks = tmp_path / "out", "raise ModuleNotFoundError(\"No module named 'peka_lite'\")"
     paths = [fake_package(tmp_path / "none", lacks), fake_package(tmp_path / "old", "__version__ = '0.0.9'")]
     start = [sys.executable, "-m", "distributed.cli.dask_worker", "--no-nanny", "--no-dashboard", "--nthreads", "1"]
@@ -611,13 +609,14 @@ def test_workers_without_the_package_or_with_another_version_are_named_and_never
                 client.wait_for_workers(2, timeout=120)
             with pytest.raises(
                 ValueError, match=r"worker tcp://\S+ cannot import peka_lite \(No module named"
-            ) as found:
+            ) as error:
                 run_sweep(sweep, out, scheduler=address)
-            assert "has peka_lite 0.0.9" in str(found.value)
-            assert "Install peka_lite" in str(found.value)
+            assert "has peka_lite 0.0.9" in str(error.value)
+            assert "Install peka_lite" in str(error.value)
             assert not out.exists()
-            real, asked = sweep_run._lacking, []
-            monkeypatch.setattr(sweep_run, "_lacking", lambda c: real(c) if asked else asked.append(c))  # joined later
+            # The first call has no result, as if the workers joined later.
+            real, calls = sweep_run._find_mismatches, []
+            monkeypatch.setattr(sweep_run, "_find_mismatches", lambda c: real(c) if calls else calls.append(c))
             states = run_sweep(sweep, out, scheduler=address)
         finally:
             for worker in workers:
@@ -627,7 +626,7 @@ def test_workers_without_the_package_or_with_another_version_are_named_and_never
     assert states["last_line"].str.contains("worker tcp://.*peka_lite.*Install peka_lite").all()
 
 
-def test_a_point_is_given_up_after_its_worker_died_three_times_and_the_others_go_on(tmp_path, monkeypatch):
+def test_point_fails_after_its_worker_died_three_times(tmp_path, monkeypatch):
     import dask
     from distributed import LocalCluster
 
@@ -645,7 +644,7 @@ if any("peka_lite.experiments.sweeps.points" in word for word in sys.orig_argv):
     paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
-    sweep = read_sweep(write_sweep(tmp_path, SAYS_WHAT_IT_GOT, grid={"a": [1, 2]}))
+    sweep = read_sweep(write_sweep(tmp_path, WRITES_SUMMARY, grid={"a": [1, 2]}))
     settings = {"distributed.scheduler.allowed-failures": 2, "distributed.scheduler.worker-saturation": 1.0}
     with (
         dask.config.set(settings),
