@@ -376,7 +376,7 @@ def test_unreadable_tile_is_named(slide_path, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_predictions_of_wrong_shape_or_not_finite_are_refused(slide_path, tmp_path):
+def test_predictions_of_invalid_shape_or_value_are_refused(slide_path, tmp_path):
     class Odd(MeanColor):
         def predict(self, tiles, **options):
             return np.zeros((len(tiles), 2))

@@ -58,7 +58,7 @@ def row_file(folder, **fields):
     return path
 
 
-# --- backbones ----------------------------------------------------------------------------------------------------------
+# --- backbones --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_invalid_record_of_a_probe_is_refused(tmp_path, change, words):
         load_probes(change_record(tmp_path / "p.safetensors", change))
 
 
-def test_probe_of_wrong_type_or_shape_is_refused(tmp_path):
+def test_probe_of_invalid_type_or_shape_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     probe = PCARidge(4).fit(rng.normal(size=(20, 6)), rng.normal(size=(20, 3)))
     save_probes(tmp_path / "p", {"all": (probe, ["A", "B", "C"])}, normalization="log1p")

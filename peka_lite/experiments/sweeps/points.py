@@ -197,9 +197,9 @@ def plan_sweep(sweep: Sweep, out: str | os.PathLike) -> str:
     known = [estimates[name] for name in todo.index if name in estimates]
     work = "run time unknown"
     if known:
-        work = f"run time about {format_duration(sum(known))}, estimated from {len(measured)} timed points"
+        work = f"run time about {format_duration(sum(known))}, estimated from {len(measured)} timed"
         if unknown := len(todo) - len(known):
-            work += f", plus {unknown} points of unknown run time"
+            work += f", plus {unknown} of unknown run time"
     lines.append(f"{len(states)} points in {out}: {len(states) - len(todo)} done, {len(todo)} to run; {work}")
     if sweep.notebook is not None:
         lines.append(f"each runs the code of {sweep.notebook}")

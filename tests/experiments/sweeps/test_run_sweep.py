@@ -72,7 +72,7 @@ def finish_times(out):
     return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
 
 
-def test_failed_and_killed_points_are_made_by_a_rerun(tmp_path):
+def test_rerun_completes_failed_and_killed_points(tmp_path):
     path = write_sweep(
         tmp_path, FAILS_ONCE_AND_HANGS_ONCE, WRITES_SUMMARY, grid={"a": [1, 2, 3, 4], "b": ["y", "yy", "yyy"]}
     )
@@ -558,7 +558,7 @@ def test_plan_reports_unknown_run_times(tmp_path):
     record = {"state": "done", "seconds": 50.0, "cached": False}  # its folder was removed
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record))
     plan = plan_sweep(sweep, out).splitlines()[-1]
-    assert plan.endswith("run time about 1 min 40 s, estimated from 1 timed points, plus 2 points of unknown run time")
+    assert plan.endswith("run time about 1 min 40 s, estimated from 1 timed, plus 2 of unknown run time")
     (out / "log" / "method=none,seed=0.json").write_text(json.dumps(record | {"cached": True}))
     assert plan_sweep(sweep, out).splitlines()[-1].endswith("run time unknown")
 
