@@ -1,4 +1,4 @@
-"""Where the examples in docstrings run: each in an empty folder of its own, drawing without a window."""
+"""Run each docstring example in an empty folder and without a display."""
 
 import matplotlib
 import pytest
@@ -7,8 +7,8 @@ matplotlib.use("Agg")
 
 
 @pytest.fixture(autouse=True)
-def _example_alone(request):
-    """Give a doctest its own working folder, and close the figures it leaves; other tests are left as they are."""
+def _isolate_doctest(request):
+    """Run a doctest in an empty working folder, and close its figures; other tests are unchanged."""
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return

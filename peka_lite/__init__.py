@@ -1,7 +1,7 @@
-"""Teach a pathology foundation model to predict gene expression from H&E (PEKA, arXiv:2504.07061).
+"""Train a pathology foundation model to predict gene expression from H&E (PEKA, arXiv:2504.07061).
 
-One package a step of the paper, in its order: `data`, `teachers`, `backbones`, `adapters`, `transfer`, `probe`,
-`evaluation`, `maps`; `experiments` runs them all, `reports` compares runs. The functions used most are here too.
+One package per step of the paper, in its order: `data`, `teachers`, `backbones`, `adapters`, `transfer`, `probe`,
+`evaluation`, `maps`; `experiments` runs them all, `reports` compares runs. The most used functions are here too.
 """
 
 import os
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import lazy_loader
 
-# Threads of OpenMP that wait for work should sleep, not spin: on shared cores training then takes less than half the
-# time. It is read when PyTorch is loaded, which happens after this line, and not where the user has decided.
+# Waiting OpenMP threads should sleep, not spin: on shared cores training then takes less than half the time. PyTorch
+# reads this when it is loaded, which happens later. Settings of the user are not changed.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

@@ -1,10 +1,10 @@
-"""`python -m peka_lite` is the `peka-lite` command."""
+"""Run the `peka-lite` command as `python -m peka_lite`."""
 
 import os
 import sys
 
-# Python puts the current folder first on the path. Modules that lie there may have come with received data: what is
-# installed goes before them.
+# Python puts the current folder first on the path. It may contain modules that came with received data, so installed
+# packages go first.
 if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
     sys.path.append(sys.path.pop(0))
 

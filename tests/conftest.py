@@ -1,4 +1,4 @@
-"""What tests share: a small synthetic cohort, and the outside data that may be absent."""
+"""Provide shared fixtures: a small synthetic cohort, and external data that may be absent."""
 
 import io
 import re
@@ -16,8 +16,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def mini_root(tmp_path_factory):
-    """A small synthetic cohort on disk: 3 patients, 4 slides, 40 to 60 spots each."""
-    from peka_lite.data.mini.cohort import write_mini_cohort
+    """Write a small synthetic cohort: 3 patients, 4 slides, 40 to 60 spots each."""
+    from peka_lite.data import write_mini_cohort
 
     root = tmp_path_factory.mktemp("cohort") / "mini"
     return write_mini_cohort(root, seed=7, n_patients=3, n_slides=4, spots_per_slide=(40, 60))
@@ -25,15 +25,15 @@ def mini_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mini_cohort(mini_root):
-    """The small synthetic cohort, read."""
-    from peka_lite.data.hest import read_cohort
+    """Read the small synthetic cohort."""
+    from peka_lite.data import read_cohort
 
     return read_cohort(mini_root)
 
 
 @pytest.fixture(scope="session")
 def golden():
-    """Folder of numbers that reference implementations gave."""
+    """Return the folder with results of reference implementations."""
     if not (SHARED / "golden").is_dir():
         pytest.skip("../shared/golden is absent: reference numbers cannot be compared")
     return SHARED / "golden"
@@ -41,23 +41,28 @@ def golden():
 
 @pytest.fixture(scope="session")
 def her2st():
-    """Folder of real slides in HEST-1k's layout."""
+    """Return the folder of real slides in HEST-1k's layout."""
     if not (SHARED / "real" / "her2st").is_dir():
         pytest.skip("../shared/real/her2st is absent: real slides cannot be read")
     return SHARED / "real" / "her2st"
 
 
 @pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    """A cache for one test file alone, so that no other's students are found there."""
+def isolated_cache(tmp_path_factory):
+    """Use another cache for one test file, without the students of other files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEKA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
+@pytest.fixture(scope="module", name="own_cache")
+def _old_name_of_isolated_cache(isolated_cache):
+    """Support the old name of `isolated_cache`."""
+
+
 @pytest.fixture(scope="module")
 def tiny_backbone():
-    """A backbone ``"tiny"`` that is taught in a moment, for one test file: where it matters only that there is one."""
+    """Register a backbone ``"tiny"`` that trains in a moment, for one test file."""
     from tiny import TINY
 
     from peka_lite.backbones.registry import _BACKBONES
@@ -69,37 +74,37 @@ def tiny_backbone():
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Return a function that writes one finished run folder, without the run."""
+    """Return a function that writes the folder of a finished run, without running it."""
     from run_folders import write_run_folder
 
     return lambda name, **settings: write_run_folder(tmp_path / "runs" / name, **settings)
 
 
 class Pipe(io.StringIO):
-    """Stands in for stderr where it is no terminal; work can wait until lines have come."""
+    """Replace a stderr that is not a terminal; tests can wait for lines."""
 
     def __init__(self):
         super().__init__()
-        self.came = threading.Semaphore(0)
+        self.written = threading.Semaphore(0)
 
     def write(self, text):
-        self.came.release(text.count("\n") or 1)
+        self.written.release(text.count("\n") or 1)
         return super().write(text)
 
     def wait_for(self, pattern, times=1):
-        """Wait until so many lines match a regular expression, whatever came before."""
+        """Wait until `times` lines match a regular expression."""
         while sum(bool(re.fullmatch(pattern, line)) for line in self.lines) < times:
-            assert self.came.acquire(timeout=60), f"no line came: {self.lines}"
+            assert self.written.acquire(timeout=60), f"no line was written: {self.lines}"
 
     @property
     def lines(self):
-        """What came, without the time that each begins with."""
+        """Return the lines, without the time at their start."""
         return [re.sub(r"^\[[\d smin]+\] ", "", line) for line in self.getvalue().splitlines()]
 
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Stderr of a log, with a line every hundredth of a second instead of every half minute."""
+    """Replace stderr by a log, with a line every hundredth of a second instead of every half minute."""
     from peka_lite._core import progress
 
     monkeypatch.setattr(progress, "EVERY", 0.01)

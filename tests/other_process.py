@@ -1,4 +1,4 @@
-"""Commands in other processes, which stop at a step until they are let go."""
+"""Run commands in other processes, which stop at a step until they are released."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class OtherProcess:
-    """Forks a process for each command, from one that has imported everything; its files are in `folder`."""
+    """Fork a process for each command from one that has imported everything; its files are in `folder`."""
 
     def __init__(self, folder, **environment):
         self.folder = folder
@@ -23,19 +23,19 @@ class OtherProcess:
         )  # fmt: skip
 
     def start(self, argv, step):
-        """Give a command, and return when it has come to a step: ``"module.function"``."""
+        """Start a command, and return when it reaches a step: ``"module.function"``."""
         self.go.unlink(missing_ok=True)
         self._server.stdin.write(json.dumps({"argv": [str(part) for part in argv], "step": step}) + "\n")
         self._server.stdin.flush()
         self.pid = int(self._server.stdout.readline())
 
     def end(self):
-        """Let the command go on, and return its exit status."""
+        """Release the command, and return its exit status."""
         self.go.touch()
         return int(self._server.stdout.readline())
 
     def kill(self):
-        """Kill the command where it is."""
+        """Kill the command at its step."""
         os.kill(self.pid, signal.SIGKILL)
         assert int(self._server.stdout.readline()) == -signal.SIGKILL
 
@@ -51,19 +51,19 @@ def serve(folder):
 
     from peka_lite.backbones.registry import _BACKBONES
     from peka_lite.cli.main import main
-    from peka_lite.reports import page as report  # noqa: F401 - once for all
+    from peka_lite.reports import page as report  # noqa: F401 - imported once for all commands
 
     _BACKBONES["tiny"] = TINY
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         if (pid := os.fork()) == 0:
-            _stop_at(asked["step"], folder / "go")
+            _stop_at(request["step"], folder / "go")
             null = os.open(os.devnull, os.O_WRONLY)
-            answers = os.fdopen(os.dup(1), "w")
-            _stop_at.tell = lambda text, answers=answers: (answers.write(f"{text}\n"), answers.flush())
+            output = os.fdopen(os.dup(1), "w")
+            _stop_at.report = lambda text, output=output: (output.write(f"{text}\n"), output.flush())
             os.dup2(null, 1)
             os.dup2(null, 2)
-            os._exit(main(asked["argv"]))
+            os._exit(main(request["argv"]))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
@@ -72,15 +72,15 @@ def _stop_at(step, go):
     module, _, cls = owner.partition(":")
     owner = importlib.import_module(module)
     owner = getattr(owner, cls) if cls else owner
-    true = getattr(owner, name)
+    original = getattr(owner, name)
 
     def stopped(*args, **options):
-        _stop_at.tell(os.getpid())
+        _stop_at.report(os.getpid())
         until = time.monotonic() + 60
         while not go.exists() and time.monotonic() < until:
             time.sleep(0.01)
-        setattr(owner, name, true)
-        return true(*args, **options)
+        setattr(owner, name, original)
+        return original(*args, **options)
 
     setattr(owner, name, stopped)
 

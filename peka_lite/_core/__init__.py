@@ -1,1 +1,1 @@
-"""Files, hashes and devices: what every package needs and no user calls."""
+"""Handle files, locks, hashes, progress and devices for all packages; not public."""

@@ -1,4 +1,4 @@
-"""What a file really holds, recognized by its bytes and not by its name."""
+"""Recognize the type of a file by its content, and read small text files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
-HEAD = 2**16  # bytes that are looked at
-LONGEST = 2**24  # bytes of a text file that is read whole; a gene list takes about a megabyte
+HEAD = 2**16  # bytes that are inspected
+LONGEST = 2**24  # most bytes of a text file that is read; a gene list takes about a megabyte
 _PAGE = re.compile(
     r"\s*(<!--.*?-->\s*|<\?xml.*?\?>\s*)*<(!doctype\s+html|html|head|body|meta|title|script)\b", re.I | re.S
 )
@@ -38,7 +38,7 @@ _MAGIC = (
 
 
 def file_kind(path: Path) -> tuple[str, str, str]:
-    """Return a file's kind, what it is in words, and the fix where something else is wanted.
+    """Return a file's kind, its description, and the fix if another kind is expected.
 
     Returns
     -------
@@ -54,77 +54,77 @@ def file_kind(path: Path) -> tuple[str, str, str]:
         return "empty", "empty (0 bytes)", "fetch it again"
     if text is not None and (pointer := _POINTER.match(text)):
         fix = "run `git lfs pull` in its clone, or download the file itself"
-        return "pointer", f"a Git LFS pointer, which stands for a file of {int(pointer[1]):,} bytes", fix
+        return "pointer", f"a Git LFS pointer to a file of {int(pointer[1]):,} bytes", fix
     if text is not None and _PAGE.match(text):
         title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
         named = f" with the title {' '.join(html.unescape(title[1]).split())[:60]!r}" if title else ""
-        fix = "log in on the site where it lies, then download the file itself"
+        fix = "log in on its website, then download the file itself"
         return "page", f"a web page (HTML){named}, such as a log-in or error page saved under this name", fix
     if head.startswith(b"PK\x03\x04"):
         return _zip_kind(path)
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 10**8:
-        return "safetensors", "a safetensors file", "give it as .safetensors where weights are read"
+        return "safetensors", "a safetensors file", "use it as weights, with the suffix .safetensors"
     if re.match(rb"\x80[\x02-\x05]", head) or (text is not None and _is_pickle(head)):
-        return "pickle", "a pickle", "save it with torch.save where it was made"
+        return "pickle", "a pickle", "save it with torch.save in the code that created it"
     for magic, kind, words in _MAGIC:
         if head.startswith(magic):
-            return kind, words, "unpack it first" if kind == "packed" else "give the file that is meant"
+            return kind, words, "unpack it first" if kind == "packed" else "give the right file"
     if head[257:262] == b"ustar":
         return "packed", "a tar archive", "unpack it first"
     if text is not None:
-        return "text", "text", "give the file that is meant"
-    return "unknown", "of a kind that is not known", "fetch it again"
+        return "text", "text", "give the right file"
+    return "unknown", "of an unknown kind", "fetch it again"
 
 
-def describe_mismatch(path: Path, wanted: Collection[str]) -> str | None:
-    """Say what a file is where it is of none of the kinds wanted, with the fix; None where it may be one of them."""
+def describe_mismatch(path: Path, expected: Collection[str]) -> str | None:
+    """Describe a file that is of none of the expected kinds, with the fix; None if it may be one of them."""
     if not path.is_file():
         return None
     kind, words, fix = file_kind(path)
-    return None if kind in wanted or kind == "unknown" else f"it is {words}; {fix}"
+    return None if kind in expected or kind == "unknown" else f"it is {words}; {fix}"
 
 
 def read_text(path: Path, *, longest: int = LONGEST) -> str:
-    """Read a text file in UTF-8, packed by gzip where its name ends in ``.gz``; line ends stay as they are.
+    """Read a UTF-8 text file, decompressing ``.gz``; line ends are unchanged.
 
     Raises
     ------
     FileNotFoundError
-        For what is no file.
+        If `path` is not a file.
     ValueError
-        Naming the file, for one that is larger than `longest` bytes, or no text in UTF-8.
+        If it is larger than `longest` bytes or not UTF-8; the message names the file.
     """
     try:
         return read_bytes(path, longest=longest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: is not UTF-8 text ({error})") from None
 
 
 def read_bytes(path: Path, *, longest: int = LONGEST) -> bytes:
-    """Read a file of at most `longest` bytes; otherwise as `read_text`."""
-    if not path.is_file():  # a named pipe would never end
+    """Read a file of at most `longest` bytes, as `read_text` does."""
+    if not path.is_file():  # reading a named pipe would never end
         raise FileNotFoundError(f"{path}: no such file")
     if (size := path.stat().st_size) > longest:
-        raise ValueError(f"{path}: has {size:,} bytes, more than are read of such a file ({longest:,})")
+        raise ValueError(f"{path}: has {size:,} bytes, more than are read (at most {longest:,})")
     if path.suffix != ".gz":
         return path.read_bytes()
     try:
         with gzip.open(path) as file:
             data = file.read(longest + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
+        raise ValueError(f"{path}: cannot be decompressed ({error})") from None
     if len(data) > longest:
-        raise ValueError(f"{path}: unpacks to more than is read of such a file ({longest:,} bytes)")
+        raise ValueError(f"{path}: unpacks to more than is read (at most {longest:,} bytes)")
     return data
 
 
 def parse_json(text: str):
-    r"""Return what JSON holds; halves of characters and NUL, which no file or terminal takes, become U+FFFD.
+    r"""Parse JSON; lone surrogates and NUL, which files and terminals cannot take, become U+FFFD.
 
     Raises
     ------
     ValueError
-        Also for values nested too deeply, and whole numbers of thousands of digits.
+        If it is invalid, nested too deeply, or has integers of thousands of digits.
 
     Examples
     --------
@@ -149,7 +149,7 @@ def _storable(value):
 
 def _text(head: bytes) -> str | None:
     encoding = next((name for bom, name in _BOMS if head.startswith(bom)), "utf-8")
-    end = max(head.rfind(b"\n"), len(head) - 4) if len(head) == HEAD else len(head)  # a letter may be cut in two
+    end = max(head.rfind(b"\n"), len(head) - 4) if len(head) == HEAD else len(head)  # a character may be split
     try:
         text = head[:end].decode(encoding)
     except UnicodeDecodeError:
@@ -163,20 +163,20 @@ def _zip_kind(path: Path) -> tuple[str, str, str]:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         size = f"{path.stat().st_size:,} bytes"
-        return "cut", f"cut short or damaged: it begins as PyTorch's files do and has no end ({size})", "fetch it again"
+        return "cut", f"truncated or damaged: it starts like a PyTorch file and has no end ({size})", "fetch it again"
     parts = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in parts or any("/code/" in f"/{name}" for name in names):
-        fix = "load it where it was made and save its state_dict() with torch.save"
-        return "torchscript", "a TorchScript archive, a program with its weights", fix
+        fix = "load it in the code that created it and save its state_dict() with torch.save"
+        return "torchscript", "a TorchScript archive (code and weights)", fix
     if "data.pkl" in parts:
-        return "torch", "a file of torch.save", "give the file that is meant"
-    held = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return "zip", f"a zip archive that holds {held or 'nothing'}", "unpack it and give the file that is meant"
+        return "torch", "a torch.save file", "give the right file"
+    entries = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return "zip", f"a zip archive of {entries or 'no files'}", "unpack it and give the right file"
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Say whether text is a pickle of protocol 0: opcodes to the end, one of which builds something."""
+    """Return whether text is a pickle of protocol 0: only opcodes, at least one of which builds a value."""
     try:
         return len({op.name for op, *_ in pickletools.genops(io.BytesIO(head))} - {"STOP", "MARK", "NONE"}) > 0
-    except Exception:  # whatever text is no pickle fails somewhere
+    except Exception:  # other text raises many kinds of errors
         return False

@@ -1,4 +1,4 @@
-"""One run on several GPUs or nodes: Accelerate starts the processes and carries what they share."""
+"""Run on several GPUs or nodes: Accelerate starts the processes and exchanges their data."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 
 def launched() -> int:
-    """Return how many processes work on this run, 1 unless `accelerate launch` (or torchrun) started more."""
+    """Return the number of processes of this run: 1 unless `accelerate launch` (or torchrun) started more."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Processes:
-    """What one process knows of the others; alone, every method does nothing.
+    """Communicate between the processes of a run; in a single process every method does nothing.
 
     Parameters
     ----------
     device
-        Where this process computes; a CPU device makes the processes talk through gloo.
+        Device of this process; on the CPU the processes communicate through gloo.
     alone
-        Take no notice of other processes, whatever was launched.
+        Ignore other processes, even if several were launched.
 
     Attributes
     ----------
     rank, count : int
-        This process's number, and how many there are.
+        Index of this process, and number of processes.
     """
 
     def __init__(self, device: str | torch.device, *, alone: bool = False):
@@ -36,22 +36,22 @@ class Processes:
 
             from accelerate import PartialState
 
-            # The others wait while one embeds a cohort or writes its tiles, which may take hours.
+            # The other processes wait while one embeds a cohort or writes its tiles, which may take hours.
             self._state = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=2))
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property
     def first(self) -> bool:
-        """True in the one process that writes."""
+        """Return whether this is the process that writes files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait for every process."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
     def same(self, value):
-        """Return the first process's value (anything that pickles) in every process."""
+        """Return the first process's value (any picklable object) in every process."""
         if self._state is None:
             return value
         from accelerate.utils import broadcast_object_list
@@ -59,7 +59,7 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of every process's tensor."""
+        """Return the sum of a tensor over processes."""
         if self._state is None:
             return tensor
         from accelerate.utils import reduce
@@ -67,10 +67,10 @@ class Processes:
         return reduce(tensor, "sum")
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes, in one message; a process whose share was empty adds nothing."""
+        """Sum gradients over processes, in one message; a process without rows adds zeros."""
         if self._state is None:
             return
-        learn = [p for p in parameters if p.requires_grad]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learn])
-        for p, grad in zip(learn, self.add(flat).split([p.numel() for p in learn]), strict=True):
+        trainable = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable])
+        for p, grad in zip(trainable, self.add(flat).split([p.numel() for p in trainable]), strict=True):
             p.grad = grad.view_as(p)

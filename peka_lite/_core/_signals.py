@@ -1,4 +1,4 @@
-"""Signals that end a command: like Ctrl-C, once, and never in the middle of what must not be broken off."""
+"""Stop a command on SIGINT, SIGTERM or SIGHUP: once, and not inside a critical section."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-# Ctrl-C, the end of a cluster's job, and a terminal or an ssh connection that closed (which Windows does not have).
+# Ctrl-C, the end of a cluster job, and a closed terminal or ssh connection (not on Windows).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal of `SIGNALS` came; `number` is its number."""
+    """Report a signal of `SIGNALS`; `number` is its number."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -23,35 +23,35 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Raise `Stopped` inside where a signal of `SIGNALS` comes; further ones leave the clean-up after it alone.
+    """Raise `Stopped` on a signal of `SIGNALS`; later signals do not interrupt the clean-up.
 
-    What is ignored (``nohup``) or handled by somebody else stays so, and a thread that is not the main one changes
-    nothing. Of several processes of one run those after the first, which only wait for it or compute, end at once.
+    Ignored signals (``nohup``) and other handlers are unchanged, and threads other than the main one change nothing.
+    Of several processes of a run, all but the first end at once: they only compute, or wait for the first.
     """
-    mine = {}
+    replaced = {}
     if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        mine = {number: before for number in SIGNALS if (before := signal.getsignal(number)) in usual}
+        replaced = {number: before for number in SIGNALS if (before := signal.getsignal(number)) in usual}
     try:
-        for number in mine:
+        for number in replaced:
             signal.signal(number, _stop)
         yield
     finally:
-        for number, before in mine.items():
+        for number, before in replaced.items():
             signal.signal(number, before)
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[Callable[[], None]]:
-    """Keep signals that would raise an exception until the block ends; gives a function that raises one earlier.
+    """Defer signals until the block ends; yields a function that raises a deferred signal earlier.
 
-    An exception inside a call from HDF5 back to Python would leave its file in a state that ends the process later.
+    An exception in a callback from HDF5 to Python would leave its file in a state that crashes the process later.
     """
     waiting, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread runs a handler
         handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
 
-    def let_through() -> None:
+    def raise_deferred() -> None:
         if waiting:
             number = waiting.pop()
             handlers[number](number, None)
@@ -59,17 +59,17 @@ def defer_signals() -> Iterator[Callable[[], None]]:
     try:
         for number in handlers:
             signal.signal(number, lambda number, _: waiting.append(number))
-        yield let_through
+        yield raise_deferred
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        let_through()
+        raise_deferred()
 
 
 def _stop(number: int, _) -> None:
     error = sys.exception()
     while error is not None:
-        if isinstance(error, Stopped):  # its clean-up is under way
+        if isinstance(error, Stopped):  # its clean-up is running
             return
         error = error.__context__
     raise Stopped(number)

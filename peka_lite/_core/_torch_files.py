@@ -1,4 +1,4 @@
-"""Files of torch.save, read without running what they carry."""
+"""Read torch.save files without running code that they contain."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 
 from peka_lite._core._file_kinds import describe_mismatch
 
-_CHUNKS = 5  # pickles that a file of torch.save before PyTorch 1.6 begins with
-_LARGEST = 2**24  # bytes of a pickle, beside which the tensors' values lie; that of a billion weights has 1e5
-_DEEPEST = 100  # nested containers; an optimizer's state has 5
-_COPIES = 8  # what tensors, values and compressed entries may take, as a multiple of the file that holds them
+_CHUNKS = 5  # pickles at the start of a torch.save file before PyTorch 1.6
+_LARGEST = 2**24  # bytes of a pickle without tensor values; a model of a billion weights has 1e5
+_DEEPEST = 100  # nested containers; an optimizer state has 5
+_COPIES = 8  # limit for tensors, values and compressed entries, as a multiple of the file size
 _GROWS = {"APPEND": 1, "BUILD": 1, "SETITEM": 2, "APPENDS": None, "SETITEMS": None, "ADDITEMS": None}  # None: to a mark
-#: PyTorch reads these too, though what they build may be larger than the file without end.
+#: PyTorch allows these, but their values may be larger than the file without limit.
 _NOT_READ = re.compile(
     r"(builtins|__builtin__)\.bytearray|torch\.serialization\._get_layout|torch(\.\w+)*\.(?!Tensor$)[A-Z]\w*Tensor"
     r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|meta_tensor_no_storage|nested_tensor|wrapper_subclass)"
@@ -34,104 +34,103 @@ _TENSORS = re.compile(
 
 
 class _Oversized(ValueError):
-    """A file whose values take far more memory than the file."""
+    """Report a file whose values take far more memory than the file."""
 
 
-def _known_as(module: str, name: str, function: Callable) -> Callable:
-    """Return a function that stands in a pickle for ``module.name``, whatever the installed version calls it."""
+def _alias(module: str, name: str, function: Callable) -> Callable:
+    """Return a function that pickles name ``module.name``, whatever its name in the installed version."""
 
-    def stand_in(*values):
+    def alias(*values):
         return function(*values)
 
-    stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name  # PyTorch 2.6 asks for __name__
-    return stand_in
+    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name  # PyTorch 2.6 reads __name__
+    return alias
 
 
-def _named_only(known: type) -> Callable:
-    """Return what stands for a class that files name, as a defaultdict does, and that none needs to call."""
+def _name_only(known: type) -> Callable:
+    """Return a placeholder for a class that a file may name, as a defaultdict does, but not call."""
 
     def refuse(*_):
         raise ValueError(f"it calls {known.__name__}")
 
-    return _known_as(known.__module__, known.__name__, refuse)
+    return _alias(known.__module__, known.__name__, refuse)
 
 
 def _scalar(kind: np.dtype, value: bytes):
     if not isinstance(value, bytes) or len(value) != kind.itemsize:
-        raise ValueError("a NumPy scalar of it is no scalar")
+        raise ValueError("one of its NumPy scalars is malformed")
     return _SCALAR(kind, value)
 
 
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS = {type(np.dtype(c)) for c in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
-#: Plain values that PyTorch's list of safe names lacks. A defaultdict is read as the dict that it equals, for PyTorch
-#: from 2.10 on fills exact dicts only. NumPy 1 and 2 have two names for one function, whose bytes
-#: go through codecs.encode.
-ADMITTED = (
-    _known_as("collections", "defaultdict", lambda *_: {}), set,
-    *map(_named_only, (dict, list, tuple, int, float, str, bool)),
-    *(_known_as(module, "scalar", _scalar) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+#: Plain types that PyTorch's safe list lacks. A defaultdict is read as an equal dict, since PyTorch 2.10 fills exact
+#: dicts only. NumPy 1 and 2 have different names for one function, whose bytes pass through codecs.encode.
+ALLOWED = (
+    _alias("collections", "defaultdict", lambda *_: {}), set,
+    *map(_name_only, (dict, list, tuple, int, float, str, bool)),
+    *(_alias(module, "scalar", _scalar) for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
     np.dtype, *_NUMBERS, codecs.encode,
 )  # fmt: skip
-#: What timm admits too: the options of a training script, beside its weights.
+#: Also allowed by timm: the options of a training script, stored beside the weights.
 OPTIONS = (argparse.Namespace,)
 
 
 def read_torch_file(
     path: Path,
     *,
-    what: str,
+    kind: str,
     instead: str,
     published: Callable[[Path], bool] | None = None,
     also: Iterable = (),
     device="cpu",
     mmap=True,
 ):
-    """Read a file of torch.save: tensors, plain values, NumPy scalars and what `also` admits.
+    """Read a torch.save file of tensors, plain values, NumPy scalars and the classes in `also`.
 
     Parameters
     ----------
-    what
-        What it is to be, in words, for the messages.
+    kind
+        Description of the expected file, for messages.
     instead
-        What to do where a file is refused for the code that it names.
+        Fix to suggest if a file is refused because of the code that it names.
     published
-        Whether a file is the published one; of that, another copy is not advised.
+        Return whether a file is the published one, for which the fix would not help.
     also
-        More classes to admit.
+        More classes to allow.
     device
-        Where tensors go.
+        Device of the tensors.
     mmap
-        Read tensors from the disk as they are used, where the format allows.
+        Read tensors from disk when they are used, if the format allows it.
 
     Raises
     ------
     ValueError
-        For any other file, which is called what it is, for one that would run code, which is named, and for one whose
-        values or tensors take many times the memory of the file.
+        If it is another kind of file, would run code, or has values or tensors that take many times the memory of the
+        file. The message names the kind or the code.
     """
     if other := describe_mismatch(path, {"torch", "pickle"}):
-        raise ValueError(f"{path}: cannot be read as {what}: {other}")
-    with torch.serialization.safe_globals([*ADMITTED, *also]):
+        raise ValueError(f"{path}: cannot be read as {kind}: {other}")
+    with torch.serialization.safe_globals([*ALLOWED, *also]):
         try:
             _check_pickles(path)
             try:
                 value = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            except RuntimeError:  # the format before PyTorch 1.6 cannot be memory-mapped
                 value = torch.load(path, map_location=device, weights_only=True)
             _check_tensors(value, path.stat().st_size)
             return value
         except _Oversized as error:
-            raise ValueError(f"{path}: cannot be read as {what} ({error})") from None
-        except Exception as error:  # a cut file fails wherever the reader stood; PyTorch's own words advise to run it
+            raise ValueError(f"{path}: cannot be read as {kind} ({error})") from None
+        except Exception as error:  # a truncated file fails anywhere; PyTorch's message suggests an unsafe load
             reason, names = _reason(error), _refused_names(path)
     if not names:
         raise ValueError(
-            f"{path}: cannot be read as {what} ({reason}); fetch it again, or save it again with torch.save"
+            f"{path}: cannot be read as {kind} ({reason}); fetch it again, or save it again with torch.save"
         )
     if published and published(path):
         instead = (
-            "it is the published file, by its SHA-256, so another copy will not help: report these names to peka_lite"
+            "it is the published file (same SHA-256), so another copy will not help: report these names to peka_lite"
         )
     more = ", ..." if len(names) > 8 else ""
     raise ValueError(
@@ -140,13 +139,13 @@ def read_torch_file(
 
 
 def _check_pickles(path: Path) -> None:
-    """Refuse pickles, before they are read, that stand for far more than they hold; a ValueError says what."""
+    """Check, before pickles are read, that they do not expand to far more than their size."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            if (held := sum(entry.file_size for entry in entries)) > _COPIES * size:
-                raise _Oversized(f"its {len(entries)} entries unpack to {held:,} bytes of a file of {size:,}")
+            if (unpacked := sum(entry.file_size for entry in entries)) > _COPIES * size:
+                raise _Oversized(f"its {len(entries)} entries unpack to {unpacked:,} bytes of a file of {size:,}")
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     if entry.file_size > _LARGEST:
@@ -160,14 +159,14 @@ def _check_pickles(path: Path) -> None:
 
 
 def _check_pickle(file: IO[bytes]) -> None:
-    """Follow one pickle without making its values: count what they are, written out, and how deep they nest."""
-    own, parts, made, stack, marks, memo, begin = [], [], [], [], [], {}, file.tell()
+    """Check the number of values in one pickle, and their depth, without building them."""
+    sizes, parts, built, stack, marks, memo, begin = [], [], [], [], [], {}, file.tell()
     for op, value, place in pickletools.genops(file):
         if place - begin > _LARGEST:
             raise _Oversized(f"its pickle has more than {_LARGEST:,} bytes")
         if op.name == "MARK":
             marks.append(len(stack))
-        elif op.name in _GROWS:  # the container before gets the last values
+        elif op.name in _GROWS:  # the last values go to the container below them
             at = marks.pop() if _GROWS[op.name] is None else len(stack) - _GROWS[op.name]
             parts[stack[at - 1]] += stack[at:]
             del stack[at:]
@@ -178,24 +177,24 @@ def _check_pickle(file: IO[bytes]) -> None:
         elif op.name in ("POP", "POP_MARK", "DUP"):
             raise _Oversized(f"its pickle has {op.name}, which torch.save does not write")
         elif op.name == "GLOBAL" and _NOT_READ.fullmatch(name := value.replace(" ", ".")):
-            raise _Oversized(f"it holds values of {name}, which may take any memory; save dense tensors")
+            raise _Oversized(f"it holds values of {name}, which may take any amount of memory; save dense tensors")
         elif op.name not in ("PROTO", "FRAME", "STOP"):
             marked = pickletools.markobject in op.stack_before
             at = marks.pop() if marked else len(stack) - len(op.stack_before)
             parts.append(stack[at:])
-            own.append(1 + len(value) // 8 if isinstance(value, str | bytes) else 1)
-            stack[at:] = [len(own) - 1]
+            sizes.append(1 + len(value) // 8 if isinstance(value, str | bytes) else 1)
+            stack[at:] = [len(sizes) - 1]
             if op.name in ("REDUCE", "NEWOBJ"):
-                made.append(len(own) - 1)
+                built.append(len(sizes) - 1)
     most = _COPIES * (file.tell() - begin) + 1_000_000
-    if sum(_written_out(own, parts, [*made, *stack], most)) > most:
-        raise _Oversized(f"its pickle stands for more than {most:,} values, each written out")
+    if sum(_count_values(sizes, parts, [*built, *stack], most)) > most:
+        raise _Oversized(f"its pickle expands to more than {most:,} values")
 
 
-def _written_out(own: list[int], parts: list[list[int]], wanted: list[int], most: int) -> list[int]:
-    """Return how many values each wanted one is, with those inside; no more than one above `most`."""
+def _count_values(sizes: list[int], parts: list[list[int]], roots: list[int], most: int) -> list[int]:
+    """Return the number of values in each root, with nested ones; at most `most` + 1."""
     known, depth, open_ = {}, {}, set()
-    for root in wanted:
+    for root in roots:
         todo = [root]
         while todo:
             at = todo[-1]
@@ -204,27 +203,27 @@ def _written_out(own: list[int], parts: list[list[int]], wanted: list[int], most
             elif at in open_:
                 todo.pop()
                 open_.remove(at)
-                known[at] = min(own[at] + sum(known[part] for part in parts[at]), most + 1)
+                known[at] = min(sizes[at] + sum(known[part] for part in parts[at]), most + 1)
                 depth[at] = 1 + max((depth[part] for part in parts[at]), default=0)
                 if depth[at] > _DEEPEST:
                     raise _Oversized(f"its values are nested more than {_DEEPEST} levels deep")
             else:
                 open_.add(at)
                 if any(part in open_ for part in parts[at]):
-                    raise _Oversized("a value of it holds itself")
+                    raise _Oversized("one of its values contains itself")
                 todo += parts[at]
-    return [known[root] for root in wanted]
+    return [known[root] for root in roots]
 
 
 def _check_tensors(value, size: int) -> None:
-    """Refuse tensors that take far more memory than the file of `size` bytes, as one of stride 0 does when copied."""
+    """Check the memory of tensors against the file's `size` in bytes; a tensor of stride 0 grows when copied."""
     todo, taken = [value], 0
     while todo:
         value = todo.pop()
         if isinstance(value, torch.Tensor):
             taken += value.numel() * value.element_size()
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                raise _Oversized("it holds tensors that are sparse, quantised or without values; save dense ones")
+                raise _Oversized("it has sparse, quantized or meta tensors; save dense ones")
             if taken > _COPIES * size:
                 raise _Oversized(f"its tensors take more than {taken:,} bytes, the file has {size:,}")
         elif isinstance(value, Mapping):
@@ -236,18 +235,18 @@ def _check_tensors(value, size: int) -> None:
 
 
 def _refused_names(path: Path) -> list[str]:
-    """Return the functions and classes that a file names and PyTorch does not admit; nothing is imported or run."""
+    """Return the functions and classes that a file names and PyTorch does not allow, without importing them."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it reads the format since PyTorch 1.6 alone, and pickles of protocol 2 alone
-        admitted = {f"{known.__module__}.{known.__qualname__}" for known in ADMITTED}
-        return sorted(name for name in _named(path) - admitted if not _TENSORS.fullmatch(name))
+    except Exception:  # it supports only the format since PyTorch 1.6, with pickle protocol 2
+        allowed = {f"{known.__module__}.{known.__qualname__}" for known in ALLOWED}
+        return sorted(name for name in _find_globals(path) - allowed if not _TENSORS.fullmatch(name))
 
 
-def _named(path: Path) -> set[str]:
-    """Return every global that the pickles of a file name."""
+def _find_globals(path: Path) -> set[str]:
+    """Return every global that is named in the pickles of a file."""
     names, strings, memo, top = set(), [], {}, None
-    with suppress(Exception), _pickles(path) as file:  # raw values follow the pickles
+    with suppress(Exception), _pickles(path) as file:  # tensor values follow the pickles
         for _ in range(_CHUNKS):
             for op, value, _ in pickletools.genops(file):
                 if op.name in ("GLOBAL", "INST"):
@@ -272,9 +271,9 @@ def _pickles(path: Path) -> IO[bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's own words in one line, without PyTorch's advice to read the file unchecked."""
+    """Return an error's message in one line, without PyTorch's advice to read the file unchecked."""
     words = re.sub(r"^Weights only load failed.*?WeightsUnpickler error:", "", str(error), flags=re.S).strip()
     line = next(iter(words.splitlines()), "").split(" Please use ")[0][:160]
     if line.startswith("Unsupported operand"):
-        return "its pickle is not of torch.save's protocol 2"
+        return "its pickle protocol is not 2, as torch.save writes"
     return type(error).__name__ if not line or "weights_only" in line else line

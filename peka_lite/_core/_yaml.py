@@ -1,4 +1,4 @@
-"""YAML of received files: plain values alone, of bounded size and depth."""
+"""Read YAML of received files: plain values only, of limited size and depth."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import yaml
 
-LARGEST = 2**25  # bytes of a file; a sweep of 100,000 points takes about a third of it
-MOST = 3_000_000  # values, keys and ends of lists in a file; reading that many takes about 20 seconds
+LARGEST = 2**25  # bytes of a file; a sweep of 100,000 points takes about a third
+MOST = 3_000_000  # values, keys and list ends in a file; reading that many takes about 20 seconds
 DEEPEST = 32  # nested lists and mappings; a manifest has 5
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2, a date is text, and a key twice is an error."""
+    """Load ``1e-4`` as a number, as YAML 1.2 does, and dates as text; refuse duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -29,12 +29,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
 
-class _NotRead(ValueError):
-    """YAML that is not read here."""
+class _Unsupported(ValueError):
+    """Report YAML that is valid but not supported."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that writes a value out each time it occurs, for `parse_yaml` takes no aliases."""
+    """Write repeated values in full, since `parse_yaml` reads no aliases."""
 
     def ignore_aliases(self, data) -> bool:
         return True
@@ -47,40 +47,40 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quotes what would be read as a number
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quote text that would be read as a number
 
 
 def read_yaml(path: str | os.PathLike, *, largest: int = LARGEST):
-    """Read a YAML file in UTF-8, of at most `largest` bytes.
+    """Read a UTF-8 YAML file of at most `largest` bytes.
 
     Raises
     ------
     FileNotFoundError
-        For a file that is not there.
+        If there is no such file.
     ValueError
-        Naming the file, for what `parse_yaml` refuses.
+        If `parse_yaml` refuses it; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: {size:,} bytes are more than such a YAML file holds ({largest:,})")
+        raise ValueError(f"{path}: has {size:,} bytes, more than are read (at most {largest:,})")
     try:
         return parse_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no YAML: no text in UTF-8 ({error}); save it as UTF-8") from None
+        raise ValueError(f"{path}: invalid YAML: not UTF-8 text ({error}); save it as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def parse_yaml(text: str):
-    """Return the plain values that YAML holds: text, numbers, booleans, null, lists and mappings.
+    """Parse YAML into plain values: text, numbers, booleans, null, lists and mappings.
 
     Raises
     ------
     ValueError
-        For what is no YAML, a key given twice, a tag, an alias or anchor (``*name``, ``&name``: a few lines of them
-        stand for values without end), and more than 32 nested levels.
+        If it is invalid, or has a duplicate key, a tag, an alias or anchor (``*name``, ``&name``: a few lines can
+        expand without limit), or more than 32 nested levels.
 
     Examples
     --------
@@ -95,32 +95,32 @@ def parse_yaml(text: str):
         depth = 0
         for n, event in enumerate(yaml.parse(text, _Loader)):
             if n > MOST:
-                raise _NotRead(f"it holds more than {MOST:,} values")
+                raise _Unsupported(f"it holds more than {MOST:,} values")
             place = f"line {event.start_mark.line + 1}"
             if anchor := getattr(event, "anchor", None):
                 sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-                raise _NotRead(f"{place} has an anchor or alias ('{sign}{anchor}'); write the value out")
+                raise _Unsupported(f"{place} has an anchor or alias ('{sign}{anchor}'); write the value out")
             if getattr(event, "tag", None) not in (None, "!"):
-                raise _NotRead(f"{place} has a tag ({event.tag}); give plain values")
+                raise _Unsupported(f"{place} has a tag ({event.tag}); give plain values")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > DEEPEST:
-                raise _NotRead(f"{place} is nested more than {DEEPEST} levels deep")
+                raise _Unsupported(f"{place} is nested more than {DEEPEST} levels deep")
         return yaml.load(text, _Loader)
-    except _NotRead as error:
+    except _Unsupported as error:
         raise ValueError(str(error)) from None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
-        raise ValueError(f"no YAML: {reason}") from None
+        raise ValueError(f"invalid YAML: {reason}") from None
 
 
 def yaml_text(value) -> str:
-    """Return plain values as YAML that `parse_yaml` reads, keys in their order."""
+    """Return plain values as YAML for `parse_yaml`, with keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def is_line(value) -> bool:
-    """Say whether a value is text of one line, not empty and not longer than a path may be."""
+    """Return whether a value is a non-empty line of text, no longer than a path may be."""
     return isinstance(value, str) and 0 < len(value) <= 4096 and not _CONTROL.search(value)

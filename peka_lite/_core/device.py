@@ -1,4 +1,4 @@
-"""Where to compute, and in which number type."""
+"""Choose the device and the number type of computations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRECISION = LazyMapping({"cpu": "torch:float32", "cuda<8.0": "torch:float16", "c
 
 
 def default_device() -> str:
-    """Return ``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``; of several processes each has a GPU of its own.
+    """Return ``"cuda"`` if PyTorch finds a GPU, else ``"cpu"``; each of several processes gets another GPU.
 
     Examples
     --------
@@ -25,7 +25,7 @@ def default_device() -> str:
     >>> torch.zeros(3, device=pk.backbones.default_device()).is_cuda == torch.cuda.is_available()
     True
     """
-    import torch  # where a device is chosen, not where its names are checked
+    import torch  # imported late, since checking settings does not need PyTorch
 
     if not torch.cuda.is_available():
         return "cpu"
@@ -33,7 +33,7 @@ def default_device() -> str:
 
 
 def compute_dtype(device: str | torch.device, *, precision: Mapping[str, torch.dtype] = PRECISION) -> torch.dtype:
-    """Return the compute type for a device; `precision` has the keys of `PRECISION`.
+    """Return the number type for a device; `precision` has the keys of `PRECISION`.
 
     Examples
     --------

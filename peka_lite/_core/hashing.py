@@ -13,13 +13,13 @@ from peka_lite._core.progress import Stage
 
 
 def row_ids(rows) -> np.ndarray:
-    """Name each row by what it holds; (n,) uint64.
+    """Return a hash of each row's content; (n,) uint64.
 
     Parameters
     ----------
     rows
-        Counts (CSR or dense), embeddings or tiles, one item a row; a `TileStore` names its rows by slide file and place
-        in it, which a memory map of it keeps.
+        Counts (CSR or dense), embeddings or tiles, one item per row. A `TileStore` hashes slide file and position, so
+        its memory-mapped copy has the same hashes.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Room on a disk: asked for before a write, and one sentence where a write fails for want of it."""
+"""Write files completely or not at all, after checking for free disk space."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ if TYPE_CHECKING:
     import anndata as ad
     from matplotlib.figure import Figure
 
-_ROOM = "free some space there, or take another place (--out, or PEKA_LITE_CACHE for the cache)"
-WHY = {  # and the fix
-    errno.ENOSPC: ("no room on its disk", _ROOM),
-    errno.EDQUOT: ("no room in the quota on its disk", _ROOM),
-    errno.EFBIG: ("files may not grow that large here", "raise the limit (ulimit -f), or take another file system"),
+_SPACE = "free some space there, or choose another place (--out, or PEKA_LITE_CACHE for the cache)"
+WHY = {  # reason and fix
+    errno.ENOSPC: ("no space left on its disk", _SPACE),
+    errno.EDQUOT: ("no space left in its disk quota", _SPACE),
+    errno.EFBIG: ("files may not grow that large here", "raise the limit (ulimit -f), or use another file system"),
 }
-# Rust, Arrow and HDF5 spell an error's number in its text alone.
+# Errors of Rust, Arrow and HDF5 have their number only in the text.
 _NUMBER = re.compile(r"\b(?:os error |errno = |errno )(\d+)", re.IGNORECASE)
 
 
 class DiskFull(OSError):
-    """There is no room for a file: the disk is full, a quota is used up, or files may not grow that large."""
+    """Report that a file does not fit: the disk or a quota is full, or files may not grow that large."""
 
 
 def as_full_disk(
     error: BaseException | None, path: str | os.PathLike | None = None, n_bytes: int = 0
 ) -> DiskFull | None:
-    """Return what to raise where a disk without room is behind an error, else None.
+    """Return a `DiskFull` if a full disk caused an error, else None.
 
     Parameters
     ----------
     error
-        Any exception; those that led to it count too.
+        Any exception; its causes are checked too.
     path
-        What was being written; None takes the error's own.
+        File that was being written; by default that of the error.
     n_bytes
-        Bytes that it needs, 0 where that is not known.
+        Bytes that the file needs, 0 if unknown.
     """
     while error is not None:
         if isinstance(error, DiskFull):
             return error
         number = getattr(error, "errno", None)
-        if number is None and (found := _NUMBER.search(str(error))):
-            number = int(found[1])
+        if number is None and (match := _NUMBER.search(str(error))):
+            number = int(match[1])
         if number in WHY:
-            return _refusal(number, path or getattr(error, "filename", None), n_bytes)
+            return _disk_full_error(number, path or getattr(error, "filename", None), n_bytes)
         error = error.__cause__ or error.__context__
     return None
 
 
-def require_room(path: str | os.PathLike, n_bytes: int) -> None:
-    """Raise `DiskFull` where the disk of `path`, which need not be there, has fewer bytes free."""
+def require_space(path: str | os.PathLike, n_bytes: int) -> None:
+    """Raise `DiskFull` if the disk of `path`, which need not exist, has fewer bytes free."""
     free = _free(path)
     if free is not None and n_bytes > free:
-        raise _refusal(errno.ENOSPC, path, n_bytes)
+        raise _disk_full_error(errno.ENOSPC, path, n_bytes)
 
 
 @contextlib.contextmanager
 def report_full_disk(path: str | os.PathLike, n_bytes: int = 0) -> Iterator[None]:
-    """Ask for room, and raise `DiskFull`, which names `path`, for what fails inside for want of it."""
-    require_room(path, n_bytes)
+    """Check for free space, and raise errors of a full disk as a `DiskFull` that names `path`."""
+    require_space(path, n_bytes)
     try:
         yield
     except Exception as error:
@@ -81,10 +81,9 @@ def report_full_disk(path: str | os.PathLike, n_bytes: int = 0) -> Iterator[None
 
 
 def reserve_blocks(path: str | os.PathLike, *, of: str | os.PathLike | None = None) -> None:
-    """Give a file that is there blocks for all of its length, so that no write to its memory map can fail.
+    """Allocate disk blocks for all of a file, so that writes to its memory map cannot fail.
 
-    A file system that cannot promise them is only asked what is free. `of` is what the error names, `path` itself if
-    None.
+    If the file system cannot, only the free space is checked. Errors name `of`, by default `path`.
     """
     with open(path, "r+b") as file, report_full_disk(of or path):
         status = os.fstat(file.fileno())
@@ -93,22 +92,21 @@ def reserve_blocks(path: str | os.PathLike, *, of: str | os.PathLike | None = No
                 os.posix_fallocate(file.fileno(), 0, status.st_size)
         except (AttributeError, OSError) as error:  # macOS and Windows have no such call
             if getattr(error, "errno", None) in WHY:
-                raise _refusal(error.errno, of or path, status.st_size) from error
-            require_room(of or path, status.st_size - getattr(status, "st_blocks", 0) * 512)
+                raise _disk_full_error(error.errno, of or path, status.st_size) from error
+            require_space(of or path, status.st_size - getattr(status, "st_blocks", 0) * 512)
 
 
 class _Sink:
-    """A file that lets no write fail: it keeps the first error, and from then on what comes in memory.
+    """Write to a file without raising: store the first error, and then buffer writes in memory.
 
-    HDF5 ends the process where a file cannot be closed because a write fails, or where what it wrote is not to be read
-    again.
+    HDF5 ends the process if a file cannot be closed because a write fails, or if it cannot read back what it wrote.
     """
 
-    MOST = 2**21  # bytes of one late write; what is longer is values, which are never read back
+    MOST = 2**21  # bytes of a buffered write; longer ones are array values, which are never read back
 
-    def __init__(self, file, let_through):
-        self._file, self._error, self._let_through = file, None, let_through
-        self._late: list[tuple[int, bytes]] = []  # where, what
+    def __init__(self, file, raise_deferred):
+        self._file, self._error, self._raise_deferred = file, None, raise_deferred
+        self._buffered: list[tuple[int, bytes]] = []  # position, data
         self.seek, self.tell, self.read = file.seek, file.tell, file.read
 
     def write(self, data) -> int:
@@ -121,21 +119,21 @@ class _Sink:
             self._error = error
         if len(rest):
             if len(rest) <= self.MOST:
-                self._late.append((self._file.tell(), bytes(rest)))
+                self._buffered.append((self._file.tell(), bytes(rest)))
             self._file.seek(len(rest), os.SEEK_CUR)
         return size
 
     def readinto(self, buffer) -> int:
-        begin, found = self._file.tell(), memoryview(buffer).cast("B")
-        n = self._file.readinto(found)
-        if not self._late:
+        begin, view = self._file.tell(), memoryview(buffer).cast("B")
+        n = self._file.readinto(view)
+        if not self._buffered:
             return n
-        found[n:] = bytes(len(found) - n)
-        for start, late in self._late:
-            low, high = max(begin, start), min(begin + len(found), start + len(late))
+        view[n:] = bytes(len(view) - n)
+        for start, late in self._buffered:
+            low, high = max(begin, start), min(begin + len(view), start + len(late))
             if low < high:
-                found[low - begin : high - begin] = late[low - start : high - start]
-        return len(found)
+                view[low - begin : high - begin] = late[low - start : high - start]
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int | None:
         try:
@@ -145,32 +143,32 @@ class _Sink:
             return size
 
     def flush(self) -> None:
-        """Do nothing: no buffer lies between this and the system."""
+        """Do nothing: writes to the system are not buffered."""
 
     def check(self) -> None:
-        """Raise the error that a write met, or what a signal puts off: to be called where both do no harm."""
+        """Raise the first write error or a deferred signal; call this where both are safe."""
         if self._error is not None:
             raise self._error
-        self._let_through()
+        self._raise_deferred()
 
 
 @contextlib.contextmanager
 def open_new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike | None = None) -> Iterator[_Sink]:
-    """Open a file for a library to write; on any error it goes, and a full disk is a `DiskFull` that names it.
+    """Open a file for a library to write; remove it on any error, and raise `DiskFull` for a full disk.
 
     Parameters
     ----------
     n_bytes
-        Bytes that it takes at least.
+        Smallest size of the file in bytes.
     of
-        What the error names; None is `path` itself.
+        Path that errors name, by default `path`.
     """
     path = Path(path)
-    require_room(of or path, n_bytes)
-    with defer_signals() as let_through:
+    require_space(of or path, n_bytes)
+    with defer_signals() as raise_deferred:
         try:
             with path.open("w+b", buffering=0) as file:
-                sink = _Sink(file, let_through)
+                sink = _Sink(file, raise_deferred)
                 try:
                     yield sink
                 finally:
@@ -185,7 +183,7 @@ def open_new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.Pat
 
 
 def write_file(path: str | os.PathLike, content: bytes, *, of: str | os.PathLike | None = None) -> None:
-    """Write a file of a folder that nobody reads yet; on any error it goes. `of` is as in `open_new_file`."""
+    """Write a file that no process reads yet; remove it on any error. `of` is as in `open_new_file`."""
     path = Path(path)
     with report_full_disk(of or path, len(content)):
         try:
@@ -196,16 +194,16 @@ def write_file(path: str | os.PathLike, content: bytes, *, of: str | os.PathLike
 
 
 def write_file_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file that appears when it is complete, whoever else writes it."""
+    """Write a file atomically, also with concurrent writers."""
     path = Path(path)
-    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # another machine may have this process's number
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # process ids are not unique across machines
     try:
-        write_file(own, content, of=path)
+        write_file(partial, content, of=path)
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, where a file is to be written: remove it")
-        os.replace(own, path)
+            raise IsADirectoryError(f"{path} is a folder, but a file must be written there: remove it")
+        os.replace(partial, path)
     finally:
-        own.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
@@ -215,7 +213,7 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
 
 
 def new_array(path: str | os.PathLike, shape: tuple[int, ...], dtype) -> None:
-    """Make a ``.npy`` file of zeros to write by a memory map: it has its blocks already (`reserve_blocks`)."""
+    """Create a ``.npy`` file of zeros for a memory map, with allocated blocks (`reserve_blocks`)."""
     path = Path(path)
     with report_full_disk(path, int(np.prod(shape)) * np.dtype(dtype).itemsize):
         try:
@@ -227,15 +225,15 @@ def new_array(path: str | os.PathLike, shape: tuple[int, ...], dtype) -> None:
 
 
 def figure_bytes(figure: Figure, *, kind: str = "png", dpi: int) -> bytes:
-    """Return what a figure's file holds."""
-    figure.savefig(picture := io.BytesIO(), format=kind, dpi=dpi)
-    return picture.getvalue()
+    """Return a figure as the bytes of an image file."""
+    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=dpi)
+    return buffer.getvalue()
 
 
 def write_h5ad(
     adata: ad.AnnData, path: str | os.PathLike, *, compression: str | None = None, of: str | os.PathLike | None = None
 ) -> None:
-    """Write AnnData as its own `write_h5ad` does, without that function's crash on a full disk."""
+    """Write AnnData as `AnnData.write_h5ad` does, but without crashing on a full disk."""
     import anndata as ad
     import h5py
 
@@ -244,11 +242,11 @@ def write_h5ad(
     with open_new_file(path, sum(array.nbytes for array in arrays), of=of) as opened, h5py.File(opened, "w") as file:
         ad.io.write_elem(file, "/", adata, dataset_kwargs={"compression": compression})
         if adata.raw is None:
-            file.pop("raw", None)  # "there is none", which versions before 0.12 cannot read
+            file.pop("raw", None)  # a null entry, which anndata before 0.12 cannot read
 
 
 def format_size(n_bytes: int) -> str:
-    """Return a number of bytes as a reader says it.
+    """Return a number of bytes as text.
 
     Examples
     --------
@@ -262,7 +260,7 @@ def format_size(n_bytes: int) -> str:
         n_bytes /= 1000
 
 
-def _refusal(number: int, path: str | os.PathLike | None, n_bytes: int) -> DiskFull:
+def _disk_full_error(number: int, path: str | os.PathLike | None, n_bytes: int) -> DiskFull:
     free = None if path is None else _free(path)
     why, fix = WHY[number]
     sizes = [f"at least {format_size(n_bytes)} needed"] if n_bytes else []
@@ -273,9 +271,9 @@ def _refusal(number: int, path: str | os.PathLike | None, n_bytes: int) -> DiskF
 
 
 def _free(path: str | os.PathLike) -> int | None:
-    """Return the bytes free on the disk of a path that need not be there; None where the system does not say."""
+    """Return the free bytes on the disk of a path, which need not exist; None if unknown."""
     path = Path(os.path.abspath(path))
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
-        return usage.free if usage.free or usage.total else None  # some network disks do not say
+        return usage.free if usage.free or usage.total else None  # some network disks report zero for both
     return None

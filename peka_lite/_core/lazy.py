@@ -1,4 +1,4 @@
-"""Mapping whose values are imported when they are read."""
+"""Import the values of a mapping when they are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 
 DTYPES = ("torch:float32", "torch:float16", "torch:bfloat16")
 
-#: Layers that a row's options may name.
+#: Layers that the options of a backbone's row may name.
 LAYER_TYPES = tuple(
     f"{module}:{name}"
     for module, names in {
@@ -26,15 +26,15 @@ _NAMED = frozenset({*DTYPES, *LAYER_TYPES})
 
 
 class LazyMapping(Mapping):
-    """A mapping in which a name of a fixed list stands for an object; it is imported when its value is read.
+    """Map keys to values, and import objects that a value names when it is read.
 
-    Listed are `DTYPES` and `LAYER_TYPES`; any other text is text. Thus this room, and all that only asks
-    which names there are, needs neither PyTorch nor timm.
+    Only names in `DTYPES` and `LAYER_TYPES` are imported; other text is returned as it is. Reading keys needs neither
+    PyTorch nor timm.
 
     Examples
     --------
-    >>> late = LazyMapping({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
-    >>> late["act_layer"], late["other"], dict(late)["depth"]
+    >>> options = LazyMapping({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
+    >>> options["act_layer"], options["other"], dict(options)["depth"]
     (<class 'torch.nn.modules.activation.SiLU'>, 'fractions:Fraction', 24)
     """
 
@@ -58,4 +58,4 @@ class LazyMapping(Mapping):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Late({self._values})"
+        return f"LazyMapping({self._values})"

@@ -1,7 +1,7 @@
-"""Many writers of one folder, on a shared disk too: who waits, where each one works, and how a result takes its place.
+"""Lock output folders between processes, also on shared disks, and move results into place.
 
-A lock only saves work. Where a disk has none, or one that other machines do not see, every result is still whole: no
-two writers work in one place, and a result appears by one rename.
+Locks only save work. Without them, or if other machines do not see them, results are still complete: each writer has
+another work folder, and a result appears by one rename.
 """
 
 from __future__ import annotations
@@ -25,63 +25,62 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-RECORD = "record.json"  # the last file to be written: a folder without it is not whole
+RECORD = "record.json"  # written last: a folder without it is incomplete
 PARTIAL = ".partial"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # NFS without lockd, Lustre without flock
-PATIENCE = 1  # seconds of waiting without a word
-_HELD: ContextVar[dict[tuple[int, Path], Path]] = ContextVar(
-    "held", default=MappingProxyType({})
-)  # of `lock_output_folder`
+PATIENCE = 1  # seconds of waiting before a message
+#: Work folders of `lock_output_folder` by process and output folder.
+_LOCKED: ContextVar[dict[tuple[int, Path], Path]] = ContextVar("locked", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[bool]:
-    """Hold `out` for this process; another one that wants it waits until this one is through, or gone.
+    """Lock `out` for this process; other processes wait until it has finished or ended.
 
-    Gives True where the lock is held, False where there are no locks and nobody waits. On NFS, Linux asks the server
-    (flock(2): since 2.6.12), so that machines wait for each other too; some mounts (``nolock``, ``local_lock``,
-    Lustre's ``localflock``) hold the lock on one machine alone, which nobody can see from here.
+    Yields True if `out` is locked, False if the disk has no locks and no process waits. On NFS, Linux locks on the
+    server (flock(2): since 2.6.12), so that machines wait for each other too. Some mounts (``nolock``, ``local_lock``,
+    Lustre's ``localflock``) lock on one machine only, which cannot be detected.
 
     Raises
     ------
     OSError
-        If no lock's file can be made or opened beside `out`; a folder that was made for it goes again.
+        If no lock file can be created or opened beside `out`. Folders created for it are removed.
     """
-    with _claim(out) as own:
-        yield own is None
+    with _acquire(out) as private:
+        yield private is None
 
 
 @contextlib.contextmanager
 def lock_work_folder(out: Path) -> Iterator[Path]:
-    """Hold `out`, as `lock`, and give the folder to work on it in; without a lock nothing of it stays behind."""
-    with _claim(out) as own:
-        yield own or partial_path(out, held=True)
+    """Lock `out`, as `lock`, and yield its work folder, which is removed afterwards if there are no locks."""
+    with _acquire(out) as private:
+        yield private or partial_path(out, locked=True)
 
 
 @contextlib.contextmanager
 def lock_output_folder(out: Path) -> Iterator[Path]:
-    """Hold `out`, as `lock_work_folder`, and give the folder that becomes it: ``{out}.partial``, where there are locks.
+    """Lock `out`, as `lock_work_folder`, and yield the folder that becomes it: ``{out}.partial`` if there are locks.
 
-    Inside itself it gives the same folder again: a sweep's point holds the folder of its run, and so does the run.
+    A nested call yields the same folder: a sweep's point locks the folder of its run, and the run does so again.
     """
-    key, held = (os.getpid(), out.absolute()), _HELD.get()
-    if key in held:
-        yield held[key]
+    key, locked = (os.getpid(), out.absolute()), _LOCKED.get()
+    if key in locked:
+        yield locked[key]
         return
-    with _claim(out) as own:
-        work = own or out.with_name(out.name + PARTIAL)
-        token = _HELD.set({**held, key: work})
+    with _acquire(out) as private:
+        work = private or out.with_name(out.name + PARTIAL)
+        token = _LOCKED.set({**locked, key: work})
         try:
             yield work
         finally:
-            _HELD.reset(token)
+            _LOCKED.reset(token)
 
 
 @contextlib.contextmanager
-def _claim(out: Path) -> Iterator[Path | None]:
-    """Hold `out`, and give None, or where there are no locks the place to work in that no other writer has."""
+def _acquire(out: Path) -> Iterator[Path | None]:
+    """Lock `out` and yield None, or without locks a work folder that no other writer has."""
     path = out.with_name(f".{out.name}.lock")
-    made = [folder for folder in path.parents if not os.path.lexists(folder)]
+    new_folders = [folder for folder in path.parents if not os.path.lexists(folder)]
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,50 +89,50 @@ def _claim(out: Path) -> Iterator[Path | None]:
             if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise type(error)(f"{out} cannot be written: {error.strerror} ({error.filename})") from None
-        own = partial_path(out, held=False) if lock is None else None
+        private = partial_path(out, locked=False) if lock is None else None
         try:
-            yield own
+            yield private
         finally:
             if lock is None:
-                shutil.rmtree(own, ignore_errors=True)
+                shutil.rmtree(private, ignore_errors=True)
             else:
-                with contextlib.suppress(OSError):  # in a folder of others, another user's file stays
+                with contextlib.suppress(OSError):  # another user's file may not be removed
                     path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not by closing alone: a forked child has the file open too
+                with contextlib.suppress(OSError):  # closing is not enough: a forked child has the file open too
                     fcntl.flock(lock, fcntl.LOCK_UN)
                 os.close(lock)
     except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):  # it holds something
+        for folder in new_folders:
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         raise
 
 
-def partial_path(out: Path, *, held: bool) -> Path:
-    """Return where to work on `out`: where a stopped job left it if this process holds `out`, else a new place.
+def partial_path(out: Path, *, locked: bool) -> Path:
+    """Return the work folder of `out`: that of a stopped job if this process has locked `out`, else a new one.
 
-    The name holds the machine's, so that two machines share no place even where a lock is held on one machine alone.
+    Its name includes the machine's, so that two machines never share a folder, even if locks are per machine.
     """
     writer = platform.node()
-    if not held:
+    if not locked:
         writer += f"-{os.getpid()}-{secrets.token_hex(4)}"
     return out.with_name(f"{out.name}.{writer}.partial")
 
 
 def move_into_place(work: Path, out: Path) -> None:
-    """Move a whole folder to its place by one rename; where another writer was first, his stays and `work` goes."""
+    """Move a complete folder to `out` by one rename; remove `work` if another writer was first."""
     while True:
         try:
             os.replace(work, out)
             return
-        except OSError:  # a folder that holds files is never replaced
+        except OSError:  # a folder that is not empty is never replaced
             if not out.is_dir():
                 raise
         if (out / RECORD).is_file():
             shutil.rmtree(work)
             return
-        # Half a folder, as a clean-up by age leaves: it is moved away, unless another writer has mended it meanwhile.
-        aside = partial_path(out, held=False)
+        # An incomplete folder, as a clean-up by age leaves: move it away, unless another writer has completed it.
+        aside = partial_path(out, locked=False)
         with contextlib.suppress(FileNotFoundError):
             os.rename(out, aside)
             if (aside / RECORD).is_file():
@@ -143,10 +142,10 @@ def move_into_place(work: Path, out: Path) -> None:
 
 
 def move_if_absent(work: Path, out: Path) -> None:
-    """Move a whole folder to a place where nothing is; what has come there meanwhile stays."""
+    """Move a complete folder to `out`, or raise FileExistsError if something is there."""
     try:
         if not os.path.lexists(out):
-            os.replace(work, out)  # never in the place of a file, or of a folder that holds files
+            os.replace(work, out)  # never replaces a file, or a folder that is not empty
             return
     except OSError:
         if not os.path.lexists(out):
@@ -155,18 +154,18 @@ def move_if_absent(work: Path, out: Path) -> None:
 
 
 def _lock(path: Path, out: Path) -> int | None:
-    """Return the file at `path`, open and locked; None where there are no locks."""
+    """Open and lock the file at `path`; return None if there are no locks."""
     while True:
-        made = True
+        created = True
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
-            made = False
+            created = False
             try:
                 lock = _open_lock(path)
             except FileNotFoundError:
                 continue
-        except FileNotFoundError:  # who was first has failed, and the folder that he made went with him
+        except FileNotFoundError:  # another process failed and removed the folder that it had created
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
@@ -176,7 +175,7 @@ def _lock(path: Path, out: Path) -> int | None:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 os.close(lock)
-                if made:  # another's file may be held by one who had better luck
+                if created:  # another process's file may be locked
                     path.unlink(missing_ok=True)
                 return None
             if error.errno not in (errno.ENOENT, errno.ESTALE):
@@ -185,19 +184,19 @@ def _lock(path: Path, out: Path) -> int | None:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # its holder removed it while this one waited
+        os.close(lock)  # the other process removed it meanwhile
 
 
 def _open_lock(path: Path) -> int:
-    """Open a lock's file that is there; a link, a pipe or a folder of its name is an error."""
+    """Open an existing lock file; a link, a pipe or a folder is an error."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         lock = os.open(path, os.O_RDWR | flags)
-    except PermissionError:  # another user's, left or held: to be waited for, reading it is enough
+    except PermissionError:  # another user's file: reading is enough to wait for it
         lock = os.open(path, os.O_RDONLY | flags)
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         os.close(lock)
-        raise FileExistsError(errno.EEXIST, "no plain file is there, remove it", str(path))
+        raise FileExistsError(errno.EEXIST, "not a regular file, remove it", str(path))
     return lock
 
 

@@ -1,4 +1,4 @@
-"""Names that others chose (genes, slides, cohorts), as they are: in file names, figures, Markdown and CSV files."""
+"""Write received names (genes, slides, cohorts) unchanged to file names, figures, Markdown, HTML and CSV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-LONGEST = 160  # bytes of a file's name, before its suffix
+LONGEST = 160  # bytes of a file name without its suffix
 _NUMBERS = {"fold": "int64", "pcc": "float64", "n_train": "int64", "n_test": "int64"}
 _TEXTS = ("method", "backbone", "split", "protocol", "features", "normalization", "gene")
 _LARGEST_METRICS = 2**28  # bytes; 20,000 genes in 100 folds take 160 MB
@@ -28,20 +28,20 @@ _LINE_START = re.compile(r"^([#>=%:(~]|[-+](?![\d.])|\d{1,9}(?=[.)](?:\s|$)))")
 _FORMULA = re.compile(
     r"(^|[;,\t|])([\s\"]*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
     r"(?![-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*(?:$|[;,|]))"
-)  # at a cell's start, whichever separator a spreadsheet takes; a number is none
+)  # at the start of a cell, for any separator of a spreadsheet; numbers do not match
 
 
 def unique_file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
-    """Return a file's name for any text, other than those given before, also where a disk knows no capitals.
+    """Return a file name for any text, distinct from earlier ones even if the disk ignores case.
 
     Parameters
     ----------
     name
-        Any text. Letters, digits, ``_``, ``.`` and ``-`` stay as they are, others become ``-``.
+        Any text. Letters, digits, ``_``, ``.`` and ``-`` are unchanged, others become ``-``.
     given
-        Names given before, to which this one is added.
+        Earlier names, to which this one is added.
     of
-        What the file is of, where another may have the same `name`; the name itself by default.
+        Object that the file is of, if several may have the same `name`; by default the name.
     """
     of = name if of is None else of
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-")
@@ -54,7 +54,7 @@ def unique_file_name(name: str, given: dict[str, object], *, of: object = None) 
 
 
 def disable_mathtext(figure: Figure) -> Figure:
-    r"""Draw every text of a figure letter by letter: ``$\frac{$`` in a gene's name is no formula."""
+    r"""Draw the texts of a figure literally: ``$\frac{$`` in a gene's name is not a formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -63,10 +63,10 @@ def disable_mathtext(figure: Figure) -> Figure:
 
 
 def escape_control(text: object, *, lines: bool = False) -> str:
-    r"""Return text without what a terminal or a page obeys: such letters are written as escapes.
+    r"""Escape the characters of a text that control a terminal or a page.
 
-    These are control characters (colors, the cursor, titles of windows), marks that turn the direction of writing,
-    separators of lines, and halves of letters. Ends of lines stay with `lines`.
+    These are control characters (colors, cursor, window titles), marks of text direction, line separators, and lone
+    surrogates. With `lines`, line ends are unchanged.
 
     Examples
     --------
@@ -83,15 +83,15 @@ def escape_control(text: object, *, lines: bool = False) -> str:
 
 
 def short_name(name: str, *, longest: int = 40) -> str:
-    """Return a name on one line, as `escape_control`, cut where it is long."""
+    """Return a name on one line, as `escape_control`, truncated to `longest` characters."""
     name = escape_control(name)
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def escape_markdown(text: object) -> str:
-    r"""Return text that Markdown shows as it is, on one line, in a table and at the start of a line too.
+    r"""Escape text for Markdown, on one line, also in tables and at the start of a line.
 
-    No HTML, link, picture, formula, emphasis, heading or list comes of it, and no role or directive of MyST.
+    It becomes no HTML, link, image, formula, emphasis, heading or list, and no role or directive of MyST.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def escape_markdown(text: object) -> str:
 
 
 def inline_code(text: object) -> str:
-    """Return text as Markdown's inline code, on one line, whatever backticks it holds.
+    """Return text as inline code of Markdown, on one line, with any backticks.
 
     Examples
     --------
@@ -120,30 +120,30 @@ def inline_code(text: object) -> str:
 
 
 def fenced_code(code: str, language: str) -> str:
-    """Return code as a fenced block of Markdown, whatever backticks it holds."""
+    """Return code as a fenced block of Markdown, with any backticks."""
     fence = _fence(code, 3)
     return f"{fence}{language}\n{escape_control(code, lines=True).rstrip()}\n{fence}"
 
 
 def escape_html(text: object) -> str:
-    """Return text that HTML shows as it is, between tags and in quoted attributes."""
+    """Escape text for HTML, between tags and in quoted attributes."""
     return html.escape(escape_control(text))
 
 
 def escape_formula(value: object) -> object:
-    """Return a value as a table for spreadsheets holds it: text that would be a formula gets an apostrophe before it.
+    """Prefix text with an apostrophe if a spreadsheet would read it as a formula.
 
     Examples
     --------
     >>> from peka_lite._core.names import escape_formula
-    >>> escape_formula("=1+1"), escape_formula("-x;@y"), escape_formula("-0.5"), escape_formula(-0.5), escape_formula("HLA-A")
-    ("'=1+1", "'-x;'@y", '-0.5', -0.5, 'HLA-A')
+    >>> [escape_formula(value) for value in ("=1+1", "-x;@y", "-0.5", -0.5, "HLA-A")]
+    ["'=1+1", "'-x;'@y", '-0.5', -0.5, 'HLA-A']
     """
     return _FORMULA.sub(r"\1\2'", escape_control(value)) if isinstance(value, str) else value
 
 
 def write_spreadsheet_csv(table: pd.DataFrame, path: str | os.PathLike, *, index: bool) -> None:
-    """Write a table as CSV for spreadsheets, its text, index and columns as `escape_formula`; numbers stay as they are."""
+    """Write a table as CSV for spreadsheets, with `escape_formula` for its text, index and columns."""
     import pandas as pd
 
     texts = [column for column, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
@@ -154,7 +154,7 @@ def write_spreadsheet_csv(table: pd.DataFrame, path: str | os.PathLike, *, index
 
 
 def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a result table as CSV, names as they are: `read_metrics` gives back the same, and a report's CSV escapes.
+    """Write a result table as CSV with unescaped names, so that `read_metrics` returns the same table.
 
     Examples
     --------
@@ -164,20 +164,20 @@ def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
     >>> read_metrics("metrics.csv")["gene"].tolist()
     ['-x']
     """
-    returns = table["gene"].str.contains("\r", regex=False).any()  # which only quotes keep from ending a line
+    returns = table["gene"].str.contains("\r", regex=False).any()  # without quotes they would end the line
     text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
     write_file_atomically(path, text.encode())
 
 
 def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = None) -> pd.DataFrame:
-    """Read a run's ``metrics.csv``, its known columns; a gene that is called NA, nan or 1e5 keeps its name.
+    """Read the known columns of a run's ``metrics.csv``; genes named NA, nan or 1e5 keep their names.
 
     `within` is as in `file_inside`.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `file_inside`, and a ValueError for what is no such table.
+        As `file_inside`, and ValueError if it is not a table of results.
     """
     import pandas as pd
 
@@ -188,23 +188,22 @@ def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = 
             first = file.readline(2**16)
         columns = [name for name in next(csv.reader([first]), ()) if name in (*_NUMBERS, *_TEXTS)]
         if not first.endswith(("\n", "\r")) or len(set(columns)) < len(columns) or not {"fold", "gene"} <= {*columns}:
-            raise ValueError("its first line names fold, gene and pcc, each once")
+            raise ValueError("its first line must name fold, gene and pcc, each once")
         kinds = {name: _NUMBERS.get(name, str) for name in columns}
         table = pd.read_csv(path, usecols=columns, dtype=kinds, keep_default_na=False, na_values={"pcc": [""]})
     except (ValueError, csv.Error, OverflowError) as error:
-        raise ValueError(
-            f"{path} is no table of results ({' '.join(str(error).split())}); make the run again"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a table of results ({reason}); repeat the run") from None
     return table
 
 
 def _fence(text: str, least: int) -> str:
-    """Return more backticks than any row of them in a text has."""
-    return "`" * max(least, *(len(row) + 1 for row in re.findall("`+", text)), 0)
+    """Return `least` backticks, or more than any sequence of them in a text has."""
+    return "`" * max(least, *(len(ticks) + 1 for ticks in re.findall("`+", text)), 0)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'bone'?"``, or nothing where no known name is near.
+    """Return ``"; did you mean 'bone'?"``, or empty text if no known name is similar.
 
     Examples
     --------

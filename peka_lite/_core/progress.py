@@ -1,4 +1,4 @@
-"""What long work shows: its plan, bars in a terminal or a notebook, and elsewhere a plain line every half minute."""
+"""Report long work on stderr: bars in a terminal or a notebook, and elsewhere a plain line every half minute."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from peka_lite._core.names import escape_control
 EVERY = 30.0  # seconds between two lines
 
 _lock = threading.RLock()
-_open: list[Stage] = []  # stages that are being worked on, the outermost first
-_lines: tuple[threading.Thread, threading.Event] | None = None  # who prints, and what ends it
+_open: list[Stage] = []  # active stages, outermost first
+_lines: tuple[threading.Thread, threading.Event] | None = None  # the printing thread, and the event that ends it
 
 
 class Stage:
-    """A part of some work, named on stderr while it goes on.
+    """Show a part of some work on stderr while it runs.
 
-    Open inside a ``with`` block, or while a ``for`` goes through its items. It costs nothing where no stage around it
-    reports. One thread prints for all of them; it ends with the outermost stage that reports, whatever ends that.
+    Use it as a ``with`` block, or in a ``for`` loop over its items. It costs nothing if no outer stage reports. One
+    thread prints for all stages; it ends with the outermost stage that reports, also after an error.
 
     Parameters
     ----------
     text
-        What is done, or a function that says it.
+        Description of the work, or a function that returns it.
     items
-        What ``for`` goes through: lines say which of how many is being worked on.
+        Items of the ``for`` loop; lines show the number of the current one.
     total, done
-        Steps in all, and those that were done before, where `update` counts them.
+        Number of all steps, and of those already done, if `update` counts them.
     unit
-        What a step is called, with a blank before it.
+        Name of a step, with a leading blank.
     measure
-        Function that returns how many steps are done, where nothing counts them.
+        Function that returns the number of steps done, if nothing counts them.
     reports
-        Print a line every `EVERY` seconds, with all stages inside, unless bars are drawn (`draws_bars`); of several
-        processes of one run, in the first alone.
+        Print a line every `EVERY` seconds, with all inner stages, unless bars are drawn (`draws_bars`). Of several
+        processes of a run, only the first prints.
 
     Examples
     --------
@@ -85,24 +85,24 @@ class Stage:
                 self.update()
 
     def update(self, steps: int = 1) -> None:
-        """Take note of steps that are done."""
+        """Add to the number of steps done."""
         self.done += steps
         self.moved = time.monotonic()
 
     def close(self) -> None:
-        """End the stage, and the lines where no other reports."""
+        """End the stage, and the lines if no other stage reports."""
         with _lock:
             if self in _open:
                 _open.remove(self)
             ended = None if any(stage.reports for stage in _open) else _end_lines()
         if ended is not None and ended is not threading.current_thread():
-            ended.join(1)  # no longer: stderr may be a pipe that nobody reads
+            ended.join(1)  # no longer: stderr may be a pipe that is not read
 
     def set_postfix(self, **_) -> None:
-        """Do nothing: a bar shows these."""
+        """Do nothing; only a bar shows these."""
 
     def line(self) -> str:
-        """Return what a line says of this stage: what is done, of how many, and about how long the rest takes."""
+        """Return the line of this stage: steps done, of how many, and about how long the rest takes."""
         text = self.text() if callable(self.text) else self.text
         if self.total is None:
             return text
@@ -120,23 +120,23 @@ class Stage:
 def progress_bar(
     items: Iterable | None = None, *, desc: str, enabled: bool | None, total: int | None = None, **options
 ):
-    """Return tqdm's bar in a terminal or a notebook, elsewhere a `Stage` that reports; for a ``with`` block or a loop.
+    """Return tqdm's bar in a terminal or a notebook, elsewhere a reporting `Stage`; for a ``with`` block or a loop.
 
-    Parameters are tqdm's, and `enabled`: True, False (nothing is shown), or None (a bar in a terminal alone, elsewhere
-    a stage that other stages' lines name).
+    Parameters are tqdm's, and `enabled`: True, False (show nothing), or None (a bar only in a terminal, elsewhere a
+    stage that appears in the lines of others).
     """
     if enabled is not False and not draws_bars():
         done, unit = options.get("initial", 0), options.get("unit", "")
         return Stage(f"{desc}:", items, total=total, done=done, unit=unit, reports=bool(enabled))
     from tqdm.auto import tqdm
 
-    around = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
+    outer = [f"{stage.text} {stage.done + 1} of {stage.total}" for stage in _open if stage.items is not None]
     disable = _in_notebook() if enabled is None else not enabled  # a widget in a page's output needs the network
-    return tqdm(items, total=total, desc=escape_control(", ".join([*around, desc])), disable=disable, **options)
+    return tqdm(items, total=total, desc=escape_control(", ".join([*outer, desc])), disable=disable, **options)
 
 
 def print_line(text: str) -> None:
-    """Print a line on stderr where a stage reports; work goes on where nobody reads it any more."""
+    """Print a line on stderr if a stage reports; ignore a missing or closed stderr."""
     if any(stage.reports for stage in list(_open)):
         with suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
             sys.stderr.write(f"{escape_control(text)}\n")
@@ -144,7 +144,7 @@ def print_line(text: str) -> None:
 
 
 def draws_bars() -> bool:
-    """Return whether stderr can show a bar: a terminal, or a notebook's kernel."""
+    """Return whether stderr can show a bar: in a terminal or a notebook."""
     try:
         return sys.stderr.isatty() or _in_notebook()
     except (AttributeError, ValueError):  # no stderr, or a closed file
@@ -156,7 +156,7 @@ def _in_notebook() -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as a reader says it.
+    """Return a duration as text.
 
     Examples
     --------
@@ -192,6 +192,6 @@ def _end_lines() -> threading.Thread | None:
 
 def _print_lines(stop: threading.Event) -> None:
     while not stop.wait(EVERY):
-        if stages := list(_open):  # without the lock, which a process that forks now would hold for ever
+        if stages := list(_open):  # without the lock, which a process forked now would hold forever
             line = "; ".join(part for stage in stages if (part := stage.line()))
             print_line(f"[{format_duration(time.monotonic() - stages[0].begun)}] {line or 'at work'}")

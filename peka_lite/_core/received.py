@@ -1,4 +1,4 @@
-"""Files of a folder that others made: a received run, model or sweep shows what lies in it and nothing else."""
+"""Read files of received folders (runs, models, sweeps) without following links out of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from peka_lite._core._file_kinds import parse_json
 from peka_lite._core._yaml import read_yaml
 
-LONGEST = 4096  # letters of one text in a record: a path is no longer
+LONGEST = 4096  # characters of a text in a record; a path is no longer
 DEEPEST = 32  # nested lists and mappings of a record
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -18,26 +18,26 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 def file_inside(
     folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int | None = None
 ) -> Path:
-    """Return the path of a file of a folder, after a look that it is one and lies inside.
+    """Return the path of a file in a folder, after checking that it is a regular file inside.
 
     Parameters
     ----------
     folder
-        As the user gave it; it may be a link itself.
+        As given by the user; it may be a link.
     names
-        Of the file, or of the folders on the way to it and the file: plain names.
+        Plain names of the subfolders, if any, and of the file.
     within
         Folder that links may lead to; by default `folder`.
     largest
-        Bytes that it may have.
+        Most bytes that the file may have.
 
     Raises
     ------
     FileNotFoundError
-        Where nothing is there.
+        If nothing is there.
     ValueError
-        For a name that is no plain one, a link that leads out of `within`, what is no regular file (a pipe or a device
-        would hang whoever reads it), and a file that is too large.
+        For a name that is not plain, a link that leads out of `within`, a pipe or device (reading it would hang), and a
+        file that is too large.
 
     Examples
     --------
@@ -49,20 +49,20 @@ def file_inside(
     Traceback (most recent call last):
     ValueError: run/metrics.csv is a link that leads out of run; put the file itself there
     """
-    path, real = _located(folder, names, within)
-    about = real.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path} is no regular file; remove it, or put the file there")
-    if largest is not None and about.st_size > largest:
-        raise ValueError(f"{path}: {about.st_size:,} bytes are more than such a file holds ({largest:,})")
+    path, real = _resolve(folder, names, within)
+    status = real.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file; remove it, or put the file there")
+    if largest is not None and status.st_size > largest:
+        raise ValueError(f"{path}: has {status.st_size:,} bytes, more than are read (at most {largest:,})")
     return path
 
 
 def folder_inside(folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None) -> Path:
     """Return the path of a folder inside a folder; parameters and errors are those of `file_inside`."""
-    path, real = _located(folder, names, within)
+    path, real = _resolve(folder, names, within)
     if not real.is_dir():
-        raise ValueError(f"{path} is no folder")
+        raise ValueError(f"{path} is not a folder")
     return path
 
 
@@ -72,11 +72,11 @@ def read_json_inside(
     """Read a JSON file of a folder, after `file_inside` and `check_values`."""
     path = file_inside(folder, *names, within=within, largest=largest)
     try:
-        found = parse_json(path.read_text("utf-8"))
-        check_values(found)
+        value = parse_json(path.read_text("utf-8"))
+        check_values(value)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON that can be read here ({error})") from None
-    return found
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    return value
 
 
 def read_yaml_inside(
@@ -84,30 +84,30 @@ def read_yaml_inside(
 ):
     """Read a YAML file of a folder, after `file_inside` and `check_values`."""
     path = file_inside(folder, *names, within=within, largest=largest)
-    found = read_yaml(path, largest=largest)
+    value = read_yaml(path, largest=largest)
     try:
-        check_values(found)
+        check_values(value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return found
+    return value
 
 
 def check_name(name: object) -> str:
-    """Return a name of one file or folder; anything that could lead elsewhere is a ValueError."""
+    """Return a plain name of a file or folder; ValueError if it could lead to another folder."""
     if not isinstance(name, str) or not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
-        raise ValueError(f"{name!r} is no plain name: a file or folder is named without a slash, and not '..'")
+        raise ValueError(f"{name!r} is not a plain name: use a name without slashes, and not '..'")
     return name
 
 
 def check_values(value: object, *, deep: int = 0) -> None:
-    """Refuse what no record here holds: whole numbers of more than 64 bits, endless text, half letters, depth."""
+    """Check a value for large integers, long text, lone surrogates and deep nesting, which no record has."""
     if isinstance(value, str):
         if len(value) > LONGEST:
-            raise ValueError(f"a text of {len(value):,} letters; {LONGEST:,} are the most")
+            raise ValueError(f"a text has {len(value):,} characters; at most {LONGEST:,} are read")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"{value!r} holds half a letter (a lone surrogate)")
+            raise ValueError(f"{value!r} has a lone surrogate")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("a whole number of more than 64 bits")
+        raise ValueError("an integer has more than 64 bits")
     elif isinstance(value, dict | list):
         if deep == DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
@@ -115,25 +115,25 @@ def check_values(value: object, *, deep: int = 0) -> None:
             check_values(part, deep=deep + 1)
 
 
-def _located(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:
-    """Return the path and what it is once links are followed."""
-    path, around = Path(folder, *map(check_name, names)), Path(folder if within is None else within)
+def _resolve(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:
+    """Return a path, and its target after following links."""
+    path, allowed = Path(folder, *map(check_name, names)), Path(folder if within is None else within)
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # Python 3.11 has RuntimeError for links in a circle
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a loop of links
         if getattr(error, "errno", None) in _NOT_THERE:
             raise FileNotFoundError(f"{path}: no such file or folder") from None
         if isinstance(error, PermissionError):
             raise
-        raise ValueError(f"{path} is a link that leads nowhere; put the file itself there") from None
-    root = around.resolve()
-    if root.parent.name == "snapshots" and (blobs := root.parent.parent / "blobs").is_dir() and _lies_in(real, blobs):
+        raise ValueError(f"{path} is a broken link; put the file itself there") from None
+    root = allowed.resolve()
+    if root.parent.name == "snapshots" and (blobs := root.parent.parent / "blobs").is_dir() and _is_inside(real, blobs):
         return path, real  # Hugging Face's cache, where every file is a link to a blob of the same repository
-    if not _lies_in(real, root):
+    if not _is_inside(real, root):
         fix = "give that folder itself" if real.is_dir() else "put the file itself there"
-        raise ValueError(f"{path} is a link that leads out of {around}; {fix}")
+        raise ValueError(f"{path} is a link that leads out of {allowed}; {fix}")
     return path, real
 
 
-def _lies_in(real: Path, root: Path) -> bool:
+def _is_inside(real: Path, root: Path) -> bool:
     return real.is_relative_to(root.resolve())

@@ -324,7 +324,7 @@ def _read_weights(meta_model: nn.Module, spec: Backbone, path: Path) -> dict[str
         published = partial(is_published, spec.name) if spec.name in read_manifest() else None
         source = f"take the published file ({spec.source}), or " if spec.source else ""
         instead = f"{source}save the model's state_dict() where it was made"
-        state = read_torch_file(path, what="weights", instead=instead, published=published, also=OPTIONS)
+        state = read_torch_file(path, kind="weights", instead=instead, published=published, also=OPTIONS)
     for key in ("state_dict", "model"):  # keys of training scripts
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

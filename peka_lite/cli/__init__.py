@@ -1,1 +1,1 @@
-"""The command line `peka-lite`."""
+"""Provide the command line `peka-lite`."""

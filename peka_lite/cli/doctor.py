@@ -1,4 +1,4 @@
-"""Is this machine ready? One line a subject, and one fix where something is amiss."""
+"""Check whether this machine can run peka_lite: one line per subject, with a fix for each problem."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Literal
 
 from peka_lite._core.names import escape_control
 
-TORCH, PEFT = (2, 6), (0, 18)  # the oldest that pyproject.toml takes
+TORCH, PEFT = (2, 6), (0, 18)  # oldest versions that pyproject.toml allows
 PEFT_NAMES = ("AdaLoraConfig", "AdaLoraModel", "LoraConfig", "MissConfig", "inject_adapter_in_model")
-GATES_S = 10  # for all gated repositories together
+GATES_S = 10  # timeout for all gated repositories together
 
-_LOCK = "`pip install -r requirements.lock` in a checkout, or `make test`: it installs versions that fit together"
+_LOCK = "`pip install -r requirements.lock` in a checkout, or `make test`: both install compatible versions"
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found on one subject, in one line; `fix` says what to do and is None exactly where all is well.
+    """Store the result for one subject, in one line; `fix` is None if and only if the status is ``"ok"``.
 
-    Status ``"note"`` is for what the embedded cohort does without, ``"fail"`` for what has to be mended first.
+    Status ``"note"`` is for what the embedded cohort does not need, ``"fail"`` for what must be fixed first.
     """
 
     name: str
@@ -39,26 +39,26 @@ class Check:
 
 
 def doctor(*, online: bool = True) -> list[Check]:
-    """Check what peka_lite needs of this machine, one `Check` a subject, in a fixed order.
+    """Check this machine for what peka_lite needs, one `Check` per subject, in a fixed order.
 
-    Nothing is raised: a subject that cannot be checked is a ``"fail"`` that says why. A token is never shown.
+    Nothing is raised: a subject that cannot be checked is a ``"fail"`` with the reason. A token is never shown.
 
     Parameters
     ----------
     online
-        Ask the Hugging Face hub which gated repositories are open to this machine's token; `GATES_S` seconds at most.
+        Check on the Hugging Face hub which gated repositories the token can read, for at most `GATES_S` seconds.
     """
     subjects = {
         "python": _python, "torch": _torch, "gpu": _gpu, "precision": _precision, "peft": _peft, "disk": _disk,
         "token": _token, "gates": lambda: _gates(online=online), "artifacts": _artifacts,
     }  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the lines say it shorter
-        return [_checked(name, look) for name, look in subjects.items()]
+        warnings.simplefilter("ignore")  # the report is shorter
+        return [_run_check(name, look) for name, look in subjects.items()]
 
 
 def report(checks: Iterable[Check]) -> str:
-    """Render checks as `peka-lite doctor` prints them: a line each, its fix indented below.
+    """Return checks as `peka-lite doctor` prints them: one line each, its fix indented below.
 
     Examples
     --------
@@ -76,16 +76,16 @@ def report(checks: Iterable[Check]) -> str:
     )
 
 
-def _checked(name: str, look: Callable[[], tuple]) -> Check:
+def _run_check(name: str, look: Callable[[], tuple]) -> Check:
     try:
         return Check(name, *look())
     except Exception as error:
-        # A header that cannot be sent is quoted in its error, token and all.
-        why = type(error).__name__ if name in ("token", "gates") else _says(error)
-        return Check(name, "fail", f"could not be checked ({why})", "mend what is named here, then run this again")
+        # The error of an invalid header quotes the token.
+        why = type(error).__name__ if name in ("token", "gates") else _describe(error)
+        return Check(name, "fail", f"could not be checked ({why})", "fix this error, then run the command again")
 
 
-def _says(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
@@ -102,7 +102,7 @@ def _torch():
         import torch
         import torchvision
     except Exception as error:  # a torchvision of another torch raises RuntimeError
-        return "fail", f"torch and torchvision do not import together ({_says(error)})", _LOCK
+        return "fail", f"torch and torchvision do not import together ({_describe(error)})", _LOCK
     pair = f"{torch.__version__}, torchvision {torchvision.__version__}"
     if _release(torch.__version__) < TORCH:
         return "fail", f"{pair}; peka_lite needs torch {'.'.join(map(str, TORCH))} or newer", _LOCK
@@ -129,21 +129,21 @@ def _gpu():
 
 
 def _no_gpu(torch):
-    if not (listed := _cards_of_the_driver()):
+    if not (listed := _count_driver_gpus()):
         why = "no GPU: training runs on the CPU; fine for the mini cohort"
-        return "note", why, "for other cohorts take a machine with an NVIDIA GPU and its driver"
-    here = f"the driver lists {listed} NVIDIA GPU{'s' if listed > 1 else ''}"
+        return "note", why, "for other cohorts use a machine with an NVIDIA GPU and its driver"
+    driver = f"the driver lists {listed} NVIDIA GPU{'s' if listed > 1 else ''}"
     if torch.version.cuda is None:
-        return "fail", f"{here}, but torch {torch.__version__} is built without CUDA", _LOCK
+        return "fail", f"{driver}, but torch {torch.__version__} is built without CUDA", _LOCK
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        why = f"{here}, but torch sees none under CUDA_VISIBLE_DEVICES={visible!r}: training runs on the CPU"
+        why = f"{driver}, but torch finds none under CUDA_VISIBLE_DEVICES={visible!r}: training runs on the CPU"
         return "note", why, "unset CUDA_VISIBLE_DEVICES"
     fix = f"update the driver to one for CUDA {torch.version.cuda}, or install a torch built for an older CUDA"
-    return "fail", f"{here}, but torch, built for CUDA {torch.version.cuda}, can use none", fix
+    return "fail", f"{driver}, but torch, built for CUDA {torch.version.cuda}, can use none", fix
 
 
-def _cards_of_the_driver() -> int:
-    # Login nodes have nvidia-smi and no card, so it is run and not just looked for.
+def _count_driver_gpus() -> int:
+    # Login nodes have nvidia-smi but no GPU, so that it must be run.
     if (program := shutil.which("nvidia-smi")) is None:
         return 0
     listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10).stdout
@@ -151,12 +151,12 @@ def _cards_of_the_driver() -> int:
 
 
 def _runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
-    # CUDA's rule: a binary runs on its major architecture from its minor one on, PTX on anything not older; with an
-    # "a" (sm_90a) both run on that one alone.
-    for kind, major, minor, alone in re.findall(r"\b(sm|compute)_(\d+)(\d)(a?)\b", " ".join(built)):
-        made = (int(major), int(minor))
-        older = made < capability and (kind == "compute" or made[0] == capability[0])
-        if made == capability or (older and not alone):
+    # CUDA's rule: a binary runs on its major architecture from its minor version on, PTX on any newer architecture;
+    # with an "a" (sm_90a) both run on that one only.
+    for kind, major, minor, only in re.findall(r"\b(sm|compute)_(\d+)(\d)(a?)\b", " ".join(built)):
+        target = (int(major), int(minor))
+        older = target < capability and (kind == "compute" or target[0] == capability[0])
+        if target == capability or (older and not only):
             return True
     return False
 
@@ -167,15 +167,15 @@ def _precision():
     device = default_device()
     name = str(compute_dtype(device)).removeprefix("torch.")
     if device == "cpu":
-        return "ok", f"{name} on the CPU; bfloat16 is used on GPUs alone"
+        return "ok", f"{name} on the CPU; bfloat16 is used on GPUs only"
     return "ok", f"{name} on the GPU" + ("; bfloat16 starts at compute capability 8.0" if name == "float16" else "")
 
 
 def _peft():
     try:
         import peft
-    except Exception as error:  # made for another torch or transformers, it can raise anything
-        return "fail", f"does not import ({_says(error)})", _LOCK
+    except Exception as error:  # a build for another torch or transformers can raise any error
+        return "fail", f"does not import ({_describe(error)})", _LOCK
     if _release(peft.__version__) < PEFT:
         return "fail", f"{peft.__version__}; peka_lite needs {'.'.join(map(str, PEFT))} or newer", _LOCK
     if missing := [name for name in PEFT_NAMES if not hasattr(peft, name)]:
@@ -200,7 +200,7 @@ def _token():
     from huggingface_hub import get_token
 
     if get_token():
-        return "ok", "a Hugging Face token is here (not shown)"
+        return "ok", "a Hugging Face token is set (not shown)"
     return "note", "no Hugging Face token: nothing gated can be fetched", _LOG_IN
 
 
@@ -210,34 +210,34 @@ def _gates(*, online: bool):
     from peka_lite.data._choices import ACCESS
     from peka_lite.data.download import read_manifest
 
-    asked = [artifact for artifact in read_manifest().values() if artifact.repo and artifact.gate]
+    artifacts = [artifact for artifact in read_manifest().values() if artifact.repo and artifact.gate]
     gated = {
-        (a.repo, a.repo_type): f"{a.gate} ({ACCESS.get(a.access, 'how long that takes is not known')})" for a in asked
+        (a.repo, a.repo_type): f"{a.gate} ({ACCESS.get(a.access, 'how long that takes is unknown')})" for a in artifacts
     }
     if not get_token():
         pages = ", ".join(gated.values())
-        return "note", f"{len(gated)} gated repositories, none open without a token", f"ask on {pages}; then {_LOG_IN}"
+        return "note", f"{len(gated)} gated repositories, none open without token", f"apply on {pages}; then {_LOG_IN}"
     if not online:
-        return "note", f"{len(gated)} gated repositories, not asked about", "run `peka-lite doctor` without --offline"
+        return "note", f"{len(gated)} gated repositories, not checked", "run `peka-lite doctor` without --offline"
     answers: dict[str, list] = {}
-    for repository, answer in _ask_the_hub(gated).items():
+    for repository, answer in _check_gates(gated).items():
         answers.setdefault(answer, []).append(repository)
     line = "; ".join(f"{answer}: {', '.join(repo for repo, _ in these)}" for answer, these in answers.items())
     if "token refused" in answers:
-        return "fail", line, f"this token is not valid (any more): {_LOG_IN}"
+        return "fail", line, f"this token is not valid: {_LOG_IN}"
     if "closed" in answers:
         pages = ", ".join(gated[repository] for repository in answers["closed"])
-        return "note", line, f"ask on {pages}; a fine-grained token must also be allowed to read gated repositories"
+        return "note", line, f"apply on {pages}; a fine-grained token must also be allowed to read gated repositories"
     return ("note", line, "go online, then run this again") if answers.keys() - {"open"} else ("ok", line)
 
 
-def _ask_the_hub(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def _check_gates(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     from huggingface_hub import auth_check
     from huggingface_hub.errors import GatedRepoError
 
     answers = {}
 
-    def ask(repo: str, kind: str) -> None:
+    def check(repo: str, kind: str) -> None:
         try:
             auth_check(repo, repo_type=kind)
             answers[repo, kind] = "open"
@@ -245,11 +245,11 @@ def _ask_the_hub(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str
             answers[repo, kind] = "closed"
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            said = {401: "token refused", 403: "closed", 404: "closed"}.get(status)
-            answers[repo, kind] = said or f"could not be asked ({type(error).__name__})"
+            answer = {401: "token refused", 403: "closed", 404: "closed"}.get(status)
+            answers[repo, kind] = answer or f"could not be checked ({type(error).__name__})"
 
-    # Daemons, since auth_check has no time limit: a request that hangs must not hold up the exit.
-    threads = [threading.Thread(target=ask, args=repository, daemon=True) for repository in repositories]
+    # Daemon threads: auth_check has no timeout, and a request that hangs must not delay the exit.
+    threads = [threading.Thread(target=check, args=repository, daemon=True) for repository in repositories]
     for thread in threads:
         thread.start()
     until = time.monotonic() + GATES_S
@@ -265,13 +265,13 @@ def _artifacts():
     from peka_lite.data.download import cache_dir, find_fetched, read_manifest
 
     names = list(read_manifest())
-    here = [name for name in names if find_fetched(name) is not None]
-    line = f"{len(here)} of {len(names)} fetched: {', '.join(here) or 'the default pages need none'}"
+    fetched = [name for name in names if find_fetched(name) is not None]
+    line = f"{len(fetched)} of {len(names)} fetched: {', '.join(fetched) or 'the default pages need none'}"
     line += f"; in the package: {', '.join(row.name for row in BACKBONES.values() if find_packaged(row))}"
     if begun := sorted(folder.parent.name for folder in cache_dir().glob(f"*/*/{PARTIAL}")):
-        return "note", f"{line}; broken off: {', '.join(begun)}", f"`peka-lite fetch {begun[0]}` goes on with it"
-    if not here:
-        return "note", line, "`peka-lite fetch NAME`; without a name it lists what there is"
+        return "note", f"{line}; incomplete: {', '.join(begun)}", f"`peka-lite fetch {begun[0]}` resumes it"
+    if not fetched:
+        return "note", line, "`peka-lite fetch NAME`; without a name it lists all"
     return "ok", line
 
 

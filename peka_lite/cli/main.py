@@ -1,4 +1,4 @@
-"""The `peka-lite` command: parses, calls, prints."""
+"""Run the `peka-lite` command: parse its options, call the library and print results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.progress import Stage
 from peka_lite.cli.options import parser
 
-LONGEST = 4000  # letters of a message; a received name may have any number
+LONGEST = 4000  # characters of a message; a received name may be longer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status. Bad input is one line on stderr and status 2."""
+    """Run the command and return its exit status; invalid input is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser(command=next(iter(argv), None)).parse_args(argv))
     name = options.pop("command")
@@ -31,43 +31,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_signals():
         try:
             with warnings.catch_warnings(), Stage(name, reports=True):
-                _print_warnings_plainly()
+                _shorten_warnings()
                 status = command(**options)
                 if sys.stdout is not None:
-                    sys.stdout.flush()  # here, where a full disk is still said
+                    sys.stdout.flush()  # here, so that a full disk is reported
                 return status
         except KeyboardInterrupt as stop:
-            _complain("stopped; what was finished is kept, and the same command goes on")
+            _print_error("stopped; finished parts are stored, and the same command resumes")
             return 128 + getattr(stop, "number", signal.SIGINT)
         except Exception as error:
             full = as_full_disk(error)
             if full is None and not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
                 raise
-            _complain(full or error)
+            _print_error(full or error)
             return 2
 
 
-def _complain(what: object) -> None:
-    with suppress(OSError):  # of a terminal that was closed
-        print(f"peka-lite: {short_name(str(what).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
+def _print_error(message: object) -> None:
+    with suppress(OSError):  # the terminal was closed
+        print(f"peka-lite: {short_name(str(message).strip(), longest=LONGEST)}", file=sys.stderr, flush=True)
 
 
-def _print_warnings_plainly() -> None:
-    """Print each `UserWarning` as a line, without its place in the source; others stay as they are."""
+def _shorten_warnings() -> None:
+    """Print each `UserWarning` as one line, without its source location; others are unchanged."""
     show = warnings.showwarning
 
-    def plainly(message, category, *place, **options):
+    def show_short(message, category, *place, **options):
         if category is UserWarning:
             print(f"peka-lite: {escape_control(message)}", file=sys.stderr)
         else:
             plain = escape_control(message, lines=True)
             show(message if plain == str(message) else plain, category, *place, **options)
 
-    warnings.showwarning = plainly
+    warnings.showwarning = show_short
 
 
-def _say(*lines: object) -> None:
-    """Print lines of a result; what a terminal obeys is an escape in them (`escape_control`), for names may be received."""
+def _echo(*lines: object) -> None:
+    """Print lines of a result, with control characters escaped, since names may be received."""
     for line in lines:
         print(escape_control(line))
 
@@ -75,13 +75,13 @@ def _say(*lines: object) -> None:
 def _run(*, out: str, maps: bool, **options) -> int:
     from peka_lite.experiments.config import RunConfig
 
-    config = RunConfig(**options)  # before PyTorch is imported, so that a wrong setting is refused at once
+    config = RunConfig(**options)  # before PyTorch is imported, so that an invalid setting is refused at once
     from peka_lite.experiments.run import run
 
     summary = run(config, out, maps=maps, progress=True)
-    if not summary:  # another process than the first
+    if not summary:  # not the first process
         return 0
-    _say(
+    _echo(
         f"{summary['method']}, features {summary['features']}, on {summary['backbone']} ({summary['weights']}), "
         f"protocol {summary['protocol']}, {summary['split']} split, {summary['n_folds']} folds: "
         f"mean PCC {summary['mean_pcc']:.3f} "
@@ -98,13 +98,13 @@ def _train(*, out: str, fold: int | None, **options) -> int:
 
     summary = train(config, out, fold=fold, progress=True)
     if summary:
-        how = "frozen" if config.method == "none" else f"taught by {config.method}, epochs: {config.epochs}"
+        how = "frozen" if config.method == "none" else f"adapted by {config.method}, epochs: {config.epochs}"
         drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
-        _say(
+        _echo(
             f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "
             f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}",
             f"next: peka-lite predict SLIDE --model {shlex.quote(out)} --out genes.h5ad; "
-            "`peka-lite run` says how well it predicts",
+            "`peka-lite run` measures how well it predicts",
         )
     return 0
 
@@ -116,7 +116,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
     from peka_lite.experiments.model import load_trained
 
     if (model is None) == (backbone is None):
-        raise ValueError("give --model, a folder of `run` or `train`, or --backbone for a frozen student: one of them")
+        raise ValueError("give either --model, a folder of `run` or `train`, or --backbone for a frozen student")
     if model is None and fold is not None:
         raise ValueError("--fold names a model of --model; a frozen student has none")
     if model is not None:
@@ -127,7 +127,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
     spots = open_cohort(cohort, slides=slides, min_genes=min_genes)
     options = {"batch_size": batch_size, "device": device, "progress": True}
     features = write_features(spots, out, student, source=source, **options)
-    _say(f"{features.n_obs} spots, {features.n_vars} features; {out}")
+    _echo(f"{features.n_obs} spots, {features.n_vars} features; {out}")
     return 0
 
 
@@ -136,14 +136,15 @@ def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.probe._ranges import describe_outside
 
     predicted = predict_from(model, slide, out, progress=True, **options)
-    told = predicted.uns["peka_lite"]
-    where, fold = "spots", told["model"]["fold"]
-    if "min_tissue" in told:  # an image, not a slide with spots
-        um, share = told["tile_px"] * told["tile_mpp"], told["min_tissue"]
-        where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {told['mpp'].mean():.3g} um"
-    model = told["model"]["folder"] + ("" if fold == "all" else f", {fold}")
-    _say(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
-    _say(describe_outside(predicted))
+    settings = predicted.uns["peka_lite"]
+    where, fold = "spots", settings["model"]["fold"]
+    if "min_tissue" in settings:  # an image, not a slide with spots
+        um, share = settings["tile_px"] * settings["tile_mpp"], settings["min_tissue"]
+        mpp = settings["mpp"].mean()
+        where = f"tiles of {um:g} um, each at least {share:.0%} tissue, from pixels of {mpp:.3g} um"
+    model = settings["model"]["folder"] + ("" if fold == "all" else f", {fold}")
+    _echo(f"{out}: {predicted.n_vars} genes at {predicted.n_obs} {where}, by model {model}")
+    _echo(describe_outside(predicted))
     return 0
 
 
@@ -151,7 +152,7 @@ def _map(*, predictions: str, gene: str | None, out: str) -> int:
     from peka_lite.maps.tissue import save_predicted_map
 
     drawn, remarks = save_predicted_map(predictions, out, gene=gene)
-    _say(f"{out}: {drawn}; for another gene of {predictions} there is --gene", *remarks)
+    _echo(f"{out}: {drawn}; use --gene for another gene of {predictions}", *remarks)
     return 0
 
 
@@ -159,15 +160,15 @@ def _add(*, counts: str, image: str, cohort: str, slide_id: str, **options) -> i
     from peka_lite.data._space_ranger import read_counts
     from peka_lite.data.visium import add_slide, describe_next_step
 
-    _say(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
-    _say(describe_next_step(cohort))
+    _echo(add_slide(cohort, slide_id, read_counts(counts), image, progress=True, **options))
+    _echo(describe_next_step(cohort))
     return 0
 
 
 def _export(*, model: str, out: str, fold: int | None, weights: str | None) -> int:
     from peka_lite.experiments.export import export
 
-    _say(export(model, out, fold=fold, weights=weights))
+    _echo(export(model, out, fold=fold, weights=weights))
     return 0
 
 
@@ -176,24 +177,24 @@ def _sweep(*, sweep: str | None, out: str | None, fixed: list, dry_run: bool, **
 
     if sweep is None:
         for name, title in ready_sweeps().items():
-            _say(f"{name:<12}{title}")
+            _echo(f"{name:<12}{title}")
         return 0
     if len({name for name, _ in fixed}) < len(fixed):
         raise ValueError("-p: a parameter is given twice")
-    asked = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
-    out = out or f"sweeps/{asked.name}"
+    definition = read_sweep(sweep, fixed={name: read_value(text) for name, text in fixed})
+    out = out or f"sweeps/{definition.name}"
     if dry_run:
         from peka_lite.experiments.sweeps.points import plan_sweep
 
-        _say(*plan_sweep(asked, out).split("\n"))
+        _echo(*plan_sweep(definition, out).split("\n"))
         return 0
     from peka_lite.experiments.sweeps.run import run_sweep
     from peka_lite.reports.page import write_report
 
-    states = run_sweep(asked, out, **options)
+    states = run_sweep(definition, out, **options)
     if (states["state"] == "done").any():
         write_report([out], f"{out}/report", replace=True)
-        _say(f"{out}/report/report.md")
+        _echo(f"{out}/report/report.md")
     return int((states["state"] != "done").any())
 
 
@@ -202,9 +203,9 @@ def _fetch(*, name: str | None, root: str | None) -> int:
 
     if name is None:
         for entry in read_manifest().values():
-            _say(f"{entry.name:<20}{entry.kind:<12}{'fetched' if find_fetched(entry.name) else '':<9}{entry.title}")
+            _echo(f"{entry.name:<20}{entry.kind:<12}{'fetched' if find_fetched(entry.name) else '':<9}{entry.title}")
         return 0
-    _say(fetch(name, root=root))
+    _echo(fetch(name, root=root))
     return 0
 
 
@@ -212,7 +213,7 @@ def _doctor(*, offline: bool) -> int:
     from peka_lite.cli.doctor import doctor, report
 
     checks = doctor(online=not offline)
-    _say(*report(checks).split("\n"))
+    _echo(*report(checks).split("\n"))
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -220,7 +221,7 @@ def _report(*, runs: list[str], out: str) -> int:
     from peka_lite.reports.page import write_report
 
     write_report(runs, out)
-    _say(f"{out}/report.md")
+    _echo(f"{out}/report.md")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the `peka-lite` command takes: its commands, their options and what is said of them."""
+"""Define the commands of `peka-lite`, their options and their help texts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _HELP = {
     "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
     "slides": "comma-separated slide ids; all by default",
     "patients": "CSV file with columns id,patient, where nothing else names them",
-    "protocol": "paper (its released code's folds), hest or strict: split, normalization, alpha, what sees which rows",
+    "protocol": "paper (its released code's folds), hest or strict: split, normalization, alpha, and rows of each fit",
     "features": "student, frozen+student, projector, or a control: teacher, color, coordinates, depth",
     "teacher": "pca, scfoundation or scfoundation-mini (small, in the package)",
     "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
     "teacher_genes": "its gene list; the one beside the checkpoint or the fetched one by default",
     "teacher_mapping": "HGNC's complete set, for Ensembl ids and aliases",
-    "backbone": "mini, uni, h-optimus-0, ... (see the book), or the YAML file of your own",
+    "backbone": "mini, uni, h-optimus-0, ... (see the book), or the YAML file of a custom one",
     "method": "none, bone, lora, adalora or miss",
     "split": "patient (by default), slide or spot",
     "weights": "hub (the published ones; those of mini are in the package), a weights file, or random",
-    "r": "block size or rank; the backbone's own by default",
+    "r": "block size or rank; the backbone's by default",
     "layers": "attention layer that gets adapters: qkv or proj",
     "label_method": "knn-leiden or kmeans",
     "resolution": "of knn-leiden (1.0)",
@@ -34,15 +34,15 @@ _HELP = {
     "epochs": "passes over the training tiles",
     "batch_size": "tiles a step",
     "lr": "Adam's learning rate",
-    "augment": "mirror and turn the tiles at random",
+    "augment": "mirror and rotate the tiles at random",
     "micro_batch": "tiles at once on a device, for less memory; the whole batch by default",
     "recompute": "recompute activations for their gradients: far less memory, a third more time",
     "compile": "use torch.compile where it works",
-    "shuffle_teacher": "control: teach each tile with another spot's expression",
+    "shuffle_teacher": "control: train each tile with another spot's expression",
     "train_share": "share of the training spots to use (0 to 1)",
     "normalization": "log1p-cp10k (by default) or log1p",
     "n_genes": "how many highly variable genes are predicted",
-    "alpha": "the probe's ridge penalty: hest (HEST-bench's formula, by default), inner (on inner folds) or a number",
+    "alpha": "probe's regularization strength: hest (HEST-bench's formula, by default), inner (on folds) or a number",
     "n_splits": "folds",
     "seed": "of every random choice",
     "min_genes": "fewest expressed genes of a spot",
@@ -59,41 +59,41 @@ _TYPES = {
 
 
 def parser(*, command: str | None = None) -> argparse.ArgumentParser:
-    """Build the command-line parser; only for ``"run"`` and ``"train"`` with the options that `RunConfig` gives them.
+    """Build the command-line parser; only ``"run"`` and ``"train"`` get the options of `RunConfig`.
 
-    The others must do where an install is broken, so PyTorch is not imported for them.
+    PyTorch is not imported for the others, which must work in a broken install.
     """
-    top = _Parser("peka-lite", description="Teach a pathology model to predict gene expression.")
+    top = _Parser("peka-lite", description="Train a pathology model to predict gene expression.")
     top.add_argument("--version", action="version", version=f"peka-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add(name: str, words: str, **options) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=words, allow_abbrev=False, **options)
+    def add(name: str, title: str, **options) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=title, allow_abbrev=False, **options)
 
     run = add("run", "one experiment, from a cohort to a PCC table and maps", formatter_class=_Formatter)
     run.add_argument("--no-maps", dest="maps", action="store_false", help="draw no maps")
-    train = add("train", "its first half alone: a student and a probe to keep", formatter_class=_Formatter)
-    train.add_argument("--fold", type=int, help="leave this fold's test spots out; none by default", metavar="N")
+    train = add("train", "the first half of `run`: train a student and a probe", formatter_class=_Formatter)
+    train.add_argument("--fold", type=int, help="hold out the test spots of this fold; none by default", metavar="N")
     for experiment in (run, train):
         if experiment.prog.endswith(f" {command}"):
             _add_settings(experiment)
         experiment.add_argument("--out", required=True, help="folder to make", metavar="DIR")
 
-    embed = add("embed", "its second half: a student's features of every spot of a cohort")
+    embed = add("embed", "features of every spot of a cohort by a student")
     embed.add_argument("--cohort", required=True, help=_HELP["cohort"], metavar="VALUE")
     embed.add_argument("--slides", type=_slide_ids, help=_HELP["slides"], metavar="VALUE")
     embed.add_argument("--backbone", help="a frozen student, where no --model is given", metavar="NAME")
     embed.add_argument("--min-genes", type=int, default=200, help=_HELP["min_genes"] + " (200)", metavar="N")
     predict = add("predict", "genes over a whole-slide image, or at the spots of a HEST slide")
     predict.add_argument("slide", help="image file, or id of a slide of --cohort", metavar="SLIDE")
-    predict.add_argument("--cohort", help="where a slide id is looked up; the run's cohort by default", metavar="VALUE")
-    predict.add_argument("--mpp", type=float, help="microns per pixel, where the file does not say", metavar="UM")
+    predict.add_argument("--cohort", help="cohort of a slide id; the run's by default", metavar="VALUE")
+    predict.add_argument("--mpp", type=float, help="microns per pixel, if the file does not have them", metavar="UM")
     predict.add_argument("--min-tissue", type=float, default=0.5, help="least share of tissue in a tile (0.5)",
                          metavar="SHARE")  # fmt: skip
-    by_default = {embed: "all, or fold 0", predict: "the one that left the slide out, all, or fold 0"}
+    by_default = {embed: "all, or fold 0", predict: "the one that held out the slide, all, or fold 0"}
     for user in (embed, predict):
         user.add_argument("--model", required=user is predict, help="folder of `run` or `train`", metavar="RUN")
-        user.add_argument("--fold", type=int, help=f"whose model; {by_default[user]} by default", metavar="N")
+        user.add_argument("--fold", type=int, help=f"fold of the model; {by_default[user]} by default", metavar="N")
         user.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
         user.add_argument("--batch-size", type=int, default=64, help="tiles at once (64)", metavar="N")
         user.add_argument("--device", help=_HELP["device"], metavar="VALUE")
@@ -104,45 +104,45 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     picture.add_argument(
         "--gene",
         metavar="NAME",
-        help="which; by default, of those that vary on this slide, the best predicted or else the most varied",
+        help="gene to draw; by default the best predicted of those that vary on this slide, or else the most variable",
     )
     picture.add_argument("--out", required=True, help="picture to write: .png, .svg or .pdf", metavar="FILE")
 
-    own = add("add", "a slide of your own, with counts, into a cohort's folder")
-    own.add_argument("counts", help="Space Ranger's outs folder, or an .h5ad of counts", metavar="OUTS")
-    own.add_argument("--image", required=True, help="the full-resolution image that belongs to it", metavar="FILE")
-    own.add_argument("--cohort", required=True, help="folder to add it to, made where it is missing", metavar="DIR")
-    own.add_argument("--id", required=True, dest="slide_id", help="the slide's name in it", metavar="NAME")
-    own.add_argument("--patient", help="who the tissue came from; unknown by default", metavar="NAME")
-    said = "microns per pixel of the image, or visium: from its spots; by default what the file says"
-    own.add_argument("--mpp", type=_mpp, help=said, metavar="UM")
-    own.add_argument("--technology", default="Visium", help="Visium by default", metavar="NAME")
+    add_slide = add("add", "add a user's slide, with counts, to a cohort's folder")
+    add_slide.add_argument("counts", help="Space Ranger's outs folder, or an .h5ad of counts", metavar="OUTS")
+    add_slide.add_argument("--image", required=True, help="the full-resolution image of the slide", metavar="FILE")
+    add_slide.add_argument("--cohort", required=True, help="folder to add it to, created if missing", metavar="DIR")
+    add_slide.add_argument("--id", required=True, dest="slide_id", help="the slide's name in it", metavar="NAME")
+    add_slide.add_argument("--patient", help="patient of the tissue; unknown by default", metavar="NAME")
+    help_mpp = "microns per pixel of the image, or visium: from its spots; by default from the file"
+    add_slide.add_argument("--mpp", type=_mpp, help=help_mpp, metavar="UM")
+    add_slide.add_argument("--technology", default="Visium", help="Visium by default", metavar="NAME")
 
     export = add("export", "merged weights that timm loads, with a model card")
     export.add_argument("model", help="folder of `run` or `train`", metavar="RUN")
-    export.add_argument("--fold", type=int, help="whose model; all, or fold 0 by default", metavar="N")
+    export.add_argument("--fold", type=int, help="fold of the model; all, or fold 0 by default", metavar="N")
     export.add_argument("--weights", help="where the frozen weights are now: hub, a file, or random", metavar="VALUE")
     export.add_argument("--out", required=True, help="folder to make", metavar="DIR")
 
-    sweep = add("sweep", "many runs from one file: a grid, and the tables that come of it")
+    sweep = add("sweep", "many runs from one file: a grid, and tables of the results")
     sweep.add_argument(
-        "sweep", nargs="?", help="YAML file, or a sweep that is ready; without it, those", metavar="SWEEP"
+        "sweep", nargs="?", help="YAML file, or name of a ready sweep; lists those if omitted", metavar="SWEEP"
     )
     sweep.add_argument("--out", help="the sweep's folder (sweeps/NAME); its report is in it", metavar="DIR")
     sweep.add_argument("-p", dest="fixed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                       help="a parameter of every point, over the file's")  # fmt: skip
-    sweep.add_argument("--workers", type=int, help="points at once; by default what GPUs or cores allow", metavar="N")
+                       help="a parameter of every point, instead of the file's")  # fmt: skip
+    sweep.add_argument("--workers", type=int, help="points at once; by default limited by GPUs or cores", metavar="N")
     sweep.add_argument("--scheduler", help="a Dask scheduler, to use its workers", metavar="ADDRESS")
-    sweep.add_argument("--retry", type=int, default=0, help="tries more for what fails (0)", metavar="N")
-    sweep.add_argument("--dry-run", action="store_true", help="say what would run, and how long it took last time")
+    sweep.add_argument("--retry", type=int, default=0, help="further attempts for failed points (0)", metavar="N")
+    sweep.add_argument("--dry-run", action="store_true", help="print what would run, and how long it took last time")
     tables = add("report", "tables and figures from run folders, the paper's values beside them")
     tables.add_argument("runs", nargs="+", help="run folders, or folders of run folders", metavar="RUN")
     tables.add_argument("--out", default="report", help="folder to make (report)", metavar="DIR")
     get = add("fetch", "get a cohort, a checkpoint or a gene list")
-    get.add_argument("name", nargs="?", help="what to fetch; without a name, what there is", metavar="NAME")
+    get.add_argument("name", nargs="?", help="what to fetch; lists all names if omitted", metavar="NAME")
     get.add_argument("--root", help="folder to put it in; the cache by default", metavar="DIR")
-    check = add("doctor", "check this machine, one line and one fix each")
-    check.add_argument("--offline", action="store_true", help="do not ask the hub about gated models")
+    check = add("doctor", "check this machine: one line per subject, with a fix")
+    check.add_argument("--offline", action="store_true", help="do not check gated models on the hub")
     return top
 
 
@@ -160,7 +160,7 @@ def _add_settings(experiment: argparse.ArgumentParser) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        super().error(escape_control(message))  # which repeats what was given, names of a shell's pattern too
+        super().error(escape_control(message))  # the message repeats the arguments, which may be file names
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

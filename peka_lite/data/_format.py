@@ -57,7 +57,7 @@ def read_h5ad(path: Path) -> ad.AnnData:
     try:
         return read_anndata(path, **PARTS, as_csr=True)
     except Hdf5Error as error:
-        raise HestFormatError(error.path, error.what, error.fix) from error
+        raise HestFormatError(error.path, error.problem, error.fix) from error
 
 
 def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts") -> ad.AnnData:
@@ -109,7 +109,7 @@ def check_sparse(matrix, path) -> None:
         try:
             check_compressed(matrix.data, matrix.indices, matrix.indptr, shape, path, "X")
         except Hdf5Error as error:
-            raise HestFormatError(path, error.what, "Read the counts again") from None
+            raise HestFormatError(path, error.problem, "Read the counts again") from None
 
 
 def read_tile_barcodes(path: Path) -> pd.Index:
@@ -127,7 +127,7 @@ def read_tile_barcodes(path: Path) -> pd.Index:
             check_sizes(path, [file[key]])
             barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
     except Hdf5Error as error:
-        raise HestFormatError(error.path, error.what, error.fix) from None
+        raise HestFormatError(error.path, error.problem, error.fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HestFormatError(path, f"cannot be read as HDF5 ({error})", "Download the file again") from None
     if not len(barcodes):

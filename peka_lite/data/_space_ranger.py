@@ -83,7 +83,7 @@ def _read_matrix(outs: Path) -> ad.AnnData:
             X, barcodes, features = _read_hdf5(path)
         except Hdf5Error as error:
             raise HestFormatError(
-                path, f"cannot be read as Space Ranger's matrix ({error.what})", "Take the one from its outs folder"
+                path, f"cannot be read as Space Ranger's matrix ({error.problem})", "Take the one from its outs folder"
             ) from None
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise HestFormatError(

@@ -146,7 +146,7 @@ def _embed(teacher, cohort, rows, folder, device, progress) -> None:
 
 def _store(folder: Path, arrays: dict[str, np.ndarray], record: dict) -> None:
     """Write a folder atomically; if another process has written it first, keep that one."""
-    work = partial_path(folder, held=False)
+    work = partial_path(folder, locked=False)
     work.mkdir()
     try:
         for name, array in arrays.items():

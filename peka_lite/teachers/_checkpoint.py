@@ -42,7 +42,7 @@ def _read_entry(path: Path, key: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: checkpoint not found; run `peka-lite fetch scfoundation`")
     instead = "take the published file (`peka-lite fetch scfoundation`), or save tensors and plain values only"
-    file = read_torch_file(path, what="a checkpoint", instead=instead, published=partial(is_published, "scfoundation"))
+    file = read_torch_file(path, kind="a checkpoint", instead=instead, published=partial(is_published, "scfoundation"))
     if not isinstance(file, dict) or key not in file:
         content = ", ".join(map(str, file)) if isinstance(file, dict) else type(file).__name__
         raise ValueError(f"{path}: no entry {key!r}; it has {content}")

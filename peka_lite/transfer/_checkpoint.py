@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, histor
 def restore_checkpoint(path: Path, model, optimizer, scaler, settings: dict) -> list[dict]:
     """Restore a checkpoint and return its history; raise a ValueError if the settings differ."""
     device, remove = next(model.parameters()).device, "remove it to start over"
-    state = read_torch_file(path, what="a checkpoint of training", instead=remove, device=device, mmap=False)
+    state = read_torch_file(path, kind="a checkpoint of training", instead=remove, device=device, mmap=False)
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Received HDF5 files: nothing of another file comes in, nothing hangs, crashes or fills memory; the rest is read."""
+"""Read received HDF5 files without data of other files, hangs, crashes or excessive memory."""
 
 import gzip
 import json
@@ -17,10 +17,8 @@ from test_hest import write_slide
 from test_predict import MeanColor
 from test_visium import picture, sample, save, write_outs
 
-from peka_lite.data._space_ranger import read_counts
-from peka_lite.data.hest import read_slide
-from peka_lite.data.visium import add_slide
-from peka_lite.experiments.predict import predict_spots
+from peka_lite.data import add_slide, read_counts, read_slide
+from peka_lite.experiments import predict_spots
 
 SECRET = np.frombuffer(b"the user's own key\n" * 40, "u1")
 H5AD, PATCHES = "st/S1.h5ad", "patches/S1.h5"
@@ -55,63 +53,63 @@ def draw(path):
     save_predicted_map(path, path + ".png")
 
 for line in sys.stdin:
-    how, path = json.loads(line)
-    ours, theirs = os.pipe()
+    name, path = json.loads(line)
+    reader, writer = os.pipe()
     if not (child := os.fork()):
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2**31,) * 2)
         signal.alarm(20)
         try:
-            globals()[how](path)
-            said = "read"
+            globals()[name](path)
+            message = "read"
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(theirs, said[:4000].encode("utf-8", "replace"))
+            message = f"{type(error).__name__}: {error}"
+        os.write(writer, message[:4000].encode("utf-8", "replace"))
         os._exit(0)
-    os.close(theirs)
-    with open(ours, encoding="utf-8") as pipe:
-        said = pipe.read()
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        message = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(said if status == 0 else f"ended by {status}"), flush=True)
+    print(json.dumps(message if status == 0 else f"ended by {status}"), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def check_refused():
-    """Return a function that does (how, path) in a process with 2 GiB more and 20 seconds.
+    """Return a function that checks the errors of calls in a process with 2 GiB more memory and 20 seconds.
 
-    One sentence must name the file and hold the words that follow.
+    It takes a mapping to (function, path, file, words). The message must be one line with the file and the words.
     """
     if not sys.platform.startswith("linux"):
-        pytest.skip("limits of memory are set as on Linux")
+        pytest.skip("memory limits are set as on Linux")
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def check(jobs):
-        wrong = {}
+        failures = {}
         for name, (how, path, file, words) in jobs.items():
             print(json.dumps((how, str(path))), file=child.stdin, flush=True)
-            said = json.loads(child.stdout.readline())
-            kinds = (f"HestFormatError: {file}: ", f"Hdf5Error: {file}: ", f"ValueError: {file} is no regular file")
-            if not said.startswith(kinds) or words not in said or "\n" in said:
-                wrong[name] = said
-        assert not wrong
+            message = json.loads(child.stdout.readline())
+            kinds = (f"HestFormatError: {file}: ", f"Hdf5Error: {file}: ", f"ValueError: {file} is not a regular file")
+            if not message.startswith(kinds) or words not in message or "\n" in message:
+                failures[name] = message
+        assert not failures
 
     with child:
         yield check
         child.stdin.close()
 
 
-def replace(file, name, **made):
-    """Make a dataset again, with the attributes it had."""
+def replace(file, name, **options):
+    """Replace a dataset, keeping its attributes."""
     attrs = dict(file[name].attrs)
     del file[name]
-    data = file.create_dataset(name, **made)
+    data = file.create_dataset(name, **options)
     data.attrs.update(attrs)
     return data
 
 
 def full_slide(root):
-    """A slide with columns, a category, a picture and parts that are not read."""
+    """Write a slide with columns, a category, an image and parts that are not read."""
     write_slide(root)
     adata = ad.read_h5ad(root / H5AD)
     adata.obs["array_row"] = np.arange(4, dtype="u1")
@@ -127,12 +125,12 @@ def full_slide(root):
     return root
 
 
-# --- what lies in other files --------------------------------------------------------------------------------------
+# --- values in other files -----------------------------------------------------------------------------------------
 
 WORDS = {
-    "external storage": "lie in another file (external storage)",
-    "virtual dataset": "is a virtual dataset: its values lie in other files",
-    "virtual dataset of a pipe": "is a virtual dataset: its values lie in other files",
+    "external storage": "are in another file (external storage)",
+    "virtual dataset": "is a virtual dataset: its values are in other files",
+    "virtual dataset of a pipe": "is a virtual dataset: its values are in other files",
     "external link": "is a link to another file",
     "link to a pipe": "is a link to another file",
     "soft link": "is a soft link",
@@ -154,7 +152,7 @@ PLACES = {
 
 
 def move_out(file, how, name, shape, folder):
-    """Let a dataset take its values from another file."""
+    """Replace a dataset by one with values in another file."""
     attrs = dict(file[name].attrs)
     del file[name]
     if how == "external storage":
@@ -173,7 +171,7 @@ def move_out(file, how, name, shape, folder):
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_values_that_lie_in_other_files_are_refused_wherever_they_stand(check_refused, tmp_path, name):
+def test_values_in_other_files_are_refused_everywhere(check_refused, tmp_path, name):
     (tmp_path / "secret").write_bytes(SECRET.tobytes() * 1000)
     with h5py.File(tmp_path / "secret.h5", "w") as file:
         file["d"] = np.resize(SECRET, (4, 224, 224, 3))
@@ -192,7 +190,7 @@ def test_values_that_lie_in_other_files_are_refused_wherever_they_stand(check_re
     assert read_slide(whole, "S1").adata.obs["domain"].tolist() == ["a", "a", "b", "b"]
 
 
-def test_links_and_storage_elsewhere_are_found_in_every_kind_of_file(check_refused, tmp_path):
+def test_links_and_external_storage_are_refused_in_every_kind_of_file(check_refused, tmp_path):
     (tmp_path / "secret").write_bytes(SECRET.tobytes() * 1000)
     os.mkfifo(tmp_path / "pipe.h5ad")
     os.mkfifo(tmp_path / "pipe.h5")
@@ -204,25 +202,25 @@ def test_links_and_storage_elsewhere_are_found_in_every_kind_of_file(check_refus
     root = full_slide(tmp_path / "slide")
     with h5py.File(root / PATCHES, "a") as file:
         move_out(file, "virtual dataset", "img", (4, 224, 224, 3), tmp_path)
-    storage = "lie in another file (external storage)"
+    storage = "are in another file (external storage)"
     check_refused(
         {
             "Space Ranger": ("counts", outs, matrix, storage),
             "tiles": ("tiles", root / PATCHES, root / PATCHES, "'/img' is a virtual dataset"),
-            "a pipe of tiles": ("tiles", tmp_path / "pipe.h5", tmp_path / "pipe.h5", "is no file but a pipe"),
+            "a pipe of tiles": ("tiles", tmp_path / "pipe.h5", tmp_path / "pipe.h5", "is a pipe, a device or a folder"),
         }
     )
 
 
-def test_a_pipe_in_the_place_of_predictions_does_not_hang(check_refused, tmp_path, write_run):
+def test_pipe_instead_of_predictions_does_not_hang(check_refused, tmp_path, write_run):
     run = write_run("one")
     (run / "predictions.h5ad").unlink(missing_ok=True)
     os.mkfifo(run / "predictions.h5ad")
     path = run / "predictions.h5ad"
-    check_refused({"a run": ("load_run", run, path, "is no regular file; remove it, or put the file there")})
+    check_refused({"a run": ("load_run", run, path, "is not a regular file; remove it, or put the file there")})
 
 
-def test_parts_that_are_not_read_may_be_what_they_are(tmp_path):
+def test_parts_that_are_not_read_may_be_malformed(tmp_path):
     root = full_slide(tmp_path)
     with h5py.File(root / H5AD, "a") as file:
         file["uns/again"] = file["uns"]  # a loop
@@ -241,7 +239,7 @@ def test_parts_that_are_not_read_may_be_what_they_are(tmp_path):
     assert list(slide.adata.obs) == ["array_row", "domain"]
 
 
-def test_what_h5py_packs_and_how_anndata_stores_counts_are_read(tmp_path):
+def test_filters_of_h5py_and_count_formats_of_anndata_are_read(tmp_path):
     whole = read_slide(write_slide(tmp_path / "whole"), "S1").adata.X.toarray()
     kinds = {"dense": np.asarray, "csc": sparse.csc_matrix, "int": lambda X: sparse.csr_matrix(X, dtype=np.int64)}
     for packing in ("gzip", "lzf", None):
@@ -261,7 +259,7 @@ def test_what_h5py_packs_and_how_anndata_stores_counts_are_read(tmp_path):
 
 
 def bomb(n_bytes):
-    """Zeros packed by gzip, without the time that packing so many takes; the check sum at the end is missing."""
+    """Return zeros compressed by gzip, without the time to compress so many; the final checksum is missing."""
     pack = zlib.compressobj(9)
     head, part = pack.flush(zlib.Z_FULL_FLUSH), 2**24
     return head + (pack.compress(bytes(part)) + pack.flush(zlib.Z_FULL_FLUSH)) * (n_bytes // part)
@@ -273,33 +271,33 @@ def put_bomb(file, name, shape, dtype):
 
 
 def put_short(file, name, shape, **packing):
-    """Store chunks that unpack to 8 bytes, which HDF5 would take for all of their values."""
+    """Store chunks that decompress to 8 bytes, which HDF5 would use for all of their values."""
     data = replace(file, name, shape=shape, dtype="u1", chunks=shape, **packing)
     raw = b"\5" * 8
-    lzf = bytes([7]) + raw  # a run of 8 letters
+    lzf = bytes([7]) + raw  # a literal run of 8 bytes
     packed = zlib.compress(raw) if packing.get("compression") == "gzip" else lzf if packing.get("compression") else raw
     data.id.write_direct_chunk((0,) * len(shape), packed)
 
 
-def add_column(file, **made):
-    replace(file, "obs/array_row", **made)
+def replace_column(file, **options):
+    replace(file, "obs/array_row", **options)
 
 
 def unknown_filter(file, name, shape):
     attrs = dict(file[name].attrs)
     del file[name]
-    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    made.set_chunk(shape)
-    made.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)  # zstd, for which HDF5 would look for a library
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(shape)
+    properties.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)  # zstd, for which HDF5 would load a library
     space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.NATIVE_UINT8, space, dcpl=made).write_direct_chunk(
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.NATIVE_UINT8, space, dcpl=properties).write_direct_chunk(
         (0,) * len(shape), b"x" * 9
     )
     file[name].attrs.update(attrs)
 
 
 def one_text_many_times(path):
-    """Let each of 60,000 entries of a column name one text of a megabyte, as HDF5 allows."""
+    """Let each of 60,000 entries of a column refer to one text of a megabyte, as HDF5 allows."""
     n, long = 60_000, "x" * 2**20
     with h5py.File(path, "a") as file:
         replace(file, "obs/_index", data=[long] + ["y"] * (n - 1), dtype=h5py.string_dtype())
@@ -311,14 +309,14 @@ def one_text_many_times(path):
 
 HUGE = {
     "picture": (H5AD, lambda f: replace(f, IMAGE, shape=(60_000, 60_000, 3), dtype="u1", chunks=(64, 64, 3)), "60,000"),
-    "picture of one row": (H5AD, lambda f: replace(f, IMAGE, shape=(1, 10**10, 3), dtype="u1"), "is a picture of"),
+    "picture of one row": (H5AD, lambda f: replace(f, IMAGE, shape=(1, 10**10, 3), dtype="u1"), "is an image of"),
     "small picture of a huge type": (H5AD, lambda f: replace(f, IMAGE, shape=(9, 9), dtype="S99999999"), "It must be"),
     "a hundred pictures": (
         H5AD,
         lambda f: [f.create_dataset(f"uns/spatial/L{i}/images/hires", (7000, 7000, 3), "u1") for i in range(100)],
-        "at most",
+        "the limit is",
     ),
-    "column": (H5AD, lambda f: add_column(f, shape=(10**9,), dtype="f8"), "row' is declared as 1,000,000,000"),
+    "column": (H5AD, lambda f: replace_column(f, shape=(10**9,), dtype="f8"), "row' is declared as 1,000,000,000"),
     "index": (H5AD, lambda f: replace(f, "obs/_index", shape=(10**9,), dtype=h5py.string_dtype()), "obs/_index"),
     "long texts": (H5AD, lambda f: replace(f, "obs/_index", shape=(10**4,), dtype="S1000000"), "obs/_index"),
     "categories": (H5AD, lambda f: replace(f, "obs/domain/categories", shape=(10**9,), dtype="S1"), "categories"),
@@ -329,12 +327,12 @@ HUGE = {
     "centers": (H5AD, lambda f: replace(f, "obsm/spatial", shape=(4, 10**9), dtype="f8"), "obsm/spatial"),
     "chunk": (
         H5AD,
-        lambda f: add_column(f, shape=(4,), maxshape=(None,), dtype="u1", chunks=(2**32 - 1,), compression="gzip"),
+        lambda f: replace_column(f, shape=(4,), maxshape=(None,), dtype="u1", chunks=(2**32 - 1,), compression="gzip"),
         "obs/array_row",
     ),
-    "gzip column": (H5AD, lambda f: put_bomb(f, "obs/array_row", (4,), "u1"), "unpacks to another size than"),
-    "gzip picture": (H5AD, lambda f: put_bomb(f, IMAGE, (4, 4, 3), "u1"), "unpacks to another size than"),
-    "gzip tiles": (PATCHES, lambda f: put_bomb(f, "img", (4, 224, 224, 3), "u1"), "unpacks to another size than"),
+    "gzip column": (H5AD, lambda f: put_bomb(f, "obs/array_row", (4,), "u1"), "decompresses to another size than"),
+    "gzip picture": (H5AD, lambda f: put_bomb(f, IMAGE, (4, 4, 3), "u1"), "decompresses to another size than"),
+    "gzip tiles": (PATCHES, lambda f: put_bomb(f, "img", (4, 224, 224, 3), "u1"), "decompresses to another size than"),
     "barcodes": (PATCHES, lambda f: huge_patches(f), "is declared as 1,000,000,000"),
     "many barcodes": (PATCHES, lambda f: replace(f, "barcode", shape=(10**10,), dtype="S8"), "codes for 4"),
     "chunk of tiles": (
@@ -343,14 +341,14 @@ HUGE = {
                           chunks=(20_000, 224, 224, 3)),
         "the chunks of '/img'",
     ),
-    "filter of tiles": (PATCHES, lambda f: unknown_filter(f, "img", (4, 224, 224, 3)), "other filters than are read"),
-    "filter of a column": (H5AD, lambda f: unknown_filter(f, "obs/array_row", (4,)), "other filters than are read"),
+    "filter of tiles": (PATCHES, lambda f: unknown_filter(f, "img", (4, 224, 224, 3)), "unsupported filters"),
+    "filter of a column": (H5AD, lambda f: unknown_filter(f, "obs/array_row", (4,)), "unsupported filters"),
     "deep": (H5AD, lambda f: f.create_group("uns/other2/" + "a/" * 3000), "nested more than 64 deep"),
     "a column elsewhere": (H5AD, lambda f: f["obs"].attrs.create("column-order", ["/uns/other"]), "'/uns/other'"),
-    "column of records": (H5AD, lambda f: add_column(f, data=np.zeros(4, [("a", "i4")])), "neither numbers nor text"),
-    "column of bytes": (H5AD, lambda f: add_column(f, data=np.zeros(4, "V8")), "neither numbers nor text"),
-    "column of one value": (H5AD, lambda f: add_column(f, data=1.0), "has no value for each row"),
-    "column without values": (H5AD, lambda f: add_column(f, data=h5py.Empty("i4")), "has no value for each row"),
+    "column of records": (H5AD, lambda f: replace_column(f, data=np.zeros(4, [("a", "i4")])), "neither numbers nor"),
+    "column of bytes": (H5AD, lambda f: replace_column(f, data=np.zeros(4, "V8")), "neither numbers nor text"),
+    "column of one value": (H5AD, lambda f: replace_column(f, data=1.0), "does not have one value per row"),
+    "column without values": (H5AD, lambda f: replace_column(f, data=h5py.Empty("i4")), "not have one value per row"),
     "places of records": (
         H5AD,
         lambda f: replace(f, "obsm/spatial", data=np.zeros((4, 2), [("a", "i4"), ("b", "i4")])),
@@ -365,13 +363,13 @@ HUGE = {
             )
             for i in range(0, 64, 4)
         ],
-        "unpacks to another size than",
+        "decompresses to another size than",
     ),
     **{
         f"short {place.rpartition('/')[2]}, {words}": (
             name,
             lambda f, place=place, shape=shape, packing=packing: put_short(f, place, shape, **packing),
-            "unpacks to another size than",
+            "decompresses to another size than",
         )
         for name, place, shape in (
             (H5AD, IMAGE, (5000, 5000, 3)), (H5AD, "obs/array_row", (4,)), (PATCHES, "img", (4, 224, 224, 3)),
@@ -382,7 +380,7 @@ HUGE = {
         }.items()
         if shape != (4,) or "sum" in words or words == "gzip"  # 8 bytes are more than 4
     },
-    "column of vectors": (H5AD, lambda f: add_column(f, shape=(4,), dtype=h5py.vlen_dtype("f8")), "neither"),
+    "column of vectors": (H5AD, lambda f: replace_column(f, shape=(4,), dtype=h5py.vlen_dtype("f8")), "neither"),
 }  # fmt: skip
 
 
@@ -397,13 +395,13 @@ def huge_patches(file):
     replace(file, "barcode", shape=(10**9,), dtype="S8", chunks=(10**4,))
 
 
-def test_declared_sizes_out_of_proportion_are_refused(check_refused, tmp_path):
+def test_excessive_declared_sizes_are_refused(check_refused, tmp_path):
     jobs, whole = {}, full_slide(tmp_path / "whole")
-    for i, (what, (name, change, words)) in enumerate(HUGE.items()):
+    for i, (case, (name, change, words)) in enumerate(HUGE.items()):
         root = shutil.copytree(whole, tmp_path / str(i))
         with h5py.File(root / name, "a") as file:
             change(file)
-        jobs[what] = "slide", root, root / name, words
+        jobs[case] = "slide", root, root / name, words
     root = full_slide(tmp_path / "text")
     one_text_many_times(root / H5AD)
     jobs["one text"] = "slide", root, root / H5AD, "the texts of '/obs/_index' are longer than the file"
@@ -421,11 +419,11 @@ def test_links_are_counted_before_they_are_followed(tmp_path, monkeypatch):
         read_slide(root, "S1")
 
 
-def test_groups_that_are_linked_many_times_are_not_read_as_often(check_refused, tmp_path):
+def test_groups_linked_many_times_are_refused(check_refused, tmp_path):
     path = full_slide(tmp_path) / H5AD
     with h5py.File(path, "a") as file:
         group = file.create_group("uns/peka_lite")
-        for _ in range(40):  # 2**40 ways to the last
+        for _ in range(40):  # 2**40 paths to the last
             group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
             below = group.create_group("a")
             group["b"] = below
@@ -437,10 +435,10 @@ def test_groups_that_are_linked_many_times_are_not_read_as_often(check_refused, 
 
 
 def change_matrix(file, at, field, how):
-    """Spoil one field of a sparse matrix of 4 or more rows."""
+    """Corrupt one field of a sparse matrix of 4 or more rows."""
     group = file[at]
     values = group[field][()]
-    spoilt = {
+    corrupt = {
         "-5": np.r_[values[:1], -5, values[2:]],
         "2**30": np.r_[values[:1], 2**30, values[2:]],
         "falls": np.r_[values[:1], values[3], values[2:]],
@@ -459,7 +457,7 @@ def change_matrix(file, at, field, how):
         "none": values[:0],
     }[how]
     del group[field]
-    group[field] = spoilt
+    group[field] = corrupt
 
 
 BROKEN = [
@@ -469,7 +467,7 @@ BROKEN = [
 ]
 
 
-def test_malformed_sparse_counts_are_refused_before_rows_are_taken(check_refused, tmp_path):
+def test_malformed_sparse_counts_are_refused_before_rows_are_selected(check_refused, tmp_path):
     jobs = {}
     X = sparse.csr_matrix(np.arange(24, dtype=np.float32).reshape(4, 6))
     for kind, matrix in {"csr": X, "csc": X.tocsc()}.items():
@@ -478,8 +476,8 @@ def test_malformed_sparse_counts_are_refused_before_rows_are_taken(check_refused
             root = shutil.copytree(whole, tmp_path / f"{kind}_{field}_{how}")
             with h5py.File(root / H5AD, "a") as file:
                 change_matrix(file, "X", field, how)
-            jobs[kind, field, how] = "slide", root, root / H5AD, "/X is no sparse matrix: "
-            jobs["counts", kind, field, how] = "counts", root / H5AD, root / H5AD, "/X is no sparse matrix: "
+            jobs[kind, field, how] = "slide", root, root / H5AD, "/X is not a valid sparse matrix: "
+            jobs["counts", kind, field, how] = "counts", root / H5AD, root / H5AD, "/X is not a valid sparse matrix: "
         for shape in ([-4, 6], [4, 2**40], [4, 5], [5, 6], [0, 0], [4], [4, 6, 1]):
             root = shutil.copytree(whole, tmp_path / f"{kind}_{'x'.join(map(str, shape))}")
             with h5py.File(root / H5AD, "a") as file:
@@ -496,7 +494,7 @@ def test_malformed_counts_in_memory_are_refused_by_add(check_refused, tmp_path):
         save(tmp_path / f"{i}.h5ad.tif", picture(0.5), mpp=0.5)
         with h5py.File(path, "a") as file:
             change_matrix(file, "X", field, how)
-        jobs[field, how] = "add", path, "counts of S1", "is no sparse matrix"
+        jobs[field, how] = "add", path, "counts of S1", "is not a valid sparse matrix"
     check_refused(jobs)
     assert not list(tmp_path.glob("*.cohort"))
 
@@ -520,7 +518,7 @@ def test_malformed_matrices_of_space_ranger_are_refused(check_refused, tmp_path)
 
 
 def write_mtx(outs, text, *, matrix=None):
-    """Put the folder of text files in the place of the HDF5 file."""
+    """Replace the HDF5 file by a folder of text files."""
     (outs / "filtered_feature_bc_matrix.h5").unlink()
     folder = outs / "filtered_feature_bc_matrix"
     folder.mkdir()
@@ -549,7 +547,7 @@ MTX = {
 }
 
 
-def test_malformed_folders_of_text_are_refused(check_refused, tmp_path):
+def test_malformed_matrix_market_folders_are_refused(check_refused, tmp_path):
     jobs = {}
     for i, (text, words) in enumerate(MTX.items()):
         outs = write_outs(tmp_path / str(i), sample(0.5))
@@ -577,10 +575,10 @@ def zlib_raw(n_bytes):
     return (pack.compress(b"1" * part) + pack.flush(zlib.Z_FULL_FLUSH)) * (n_bytes // part)
 
 
-# --- what outputs keep ---------------------------------------------------------------------------------------------
+# --- data in outputs -----------------------------------------------------------------------------------------------
 
 
-def test_predictions_keep_places_and_pictures_alone(tmp_path):
+def test_predictions_contain_only_positions_and_images(tmp_path):
     root = full_slide(tmp_path / "c")
     with h5py.File(root / H5AD, "a") as file:
         file["uns/spatial/ST/images/own"] = SECRET[:48].reshape(4, 4, 3)
@@ -599,16 +597,18 @@ def test_predictions_keep_places_and_pictures_alone(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, np.nan, np.inf, [1.0, 2.0], "x"])
-def test_scale_factors_are_numbers_above_0(tmp_path, value):
+def test_scale_factors_must_be_positive(tmp_path, value):
     root = full_slide(tmp_path)
     with h5py.File(root / H5AD, "a") as file:
         del file["uns/spatial/ST/scalefactors/spot_diameter_fullres"]
         file["uns/spatial/ST/scalefactors/spot_diameter_fullres"] = value
-    with pytest.raises(ValueError, match=r"S1\.h5ad: '/uns/spatial/ST/scalefactors/spot_diameter_fullres' is no num"):
+    with pytest.raises(
+        ValueError, match=r"S1\.h5ad: '/uns/spatial/ST/scalefactors/spot_diameter_fullres' is not a pos"
+    ):
         read_slide(root, "S1")
 
 
-def test_added_slides_keep_places_and_names_of_genes_alone(tmp_path):
+def test_added_slides_contain_only_positions_and_gene_names(tmp_path):
     counts = sample(0.5)
     counts.obs["note"], counts.obs["n"] = "private", 1
     counts.var["gene_ids"], counts.var["note"] = [f"ENSG{i}" for i in range(8)], "private"

@@ -1,4 +1,4 @@
-"""A disk without room: one sentence and status 2, never a signal, a traceback or half a file."""
+"""Report a full disk by one message and status 2, without crashes, tracebacks or partial files."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from peka_lite._core.io import (
     as_full_disk,
     open_new_file,
     report_full_disk,
-    require_room,
+    require_space,
     save_array,
     write_file_atomically,
     write_h5ad,
@@ -28,7 +28,7 @@ from peka_lite.data.tiles import TileStore
 
 
 def child(tmp_path, code, limit, *, before=""):
-    """Run code in a process whose files may not grow beyond `limit` bytes; (status, stdout, stderr)."""
+    """Run code in a process with files of at most `limit` bytes; return (status, stdout, stderr)."""
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     code = (
         "import resource, sys\nfrom pathlib import Path\n" + textwrap.dedent(before) + limited + textwrap.dedent(code)
@@ -47,7 +47,7 @@ def spots(n=60, genes=50):
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
-def test_hdf5_survives_a_disk_that_is_full_at_any_moment(tmp_path, compression):
+def test_hdf5_survives_a_full_disk_at_any_position(tmp_path, compression):
     code = f"""
     import contextlib, os
     from test_io import spots
@@ -83,14 +83,14 @@ def path_with(folder):
     return os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def test_a_patches_file_without_room_ends_with_the_tile_that_found_none(tmp_path):
+def test_patches_file_on_a_full_disk_stops_early(tmp_path):
     code = """
     import numpy as np
     from peka_lite._core.io import DiskFull
     from peka_lite.data._format import write_tiles
     rng, cut = np.random.default_rng(0), []
     def tiles():
-        for i in range(200):  # HDF5 keeps 8 MB before it writes
+        for i in range(200):  # HDF5 buffers 8 MB before it writes
             cut.append(i)
             yield rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
     try:
@@ -105,13 +105,13 @@ def test_a_patches_file_without_room_ends_with_the_tile_that_found_none(tmp_path
     assert out.startswith("S1.h5: files may not grow that large here, at least ")
 
 
-def test_h5ad_is_as_anndata_writes_it(tmp_path):
+def test_h5ad_equals_that_of_anndata(tmp_path):
     adata = spots()
     adata.X = sparse.csr_matrix(np.rint(adata.X))
-    adata.copy().write_h5ad(tmp_path / "own.h5ad", compression="gzip")
+    adata.copy().write_h5ad(tmp_path / "anndata.h5ad", compression="gzip")
     write_h5ad(adata, tmp_path / "ours.h5ad", compression="gzip")
     seen = []
-    for name in ("own", "ours"):
+    for name in ("anndata", "ours"):
         with h5py.File(tmp_path / f"{name}.h5ad") as file:
             parts = [("/", sorted(file.attrs.items()))]
             file.visititems(
@@ -128,7 +128,7 @@ def test_h5ad_is_as_anndata_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_memory_map_has_its_blocks_before_it_is_written(tmp_path, monkeypatch, code):
+def test_memory_map_without_blocks_is_refused_before_writing(tmp_path, monkeypatch, code):
     from peka_lite._core._stream import open_partial
 
     def refuse(*_):
@@ -141,7 +141,7 @@ def test_a_memory_map_has_its_blocks_before_it_is_written(tmp_path, monkeypatch,
     assert not (tmp_path / "work").exists()
 
 
-def test_blocks_are_there(tmp_path):
+def test_memory_map_has_allocated_blocks(tmp_path):
     from peka_lite._core._stream import open_partial
 
     rows, done = open_partial(tmp_path / "work", shape=(1000, 500), key="k")
@@ -155,7 +155,7 @@ def test_blocks_are_there(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, None])
-def test_a_file_system_without_promises_is_asked_what_is_free(tmp_path, monkeypatch, code):
+def test_free_space_is_checked_if_blocks_cannot_be_allocated(tmp_path, monkeypatch, code):
     from types import SimpleNamespace
 
     from peka_lite._core.io import new_array
@@ -170,12 +170,12 @@ def test_a_file_system_without_promises_is_asked_what_is_free(tmp_path, monkeypa
     new_array(tmp_path / "a.npy", (10, 10), np.float32)
     assert np.load(tmp_path / "a.npy").shape == (10, 10)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000, total=10**9))
-    with pytest.raises(DiskFull, match=r"b\.npy: no room on its disk, at least 4\.0 kB needed, 1\.0 kB free"):
+    with pytest.raises(DiskFull, match=r"b\.npy: no space left on its disk, at least 4\.0 kB needed, 1\.0 kB free"):
         new_array(tmp_path / "b.npy", (1000,), np.float32)
     assert not (tmp_path / "b.npy").exists()
 
 
-def test_tiles_are_laid_out_without_a_memory_map(mini_cohort, tmp_path):
+def test_tiles_on_a_full_disk_leave_no_file(mini_cohort, tmp_path):
     code = f"""
     from peka_lite._core.io import DiskFull
     from peka_lite.data.hest import read_cohort
@@ -195,24 +195,24 @@ def test_tiles_are_laid_out_without_a_memory_map(mini_cohort, tmp_path):
     assert (np.load(tmp_path / "tiles.npy", mmap_mode="r")[-1] == mini_cohort.tiles[-1]).all()
 
 
-# what else is written ---------------------------------------------------------------------------------------------
+# other writers ----------------------------------------------------------------------------------------------------
 
 OTHERS = {
     "npy": "save_array(path, np.random.rand(100_000))",
-    "bytes": "write_whole(path, bytes(800_000))",
+    "bytes": "write_file_atomically(path, bytes(800_000))",
     "checkpoint": "layer = torch.nn.Linear(400, 500)\n"
     "    layer.backbone = SimpleNamespace(adapter=SimpleNamespace(tuner=None))\n"
     "    adam, scaler = torch.optim.AdamW(layer.parameters()), torch.amp.GradScaler(enabled=False)\n"
     "    save_checkpoint(path, layer, adam, scaler, {}, [])",
-    "npz": "with new_file(path) as file: np.savez(file, a=np.random.rand(100_000))",
+    "npz": "with open_new_file(path) as file: np.savez(file, a=np.random.rand(100_000))",
     "safetensors": "write_tensors(path, {'all.a': torch.rand(200_000)}, {}, kind='k')",
     "figure": "figure = plt.figure(); figure.figimage(np.random.rand(600, 600))\n"
-    "    write_whole(path, figure_bytes(figure, dpi=200))",
+    "    write_file_atomically(path, figure_bytes(figure, dpi=200))",
 }
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 50_000])
-def test_no_writer_leaves_half_a_file(tmp_path, limit):
+def test_no_writer_leaves_a_partial_file(tmp_path, limit):
     cases = "".join(f"\ndef of_{name}(path):\n    {code}\ncases.append(of_{name})\n" for name, code in OTHERS.items())
     before = "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt\nimport numpy as np, torch\n"
     before += "from types import SimpleNamespace\nfrom peka_lite.transfer._checkpoint import save_checkpoint\n"
@@ -233,16 +233,18 @@ def test_no_writer_leaves_half_a_file(tmp_path, limit):
     ]
 
 
-def test_a_file_that_is_there_stays_where_the_new_one_finds_no_room(tmp_path, monkeypatch):
+def test_existing_file_is_unchanged_on_a_full_disk(tmp_path, monkeypatch):
     write_file_atomically(tmp_path / "a", b"old")
 
-    def no_room(path, content):
+    def fail(path, content):
         with open(path, "wb") as file:
             file.write(content[:2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", no_room)
-    with pytest.raises(DiskFull, match=rf"{tmp_path}/a: no room on its disk, at least 3 B needed, .* free; free some"):
+    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    with pytest.raises(
+        DiskFull, match=rf"{tmp_path}/a: no space left on its disk, at least 3 B needed, .* free; free some"
+    ):
         write_file_atomically(tmp_path / "a", b"new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
 
@@ -257,28 +259,28 @@ def test_a_file_that_is_there_stays_where_the_new_one_finds_no_room(tmp_path, mo
         RuntimeError("Can't decrement id ref count (file write failed: errno = 122, error message = 'Disk quota')"),
     ],
 )
-def test_every_librarys_error_is_one_sentence(tmp_path, error):
+def test_full_disk_errors_of_libraries_are_recognized(tmp_path, error):
     with (
-        pytest.raises(DiskFull, match=r"x: no room .*; free some space there") as caught,
+        pytest.raises(DiskFull, match=r"x: no space left .*; free some space there") as caught,
         report_full_disk(tmp_path / "x"),
     ):
         raise error
     assert caught.value.__cause__ is error
 
 
-def test_other_errors_stay_as_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     with pytest.raises(PermissionError, match="no"), report_full_disk(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "no")
     assert as_full_disk(ValueError("28 genes")) is None
 
 
-def test_a_path_that_is_not_there_is_asked_of_its_folder(tmp_path):
-    require_room(tmp_path / "not" / "yet", 1)
-    with pytest.raises(DiskFull, match=r"not/yet: no room on its disk, at least 10000000000.0 GB needed, "):
-        require_room(tmp_path / "not" / "yet", 10**19)
+def test_free_space_of_a_missing_path_is_that_of_its_folder(tmp_path):
+    require_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(DiskFull, match=r"not/yet: no space left on its disk, at least 10000000000.0 GB needed, "):
+        require_space(tmp_path / "not" / "yet", 10**19)
 
 
-def test_a_disk_that_does_not_say_what_is_free_is_tried(tmp_path, monkeypatch):
+def test_disk_with_unknown_free_space_is_tried(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0, total=0))
@@ -286,7 +288,7 @@ def test_a_disk_that_does_not_say_what_is_free_is_tried(tmp_path, monkeypatch):
     assert np.load(tmp_path / "a.npy").sum() == 5
 
 
-def test_what_fails_in_new_file_for_another_reason_leaves_nothing(tmp_path):
+def test_other_error_in_a_new_file_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), open_new_file(tmp_path / "a") as file:
         file.write(b"half" * (1 // 0))
     assert list(tmp_path.iterdir()) == []
@@ -297,7 +299,7 @@ def test_what_fails_in_new_file_for_another_reason_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Return a function that mounts a disk of some kB, of which `ulimit -f` and monkeypatches know nothing."""
+    """Return a function that mounts a disk of some kB, to test without `ulimit -f` and monkeypatches."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -316,7 +318,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kb", [40, 1500, 2600])
-def test_add_on_a_full_disk_says_so_and_leaves_nothing(tmp_path, small_disk, kb):
+def test_add_on_a_full_disk_is_reported_and_leaves_nothing(tmp_path, small_disk, kb):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -334,14 +336,14 @@ def test_add_on_a_full_disk_says_so_and_leaves_nothing(tmp_path, small_disk, kb)
     done = subprocess.run(
         [sys.executable, "-m", "peka_lite", *map(str, command)], capture_output=True, text=True, timeout=120
     )
-    told = [line for line in done.stderr.splitlines() if line.startswith("peka-lite: ")]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("peka-lite: ")]
     assert done.returncode == 2, done.stderr
-    assert told == [done.stderr.splitlines()[-1]]
-    assert told[0].startswith(f"peka-lite: {disk}/cohort/patches/S1.h5: no room on its disk, at least ")
+    assert messages == [done.stderr.splitlines()[-1]]
+    assert messages[0].startswith(f"peka-lite: {disk}/cohort/patches/S1.h5: no space left on its disk, at least ")
     assert list(disk.iterdir()) == []
 
 
-def test_train_without_room_in_the_cache_ends_with_a_sentence(tmp_path, small_disk, mini_root):
+def test_train_with_a_full_cache_disk_is_reported(tmp_path, small_disk, mini_root):
     disk = small_disk(80)  # the features of three slides take about 110 kB
     command = ["train", "--cohort", mini_root, "--method", "none", "--device", "cpu", "--out", tmp_path / "out"]
     done = subprocess.run(
@@ -349,12 +351,12 @@ def test_train_without_room_in_the_cache_ends_with_a_sentence(tmp_path, small_di
         env=os.environ | {"PEKA_LITE_CACHE": str(disk / "cache")},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "features.npy: no room on its disk, at least" in done.stderr.splitlines()[-1]
+    assert "features.npy: no space left on its disk, at least" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("out*"))
     assert not list(disk.rglob("features.npy"))
 
 
-def test_a_full_disk_of_any_command_is_status_2(capsys, monkeypatch):
+def test_full_disk_in_any_command_is_status_2(capsys, monkeypatch):
     import peka_lite.cli.main as cli
 
     def fail(**_):
@@ -362,14 +364,14 @@ def test_a_full_disk_of_any_command_is_status_2(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_report", fail)
     assert main(["report", "x", "--out", "y"]) == 2
-    assert capsys.readouterr().err.startswith("peka-lite: w.pt: no room on its disk, ")
+    assert capsys.readouterr().err.startswith("peka-lite: w.pt: no space left on its disk, ")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_what_is_printed_to_a_full_disk_is_said():
+def test_full_disk_of_stdout_is_reported():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "peka_lite", "fetch"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
         )
-    assert "no room on its disk" in done.stderr
+    assert "no space left on its disk" in done.stderr
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Who waits, who works where, and what is in place afterwards: with locks, without, and with some that lie."""
+"""Lock output folders, and move results into place with and without locks."""
 
 import contextlib
 import errno
@@ -18,10 +18,10 @@ def refuse(monkeypatch, code):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def folder(path, says, whole=True):
+def write_folder(path, content, complete=True):
     path.mkdir()
-    (path / "file").write_text(says)
-    if whole:
+    (path / "file").write_text(content)
+    if complete:
         (path / RECORD).write_text("{}")
     return path
 
@@ -31,26 +31,26 @@ def names(path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_a_disk_without_locks_is_worked_on_without(tmp_path, monkeypatch, code):
-    with lock(tmp_path / "new" / "a") as held:
-        assert held
+def test_disk_without_locks_yields_false(tmp_path, monkeypatch, code):
+    with lock(tmp_path / "new" / "a") as locked:
+        assert locked
         assert names(tmp_path / "new") == [".a.lock"]
     refuse(monkeypatch, code)
-    with lock(tmp_path / "new" / "a") as held:
-        assert not held
+    with lock(tmp_path / "new" / "a") as locked:
+        assert not locked
     assert names(tmp_path / "new") == []
 
 
-def test_who_gets_no_lock_leaves_the_file_of_who_has_it(tmp_path, monkeypatch):
+def test_failed_lock_keeps_file_of_other_owner(tmp_path, monkeypatch):
     with lock(tmp_path / "a"):
         refuse(monkeypatch, errno.ENOLCK)
-        with lock(tmp_path / "a") as held:
-            assert not held
+        with lock(tmp_path / "a") as locked:
+            assert not locked
         assert names(tmp_path) == [".a.lock"]
     assert names(tmp_path) == []
 
 
-def test_any_other_error_is_told(tmp_path, monkeypatch):
+def test_other_lock_errors_are_raised(tmp_path, monkeypatch):
     refuse(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output"), lock(tmp_path / "a"):
         pass
@@ -58,64 +58,64 @@ def test_any_other_error_is_told(tmp_path, monkeypatch):
 
 def test_without_fcntl_there_are_no_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "fcntl", None)
-    with lock(tmp_path / "a") as held:
-        assert not held
+    with lock(tmp_path / "a") as locked:
+        assert not locked
 
 
-def test_a_place_is_found_again_only_under_a_lock_and_on_the_same_machine(tmp_path, monkeypatch):
-    def places(held):
-        return [partial_path(tmp_path / "a", held=held) for _ in range(2)]
+def test_work_folder_is_reused_only_when_locked_and_on_the_same_machine(tmp_path, monkeypatch):
+    def work_folders(locked):
+        return [partial_path(tmp_path / "a", locked=locked) for _ in range(2)]
 
-    first, again = places(held=True)
+    first, again = work_folders(locked=True)
     assert first == again
-    assert len({first, *places(held=False)}) == 3
+    assert len({first, *work_folders(locked=False)}) == 3
     monkeypatch.setattr(locks.platform, "node", lambda: "elsewhere")
-    assert partial_path(tmp_path / "a", held=True) != first
+    assert partial_path(tmp_path / "a", locked=True) != first
 
 
 def test_without_a_lock_a_failed_job_leaves_nothing(tmp_path, monkeypatch):
     def fail():
         with contextlib.suppress(KeyboardInterrupt), lock_work_folder(tmp_path / "a") as work:
-            folder(work, "half")
+            write_folder(work, "half")
             raise KeyboardInterrupt
 
     fail()
-    assert names(tmp_path) == [partial_path(tmp_path / "a", held=True).name]
+    assert names(tmp_path) == [partial_path(tmp_path / "a", locked=True).name]
     refuse(monkeypatch, errno.ENOLCK)
     fail()
-    assert names(tmp_path) == [partial_path(tmp_path / "a", held=True).name]
+    assert names(tmp_path) == [partial_path(tmp_path / "a", locked=True).name]
 
 
-def test_the_first_writer_stays_and_the_second_goes(tmp_path):
-    move_into_place(folder(tmp_path / "one", "one"), tmp_path / "a")
-    there = (tmp_path / "a").stat().st_ino
-    move_into_place(folder(tmp_path / "two", "two"), tmp_path / "a")
+def test_first_result_stays_and_second_is_removed(tmp_path):
+    move_into_place(write_folder(tmp_path / "one", "one"), tmp_path / "a")
+    inode = (tmp_path / "a").stat().st_ino
+    move_into_place(write_folder(tmp_path / "two", "two"), tmp_path / "a")
     assert names(tmp_path) == ["a"]
-    assert ((tmp_path / "a" / "file").read_text(), (tmp_path / "a").stat().st_ino) == ("one", there)
+    assert ((tmp_path / "a" / "file").read_text(), (tmp_path / "a").stat().st_ino) == ("one", inode)
 
 
-def test_half_a_folder_gives_way(tmp_path):
-    folder(tmp_path / "a", "half", whole=False)
-    move_into_place(folder(tmp_path / "one", "one"), tmp_path / "a")
+def test_incomplete_folder_is_replaced(tmp_path):
+    write_folder(tmp_path / "a", "half", complete=False)
+    move_into_place(write_folder(tmp_path / "one", "one"), tmp_path / "a")
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a" / "file").read_text() == "one"
 
 
-def test_half_a_folder_that_another_writer_has_just_mended_stays(tmp_path, monkeypatch):
-    folder(tmp_path / "a", "half", whole=False)
+def test_folder_completed_by_another_writer_stays(tmp_path, monkeypatch):
+    write_folder(tmp_path / "a", "half", complete=False)
     rename = os.rename
 
     def late(source, to):
         monkeypatch.setattr(os, "rename", rename)
-        move_into_place(folder(tmp_path / "two", "two"), tmp_path / "a")
+        move_into_place(write_folder(tmp_path / "two", "two"), tmp_path / "a")
         rename(source, to)
 
     monkeypatch.setattr(os, "rename", late)
-    move_into_place(folder(tmp_path / "one", "one"), tmp_path / "a")
+    move_into_place(write_folder(tmp_path / "one", "one"), tmp_path / "a")
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a" / "file").read_text() == "two"
 
 
-def test_what_cannot_be_put_is_told(tmp_path):
+def test_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         move_into_place(tmp_path / "nothing", tmp_path / "a")

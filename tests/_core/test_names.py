@@ -1,4 +1,4 @@
-"""Whatever a gene or a slide is called, it goes through: files, figures, pages and tables say its name as it is."""
+"""Write any name of a gene, slide or patient unchanged to files, figures, pages and tables."""
 
 import shutil
 
@@ -11,7 +11,6 @@ import pytest
 import peka_lite as pk
 from peka_lite._core.names import escape_markdown, read_metrics, unique_file_name, write_metrics
 from peka_lite.experiments.folder import draw_maps
-from peka_lite.experiments.run import run
 from peka_lite.maps.tissue import save_predicted_map
 
 ODD = (
@@ -31,7 +30,7 @@ def _close_figures():
 
 @pytest.fixture(scope="module")
 def odd_cohort(mini_root, tmp_path_factory):
-    """The small synthetic cohort, its most variable genes under odd names, and slides and patients too."""
+    """Write the small synthetic cohort with odd names of its most variable genes, slides and patients."""
     root = tmp_path_factory.mktemp("odd")
     slides = {"MINI1": "NA", "MINI2": "007", "MINI3": "$^$ <b>"}
     genes = pk.data.top_hvg(pk.read_cohort(mini_root, list(slides)).adata, n=len(ODD))
@@ -47,22 +46,20 @@ def odd_cohort(mini_root, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_a_run_a_report_and_predictions_keep_the_names_of_genes_slides_and_patients(
-    odd_cohort, tiny_backbone, own_cache, tmp_path
-):
+def test_names_are_unchanged_in_runs_reports_and_predictions(odd_cohort, tiny_backbone, isolated_cache, tmp_path):
     config = pk.RunConfig(
         cohort=str(odd_cohort), patients=str(odd_cohort / "patients.csv"), backbone="tiny", weights="random",
         method="none", n_splits=3, n_genes=len(ODD), min_genes=1, device="cpu",
     )  # fmt: skip
-    run(config, tmp_path / "odd")
+    pk.run(config, tmp_path / "odd")
     _, table, summary, predictions = pk.load_run(tmp_path / "odd")
     assert len(set(table["gene"]) & set(ODD)) > 30
     assert set(table["gene"]) == set(predictions.var_names)
     assert set(predictions.obs["slide"]) == set(summary["slides"]) == {"NA", "007", "$^$ <b>"}
     assert set(predictions.obs["patient"]) == {"NA", "007", "null"}
     for row in table.itertuples():
-        here = predictions[(predictions.obs["fold"] == row.fold).to_numpy(), row.gene]
-        pair = here.X.ravel(), here.layers["measured"].ravel()
+        predicted = predictions[(predictions.obs["fold"] == row.fold).to_numpy(), row.gene]
+        pair = predicted.X.ravel(), predicted.layers["measured"].ravel()
         if np.isfinite(row.pcc):
             assert row.pcc == pytest.approx(np.corrcoef(*pair)[0, 1], abs=1e-3)
     maps = sorted(path.name for path in (tmp_path / "odd" / "maps").iterdir())
@@ -75,21 +72,21 @@ def test_a_run_a_report_and_predictions_keep_the_names_of_genes_slides_and_patie
     assert {path.suffix for path in files} == {".csv", ".md", ".parquet", ".png"}
 
     model = pk.load_trained(tmp_path / "odd", fold=1, device="cpu")
-    own = table[table["fold"] == 1].set_index("gene")["pcc"]
-    np.testing.assert_array_equal(model.gene_pcc, own[list(model.genes)])
+    pcc = table[table["fold"] == 1].set_index("gene")["pcc"]
+    np.testing.assert_array_equal(model.gene_pcc, pcc[list(model.genes)])
     out = tmp_path / "007.h5ad"
     predicted = pk.predict_from(tmp_path / "odd", "007", out, device="cpu")
-    fold = int(predicted.uns["peka_lite"]["model"]["fold"].removeprefix("fold"))  # the one that held it out
-    own = table[table["fold"] == fold].set_index("gene")["pcc"]
-    np.testing.assert_array_equal(predicted.var["pcc"], own[list(predicted.var_names)])
-    held = predictions[(predictions.obs["slide"] == "007").to_numpy()]
-    np.testing.assert_allclose(predicted.X, held[:, predicted.var_names].X, atol=1e-4)
+    fold = int(predicted.uns["peka_lite"]["model"]["fold"].removeprefix("fold"))  # the fold with this slide held out
+    pcc = table[table["fold"] == fold].set_index("gene")["pcc"]
+    np.testing.assert_array_equal(predicted.var["pcc"], pcc[list(predicted.var_names)])
+    from_run = predictions[(predictions.obs["slide"] == "007").to_numpy()]
+    np.testing.assert_allclose(predicted.X, from_run[:, predicted.var_names].X, atol=1e-4)
     save_predicted_map(out, tmp_path / "map.png", gene=next(g for g in model.genes if g in ODD))
     assert pk.experiments.export(tmp_path / "odd", tmp_path / "card", fold=1).is_dir()
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_a_slides_map_is_drawn_of_any_gene(mini_cohort, tmp_path):
+def test_maps_are_drawn_for_any_gene_name(mini_cohort, tmp_path):
     slide = mini_cohort.slides[0].select(np.arange(15), reason="enough")  # too few for a map of the local PCC
     cohort = pk.data.Cohort((slide,))
     Y = np.random.default_rng(0).random((15, 1), dtype=np.float32)
@@ -103,7 +100,7 @@ def test_a_slides_map_is_drawn_of_any_gene(mini_cohort, tmp_path):
         assert picture.stat().st_size > 10_000
 
 
-def test_titles_say_a_genes_name_letter_by_letter(mini_cohort):
+def test_titles_show_gene_names_literally(mini_cohort):
     slide = mini_cohort.slides[0]
     values = np.random.default_rng(0).random(slide.n_spots)
     figure = pk.expression_map(slide.adata, values, values, gene=r"$\frac{$")
@@ -115,7 +112,7 @@ def test_titles_say_a_genes_name_letter_by_letter(mini_cohort):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_bars_stand_under_the_names_of_their_genes():
+def test_bars_are_labeled_with_gene_names():
     table = pd.DataFrame({"method": "none", "fold": 0, "gene": ODD, "pcc": np.linspace(1, 0.1, len(ODD))})
     figure = pk.maps.gene_bars(table, n=len(ODD))
     figure.canvas.draw()
@@ -128,7 +125,7 @@ def test_bars_stand_under_the_names_of_their_genes():
 
 
 @pytest.mark.parametrize("strings", [False, True])
-def test_metrics_come_back_by_name(tmp_path, strings):
+def test_metrics_are_read_with_their_names(tmp_path, strings):
     pcc = np.linspace(0, 1, len(ODD))
     pcc[1] = np.nan
     table = pd.DataFrame({"method": "none", "backbone": "007", "fold": 0, "gene": ODD, "pcc": pcc, "n_train": 3})
@@ -141,7 +138,7 @@ def test_metrics_come_back_by_name(tmp_path, strings):
     assert back[["fold", "n_train"]].dtypes.astype(str).tolist() == ["int64", "int64"]
 
 
-def test_file_names_are_plain_and_never_the_same_for_two_things():
+def test_file_names_are_plain_and_unique():
     given = {}
     names = [unique_file_name(f"S1_{gene}", given, of=gene) for gene in ODD]
     assert len({name.casefold() for name in names}) == len(ODD)
@@ -152,5 +149,5 @@ def test_file_names_are_plain_and_never_the_same_for_two_things():
     assert unique_file_name("S1_ACTB", given, of="ACTB") == names[ODD.index("ACTB")]
 
 
-def test_markdown_shows_names_as_they_are():
+def test_markdown_shows_names_unchanged():
     assert escape_markdown("a|b\n<i>`x`*") == r"a\|b \<i>\`x\`\*"

@@ -1,4 +1,4 @@
-"""What commands write: never in the place of another file, and two that write one place wait for each other."""
+"""Write outputs without overwriting other files, while concurrent commands wait for each other."""
 
 import contextlib
 import errno
@@ -22,11 +22,9 @@ from run_folders import write_run_folder
 from peka_lite._core import locks
 from peka_lite._core._stream import open_partial
 from peka_lite._core.outputs import check_file, write_output
-from peka_lite.backbones.load import load_backbone
+from peka_lite.backbones import load_backbone
 from peka_lite.cli.main import main
-from peka_lite.experiments import _train as teaching
-from peka_lite.experiments._embed import write_features
-from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments import RunConfig, _train, write_features
 from peka_lite.experiments.folder import lock_run_folder
 from peka_lite.maps import tissue as maps
 
@@ -34,26 +32,26 @@ run = importlib.import_module("peka_lite.experiments.run")  # the module: its pa
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
+    pytest.mark.usefixtures("isolated_cache", "tiny_backbone"),
 ]
 
 
 @pytest.fixture(scope="module")
-def other(own_cache, tmp_path_factory):
+def other(isolated_cache, tmp_path_factory):
     process = OtherProcess(tmp_path_factory.mktemp("other"))
     yield process
     process.close()
 
 
 @pytest.fixture(scope="module")
-def made(own_cache, tiny_backbone, mini_root, tmp_path_factory):
-    """What commands are given: a model, a finished run, predictions, and counts with their image."""
-    folder = tmp_path_factory.mktemp("made")
+def inputs(isolated_cache, tiny_backbone, mini_root, tmp_path_factory):
+    """Write the inputs of commands: a model, a finished run, predictions, and counts with their image."""
+    folder = tmp_path_factory.mktemp("inputs")
     settings = {"cohort": str(mini_root), "backbone": "tiny", "weights": "random", "method": "none", "n_genes": 5}
-    teaching.train(RunConfig(**settings, slides=["MINI1"]), folder / "model")
+    _train.train(RunConfig(**settings, slides=["MINI1"]), folder / "model")
     write_run_folder(folder / "scored")
-    words = ["predict", "MINI2", "--model", folder / "model", "--cohort", mini_root, "--device", "cpu"]
-    assert main([str(part) for part in [*words, "--out", folder / "genes.h5ad"]]) == 0
+    arguments = ["predict", "MINI2", "--model", folder / "model", "--cohort", mini_root, "--device", "cpu"]
+    assert main([str(part) for part in [*arguments, "--out", folder / "genes.h5ad"]]) == 0
     Image.fromarray(np.full((600, 800, 3), (220, 180, 210), np.uint8)).save(folder / "scan.png")
     counts = ad.AnnData(np.ones((2, 4), dtype=np.float32), obsm={"spatial": np.array([[300.0, 300], [500, 300]])})
     counts.write_h5ad(folder / "counts.h5ad")
@@ -62,28 +60,28 @@ def made(own_cache, tiny_backbone, mini_root, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def plain_map(monkeypatch):
-    """A picture that is drawn in no time: what it shows is tested elsewhere."""
+    """Draw empty maps, which are fast; maps are tested elsewhere."""
     monkeypatch.setattr(maps, "predicted_map", lambda adata, gene: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture
-def words(made, mini_root, tmp_path):
-    """Return a command's words, where ``out`` is the place of its result."""
+def arguments(inputs, mini_root, tmp_path):
+    """Return a function that gives the arguments of a command."""
     out = tmp_path / "place" / "out"
     start = {
         "run": ["run", "--cohort", mini_root, "--features", "depth", "--method", "none", "--n-splits", "3",
                 "--n-genes", "5", "--no-maps", "--out", out],
         "train": ["train", "--cohort", mini_root, "--slides", "MINI1", "--backbone", "tiny", "--weights", "random",
                   "--method", "none", "--n-genes", "5", "--out", out],
-        "export": ["export", made / "model", "--out", out],
-        "report": ["report", made / "scored", "--out", out],
-        "add": ["add", made / "counts.h5ad", "--image", made / "scan.png", "--mpp", "0.5", "--id", "S1",
+        "export": ["export", inputs / "model", "--out", out],
+        "report": ["report", inputs / "scored", "--out", out],
+        "add": ["add", inputs / "counts.h5ad", "--image", inputs / "scan.png", "--mpp", "0.5", "--id", "S1",
                 "--cohort", out],
-        "predict": ["predict", "MINI2", "--model", made / "model", "--cohort", mini_root, "--device", "cpu",
+        "predict": ["predict", "MINI2", "--model", inputs / "model", "--cohort", mini_root, "--device", "cpu",
                     "--out", out.with_suffix(".h5ad")],
         "embed": ["embed", "--cohort", mini_root, "--slides", "MINI2", "--backbone", "tiny", "--weights", "random",
                   "--device", "cpu", "--out", out.with_suffix(".h5ad")],
-        "map": ["map", made / "genes.h5ad", "--out", out.with_suffix(".png")],
+        "map": ["map", inputs / "genes.h5ad", "--out", out.with_suffix(".png")],
     }  # fmt: skip
     return lambda name: [str(part) for part in start[name]]
 
@@ -99,8 +97,8 @@ STEPS = {
 }
 
 
-def everything(folder):
-    """Names and content of what lies below a folder."""
+def read_files(folder):
+    """Return the content of each file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -108,23 +106,23 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_second_of_two_waits_and_finds_what_the_first_made(words, other, tmp_path, monkeypatch, capsys, name):
-    said, first = [], {}
+def test_second_process_waits_for_the_result_of_the_first(arguments, other, tmp_path, monkeypatch, capsys, name):
+    messages, first = [], {}
 
-    def go_on(text):
-        said.append(text)
+    def finish_first(text):
+        messages.append(text)
         first["status"] = other.end()
-        first["files"] = everything(tmp_path / "place")
+        first["files"] = read_files(tmp_path / "place")
 
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=go_on, flush=lambda: None)))
-    other.start(words(name), STEPS[name])
-    status = main(words(name))
-    assert said, "the second did not wait"
-    assert said[0].startswith(f"waiting for another process that writes {tmp_path}")
+    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=finish_first, flush=lambda: None)))
+    other.start(arguments(name), STEPS[name])
+    status = main(arguments(name))
+    assert messages, "the second did not wait"
+    assert messages[0].startswith(f"waiting for another process that writes {tmp_path}")
     assert first["status"] == 0
-    after = everything(tmp_path / "place")
-    if name in ("predict", "embed"):  # a file of its own is replaced by the same again
+    after = read_files(tmp_path / "place")
+    if name in ("predict", "embed"):  # a file of the same command is replaced
         assert status == 0
         assert after.keys() == first["files"].keys()
     else:
@@ -134,102 +132,97 @@ def test_the_second_of_two_waits_and_finds_what_the_first_made(words, other, tmp
 
 
 @pytest.mark.parametrize("name", ["run", "export", "add", "predict"])
-def test_a_command_that_was_killed_can_be_given_again(words, other, tmp_path, name):
-    other.start(words(name), STEPS[name])
+def test_killed_command_can_be_repeated(arguments, other, tmp_path, name):
+    other.start(arguments(name), STEPS[name])
     other.kill()
-    assert main(words(name)) == 0
-    assert main(words(name)) == (0 if name == "predict" else 2)
+    assert main(arguments(name)) == 0
+    assert main(arguments(name)) == (0 if name == "predict" else 2)
     if name == "add":
-        assert sorted(everything(tmp_path / "place")) == [
+        assert sorted(read_files(tmp_path / "place")) == [
             "out/metadata/S1.json", "out/patches/S1.h5", "out/st/S1.h5ad",
         ]  # fmt: skip
 
 
 @pytest.mark.parametrize("moved", [1, 2, 3])
-def test_an_add_that_was_killed_between_its_files_can_be_given_again(words, tmp_path, monkeypatch, capsys, moved):
-    """The killed process is played by one that cannot clear up."""
-    from peka_lite.data import visium as own_slides
+def test_add_killed_between_its_files_can_be_repeated(arguments, tmp_path, monkeypatch, capsys, moved):
+    """Simulate a killed process by one that cannot clean up."""
+    from peka_lite.data import visium as visium
 
-    true, done = os.replace, []
+    original, done = os.replace, []
 
     def killed(source, place):
         if len(done) == moved:
             raise SystemExit
         done.append(place)
-        true(source, place)
+        original(source, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(own_slides.os, "replace", killed)
-        patch.setattr(own_slides.Path, "unlink", lambda *_, **__: None)
-        patch.setattr(own_slides.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(visium.os, "replace", killed)
+        patch.setattr(visium.Path, "unlink", lambda *_, **__: None)
+        patch.setattr(visium.shutil, "rmtree", lambda *_, **__: None)
         with contextlib.suppress(SystemExit):
-            main(words("add"))
+            main(arguments("add"))
     cohort = tmp_path / "place" / "out"
-    assert main(words("add")) == (2 if moved == 3 else 0)  # with the last in place the slide is there
-    left = sorted(p for p in everything(cohort) if "lock" not in p)
+    assert main(arguments("add")) == (2 if moved == 3 else 0)  # with the last file the slide is complete
+    left = sorted(p for p in read_files(cohort) if "lock" not in p)
     assert left == ["metadata/S1.json", "patches/S1.h5", "st/S1.h5ad"]
     (cohort / "st" / "S1.h5ad").unlink()
     capsys.readouterr()
-    assert main(words("add")) == 2  # files of a user's that is not one of a killed add's stay
+    assert main(arguments("add")) == 2  # files that no killed `add` has left stay
     assert "S1.h5 is there already; choose another id" in capsys.readouterr().err
-    assert sorted(everything(cohort)) == ["metadata/S1.json", "patches/S1.h5"]
+    assert sorted(read_files(cohort)) == ["metadata/S1.json", "patches/S1.h5"]
 
 
-def without_locks(monkeypatch):
+def disable_locks(monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-@pytest.mark.parametrize("command", [run.run, teaching.train])
-def test_without_locks_the_first_result_stays_whole_and_the_second_is_refused(
-    mini_root, tmp_path, monkeypatch, command
-):
+@pytest.mark.parametrize("command", [run.run, _train.train])
+def test_without_locks_the_first_result_stays_and_the_second_is_refused(mini_root, tmp_path, monkeypatch, command):
     settings = {"cohort": str(mini_root), "method": "none", "n_splits": 3, "n_genes": 5, "weights": "random"}
     config = RunConfig(**settings, backbone="tiny", slides=["MINI1", "MINI2", "MINI3"])
     out, others = tmp_path / "out", []
-    place = (
-        "peka_lite.experiments.run.write_metrics" if command is run.run else "peka_lite.experiments._train.save_probes"
-    )
-    module = run if command is run.run else teaching
-    true = getattr(module, place.rpartition(".")[2])
+    module, step = (run, "write_metrics") if command is run.run else (_train, "save_probes")
+    original = getattr(module, step)
 
     def late(*args, **options):
-        monkeypatch.setattr(place, true)
+        monkeypatch.setattr(module, step, original)
         thread = threading.Thread(target=lambda: others.append(command(config, out, **first)))
         thread.start()
         thread.join()
-        others.append(everything(out))
-        return true(*args, **options)
+        others.append(read_files(out))
+        return original(*args, **options)
 
     first = {"maps": False} if command is run.run else {}
-    without_locks(monkeypatch)
-    monkeypatch.setattr(place, late)
+    disable_locks(monkeypatch)
+    monkeypatch.setattr(module, step, late)
     with pytest.raises(FileExistsError, match="out is there already: give another --out"):
         command(config, out, **first)
-    assert everything(out) == others[1]
+    assert read_files(out) == others[1]
     assert json.loads((out / "summary.json").read_text())["seconds"] == others[0]["seconds"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     if command is run.run:
         assert run.load_run(out)[3].X.any()
 
 
-def test_without_locks_the_first_of_two_slides_stays(words, tmp_path, monkeypatch, capsys):
-    from peka_lite.data import visium as own_slides
+def test_without_locks_the_first_of_two_slides_stays(arguments, tmp_path, monkeypatch, capsys):
+    from peka_lite.data import visium as visium
 
-    true = own_slides.write_tiles
+    original = visium.write_tiles
 
     def late(*args, **options):
-        monkeypatch.setattr(own_slides, "write_tiles", true)
-        thread = threading.Thread(target=lambda: main(words("add")))
+        monkeypatch.setattr(visium, "write_tiles", original)
+        thread = threading.Thread(target=lambda: main(arguments("add")))
         thread.start()
         thread.join()
-        return true(*args, **options)
+        return original(*args, **options)
 
-    without_locks(monkeypatch)
-    monkeypatch.setattr(own_slides, "write_tiles", late)
-    assert main(words("add")) == 2
+    disable_locks(monkeypatch)
+    monkeypatch.setattr(visium, "write_tiles", late)
+    assert main(arguments("add")) == 2
     assert "S1.h5 is there already; choose another id" in capsys.readouterr().err
     place = tmp_path / "place" / "out"
     assert sorted(p.name for p in place.rglob("*")) == [
@@ -237,12 +230,12 @@ def test_without_locks_the_first_of_two_slides_stays(words, tmp_path, monkeypatc
     ]  # fmt: skip
 
 
-def test_load_or_run_reads_what_another_process_has_just_made(words, other, tmp_path, mini_root, monkeypatch):
+def test_load_or_run_reads_the_result_of_another_process(arguments, other, tmp_path, mini_root, monkeypatch):
     ended = []
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     stderr = SimpleNamespace(write=lambda _: ended.append(other.end()), flush=lambda: None)
     monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=stderr))
-    other.start(words("run"), STEPS["run"])
+    other.start(arguments("run"), STEPS["run"])
     config = RunConfig(cohort=str(mini_root), features="depth", method="none", n_splits=3, n_genes=5)
     _, _, summary, predictions = run.load_or_run(config, tmp_path / "place" / "out")
     assert ended == [0]
@@ -251,7 +244,7 @@ def test_load_or_run_reads_what_another_process_has_just_made(words, other, tmp_
 
 
 class Rank:
-    """What `lock_run_folder` asks of `Processes`: the first's values reach the others."""
+    """Replace `Processes` for `lock_run_folder`: share the first process's values."""
 
     def __init__(self, first, values):
         self.first, self.values = first, values
@@ -262,13 +255,11 @@ class Rank:
         return self.values[-1]
 
 
-def test_of_many_processes_the_first_alone_holds_the_folder_and_all_hear_of_a_refusal(tmp_path, mini_root):
+def test_first_process_locks_the_folder_and_all_raise_its_errors(tmp_path, mini_root):
     config, values = RunConfig(cohort=str(mini_root), method="none"), []
     with lock_run_folder(config, tmp_path / "out", Rank(True, values)) as work:
         assert work == tmp_path / "out.partial"
-        with lock_run_folder(
-            config, tmp_path / "out", Rank(False, values)
-        ) as same:  # it would wait for ever for a lock
+        with lock_run_folder(config, tmp_path / "out", Rank(False, values)) as same:  # would wait forever for a lock
             assert same == work
         work.mkdir()
     for first in (True, False):
@@ -278,23 +269,23 @@ def test_of_many_processes_the_first_alone_holds_the_folder_and_all_hear_of_a_re
             pass
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(words, tmp_path, monkeypatch, capsys):
-    true = os.open
-    monkeypatch.setattr(locks.os, "open", lambda path, *a: _denied(path) if ".lock" in str(path) else true(path, *a))
+def test_folder_without_write_permission_is_one_message(arguments, tmp_path, monkeypatch, capsys):
+    original = os.open
+    monkeypatch.setattr(locks.os, "open", lambda path, *a: _deny(path) if ".lock" in str(path) else original(path, *a))
     for name in ("run", "predict", "add"):
-        assert main(words(name)) == 2
+        assert main(arguments(name)) == 2
         shown = capsys.readouterr().err.strip().splitlines()[-1]
         assert shown.endswith(".lock)")
         assert " cannot be written: Permission denied (" in shown
         assert list(tmp_path.iterdir()) == []
 
 
-def _denied(path):
+def _deny(path):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
-def test_a_lock_that_is_no_file_is_refused_and_left(tmp_path, kind):
+def test_lock_that_is_not_a_file_is_refused_and_unchanged(tmp_path, kind):
     lock, target = tmp_path / ".out.lock", tmp_path / "precious"
     target.write_text("precious")
     {
@@ -309,54 +300,54 @@ def test_a_lock_that_is_no_file_is_refused_and_left(tmp_path, kind):
     assert target.read_text() == "precious"
 
 
-# --- files that are there ------------------------------------------------------------------------------------------
+# --- existing files ------------------------------------------------------------------------------------------------
 
 
 OUTS = {"predict": "out.h5ad", "embed": "out.h5ad", "map": "out.png"}
 
 
 @pytest.fixture
-def refuse(words, tmp_path, capsys):
-    """Give a command that must end in one sentence and leave what is there as it is."""
+def refuse(arguments, tmp_path, capsys):
+    """Return a function that runs a command, which must end with one message and change no file."""
 
-    def given(name, says, out=None):
-        argv = words(name)
+    def check(name, message, out=None):
+        argv = arguments(name)
         argv[-1] = str(out or argv[-1])
         before = {p: p.lstat() if not p.is_file() else p.read_bytes() for p in sorted(tmp_path.rglob("*"))}
         assert main(argv) == 2
         shown = capsys.readouterr().err.strip().splitlines()[-1]
-        assert says in shown
+        assert message in shown
         assert argv[-1] in shown
         after = {p: p.lstat() if not p.is_file() else p.read_bytes() for p in sorted(tmp_path.rglob("*"))}
         assert after.keys() == before.keys()
         assert all(after[p] == before[p] for p in before if p.is_file())
 
-    return given
+    return check
 
 
 @pytest.mark.parametrize("name", OUTS)
-def test_a_file_that_the_command_did_not_write_stays(words, refuse, made, tmp_path, name):
+def test_file_not_written_by_the_command_stays(arguments, refuse, inputs, tmp_path, name):
     out = tmp_path / "place" / OUTS[name]
     out.parent.mkdir()
-    says = f"is there already and was not written by `peka-lite {name}`, or was changed since: give another --out"
-    for content in (b"", b"my notes", (made / "counts.h5ad").read_bytes(), (made / "scan.png").read_bytes()):
+    message = f"is there already and was not written by `peka-lite {name}`, or was changed since: give another --out"
+    for content in (b"", b"my notes", (inputs / "counts.h5ad").read_bytes(), (inputs / "scan.png").read_bytes()):
         out.write_bytes(content)
-        refuse(name, says)
+        refuse(name, message)
     out.unlink()
-    out.symlink_to(made / "scan.png")
-    refuse(name, says)
+    out.symlink_to(inputs / "scan.png")
+    refuse(name, message)
 
 
 @pytest.mark.parametrize("name", OUTS)
-def test_a_file_of_the_command_is_replaced_unless_it_was_changed(words, refuse, made, tmp_path, name):
+def test_file_of_the_command_is_replaced_unless_changed(arguments, refuse, inputs, tmp_path, name):
     out = tmp_path / "place" / OUTS[name]
-    assert main(words(name)) == 0
+    assert main(arguments(name)) == 0
     first, number = out.read_bytes(), out.stat().st_ino
-    assert main(words(name)) == 0
+    assert main(arguments(name)) == 0
     assert out.stat().st_ino != number
     if name == "map":
         assert out.read_bytes() == first
-        Image.open(out).save(out)  # as any program that crops or labels it
+        Image.open(out).save(out)  # as a program that edits it would
     else:
         changed = ad.read_h5ad(out)
         changed.obs["mine"] = "by hand"
@@ -366,23 +357,23 @@ def test_a_file_of_the_command_is_replaced_unless_it_was_changed(words, refuse, 
     refuse(name, "or was changed since")
 
 
-def test_values_changed_in_place_are_a_change(words, refuse, tmp_path):
-    assert main(words("predict")) == 0
+def test_file_with_values_changed_in_place_stays(arguments, refuse, tmp_path):
+    assert main(arguments("predict")) == 0
     with h5py.File(tmp_path / "place" / "out.h5ad", "r+") as file:
         file["X"][0, 0] = 42
     refuse("predict", "or was changed since")
 
 
-def test_a_file_of_one_command_is_none_of_another(words, refuse, tmp_path):
-    assert main(words("embed")) == 0
+def test_file_of_another_command_stays(arguments, refuse, tmp_path):
+    assert main(arguments("embed")) == 0
     refuse("predict", "was not written by `peka-lite predict`")
-    assert main([*words("predict")[:-1], str(tmp_path / "place" / "genes.h5ad")]) == 0
+    assert main([*arguments("predict")[:-1], str(tmp_path / "place" / "genes.h5ad")]) == 0
     refuse("embed", "was not written by `peka-lite embed`", out=tmp_path / "place" / "genes.h5ad")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".jpg"])
-def test_every_kind_of_map_is_known_again(words, tmp_path, suffix):
-    argv = [*words("map")[:-1], str(tmp_path / f"m{suffix}")]
+def test_map_of_every_format_is_recognized(arguments, tmp_path, suffix):
+    argv = [*arguments("map")[:-1], str(tmp_path / f"m{suffix}")]
     assert main(argv) == 0
     assert main(argv) == 0
     content = (tmp_path / f"m{suffix}").read_bytes()
@@ -397,8 +388,8 @@ def test_every_kind_of_map_is_known_again(words, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("how", ["itself", "link", "hard link"])
-def test_an_input_is_never_written_over(words, refuse, made, mini_root, tmp_path, how):
-    """Even one that the command wrote: a slide's own file, and the predictions that a picture is drawn of."""
+def test_input_is_never_overwritten(arguments, refuse, inputs, mini_root, tmp_path, how):
+    """Check this also for an input that the command wrote: predictions that are read as a slide."""
     root = tmp_path / "cohort"
     shutil.copytree(mini_root, root)
     slide = root / "st" / "MINI2.h5ad"
@@ -411,22 +402,22 @@ def test_an_input_is_never_written_over(words, refuse, made, mini_root, tmp_path
         other.symlink_to(path) if how == "link" else os.link(path, other)
         return other
 
-    argv = ["predict", "MINI2", "--model", str(made / "model"), "--cohort", str(root), "--out", str(place(slide))]
+    argv = ["predict", "MINI2", "--model", str(inputs / "model"), "--cohort", str(root), "--out", str(place(slide))]
     content = slide.read_bytes()
     assert main(argv) == 2
     assert slide.read_bytes() == content
-    own = made / "model" / "genes.h5ad"  # of `predict`, and now read as a slide
-    shutil.copyfile(made / "genes.h5ad", slide)
-    with pytest.raises(FileExistsError, match=r"is what `peka-lite predict` reads \("):
+    unexpected = inputs / "model" / "genes.h5ad"
+    shutil.copyfile(inputs / "genes.h5ad", slide)
+    with pytest.raises(FileExistsError, match=r"is an input of `peka-lite predict` \("):
         check_file(place(slide), "peka-lite predict", inputs=[slide])
     assert main(argv) == 2
-    assert slide.read_bytes() == (made / "genes.h5ad").read_bytes()
-    assert not own.exists()
+    assert slide.read_bytes() == (inputs / "genes.h5ad").read_bytes()
+    assert not unexpected.exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link", "below a file"])
 @pytest.mark.parametrize("name", [*OUTS, "run", "train", "export", "report"])
-def test_what_is_no_place_for_a_result_is_refused_at_once(words, refuse, tmp_path, monkeypatch, name, kind):
+def test_invalid_output_path_is_refused_before_the_work(arguments, refuse, tmp_path, monkeypatch, name, kind):
     work = "peka_lite.experiments._embed.embed_tiles" if name == "embed" else "peka_lite.data.hest.read_slide"
     monkeypatch.setattr(work, None)
     out = tmp_path / "place" / OUTS.get(name, "out")
@@ -437,16 +428,16 @@ def test_what_is_no_place_for_a_result_is_refused_at_once(words, refuse, tmp_pat
         refuse(name, "is a folder: give the name of a file" if name in ("embed", "map") else "")
     elif kind == "pipe":
         os.mkfifo(out)
-        refuse(name, "a pipe, a device or a link that leads nowhere" if name in OUTS else "is there already")
+        refuse(name, "a pipe, a device or a broken link" if name in OUTS else "is there already")
     elif kind == "dangling link":
         out.symlink_to(tmp_path / "nowhere")
-        refuse(name, "a pipe, a device or a link that leads nowhere" if name in OUTS else "is there already")
+        refuse(name, "a pipe, a device or a broken link" if name in OUTS else "is there already")
     else:
         (tmp_path / "place" / "file").write_text("")
-        refuse(name, "is no folder", out=tmp_path / "place" / "file" / "deep" / OUTS.get(name, "out"))
+        refuse(name, "is not a folder", out=tmp_path / "place" / "file" / "deep" / OUTS.get(name, "out"))
 
 
-def test_what_came_while_a_command_worked_stays(tmp_path):
+def test_file_created_during_the_work_stays(tmp_path):
     def write():
         with write_output(tmp_path / "a.html", "SlideViewer.save") as partial:
             partial.write_text("new")
@@ -454,7 +445,7 @@ def test_what_came_while_a_command_worked_stays(tmp_path):
 
     with pytest.raises(FileExistsError, match="is there already"):
         write()
-    assert everything(tmp_path) == {"a.html": b"mine"}
+    assert read_files(tmp_path) == {"a.html": b"mine"}
     (tmp_path / "work").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("mine")
@@ -463,12 +454,11 @@ def test_what_came_while_a_command_worked_stays(tmp_path):
     assert (tmp_path / "b" / "mine").read_text() == "mine"
 
 
-def test_tiles_features_adapters_and_embeddings_keep_to_it_too(mini_cohort, tmp_path):
-    from peka_lite.adapters.adapt import adapt
-    from peka_lite.adapters.files import save_adapter
+def test_library_functions_do_not_overwrite_other_files(mini_cohort, tmp_path):
+    from peka_lite.adapters import adapt, save_adapter
 
     store = mini_cohort.slides[0].tiles.select([0, 1]).to_memmap(tmp_path / "tiles.npy")
-    with pytest.raises(FileExistsError, match=r"tiles\.npy is what `TileStore.to_memmap` reads"):
+    with pytest.raises(FileExistsError, match=r"tiles\.npy is an input of `TileStore.to_memmap`"):
         store.select([1]).to_memmap(tmp_path / "tiles.npy")
     np.save(tmp_path / "mine.npy", np.zeros((2, 224, 224, 3), np.uint8))
     with pytest.raises(FileExistsError, match=r"mine\.npy is there already and was not written by `TileStore"):
@@ -485,16 +475,16 @@ def test_tiles_features_adapters_and_embeddings_keep_to_it_too(mini_cohort, tmp_
     assert (tmp_path / "b.safetensors").read_text() == "mine"
 
 
-# --- links in received folders of work ------------------------------------------------------------------------------
+# --- links in received work folders ---------------------------------------------------------------------------------
 
 
-def test_a_link_in_a_folder_of_work_is_never_written_through(words, tmp_path, capsys):
+def test_link_in_a_work_folder_is_never_followed(arguments, tmp_path, capsys):
     precious = tmp_path / "precious"
     precious.write_text("precious")
     work = tmp_path / "place" / "out.partial"
     work.mkdir(parents=True)
     (work / "summary.json").symlink_to(precious)
-    assert main(words("run")) == 2
+    assert main(arguments("run")) == 2
     assert "holds a link" in capsys.readouterr().err
     rows, _ = open_partial(tmp_path / "w", shape=(2, 3), key="k")
     (tmp_path / "w" / "whole.h5ad").symlink_to(precious)
@@ -505,44 +495,46 @@ def test_a_link_in_a_folder_of_work_is_never_written_through(words, tmp_path, ca
 
 
 @pytest.mark.parametrize("text", ["{title: mine, grid: {seed: [0, 1]}}", "just: notes", "[", ""])
-def test_a_users_sweep_is_not_replaced_by_the_record_of_its_folder(mini_root, tmp_path, capsys, text):
+def test_sweep_file_of_a_user_is_not_overwritten(mini_root, tmp_path, capsys, text):
     (tmp_path / "sweep.yml").write_text(text)
-    (tmp_path / "asked.yml").write_text(
-        f"{{fixed: {{cohort: {mini_root}, method: none}}, grid: {{features: [depth]}}}}"
-    )
-    assert main(["sweep", str(tmp_path / "asked.yml"), "--out", str(tmp_path), "--workers", "1"]) == 2
+    sweep = tmp_path / "new.yml"
+    sweep.write_text(f"{{fixed: {{cohort: {mini_root}, method: none}}, grid: {{features: [depth]}}}}")
+    assert main(["sweep", str(sweep), "--out", str(tmp_path), "--workers", "1"]) == 2
     assert "sweep.yml is there already and was not written by `peka-lite sweep`" in capsys.readouterr().err
     assert (tmp_path / "sweep.yml").read_text() == text
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "file", "folder"])
-def test_what_lies_where_files_are_prepared_is_not_removed_nor_waited_for(tmp_path, kind):
-    work, mine = tmp_path / "w", tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("mine")
+def test_other_file_at_the_work_folder_is_not_removed(tmp_path, kind):
+    work, other = tmp_path / "w", tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
     if kind == "pipe":
         os.mkfifo(work)
     elif kind == "link":
-        work.symlink_to(mine)
+        work.symlink_to(other)
     elif kind == "file":
         work.write_text("mine")
     else:
-        shutil.copytree(mine, work)
-    with pytest.raises(FileExistsError, match="where files are to be prepared"):
+        shutil.copytree(other, work)
+    with pytest.raises(FileExistsError, match="temporary files must be written there"):
         open_partial(work, shape=(2, 3), key="k")
     assert os.path.lexists(work)
-    assert (mine / "thesis.txt").read_text() == "mine"
+    assert (other / "thesis.txt").read_text() == "mine"
     assert kind != "folder" or (work / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["run", "train"])
-def test_a_pipe_where_a_folder_is_prepared_is_named(words, tmp_path, capsys, name):
+def test_pipe_at_the_work_folder_is_named(arguments, tmp_path, capsys, name):
     work = tmp_path / "place" / "out.partial"
     work.parent.mkdir()
     os.mkfifo(work)
-    assert main(words(name)) == 2
-    assert f"{work} is a link or no folder, where files are to be prepared: remove it" in capsys.readouterr().err
+    assert main(arguments(name)) == 2
+    assert (
+        f"{work} is a link or not a folder, but temporary files must be written there: remove it"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_name_that_leaves_no_room_for_one_in_preparation_is_refused(refuse, tmp_path):
-    refuse("map", "a name of more than 200 bytes; give a shorter one", out=tmp_path / f"{'x' * 230}.png")
+def test_too_long_output_name_is_refused(refuse, tmp_path):
+    refuse("map", "its name has more than 200 bytes; give a shorter one", out=tmp_path / f"{'x' * 230}.png")

@@ -1,4 +1,4 @@
-"""What long work shows: its plan first, then bars in a terminal and plain lines elsewhere."""
+"""Report long work: first its plan, then bars in a terminal and plain lines elsewhere."""
 
 import io
 import re
@@ -14,20 +14,16 @@ import peka_lite.experiments.cache
 import peka_lite.experiments.features
 from peka_lite._core import progress
 from peka_lite._core.progress import Stage, print_line, progress_bar
-from peka_lite.adapters.adapt import adapt
-from peka_lite.backbones.embed import embed_tiles
-from peka_lite.backbones.load import load_backbone
+from peka_lite.adapters import adapt
+from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.cli.main import main
-from peka_lite.experiments._train import train
-from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.run import run
+from peka_lite.experiments import RunConfig, run, train
+from peka_lite.transfer import TransferModel, fit
 from peka_lite.transfer._training import Epochs
-from peka_lite.transfer.fit import fit
-from peka_lite.transfer.model import TransferModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
+    pytest.mark.usefixtures("isolated_cache", "tiny_backbone"),
 ]
 
 
@@ -47,23 +43,23 @@ def config(root, **changes):
 
 @pytest.fixture
 def count(monkeypatch):
-    """What was done, in numbers, since the test began."""
-    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "color_texture"), 0)
+    """Count the calls or items of expensive functions in a test."""
+    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "color_features"), 0)
 
-    def counted(room, name, size=lambda *_: 1):
-        original = getattr(room, name)
+    def counted(module, name, size=lambda *_: 1):
+        original = getattr(module, name)
 
         def call(*args, **options):
             done[name] += size(*args)
             return original(*args, **options)
 
-        monkeypatch.setattr(room, name, call)
+        monkeypatch.setattr(module, name, call)
 
     counted(peka_lite.experiments.cache, "fit")
     counted(Epochs, "_update")
     counted(peka_lite.experiments.cache, "embed_tiles", lambda _, tiles: len(tiles))
     counted(peka_lite.experiments._teacher_labels, "embed_cohort", lambda _, cohort: len(cohort))
-    counted(peka_lite.experiments.features, "color_texture", lambda tiles: len(tiles))
+    counted(peka_lite.experiments.features, "color_features", lambda tiles: len(tiles))
     return done
 
 
@@ -71,8 +67,8 @@ def planned(err):
     """Return the plan's numbers in the order of `count`."""
     (line,) = [line for line in err.splitlines() if line.startswith("plan: ")]
     words = ("trainings?", "optimizer steps", "tiles to embed", "spots for the teacher", "tiles to measure")
-    found = [re.search(rf"([\d,]+) {word}", line) for word in words]
-    return [int(match[1].replace(",", "")) if match else 0 for match in found]
+    matches = [re.search(rf"([\d,]+) {word}", line) for word in words]
+    return [int(match[1].replace(",", "")) if match else 0 for match in matches]
 
 
 @pytest.mark.parametrize(
@@ -89,32 +85,32 @@ def planned(err):
         ({"protocol": "strict", "method": "none", "features": "depth"}, 0),
     ],
 )
-def test_the_plan_of_a_run_is_what_it_does(mini_root, tmp_path, monkeypatch, capsys, count, settings, trainings):
+def test_plan_of_a_run_equals_its_work(mini_root, tmp_path, monkeypatch, capsys, count, settings, trainings):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     run(config(mini_root, **settings), tmp_path / "a", maps=False, progress=True)
     assert planned(capsys.readouterr().err) == list(count.values())
     assert count["fit"] == trainings
     if settings.get("features") not in ("teacher", "depth"):
-        assert count["embed_tiles"] + count["color_texture"] > 0
-    # Once more: what was made is in the cache, and the plan knows.
+        assert count["embed_tiles"] + count["color_features"] > 0
+    # Again: finished parts are in the cache and not in the plan.
     before = dict(count)
     run(config(mini_root, **settings), tmp_path / "b", maps=False, progress=True)
     err = capsys.readouterr().err
     assert planned(err) == [count[name] - before[name] for name in count]
     assert count["fit"] == trainings
-    if made := trainings + (settings.get("features") == "frozen+student"):
-        assert f"plan: no training, {made} from the cache\n" in err
+    if cached := trainings + (settings.get("features") == "frozen+student"):
+        assert f"plan: no training, {cached} from the cache\n" in err
 
 
 @pytest.mark.parametrize(("fold", "trainings"), [(None, 4), (1, 3)])
-def test_the_plan_of_a_training_is_what_it_does(mini_root, tmp_path, monkeypatch, capsys, count, fold, trainings):
+def test_plan_of_a_training_equals_its_work(mini_root, tmp_path, monkeypatch, capsys, count, fold, trainings):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     train(config(mini_root, protocol="strict", epochs=1), tmp_path / "a", fold=fold, progress=True)
     assert planned(capsys.readouterr().err) == list(count.values())
     assert count["fit"] == trainings
 
 
-def test_the_plan_counts_only_what_the_cache_lacks(mini_root, tmp_path, monkeypatch, capsys, count):
+def test_plan_counts_only_parts_missing_from_the_cache(mini_root, tmp_path, monkeypatch, capsys, count):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     train(config(mini_root, protocol="hest", epochs=1), tmp_path / "a", fold=1)
     capsys.readouterr()
@@ -139,7 +135,7 @@ def test_every_long_part_of_a_run_has_a_name(mini_root, tmp_path, monkeypatch):
     assert any(name.startswith("clustering ") for name in named)
 
 
-def test_a_step_that_takes_long_is_named_again_and_again(pipe):
+def test_long_step_is_printed_repeatedly(pipe):
     with Stage("run", reports=True):
         for k in Stage("training", ["a", "b", "c"]):
             if k == "b":
@@ -151,14 +147,14 @@ def test_a_step_that_takes_long_is_named_again_and_again(pipe):
     assert re.match(r"\[\d+ s\] run", pipe.getvalue())
 
 
-def test_a_part_without_steps_is_named_too(pipe):
+def test_stage_without_steps_is_printed(pipe):
     with Stage(lambda: "", reports=True), Stage("clustering 30,414 spots"):
         pipe.wait_for("clustering 30,414 spots")
     with Stage("", reports=True):
         pipe.wait_for("at work", times=2 if "at work" in pipe.lines else 1)
 
 
-def test_a_training_shows_where_it_is_while_a_batch_takes_long(pipe):
+def test_training_shows_its_step_during_a_slow_batch(pipe):
     tiles, teacher, labels = task(20)
 
     class Slow:
@@ -177,7 +173,7 @@ def test_a_training_shows_where_it_is_while_a_batch_takes_long(pipe):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_lines_end_with_the_work_however_it_ends(pipe, error):
+def test_lines_end_with_the_work_after_any_error(pipe, error):
     def work():
         with Stage("run", reports=True):
             for _ in Stage("training", range(3)):
@@ -189,7 +185,7 @@ def test_lines_end_with_the_work_however_it_ends(pipe, error):
     assert progress._lines is None
 
 
-def test_a_training_that_fails_leaves_no_thread(pipe):
+def test_failed_training_leaves_no_thread(pipe):
     _, teacher, labels = task(20)
 
     class Broken:
@@ -224,14 +220,14 @@ def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
         assert shown.line() == "transfer: 180 of 380 steps, about 1 min 10 s left"
         now = 200.0
         assert shown.line() == "transfer: 180 of 380 steps"
-    come = [0]
-    with Stage("fetching x:", ["a", "b"], total=900, measure=lambda: come[0], unit=" MB") as shown:
-        now, come[0] = 210.0, 300
+    fetched = [0]
+    with Stage("fetching x:", ["a", "b"], total=900, measure=lambda: fetched[0], unit=" MB") as shown:
+        now, fetched[0] = 210.0, 300
         assert shown.line() == "fetching x: 300 of 900 MB, about 20 s left"
 
 
 @pytest.mark.parametrize("place", ["terminal", "notebook"])
-def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypatch, place):
+def test_terminal_and_notebook_get_bars_and_no_lines(pipe, capsys, monkeypatch, place):
     if place == "terminal":
         monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
     else:
@@ -246,19 +242,19 @@ def test_a_terminal_and_a_notebook_get_bars_and_no_lines(pipe, capsys, monkeypat
     assert "training 2 of 3, embed tiles: 100%" in capsys.readouterr().err
 
 
-def test_a_bar_for_a_terminal_alone_is_not_shown_in_a_notebook(pipe, monkeypatch):
+def test_terminal_bar_is_not_shown_in_a_notebook(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
-    monkeypatch.setattr("tqdm.auto.tqdm", lambda items, *, disable, **_: disable)  # its stream says it is a terminal
+    monkeypatch.setattr("tqdm.auto.tqdm", lambda items, *, disable, **_: disable)  # its stream claims to be a terminal
     assert progress_bar(range(4), desc="draw the synthetic cohort", enabled=None) is True
     assert progress_bar(range(4), desc="embed tiles", enabled=True) is False
 
 
-def test_who_asks_for_nothing_hears_nothing(mini_root, tmp_path, pipe, capsys):
+def test_nothing_is_printed_without_progress(mini_root, tmp_path, pipe, capsys):
     run(config(mini_root, method="none", features="color"), tmp_path / "a", maps=False)
     assert pipe.getvalue() + capsys.readouterr().err == ""
 
 
-def test_of_several_processes_the_first_alone_speaks(pipe, monkeypatch):
+def test_only_the_first_process_prints(pipe, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with Stage("run", reports=True):
         assert progress._lines is None
@@ -266,7 +262,7 @@ def test_of_several_processes_the_first_alone_speaks(pipe, monkeypatch):
     assert pipe.getvalue() == ""
 
 
-def test_work_goes_on_where_nobody_reads(monkeypatch):
+def test_work_continues_with_closed_stderr(monkeypatch):
     tried = threading.Semaphore(0)
 
     class Closed(io.StringIO):
@@ -283,16 +279,16 @@ def test_work_goes_on_where_nobody_reads(monkeypatch):
                 assert all(tried.acquire(timeout=60) for _ in range(3))
 
 
-def test_a_short_command_prints_its_plan_and_no_line_more(mini_root, tmp_path, capsys):
+def test_short_command_prints_only_its_plan(mini_root, tmp_path, capsys):
     cohort = ["--cohort", str(mini_root), "--slides", "MINI1,MINI2"]
     assert main(["embed", *cohort, "--backbone", "mini", "--out", str(tmp_path / "x.h5ad")]) == 0
-    said = capsys.readouterr()
-    assert re.fullmatch(r"plan: \d+ tiles to embed by mini\n", said.err)
-    assert said.out.endswith(f"{tmp_path / 'x.h5ad'}\n")
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"plan: \d+ tiles to embed by mini\n", printed.err)
+    assert printed.out.endswith(f"{tmp_path / 'x.h5ad'}\n")
     options = ["--method", "none", "--features", "depth", "--n-splits", "2", "--n-genes", "5", "--no-maps"]
     assert main(["run", *cohort, *options, "--out", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr()
-    assert said.err == "plan: no training\n"
-    assert said.out.startswith("none, features depth")
+    printed = capsys.readouterr()
+    assert printed.err == "plan: no training\n"
+    assert printed.out.startswith("none, features depth")
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
     assert capsys.readouterr() == (f"{tmp_path / 'report'}/report.md\n", "plan: tables and figures of 1 run\n")

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a command alike, once, with what was finished kept."""
+"""Stop a command on SIGTERM, SIGHUP or Ctrl-C once, and keep finished parts."""
 
 import contextlib
 import signal
@@ -13,30 +13,30 @@ import pytest
 import peka_lite.cli.main as cli
 from peka_lite._core._signals import SIGNALS, Stopped, defer_signals, exit_on_signals
 
-SAID = "peka-lite: stopped; what was finished is kept, and the same command goes on\n"
+MESSAGE = "peka-lite: stopped; finished parts are stored, and the same command resumes\n"
 
 
 @pytest.fixture
 def report(monkeypatch):
-    """Let the command `report` do something else."""
+    """Return a function that runs another function as the command `report`."""
 
-    def instead(do):
-        monkeypatch.setattr(cli, "_report", lambda **_: do())
+    def run(action):
+        monkeypatch.setattr(cli, "_report", lambda **_: action())
         return cli.main(["report", "x", "--out", "y"])
 
-    return instead
+    return run
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_a_command(report, capsys, number):
+def test_signal_ends_a_command(report, capsys, number):
     before = [signal.getsignal(each) for each in SIGNALS]
     assert report(lambda: signal.raise_signal(number) or 0) == 128 + number
-    assert capsys.readouterr().err == SAID
+    assert capsys.readouterr().err == MESSAGE
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_clean_up_is_not_broken_off(report, tmp_path, number):
+def test_clean_up_is_not_interrupted(report, tmp_path, number):
     def work():
         half = tmp_path / "half"
         half.write_text("")
@@ -51,7 +51,7 @@ def test_the_clean_up_is_not_broken_off(report, tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_whose_exception_was_lost_is_followed_by_another(report):
+def test_second_signal_raises_after_the_first_was_suppressed(report):
     def work():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
@@ -61,7 +61,7 @@ def test_a_signal_whose_exception_was_lost_is_followed_by_another(report):
     assert report(work) == 130
 
 
-def test_what_is_ignored_or_handled_elsewhere_stays_so(report):
+def test_ignored_and_handled_signals_are_unchanged(report):
     seen = []
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
     try:
@@ -72,12 +72,12 @@ def test_what_is_ignored_or_handled_elsewhere_stays_so(report):
     assert seen == [1]
 
 
-def test_a_command_runs_in_a_thread_too(report):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(report(lambda: 0)))
+def test_command_runs_in_a_thread(report):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(report(lambda: 0)))
     thread.start()
     thread.join()
-    assert found == [0]
+    assert statuses == [0]
 
 
 def test_other_processes_of_a_run_end_at_once(monkeypatch):
@@ -86,21 +86,21 @@ def test_other_processes_of_a_run_end_at_once(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_waits_until_the_file_is_closed():
+def test_signal_is_deferred_until_the_block_ends():
     steps = []
     with pytest.raises(Stopped), exit_on_signals(), defer_signals():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
-        steps.append("went on")
-    assert steps == ["went on"]
-    with pytest.raises(KeyboardInterrupt), defer_signals() as let_through:  # noqa: PT012
+        steps.append("first")
+    assert steps == ["first"]
+    with pytest.raises(KeyboardInterrupt), defer_signals() as raise_deferred:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
-        steps.append("on again")
-        let_through()
-        steps.append("not here")
-    assert steps == ["went on", "on again"]
+        steps.append("second")
+        raise_deferred()
+        steps.append("never")
+    assert steps == ["first", "second"]
 
 
-def test_a_job_that_ends_while_tiles_are_written_leaves_nothing(tmp_path):
+def test_job_stopped_while_writing_tiles_leaves_nothing(tmp_path):
     code = """
     import os, signal, sys
     from pathlib import Path
@@ -122,11 +122,11 @@ def test_a_job_that_ends_while_tiles_are_written_leaves_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stderr) == (143, SAID)
+    assert (done.returncode, done.stderr) == (143, MESSAGE)
     assert done.stdout == "10 []\n"
 
 
-def test_a_run_ended_by_its_cluster_goes_on(tmp_path, mini_root):
+def test_run_stopped_by_a_signal_can_be_resumed(tmp_path, mini_root):
     out = tmp_path / "out"
     command = ["run", "--cohort", mini_root, "--method", "none", "--features", "depth", "--n-splits", "3"]
     command = [sys.executable, "-m", "peka_lite", *map(str, [*command, "--n-genes", "5", "--no-maps", "--out", out])]
@@ -137,7 +137,7 @@ def test_a_run_ended_by_its_cluster_goes_on(tmp_path, mini_root):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err[-len(SAID) :]) == (143, SAID)
+    assert (process.returncode, err[-len(MESSAGE) :]) == (143, MESSAGE)
     assert not out.exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert sorted(path.name for path in out.iterdir()) == [

@@ -1,4 +1,4 @@
-"""Threads that wait sleep: OMP_WAIT_POLICY is set before PyTorch is loaded, unless the user has decided."""
+"""Set OMP_WAIT_POLICY before PyTorch is loaded, unless the user has set it."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture
-def torch_says(tmp_path):
-    """Return a function that runs Python with a `torch` that only writes what it finds set when it is loaded."""
-    (tmp_path / "torch.py").write_text(f"import os\nprint([os.environ.get(k) for k in {DECIDED}])\nos._exit(7)")
+def torch_environment(tmp_path):
+    """Return a function that runs Python with a `torch` that only prints `VARIABLES` when it is loaded."""
+    (tmp_path / "torch.py").write_text(f"import os\nprint([os.environ.get(k) for k in {VARIABLES}])\nos._exit(7)")
 
-    def run(*command, **decided):
-        env = {k: v for k, v in os.environ.items() if k not in DECIDED}
-        env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONUNBUFFERED": "1"} | decided
+    def run(*command, **variables):
+        env = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+        env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONUNBUFFERED": "1"} | variables
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 7, done.stderr
         return done.stdout.splitlines()[-1]
@@ -38,12 +38,12 @@ def torch_says(tmp_path):
         ("-c", "from peka_lite.experiments.run import run"),
     ],
 )
-def test_it_is_set_when_torch_is_loaded(torch_says, command):
-    assert torch_says(*command) == "['PASSIVE', None, None, None]"
+def test_policy_is_set_when_torch_is_loaded(torch_environment, command):
+    assert torch_environment(*command) == "['PASSIVE', None, None, None]"
 
 
 @pytest.mark.parametrize(
-    ("decided", "stays"),
+    ("variables", "expected"),
     [
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "['ACTIVE', None, None, None]"),
         ({"OMP_WAIT_POLICY": ""}, "['', None, None, None]"),
@@ -52,8 +52,8 @@ def test_it_is_set_when_torch_is_loaded(torch_says, command):
         ({"KMP_LIBRARY": "turnaround"}, "[None, None, None, 'turnaround']"),
     ],
 )
-def test_what_the_user_has_decided_stays(torch_says, decided, stays):
-    assert torch_says("-c", "import peka_lite, torch", **decided) == stays
+def test_settings_of_the_user_are_unchanged(torch_environment, variables, expected):
+    assert torch_environment("-c", "import peka_lite, torch", **variables) == expected
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -222,10 +222,10 @@ def test_read_adapter_info_rejects_invalid_files(tmp_path):
     (tmp_path / "text").write_text("not a safetensors file")
     for size in (4, 100, whole.stat().st_size - 1):
         cut.write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(ValueError, match="cut is truncated or no safetensors file"):
+        with pytest.raises(ValueError, match="cut is truncated or not a safetensors file"):
             load_adapter(student(TINY), cut)
     for name in ("empty", "text"):
-        with pytest.raises(ValueError, match=f"{name} is truncated or no safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is truncated or not a safetensors"):
             read_adapter_info(tmp_path / name)
     save_file({"fold0.blocks": torch.ones(2)}, tmp_path / "old", metadata={"method": "bone"})
     with pytest.raises(ValueError, match="old is no adapter file of peka_lite"):

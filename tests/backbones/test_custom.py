@@ -108,7 +108,7 @@ def test_invalid_or_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.yml: the file must map fields to values"):
         read_backbone(tmp_path / "a.yml")
     (tmp_path / "b.yml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"b\.yml: no YAML"):
+    with pytest.raises(ValueError, match=r"b\.yml: invalid YAML"):
         read_backbone(tmp_path / "b.yml")
     with pytest.raises(FileNotFoundError, match=r"c\.yml: file not found; a backbone is a registered name or"):
         pk.RunConfig(backbone=str(tmp_path / "c.yml"))

@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints; one line for what is wrong."""
+"""Run the command line, and report invalid input by one line."""
 
 import dataclasses
 import subprocess
@@ -7,19 +7,21 @@ import sys
 import pytest
 
 from peka_lite.cli.main import main
-from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments import RunConfig
 
 
-def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
+def test_run_prints_one_line_and_creates_the_folder(mini_root, tmp_path, capsys):
     out = tmp_path / "out"
     status = main(
         ["run", "--cohort", str(mini_root), "--method", "none", "--slides", "MINI1,MINI2",
          "--n-splits", "3", "--n-genes", "10", "--out", str(out)]
     )  # fmt: skip
     assert status == 0
-    said = capsys.readouterr()
-    assert "mean PCC" in said.out
-    assert "peka-lite: 2 patients for 3 folds: each patient is one fold" in said.err.splitlines()  # no place in a file
+    printed = capsys.readouterr()
+    assert "mean PCC" in printed.out
+    assert (
+        "peka-lite: 2 patients for 3 folds: each patient is one fold" in printed.err.splitlines()
+    )  # without a source location
     assert (out / "summary.json").is_file()
 
 
@@ -30,7 +32,7 @@ def test_run_prints_one_line_and_makes_the_folder(mini_root, tmp_path, capsys):
         (["--weights", "nowhere.bin"], "no such weights file"),
         (["--r", "7"], "must divide"),
         (["--method", "dora"], "unknown method"),
-        (["--slides", "NOBODY"], "no slide NOBODY"),
+        (["--slides", "MISSING"], "no slide MISSING"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(mini_root, tmp_path, capsys, options, message):
@@ -58,36 +60,36 @@ def test_help_names_every_setting(capsys):
     assert all(f"--{f.name.replace('_', '-')}" in shown for f in dataclasses.fields(RunConfig))
 
 
-def test_fetch_lists_what_there_is(tmp_path, monkeypatch, capsys):
+def test_fetch_lists_all_artifacts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     assert main(["fetch"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["breast", "kidney", "liver", "lung", "scfoundation"]
 
 
-def test_fetch_prints_where_it_is(tmp_path, monkeypatch, capsys):
-    import peka_lite.data.download as room
+def test_fetch_prints_the_path(tmp_path, monkeypatch, capsys):
+    from peka_lite.data import download
 
-    monkeypatch.setattr(room, "fetch", lambda name, *, root: tmp_path / name)
+    monkeypatch.setattr(download, "fetch", lambda name, *, root: tmp_path / name)
     assert main(["fetch", "breast"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "breast")
 
 
-def test_an_unknown_artifact_is_one_line_and_status_2(capsys):
-    assert main(["fetch", "nobody"]) == 2
-    assert "nothing called 'nobody'" in capsys.readouterr().err
+def test_unknown_artifact_is_one_line_and_status_2(capsys):
+    assert main(["fetch", "unknown"]) == 2
+    assert "nothing called 'unknown'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("note", 0), ("fail", 1)])
-def test_the_doctors_status_is_that_of_the_worst_check(monkeypatch, capsys, status, code):
-    import peka_lite.cli.doctor as room
+def test_doctor_status_is_that_of_the_worst_check(monkeypatch, capsys, status, code):
+    from peka_lite.cli import doctor
 
-    monkeypatch.setattr(room, "doctor", lambda *, online: [room.Check("python", status, f"online {online}", None)])
+    monkeypatch.setattr(doctor, "doctor", lambda *, online: [doctor.Check("python", status, f"online {online}", None)])
     assert main(["doctor", "--offline"]) == code
     assert "online False" in capsys.readouterr().out
 
 
-def test_the_doctor_comes_where_torchvision_is_broken(tmp_path):
+def test_doctor_runs_with_a_broken_torchvision(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from peka_lite.cli.main import main; "
     done = subprocess.run(
@@ -104,7 +106,7 @@ def test_import_stays_light():
     )
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     import peka_lite
 
     assert all(getattr(peka_lite, name) is not None for name in peka_lite.__all__)
@@ -112,7 +114,7 @@ def test_every_public_name_is_there():
         _ = peka_lite.nothing
 
 
-def test_sweep_without_a_file_names_what_is_ready_and_bad_input_is_one_line(capsys, tmp_path, monkeypatch):
+def test_sweep_lists_ready_sweeps_and_bad_input_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
@@ -126,15 +128,15 @@ def test_sweep_without_a_file_names_what_is_ready_and_bad_input_is_one_line(caps
         (["quick", "--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "give one of the two"),
     ):
         assert main(["sweep", *options]) == 2
-        said = capsys.readouterr().err
-        assert words in said
-        assert said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert words in printed
+        assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert main(["sweep", "quick", "--dry-run", "-p", "epochs", "1"]) == 0
     assert "6 points in sweeps/quick: 0 done, 6 to run" in capsys.readouterr().out
 
 
-def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cache, tmp_path, capsys):
+def test_commands_from_training_to_a_map_of_an_added_slide(mini_cohort, mini_root, isolated_cache, tmp_path, capsys):
     import anndata as ad
     import numpy as np
     import tifffile
@@ -153,19 +155,19 @@ def test_from_nothing_to_a_map_of_ones_own_slide(mini_cohort, mini_root, own_cac
 
     def call(text):
         status = main([part.replace("@", f"{tmp_path}/") for part in text.split()])
-        said = capsys.readouterr()
-        assert status == 0, said.err
-        return said.out
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out
 
     call(f"train --cohort {mini_root} --slides MINI2,MINI3 --method none --n-genes 10 --out @first")
     call("predict @scan.tif --model @first --mpp 0.5 --out @genes.h5ad")
     assert call("map @genes.h5ad --out @map.png").startswith(f"{tmp_path / 'map.png'}: ")
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     add = f"--image {tmp_path}/scan.tif --cohort {tmp_path}/own --mpp visium"
-    said = call(f"add @A.h5ad --id A --patient P {add}")
-    assert f"Slide A: {half} spots" in said
-    assert f"next: add a slide of another patient, then `peka-lite run --cohort {tmp_path}/own" in said
-    # One patient: nothing to hold out but sections or spots, and it is said which.
+    printed = call(f"add @A.h5ad --id A --patient P {add}")
+    assert f"Slide A: {half} spots" in printed
+    assert f"next: add a slide of another patient, then `peka-lite run --cohort {tmp_path}/own" in printed
+    # One patient: only sections or spots can be held out; the message names the split.
     run = f"run --cohort {tmp_path}/own --method none --n-splits 2 --n-genes 5 --no-maps --out {tmp_path}/run"
     for ids, other in ((("A",), "spot"), (("A", "B"), "slide")):
         if "B" in ids:

@@ -241,7 +241,7 @@ def test_errors_in_a_manifest_name_entry_and_field(tmp_path, change, message):
 
 def test_a_key_given_twice_is_refused(tmp_path):
     text = yaml.safe_dump(make_entries(), sort_keys=False).replace("  big:", "  big: {}\n  big:")
-    with pytest.raises(ValueError, match=r"custom.yml: no YAML: 'big' is there twice at line \d+"):
+    with pytest.raises(ValueError, match=r"custom.yml: invalid YAML: 'big' is there twice at line \d+"):
         read_manifest(write(tmp_path, text))
 
 

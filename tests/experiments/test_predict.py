@@ -223,7 +223,7 @@ def test_failed_job_resumes(slide_path, whole, tmp_path):
         predict_slide(slide_path, model, out, batch_size=4)
     assert model.seen == [4, 4, 4]
     assert not out.exists()
-    assert partial_path(out, held=True).is_dir()
+    assert partial_path(out, locked=True).is_dir()
     again = MeanColor()
     adata = predict_slide(slide_path, again, out, batch_size=4)
     assert again.seen == [4, 4]

@@ -420,7 +420,7 @@ def test_record_that_is_not_a_mapping_is_refused(tmp_path, read, text):
 
 def test_too_large_record_is_not_read(tmp_path):
     save_file({"all.x": torch.zeros(2)}, tmp_path / "a", metadata={"peka_lite": " " * 2**25 + "{}"})
-    with pytest.raises(ValueError, match=r"a: its header of 33,\d{3},\d{3} bytes is longer than one here can be"):
+    with pytest.raises(ValueError, match=r"a: its header of 33,\d{3},\d{3} bytes is longer than the limit"):
         read_adapter_info(tmp_path / "a")
 
 
@@ -555,7 +555,7 @@ def zipped(path, pickled, *, compression=zipfile.ZIP_STORED, size=16):
     [
         (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "its values are nested more than 100 levels deep"),
         (b"\x80\x02" + b"}K\x01" * 100_000 + b"N" + b"s" * 100_000 + b".", "its values are nested more than 100"),
-        (b"\x80\x02]q\x00h\x00a.", "a value of it holds itself"),
+        (b"\x80\x02]q\x00h\x00a.", "one of its values contains itself"),
         (b"\x80\x02" + b"K\x01" * 2**23 + b".", "its pickle has 16,777,219 bytes"),
     ],
 )
@@ -577,7 +577,7 @@ def test_files_of_training_scripts_are_read(tmp_path, zipped):
     file |= {"mask": torch.zeros(1).expand(4, 4), "one": torch.tensor(1), "none": torch.zeros(0, 3), "value": value}
     file |= {"steps": collections.Counter({3: 1}), "bits": b"abc", "many": [value] * 50, "kind": torch.bfloat16}
     torch.save(file, tmp_path / "a", _use_new_zipfile_serialization=zipped)
-    read = read_torch_file(tmp_path / "a", what="weights", instead="")
+    read = read_torch_file(tmp_path / "a", kind="weights", instead="")
     for name, expected in file.items():
         same = torch.equal(read[name], expected) if isinstance(expected, torch.Tensor) else read[name] == expected
         assert same, name

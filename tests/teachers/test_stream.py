@@ -83,7 +83,7 @@ def test_file_equals_the_embedding_in_memory_and_no_other_file_is_left(tmp_path,
 
 def test_stopped_job_leaves_only_its_partial_folder(tmp_path, model):
     stop(model, make_adata(), tmp_path / "E.npy")
-    assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path / "E.npy", held=True).name]
+    assert [path.name for path in tmp_path.iterdir()] == [partial_path(tmp_path / "E.npy", locked=True).name]
 
 
 def test_next_job_computes_the_remaining_rows_only(tmp_path, model):

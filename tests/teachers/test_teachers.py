@@ -362,7 +362,7 @@ def test_stopped_cohort_resumes(cohort, cache, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             embed_cohort(teacher, cohort, batch_size=10)
     first, second = sorted((cache / "embeddings").iterdir())
-    assert second == partial_path(second.with_name(second.name.split(".")[0] + ".npy"), held=True)
+    assert second == partial_path(second.with_name(second.name.split(".")[0] + ".npy"), locked=True)
     assert first.suffix == ".npy"
     remaining = []
     teacher.encoder.register_forward_pre_hook(lambda _, args: remaining.append(len(args[0])))

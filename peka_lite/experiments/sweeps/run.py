@@ -113,7 +113,7 @@ def run_sweep(
     """
     out = Path(out).resolve()
     states = sweep_states(sweep, out)
-    check_file(out / "sweep.yml", "peka-lite sweep", inputs=[sweep.file], own=_is_sweep_record)
+    check_file(out / "sweep.yml", "peka-lite sweep", inputs=[sweep.file], may_replace=_is_sweep_record)
     if scheduler is not None and workers is not None:
         raise ValueError("workers and scheduler: a cluster has its workers already; give one of the two")
     if retry < 0:

@@ -137,7 +137,7 @@ def test_unknown_name_error_has_file_key_and_nearest_name(write, keys, words):
 def test_invalid_sweep_files_are_refused(tmp_path):
     path = tmp_path / "bad.yml"
     for text, words in (
-        ("a: [", "no YAML"), ("- 1", "a sweep must be a mapping"), ("", "a sweep must be a mapping"),
+        ("a: [", "invalid YAML"), ("- 1", "a sweep must be a mapping"), ("", "a sweep must be a mapping"),
         ("grid: {seed: [0]}\ngrid: {tau: [1.0]}", "'grid' is there twice"),
         ("grid: {seed: [0], seed: [1]}", "'seed' is there twice"),
     ):  # fmt: skip
@@ -145,7 +145,7 @@ def test_invalid_sweep_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"^{path}: .*{words}"):
             read_sweep(path)
     path.write_bytes("title: Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=f"^{path}: no YAML"):
+    with pytest.raises(ValueError, match=f"^{path}: invalid YAML"):
         read_sweep(path)
     with pytest.raises(ValueError, match="'@x' is not valid YAML"):
         read_value("@x")
