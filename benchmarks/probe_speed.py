@@ -100,7 +100,7 @@ def measure_our_steps(X, Y, folds) -> dict:
     seconds = {"pass": passing, "add": adding, "eigenvectors": reducing, "predict": predicting}
     total = sum(seconds.values())
     return {
-        "seconds": {k: round(v, 2) for k, v in seconds.items()} | {f"path of {len(ALPHAS)} penalties": round(path, 2)},
+        "seconds": {k: round(v, 2) for k, v in seconds.items()} | {f"path of {len(ALPHAS)} alphas": round(path, 2)},
         "share": {k: round(v / total, 2) for k, v in seconds.items()},
         "pass_gflop_per_second": round(len(X) * X.shape[1] * (X.shape[1] + 2 * Y.shape[1]) / passing / 1e9, 1),
     }
@@ -230,7 +230,7 @@ def main() -> None:
         "folds": FOLDS,
         "n_components": WIDTH,
         "products_alone_gflop_per_second": alone,
-        "one_penalty": {
+        "one_alpha": {
             "what": "seconds to fit and score every fold; ours the median of 3 runs, the others once",
             "ours": round(ours, 2),
             "hest_bench": round(hest, 2),

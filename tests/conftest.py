@@ -55,7 +55,7 @@ def isolated_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", name="own_cache")
+@pytest.fixture(scope="module", name="isolated_cache")
 def _old_name_of_isolated_cache(isolated_cache):
     """Support the old name of `isolated_cache`."""
 

@@ -91,7 +91,8 @@ def of_file(path):
 
 def parts(name):
     """Return a name as words: `is_taught`, `TaughtStudent` -> ``is taught``, ``taught student``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").lower()
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").lower()
+    return words.replace("held out", "heldout")  # of cross-validation
 
 
 def find(path, vocabulary):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._core.io import write_file_atomically
-from peka_lite._core.received import file_inside
+from peka_lite._core.untrusted_files import file_inside
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from peka_lite._core.device import PRECISION
 from peka_lite._core.io import write_file_atomically
 from peka_lite._core.lazy import DTYPES, LAYER_TYPES, LazyMapping
 from peka_lite._core.names import did_you_mean
-from peka_lite._core.received import file_inside
+from peka_lite._core.untrusted_files import file_inside
 from peka_lite.backbones.registry import _BACKBONES, BACKBONES, Backbone, check_block_size
 from peka_lite.data._choices import ACCESS
 
@@ -49,8 +49,8 @@ _NUMBERS = {  # minimum and maximum
     **{f"{part}drop_rate": (0, 1) for part in ("", "pos_", "patch_", "proj_", "attn_")}, "drop_path_rate": (0, 1),
 }  # fmt: skip
 _OPTIONS = (*_FLAGS, *_WORDS, *_LAYERS, *_INTEGERS, *_NUMBERS)  # of `timm.create_model`; none reads a file or downloads
-FILE = "backbone.yml"  # in the folder of a run with a custom backbone
-PACKAGE = frozenset(BACKBONES)
+ROW_FILE = "backbone.yml"  # in the folder of a run with a custom backbone
+PACKAGED_NAMES = frozenset(BACKBONES)
 _FIELDS = {field.name: field for field in dataclasses.fields(Backbone)}
 _REQUIRED = [name for name, f in _FIELDS.items() if f.default is f.default_factory is dataclasses.MISSING]
 
@@ -138,7 +138,7 @@ def read_backbone(path: str | os.PathLike) -> Backbone:
         raise ValueError(f"{path}: {error}") from None
 
 
-def backbone_row(name: str | os.PathLike | Backbone) -> Backbone:
+def get_backbone(name: str | os.PathLike | Backbone) -> Backbone:
     """Return the row of a registered name or a YAML file (``.yml``, ``.yaml``), or the given row itself.
 
     Raises
@@ -165,8 +165,8 @@ def is_backbone_file(name: str | os.PathLike) -> bool:
 
 def save_backbone(name: str, folder: Path) -> None:
     """Store the row of a custom backbone in a run's folder."""
-    if name not in PACKAGE:
-        write_file_atomically(folder / FILE, yaml_text(row_fields(BACKBONES[name])).encode())
+    if name not in PACKAGED_NAMES:
+        write_file_atomically(folder / ROW_FILE, yaml_text(row_fields(BACKBONES[name])).encode())
 
 
 def restore_backbone(folder: Path) -> None:
@@ -177,8 +177,8 @@ def restore_backbone(folder: Path) -> None:
     ValueError
         If another row is registered under its name.
     """
-    if (path := folder / FILE).is_file():
-        row = read_backbone(file_inside(folder, FILE))
+    if (path := folder / ROW_FILE).is_file():
+        row = read_backbone(file_inside(folder, ROW_FILE))
         try:
             register_backbone(row)
         except ValueError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from peka_lite._core.device import default_device
 from peka_lite._core.progress import progress_bar
 from peka_lite.backbones.custom import check_statistic
-from peka_lite.backbones.load import extract_features, normalize_pixels, precision_for, registry_row
+from peka_lite.backbones.load import extract_features, get_registry_row, normalize_pixels, precision_for
 from peka_lite.backbones.registry import IMAGENET, Backbone
 
 AHEAD = 2  # batches to read in advance
@@ -169,10 +169,10 @@ def embed_tiles(
         raise ValueError(f"the network must be an nn.Module from (B, 3, H, W) to (B, D), not {model!r}")
     if (
         isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        and registry_row(model.module) is not None
+        and get_registry_row(model.module) is not None
     ):
         model = model.module
-    device, spec, n, out = torch.device(device or default_device()), registry_row(model), len(tiles), None
+    device, spec, n, out = torch.device(device or default_device()), get_registry_row(model), len(tiles), None
     name = type(model).__name__ if spec is None else spec.name
     options = _choose_pixel_options(spec, mean, std, input_size)
     if not n and spec is None:

@@ -21,7 +21,7 @@ from peka_lite._core.device import compute_dtype
 from peka_lite._core.lazy import LazyMapping
 from peka_lite._core.names import did_you_mean
 from peka_lite.backbones._packaged import describe_file, find_packaged
-from peka_lite.backbones.custom import PACKAGE, backbone_row, check_architecture
+from peka_lite.backbones.custom import PACKAGED_NAMES, check_architecture, get_backbone
 from peka_lite.backbones.registry import BACKBONES, Backbone, hub_page
 from peka_lite.data._choices import explain_gate
 from peka_lite.data.download import find_fetched, is_published, read_manifest
@@ -97,7 +97,7 @@ def load_backbone(
     >>> tuple(student(torch.zeros(1, 3, 112, 112)).shape)
     (1, 192)
     """
-    spec = backbone_row(name)
+    spec = get_backbone(name)
     weights = str(weights)
     meta_model = build_on_meta(spec)  # before allocating memory and before downloading
     if weights == "random":
@@ -143,7 +143,7 @@ def extract_features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
     The output of a network without such a row is returned unchanged.
     """
-    spec = registry_row(model)
+    spec = get_registry_row(model)
     pooling = "network" if spec is None else spec.pooling
     if pooling in ("network", timm_pooling(model)) or not hasattr(model, "num_prefix_tokens"):
         return model(x)
@@ -165,7 +165,7 @@ def timm_pooling(model: nn.Module) -> str:
     return pool if isinstance(pool, str) else getattr(pool, "pool_type", "")
 
 
-def registry_row(model: nn.Module) -> Backbone | None:
+def get_registry_row(model: nn.Module) -> Backbone | None:
     """Return the registry row of a student, or None for another network."""
     spec = getattr(model, "spec", None)
     return spec if isinstance(spec, Backbone) else None
@@ -277,7 +277,7 @@ def _parse_source(spec: Backbone) -> tuple[str, str, tuple[str, ...]]:
 def _download(spec: Backbone) -> Path:
     if spec.source is None:
         raise ValueError(f"no weights are published for {spec.name}; pass weights='random' or a file")
-    if spec.name in PACKAGE and BACKBONES[spec.name] == spec and (fetched := find_fetched(spec.name)):
+    if spec.name in PACKAGED_NAMES and BACKBONES[spec.name] == spec and (fetched := find_fetched(spec.name)):
         return fetched
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (

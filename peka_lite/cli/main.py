@@ -133,7 +133,7 @@ def _embed(*, cohort, slides, min_genes, backbone, model, fold, weights, batch_s
 
 def _predict(*, slide: str, model: str, out: str, **options) -> int:
     from peka_lite.experiments._predict_from import predict_from
-    from peka_lite.probe._ranges import describe_outside
+    from peka_lite.probe._target_ranges import describe_outside
 
     predicted = predict_from(model, slide, out, progress=True, **options)
     settings = predicted.uns["peka_lite"]

@@ -21,7 +21,7 @@ from peka_lite._core.progress import Stage, draws_bars
 from peka_lite.data._choices import explain_gate
 
 if TYPE_CHECKING:
-    from peka_lite.data._artifacts import Artifact, File
+    from peka_lite.data._manifest import Artifact, File
 
 RECORD = "fetched.json"
 PARTIAL = ".partial"

@@ -26,7 +26,7 @@ from peka_lite.data.tiles import TILE_SHAPE, open_tiles
 PARTS = {"obsm": ("spatial", "mixture", "niche"), "layers": ("counts", "rate")}
 MAX_COUNT = 1e9  # of a gene in a spot
 MAX_COORDINATE = 1e9  # pixels; the largest images have 1e6
-PLACES = ("in_tissue", "array_row", "array_col")  # columns of obs that are copied to outputs
+POSITION_COLUMNS = ("in_tissue", "array_row", "array_col")  # columns of obs that are copied to outputs
 
 
 class HestFormatError(ValueError):
@@ -83,13 +83,13 @@ def check_spots(adata: ad.AnnData, path, *, raw: str = "X must hold raw counts")
         if bad.any():
             raise HestFormatError(path, f"X holds {kind} counts ({counts[bad][0]})", raw)
     adata.X = X.astype(np.float32)
-    pixel_centers(adata, path)
+    read_pixel_centers(adata, path)
     # Two genes (Ensembl ids) with one symbol stay two columns, with suffixes as in scanpy.
     adata.var_names_make_unique()
     return adata
 
 
-def pixel_centers(adata: ad.AnnData, path) -> np.ndarray:
+def read_pixel_centers(adata: ad.AnnData, path) -> np.ndarray:
     """Return the centers of spots, (N, 2) float64, x first."""
     try:
         spatial = np.asarray(adata.obsm["spatial"])
@@ -154,7 +154,7 @@ def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str]
         file.create_dataset(field, data=column, dtype=h5py.string_dtype())
 
 
-def patient_name(value) -> str | None:
+def clean_patient_name(value) -> str | None:
     """Return a patient's name, or None if the field is blank: null, NaN (valid in Python's JSON) or spaces."""
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return None
@@ -168,7 +168,7 @@ def read_patients(patients, known: Collection[str]) -> dict[str, str]:
     for a slide that is not in `known`, names its line.
     """
     if patients is None or isinstance(patients, Mapping):
-        return {str(i): name for i, value in (patients or {}).items() if (name := patient_name(value))}
+        return {str(i): name for i, value in (patients or {}).items() if (name := clean_patient_name(value))}
     path = Path(patients)
     if not path.is_file():
         raise HestFormatError(path, "file is missing", "Give a CSV file with columns id and patient")

@@ -9,8 +9,8 @@ import secrets
 from pathlib import Path
 
 from peka_lite._core.locks import lock
-from peka_lite.data._artifacts import Artifact, File, Manifest, Sample, parse_manifest
 from peka_lite.data._fetch import PARTIAL, RECORD, fetch_into, read_record
+from peka_lite.data._manifest import Artifact, File, Manifest, Sample, parse_manifest
 
 __all__ = [
     "Artifact",

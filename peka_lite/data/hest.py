@@ -22,7 +22,7 @@ from scipy import sparse
 
 from peka_lite.data._format import (
     HestFormatError,
-    patient_name,
+    clean_patient_name,
     read_metadata,
     read_patients,
     read_spots,
@@ -251,7 +251,7 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
     adata = adata[has_tile].copy()
     rows = tile_of.loc[adata.obs_names].to_numpy()
     tiles = TileStore([patches], np.zeros(len(rows)), rows)
-    patient = patient_name(patient) or patient_name(metadata.get("patient"))
+    patient = clean_patient_name(patient) or clean_patient_name(metadata.get("patient"))
     return Slide(slide_id, adata, tiles, patient, metadata, {reason: n for reason, n in dropped.items() if n})
 
 

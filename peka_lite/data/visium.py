@@ -24,13 +24,13 @@ from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_work
 from peka_lite._core.progress import Stage, print_line, progress_bar
 from peka_lite.data._format import (
-    PLACES,
+    POSITION_COLUMNS,
     HestFormatError,
     check_sparse,
     check_spots,
-    patient_name,
-    pixel_centers,
+    clean_patient_name,
     read_metadata,
+    read_pixel_centers,
     write_tiles,
 )
 from peka_lite.data.expression import load_in_memory
@@ -157,7 +157,7 @@ def _create_slide(
         opened = open_slide(image, mpp=mpp)
     except ResolutionError as error:
         raise ResolutionError(
-            error.path, error.what, f"{error.fix}; for Visium, 'visium' derives them from the distance between spots"
+            error.path, error.problem, f"{error.fix}; for Visium, 'visium' derives them from the distance between spots"
         ) from None
     with opened as slide:
         if slide.orientation != 1:
@@ -192,7 +192,7 @@ def describe_next_step(root: str | os.PathLike) -> str:
     """Return a sentence with the next command for a folder of added slides."""
     root = Path(root)
     patients = [
-        patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
+        clean_patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
     ]  # (slides,)
     known, unknown = len(set(patients) - {None}), patients.count(None)
     has = f"{root} has {_counted(len(patients), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
@@ -277,7 +277,7 @@ def _select_spots(counts: ad.AnnData, name: str) -> ad.AnnData:
             "obsm['spatial'] is missing",
             "Read the counts with squidpy.read.visium, or add the (N, 2) pixel centers",
         )
-    spatial = pixel_centers(counts, name)
+    spatial = read_pixel_centers(counts, name)
     rows = np.ones(counts.n_obs, dtype=bool)
     if "in_tissue" in counts.obs:
         rows = pd.to_numeric(counts.obs["in_tissue"].astype(object), errors="coerce").to_numpy(float) == 1
@@ -289,7 +289,9 @@ def _select_spots(counts: ad.AnnData, name: str) -> ad.AnnData:
         check_sparse(counts.X, name)  # before indexing rows
     spots = ad.AnnData(
         sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
-        obs=counts.obs.loc[rows, [c for c in PLACES if c in counts.obs and is_numeric_dtype(counts.obs[c])]].copy(),
+        obs=counts.obs.loc[
+            rows, [c for c in POSITION_COLUMNS if c in counts.obs and is_numeric_dtype(counts.obs[c])]
+        ].copy(),
         var=counts.var[[c for c in counts.var if str(c).lower() in GENE_COLUMNS]].copy(),
         obsm={"spatial": spatial[rows]},
     )
@@ -341,7 +343,7 @@ def _describe_slide(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: 
     return {
         "dataset_title": "own slides",
         "id": slide_id,
-        "patient": patient_name(patient),
+        "patient": clean_patient_name(patient),
         "st_technology": technology,
         "image": slide.path.name,
         "pixel_size_um": slide.mpp[0],

@@ -46,9 +46,9 @@ class SlideError(ValueError):
     peka_lite.data.wsi.SlideError: slide.png: no tissue found on its thumbnail at 0.5 um/px. Is it an H&E slide, ...
     """
 
-    def __init__(self, path, what: str, fix: str):
-        super().__init__(f"{path}: {what}. {fix}")
-        self.path, self.what, self.fix = path, what, fix
+    def __init__(self, path, problem: str, fix: str):
+        super().__init__(f"{path}: {problem}. {fix}")
+        self.path, self.problem, self.fix = path, problem, fix
 
 
 class ResolutionError(SlideError):

@@ -54,7 +54,7 @@ def evaluate(
     protocol: Protocol,
     n_genes: int = 50,
     n_components: int = 256,
-    taught_by: np.ndarray | None = None,
+    train_mask: np.ndarray | None = None,
 ) -> Evaluation:
     """Predict the held-out rows of every fold by PCA and ridge, and reduce them to moments.
 
@@ -70,7 +70,7 @@ def evaluate(
     features
         Function from a tuple of fold numbers to a `Student` fitted without their test rows. Called with ``(i,)``, and
         for alpha ``"inner"`` with every pair ``(i, j)``, i < j.
-    taught_by
+    train_mask
         (N,) bool, rows that may be used for training; None allows all. Test rows are not restricted.
 
     Raises
@@ -94,7 +94,7 @@ def evaluate(
     fold_of = np.empty(len(cohort), dtype=np.int64)
     for i, (_, test) in enumerate(folds):
         fold_of[test] = i
-    use = np.ones(len(cohort), dtype=bool) if taught_by is None else np.asarray(taught_by)
+    use = np.ones(len(cohort), dtype=bool) if train_mask is None else np.asarray(train_mask)
     checker = LeakChecker(cohort, folds, protocol)
     genes = []
     for i, (train, _) in enumerate(Stage("choosing genes: fold", folds)):

@@ -114,7 +114,7 @@ def _find_root(cohort: str) -> Path | None:
 def fold_without(model: str | os.PathLike, slide: str) -> int | None:
     """Return the fold whose model was trained on no spot of a slide of the run's cohort; None if there is none."""
     config, summary = read_run(Path(model))
-    if config.settled_protocol().student == "all":
+    if config.resolve_protocol().student == "all":
         return None
     if "held_out" in summary:
         return summary["fold"] if slide in summary["held_out"] else None

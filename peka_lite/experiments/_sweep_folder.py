@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peka_lite._core._yaml import read_yaml
 from peka_lite._core.names import escape_markdown, inline_code
-from peka_lite._core.received import check_name, check_values, file_inside, folder_inside, read_json_inside
+from peka_lite._core.untrusted_files import check_name, check_values, file_inside, folder_inside, read_json_inside
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
 LONGEST_NAME = 240  # bytes of a point's name, so that `.partial` can be added
@@ -41,7 +41,7 @@ class SweepFolder:
     >>> import peka_lite as pk
     >>> import yaml
     >>> Path("quick/method=none.partial").mkdir(parents=True)
-    >>> _ = Path("quick/sweep.yml").write_text(yaml.safe_dump(pk.experiments.read_sweep("quick").told()))
+    >>> _ = Path("quick/sweep.yml").write_text(yaml.safe_dump(pk.experiments.read_sweep("quick").as_record()))
     >>> folder = pk.experiments.read_sweep_folder("quick")
     >>> folder.varied, folder.finished
     (('method', 'features'), ())
@@ -79,7 +79,7 @@ class SweepFolder:
                 if "summary.json" in names and "config.yml" not in names:
                     yield point, _read_scalars(path, within=self.folder)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return, as Markdown, how many points are finished, and the state of the others."""
         words = f"{len(self.finished)} of {len(self.points)} points finished"
         groups = {"missing": [], "unfinished": [], "failed": []}
@@ -112,8 +112,8 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
     >>> _ = Path("controls.yml").write_text(text)
     >>> sweep = pk.experiments.read_sweep("controls.yml")
     >>> _ = pk.load_or_run(pk.RunConfig(**sweep.points[0].settings), "controls/features=depth", maps=False)
-    >>> _ = Path("controls/sweep.yml").write_text(yaml.safe_dump(sweep.told()))  # which `run_sweep` writes
-    >>> pk.experiments.read_sweep_folder("controls").told()
+    >>> _ = Path("controls/sweep.yml").write_text(yaml.safe_dump(sweep.as_record()))  # which `run_sweep` writes
+    >>> pk.experiments.read_sweep_folder("controls").describe()
     '1 of 2 points finished; missing: `features=coordinates`.'
     """
     folder = Path(folder)

@@ -102,7 +102,7 @@ def make_targets(
     """
     folder = _find_folder(teacher, cohort, rows, data, device)
     E, learned_from = _load_or_embed(folder, teacher, cohort, rows, device, progress)  # (N, D_t)
-    labeler, selected = config.labeler(), E[rows]  # (n, D_t)
+    labeler, selected = config.make_labeler(), E[rows]  # (n, D_t)
     key = [folder.name, _full_name(labeler), _hash_rows(rows), _list_versions(CLUSTERING_PACKAGES)]
     folder = cache_dir() / "labels" / _hash(key)
     if not (folder / RECORD).is_file():

@@ -86,7 +86,7 @@ def _train(
     start = time.perf_counter()
     quality = {"min_genes": config.min_genes, "max_mito": config.max_mito}
     cohort = open_cohort(config.cohort, slides=config.slides, patients=config.patients, **quality)
-    protocol, use = config.settled_protocol(), select_training_spots(cohort, config.train_share, config.seed)
+    protocol, use = config.resolve_protocol(), select_training_spots(cohort, config.train_share, config.seed)
     inner = protocol.alpha == "inner"
     splits, left_out, fold_of = [], () if fold is None else (fold,), np.zeros(len(cohort), dtype=np.int64)
     if inner or left_out:
@@ -136,7 +136,8 @@ def _train(
         "shuffled": config.shuffle_teacher, "cohort": config.cohort, "split": protocol.split if left_out else None,
         "normalization": protocol.normalization, "mean_pcc": None, "fold": fold,
         "held_out": sorted({s.id for s in cohort.slides} - train_slides),
-        "alpha": alpha, "pca_components": int(probe.n_components_), "epochs": config.epochs if source.taught else None,
+        "alpha": alpha, "pca_components": int(probe.n_components_),
+        "epochs": config.epochs if source.trains_student else None,
         "teacher": None if source.teacher is None else repr(source.teacher),
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None), "teacher_coverage": coverage,
         **record, "n_spots": len(cohort), "n_taught": int(train_mask.sum()), "slides": [s.id for s in cohort.slides],

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from peka_lite._core.locks import PARTIAL
 from peka_lite._core.names import did_you_mean
-from peka_lite._core.received import file_inside, read_yaml_inside
-from peka_lite.backbones.custom import FILE as BACKBONE
+from peka_lite._core.untrusted_files import file_inside, read_yaml_inside
+from peka_lite.backbones.custom import ROW_FILE as BACKBONE
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
 from peka_lite.experiments.config import RunConfig

@@ -25,14 +25,15 @@ from peka_lite._core.progress import Stage
 from peka_lite.adapters.adapt import adapt, adapted_share, merge
 from peka_lite.adapters.files import backbone_fingerprint, save_adapter
 from peka_lite.backbones._packaged import find_packaged
-from peka_lite.backbones.custom import PACKAGE, row_fields
+from peka_lite.backbones.custom import PACKAGED_NAMES, row_fields
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import load_backbone
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data.download import cache_dir
 from peka_lite.experiments._teacher_labels import TeacherTargets, make_targets
 from peka_lite.transfer.fit import fit
-from peka_lite.transfer.model import NotFinite, TransferModel, mlp
+from peka_lite.transfer.losses import NotFinite
+from peka_lite.transfer.model import TransferModel, mlp
 
 TRAINING = (
     "backbone", "weights", "method", "r", "layers", "teacher", "label_method", "resolution", "n_clusters", "kd_space",
@@ -141,7 +142,7 @@ def student_folder(config, rows, *, teacher, data: str, device: str) -> Path:
     return cache_dir() / "students" / _key(config, data, rows, teacher, device)
 
 
-def optimizer_steps(config, n: int) -> int:
+def count_optimizer_steps(config, n: int) -> int:
     """Return the number of optimizer steps of a training on `n` tiles."""
     return config.epochs * -(-n // config.batch_size)
 
@@ -229,7 +230,7 @@ def _train(config, student, tiles, targets: TeacherTargets, cohort, rows, work, 
         config.method,
         r=config.block_size,
         targets=config.layers,
-        total_steps=optimizer_steps(config, len(E)),
+        total_steps=count_optimizer_steps(config, len(E)),
         seed=config.seed,
     )
     model = TransferModel(
@@ -255,14 +256,14 @@ def _key(config, data: str, rows, teacher, device: str) -> str:
         "data": data,
         "rows": None if rows is None else hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest(),
         "teacher": None if rows is None else [repr(teacher), getattr(teacher, "fingerprint", None)],
-        "labels": None if rows is None else repr(config.labeler()),
+        "labels": None if rows is None else repr(config.make_labeler()),
         "versions": [4, __version__, *(version(p) for p in ("torch", "timm", "peft", "scanpy", "scikit-learn"))],
         "device": torch.device(device).type,
     }
     file = find_packaged(BACKBONES[config.backbone]) if config.weights == "hub" else Path(config.weights)
     if file is not None and file.is_file():
         settings["weights"] = sha256(file)
-    if config.backbone not in PACKAGE:
+    if config.backbone not in PACKAGED_NAMES:
         settings["row"] = row_fields(BACKBONES[config.backbone])
     name = config.backbone if rows is None else f"{config.backbone}_{config.method}"
     return f"{name}_{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"

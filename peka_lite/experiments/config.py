@@ -14,7 +14,7 @@ from peka_lite._core._yaml import is_line
 from peka_lite._core.names import did_you_mean
 from peka_lite.adapters._choices import LAYERS, METHODS
 from peka_lite.backbones._packaged import find_packaged
-from peka_lite.backbones.custom import backbone_row, is_backbone_file
+from peka_lite.backbones.custom import get_backbone, is_backbone_file
 from peka_lite.backbones.registry import BACKBONES, check_block_size
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.data.cohorts import find_cohort
@@ -159,7 +159,7 @@ class RunConfig:
     def __post_init__(self):
         for field in _FIELDS:
             check_field(field, getattr(self, field))
-        object.__setattr__(self, "backbone", backbone_row(self.backbone).name)
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)
         if self.slides is not None:
             object.__setattr__(self, "slides", tuple(self.slides))
         self._resolve_protocol()
@@ -214,7 +214,7 @@ class RunConfig:
             elif self.protocol and given != fixed and (field, fixed, given) != ("split", "patient", "slide"):
                 raise ValueError(f"protocol {self.protocol!r} has {field} {fixed!r}, not {given!r}; leave {field} out")
 
-    def settled_protocol(self) -> Protocol:
+    def resolve_protocol(self) -> Protocol:
         """Return the protocol in use, named ``"custom"`` if `protocol` is None."""
         protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split=self.split)
         return dataclasses.replace(protocol, split=self.split, normalization=self.normalization, alpha=self.alpha)
@@ -232,7 +232,7 @@ class RunConfig:
         files = {name: path for name in names if (path := getattr(self, f"teacher_{name}")) is not None}
         return load_teacher(self.teacher, **files)
 
-    def labeler(self) -> PseudoLabeler:
+    def make_labeler(self) -> PseudoLabeler:
         """Return the pseudo-labeler, not yet fitted."""
         from peka_lite.teachers.pseudolabels import PseudoLabeler
 
@@ -287,7 +287,7 @@ def check_field(field: str, value) -> None:
     if isinstance(value, str) and value and not is_line(value):
         raise ValueError(f"{field} is text of one line, not {repr(value)[:120]}")
     if field == "backbone" and not is_backbone_file(value):
-        backbone_row(value)
+        get_backbone(value)
     if field == "features":
         value = OLD_FEATURES.get(value, value)
     if field in _NAMES and value not in _NAMES[field]:

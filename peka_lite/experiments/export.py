@@ -11,7 +11,7 @@ from peka_lite._core.io import write_file
 from peka_lite._core.names import read_metrics
 from peka_lite._core.outputs import check_free, write_output_folder
 from peka_lite._core.progress import print_line
-from peka_lite.experiments._card import model_card, starts_random
+from peka_lite.experiments._model_card import model_card, starts_random
 from peka_lite.experiments.model import load_trained
 from peka_lite.probe.files import save_probes
 

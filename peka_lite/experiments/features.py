@@ -19,7 +19,7 @@ from peka_lite.adapters.files import join_adapters
 from peka_lite.data.tiles import TileStore
 from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
 from peka_lite.experiments._teacher_labels import count_missing_embeddings, embed_teacher
-from peka_lite.experiments.cache import Student, optimizer_steps, project_features, student_folder, train_student
+from peka_lite.experiments.cache import Student, count_optimizer_steps, project_features, student_folder, train_student
 from peka_lite.experiments.folder import hash_cohort
 
 
@@ -50,11 +50,11 @@ class FeatureSource:
     def __init__(self, config, cohort, folds, *, use, scratch: Path, device: str, progress: bool = False):
         self.config, self.cohort, self.folds, self.use = config, cohort, folds, use
         self.scratch, self.device, self.progress = scratch, device, progress
-        self.taught = config.method != "none"
-        self.teacher = config.load_teacher() if self.taught or config.features == "teacher" else None
+        self.trains_student = config.method != "none"
+        self.teacher = config.load_teacher() if self.trains_student or config.features == "teacher" else None
         self.data = hash_cohort(cohort)
         self.processes = Processes(device)
-        self._uses_all = config.settled_protocol().student == "all"
+        self._uses_all = config.resolve_protocol().student == "all"
         self._latest: dict[str, Student] = {}  # the last student by name
 
     def __call__(self, left_out: tuple[int, ...]) -> Student:
@@ -63,7 +63,7 @@ class FeatureSource:
         if kind in ("color", "coordinates", "depth"):
             return self._reuse(kind, self._compute_control)
         key = "all" if self._uses_all else "-".join(map(str, left_out))
-        if not self.taught and kind == "student":
+        if not self.trains_student and kind == "student":
             return self._reuse("frozen", lambda: self._get_student(None))
         if kind == "teacher":
             return self._reuse(f"teacher {key}", lambda: self._embed_teacher(self._rows(left_out)))
@@ -81,9 +81,9 @@ class FeatureSource:
     def prepare(self, left_out: Sequence[tuple[int, ...]]) -> None:
         """Print the plan and train the missing students of these folds, with every process."""
         required = {}  # folder -> folds left out, None for the frozen student
-        for folds in left_out if self.taught else ():
+        for folds in left_out if self.trains_student else ():
             required.setdefault(self._find_folder(self._rows(folds)), () if self._uses_all else folds)
-        if self.config.features == "frozen+student" or (self.config.features == "student" and not self.taught):
+        if self.config.features == "frozen+student" or (self.config.features == "student" and not self.trains_student):
             required[self._find_folder(None)] = None
         missing = [folds for folder, folds in required.items() if not (folder / RECORD).is_file()]
         missing = self.processes.same(missing)  # another job may finish one of them meanwhile
@@ -105,7 +105,7 @@ class FeatureSource:
             counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
             counted = [f"{k} {words}" if k < len(trainings) else words for words, k in counts.items() if k]
             parts[0] += f" ({', '.join(counted)})"
-            steps = sum(optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
+            steps = sum(count_optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
             parts.append(f"{steps:,} optimizer steps")
         if cached:
             parts.append(f"{cached} more from the cache" if missing else f"{cached} from the cache")
@@ -128,7 +128,7 @@ class FeatureSource:
 
     def save(self, work: Path, named: Mapping[str, tuple[int, ...]]) -> None:
         """Write the adapters and training curves of these students (name -> folds left out) to a run folder."""
-        if not self.taught:
+        if not self.trains_student:
             return
         adapters, curves = {}, []
         for name, left_out in named.items():
@@ -140,20 +140,22 @@ class FeatureSource:
 
     def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
         """Return the summary's weights, backbone_fingerprint, adapted_share and n_labels_per_fold."""
-        students = [self._get_student(self._rows(left_out)) for left_out in named.values()] if self.taught else []
-        if not self.taught and self.config.features == "student":
+        students = (
+            [self._get_student(self._rows(left_out)) for left_out in named.values()] if self.trains_student else []
+        )
+        if not self.trains_student and self.config.features == "student":
             students = [self._get_student(None)]
         record = students[0].record if students else {}
         return {
             "weights": record.get("weights"),
             "backbone_fingerprint": record.get("fingerprint"),
             "adapted_share": record.get("share", 0.0),
-            "n_labels_per_fold": [student.record["n_labels"] for student in students if self.taught],
+            "n_labels_per_fold": [student.record["n_labels"] for student in students if self.trains_student],
         }
 
     def _rows(self, left_out: tuple[int, ...]) -> np.ndarray:
         keep = self.use.copy()
-        if self.config.settled_protocol().student == "train":
+        if self.config.resolve_protocol().student == "train":
             for fold in left_out:
                 keep[self.folds[fold][1]] = False
         return np.flatnonzero(keep)

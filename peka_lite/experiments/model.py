@@ -19,11 +19,11 @@ from peka_lite._core._file_kinds import parse_json, read_text
 from peka_lite._core._yaml import LARGEST, is_line, read_yaml
 from peka_lite._core.device import default_device
 from peka_lite._core.names import read_metrics
-from peka_lite._core.received import file_inside
+from peka_lite._core.untrusted_files import file_inside
 from peka_lite.adapters.adapt import adapter_state, merge
 from peka_lite.adapters.files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.backbones._packaged import find_packaged
-from peka_lite.backbones.custom import FILE, PACKAGE, is_backbone_file, restore_backbone
+from peka_lite.backbones.custom import PACKAGED_NAMES, ROW_FILE, is_backbone_file, restore_backbone
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import find_cached_weights, load_backbone
 from peka_lite.backbones.registry import BACKBONES
@@ -152,7 +152,7 @@ class TrainedModel:
             "weights": self.student.weights_origin,
             "method": config.method,
             "features": config.features,
-            "protocol": config.settled_protocol().name,
+            "protocol": config.resolve_protocol().name,
             "normalization": self.normalization,
             "genes": list(self.genes),
             "pcc": score,
@@ -273,7 +273,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
         try:
             check_field(name, value)
             if name == "backbone" and is_backbone_file(value):
-                raise ValueError(f"backbone is the name of a backbone defined in {FILE}, not a file: {value!r}")
+                raise ValueError(f"backbone is the name of a backbone defined in {ROW_FILE}, not a file: {value!r}")
         except ValueError as error:
             raise ValueError(f"{folder / 'config.yml'}: {error}") from None
         object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
@@ -286,11 +286,11 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
 def _find_weights(folder: Path, config: RunConfig) -> str | Path:
     """Return the source of a run's frozen weights; for a backbone defined in its folder, only a local one."""
     row = BACKBONES[config.backbone]
-    if config.weights != "hub" or row.source is None or row.name in PACKAGE or find_packaged(row) is not None:
+    if config.weights != "hub" or row.source is None or row.name in PACKAGED_NAMES or find_packaged(row) is not None:
         return config.weights
     if (path := find_cached_weights(row)) is None:
         raise ValueError(
-            f"{folder / FILE} needs weights of the Hub repository {row.source}, which are not in the cache; "
+            f"{folder / ROW_FILE} needs weights of the Hub repository {row.source}, which are not in the cache; "
             "download them with --weights hub (weights='hub') or give a copy with --weights FILE"
         )
     return path
@@ -323,7 +323,7 @@ def _load_adapted(folder: Path, config: RunConfig, summary: dict, student: nn.Mo
     """Load the adapter of a fold, or the one that all folds share, into the student."""
     path = file_inside(folder, "adapter.safetensors")
     info = read_adapter_info(path)
-    name = "all" if config.settled_protocol().student == "all" else _fold_name(fold)
+    name = "all" if config.resolve_protocol().student == "all" else _fold_name(fold)
     student = load_adapter(student, path, name=name)
     _require_same(path, "method", info.method, config.method)
     if info.data[name] is not None and summary.get("data_fingerprint") is not None:

@@ -24,12 +24,12 @@ from peka_lite._core.io import write_h5ad
 from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_file, place_file
 from peka_lite._core.progress import Stage, print_line, progress_bar
-from peka_lite.data._format import PLACES
+from peka_lite.data._format import POSITION_COLUMNS
 from peka_lite.data.hest import IMAGE_KEY, Slide
 from peka_lite.data.tissue import tissue_tiles
 from peka_lite.data.wsi import TILE, TILE_MPP, open_slide
 from peka_lite.experiments.folder import to_h5ad_values
-from peka_lite.probe._ranges import HIGH, LOW, shares_outside
+from peka_lite.probe._target_ranges import HIGH, LOW, shares_outside
 
 if TYPE_CHECKING:
     from peka_lite.experiments.model import TrainedModel
@@ -179,7 +179,9 @@ def predict_spots(
             library["images"] = images | {"hires": images[IMAGE_KEY]}
             library["scalefactors"] = factors | {"tissue_hires_scalef": factors[f"tissue_{IMAGE_KEY}_scalef"]}
     adata = ad.AnnData(
-        obs=measured.obs[[name for name in PLACES if name in measured.obs and is_numeric_dtype(measured.obs[name])]],
+        obs=measured.obs[
+            [name for name in POSITION_COLUMNS if name in measured.obs and is_numeric_dtype(measured.obs[name])]
+        ],
         obsm={"spatial": np.asarray(measured.obsm["spatial"], dtype=float)[:, :2]},
         uns={"spatial": pictures} if pictures else {},
     )

@@ -19,7 +19,7 @@ from peka_lite._core.hdf5 import read_anndata
 from peka_lite._core.io import write_file, write_h5ad
 from peka_lite._core.names import read_metrics, write_metrics
 from peka_lite._core.progress import Stage
-from peka_lite._core.received import file_inside
+from peka_lite._core.untrusted_files import file_inside
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.data.cohorts import open_cohort
@@ -112,7 +112,7 @@ def _run(
         min_genes=config.min_genes,
         max_mito=config.max_mito,
     )
-    protocol = config.settled_protocol()
+    protocol = config.resolve_protocol()
     stage.text = "checking the folds"
     splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
     use = select_training_spots(cohort, config.train_share, config.seed)
@@ -127,7 +127,7 @@ def _run(
     if not processes.first:
         return {}
 
-    result = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, taught_by=use)
+    result = evaluate(cohort, splits, source, protocol=protocol, n_genes=config.n_genes, train_mask=use)
     stage.text = "scores and files"
     write_file(work / "slides.parquet", result.moments.to_parquet(index=False))
     table = _make_table(config, protocol, splits, use, result.moments)
@@ -168,7 +168,7 @@ def _run(
         "one_patient": patients.nunique() == 1 and patients.iloc[0] != "unknown",
         "ceiling": _compute_ceiling(cohort, result, splits),
         "alphas": result.alphas[protocol.normalization],
-        "epochs": config.epochs if source.taught else None,
+        "epochs": config.epochs if source.trains_student else None,
         "teacher": None if source.teacher is None else repr(source.teacher),
         "teacher_fingerprint": getattr(source.teacher, "fingerprint", None),
         "teacher_coverage": coverage,

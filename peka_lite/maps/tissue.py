@@ -21,7 +21,7 @@ from peka_lite._core.io import figure_bytes, write_file
 from peka_lite._core.names import did_you_mean, disable_mathtext, short_name
 from peka_lite._core.outputs import check_file, write_output
 from peka_lite.data.hest import IMAGE_KEY, tissue_window
-from peka_lite.probe._ranges import describe_outside, spot_or_tile
+from peka_lite.probe._target_ranges import describe_outside, spot_or_tile
 from peka_lite.probe.metrics import pearson
 
 UNITS = {"log1p-cp10k": "log1p of counts per 10,000", "log1p": "log1p of counts"}

@@ -111,7 +111,7 @@ class _Page:
         titles = [escape_markdown(sweep.title) for sweep in sweeps]
         self.parts = [f"# {titles[0]}" if len(sweeps) == 1 else "# Report"]
         for name, sweep in zip(titles, sweeps, strict=True):
-            self.add((f"{name}: " if len(sweeps) > 1 else "") + sweep.told())
+            self.add((f"{name}: " if len(sweeps) > 1 else "") + sweep.describe())
         folder.mkdir()
 
     def add(self, text: str) -> None:

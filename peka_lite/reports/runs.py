@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite._core.names import short_name
-from peka_lite._core.received import file_inside, folder_inside, read_json_inside, read_yaml_inside
+from peka_lite._core.untrusted_files import file_inside, folder_inside, read_json_inside, read_yaml_inside
 from peka_lite.evaluation.scores import MOMENTS
 from peka_lite.experiments._sweep_folder import RUN_FILES, is_sweep, read_sweep_folder
 from peka_lite.experiments._unfinished import PARTIAL, SETTINGS, SUMMARY, explain_missing, remake_command

@@ -29,10 +29,10 @@ class Cost:
         The same per step, independent of the batch: merged weights, and the sums of the blocks' gradients.
     weights, adapters
         Bytes: the student's weights in the compute type; float32 adapters, their gradients and Adam's two moments.
-    kept, kept_recomputed
+    stored, stored_recomputed
         Bytes per tile stored for the backward pass: of all blocks, or with `recompute` the inputs of all blocks and
         the activations of one.
-    step_kept
+    step_stored
         Bytes per step stored besides: merged weights.
 
     Examples
@@ -51,14 +51,14 @@ class Cost:
     step_backward: int
     weights: int
     adapters: int
-    kept: int
-    kept_recomputed: int
-    step_kept: int
+    stored: int
+    stored_recomputed: int
+    step_stored: int
 
     def memory(self, tiles: int, *, recompute: bool = False) -> int:
         """Return the estimated bytes for training with `tiles` at once, without the allocator's overhead."""
-        each = self.kept_recomputed if recompute else self.kept
-        return self.weights + self.adapters + (0 if recompute else self.step_kept) + tiles * each
+        each = self.stored_recomputed if recompute else self.stored
+        return self.weights + self.adapters + (0 if recompute else self.step_stored) + tiles * each
 
     def operations(self, tiles: int, *, recompute: bool = False) -> int:
         """Return floating-point operations of one training step over `tiles`."""

@@ -19,7 +19,7 @@ from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.cli.main import main
 from peka_lite.experiments import RunConfig, run, train
 from peka_lite.transfer import TransferModel, fit
-from peka_lite.transfer._training import Epochs
+from peka_lite.transfer._epochs import Epochs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),

@@ -153,7 +153,7 @@ def test_steps_skipped_by_gradient_scaling_do_not_count(monkeypatch):
             super().__init__(*args, **options)
             checks.append(self)
 
-    monkeypatch.setattr("peka_lite.transfer._training.GradientCheck", Check)
+    monkeypatch.setattr("peka_lite.transfer._epochs.GradientCheck", Check)
     train(student("lora", spec=SIXTEEN, bypassed=[0]), epochs=1)  # three steps, all skipped
     assert checks[0].steps == 0
     with pytest.raises(ValueError, match=r"train blocks\.0\.attn\.qkv: .* in the first 3 steps"):

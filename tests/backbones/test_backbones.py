@@ -157,7 +157,7 @@ def test_network_with_another_input_size_than_its_row_is_rejected():
 def test_cached_weights_are_not_downloaded_again(tmp_path, monkeypatch):
     save_file(random_model(seed=3).state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(backbones, "BACKBONES", {"tiny": TINY})
-    monkeypatch.setattr(backbones, "PACKAGE", {"tiny"})
+    monkeypatch.setattr(backbones, "PACKAGED_NAMES", {"tiny"})
     monkeypatch.setattr(
         backbones, "find_fetched", lambda name: tmp_path / "model.safetensors" if name == "tiny" else None
     )

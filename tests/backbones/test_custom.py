@@ -145,7 +145,7 @@ def test_config_accepts_a_file_and_stores_the_name(file):
     assert load_backbone(file, weights="random").spec == CUSTOM
 
 
-def test_trained_model_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache, capsys):
+def test_trained_model_restores_an_unregistered_row(mini_root, file, tmp_path, isolated_cache, capsys):
     out, model = tmp_path / "genes.h5ad", tmp_path / "model"
     options = ["--cohort", str(mini_root), "--backbone", str(file), "--weights", "random", "--n-genes", "10"]
     assert main(["train", *options, "--epochs", "1", "--slides", "MINI1,MINI2", "--out", str(model)]) == 0
@@ -169,7 +169,7 @@ def test_trained_model_restores_an_unregistered_row(mini_root, file, tmp_path, o
         pk.load_trained(model)
 
 
-def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache):
+def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, isolated_cache):
     config = pk.RunConfig(cohort=str(mini_root), backbone=str(file), weights="random", method="none", n_splits=3)
     pk.load_or_run(config, tmp_path / "run", maps=False)
     del registry._BACKBONES["custom-vit"]
@@ -181,7 +181,7 @@ def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, own_cache):
     assert len(pk.reports.read_runs([tmp_path / "copy"])) == 1
 
 
-def test_cache_key_of_a_student_depends_on_its_row(mini_root, tmp_path, own_cache):
+def test_cache_key_of_a_student_depends_on_its_row(mini_root, tmp_path, isolated_cache):
     from peka_lite.experiments.cache import _key
 
     config = {"cohort": str(mini_root), "backbone": "custom-vit", "weights": "random", "method": "none"}

@@ -91,7 +91,7 @@ def test_changed_file_changes_origin_and_cache_keys(changed, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow")
-def test_run_with_other_packaged_weights_is_not_reused(mini_root, own_cache, tmp_path, monkeypatch):
+def test_run_with_other_packaged_weights_is_not_reused(mini_root, isolated_cache, tmp_path, monkeypatch):
     settings = {"cohort": str(mini_root), "method": "none", "n_splits": 2, "n_genes": 5}
     (tmp_path / "package" / "weights").mkdir(parents=True)
     run(RunConfig(**settings), tmp_path / "student", maps=False)

@@ -35,15 +35,15 @@ from peka_lite._core.names import (
     write_spreadsheet_csv,
 )
 from peka_lite._core.progress import Stage, print_line
-from peka_lite._core.received import file_inside, read_json_inside
+from peka_lite._core.untrusted_files import file_inside, read_json_inside
 from peka_lite.cli.doctor import Check, report
 from peka_lite.cli.main import main
 from peka_lite.cli.options import parser
-from peka_lite.experiments._card import model_card
+from peka_lite.experiments._model_card import model_card
 from peka_lite.experiments._sweep_folder import read_sweep_folder
 from peka_lite.experiments._unfinished import remake_command
 from peka_lite.experiments.model import load_trained, read_run
-from peka_lite.experiments.sweeps._view import Board
+from peka_lite.experiments.sweeps._board import Board
 from peka_lite.probe.files import save_probes
 from peka_lite.reports.runs import read_runs
 

@@ -172,7 +172,7 @@ def test_chosen_alpha_is_the_best_of_the_inner_folds(mini_cohort, splits, frozen
 
 def test_spots_excluded_from_training_are_scored(mini_cohort, splits, frozen):
     use = np.arange(len(mini_cohort)) % 2 == 0
-    result = strict(mini_cohort, splits, frozen, taught_by=use)
+    result = strict(mini_cohort, splits, frozen, train_mask=use)
     scored = result.moments[result.moments["normalization"] == "log1p"].drop_duplicates(["fold", "slide"])
     assert scored["n"].sum() == len(mini_cohort)
     whole = strict(mini_cohort, splits, frozen)

@@ -16,7 +16,7 @@ from peka_lite._core.lazy import LazyMapping
 from peka_lite.adapters import merge
 from peka_lite.backbones import BACKBONES, build_network, extract_features
 from peka_lite.experiments import export, load_trained
-from peka_lite.experiments._card import LICENSES, POOLING, _options, model_card, usage
+from peka_lite.experiments._model_card import LICENSES, POOLING, _options, model_card, usage
 from peka_lite.probe import load_probes
 
 EXPORT = importlib.import_module("peka_lite.experiments.export")  # the package has a function of this name

@@ -16,7 +16,7 @@ from peka_lite.experiments._predict_from import fold_without
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.usefixtures("isolated_cache"),
 ]
 
 
@@ -26,7 +26,7 @@ def config(root, **changes):
 
 
 @pytest.fixture(scope="module")
-def finished_run(own_cache, mini_root, tmp_path_factory):
+def finished_run(isolated_cache, mini_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     run(config(mini_root), out, maps=False)
     return out

@@ -21,7 +21,7 @@ from peka_lite.teachers import ScFoundation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
+    pytest.mark.usefixtures("isolated_cache", "tiny_backbone"),
 ]
 
 
@@ -43,7 +43,7 @@ def fresh_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bone_run(own_cache, mini_root, tmp_path_factory):
+def bone_run(isolated_cache, mini_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "bone"
     run(config(mini_root), out)
     return out

@@ -24,7 +24,7 @@ from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
 from peka_lite.experiments.cache import FITTING
 from peka_lite.teachers import PCATeacher, ScFoundation, embed_cohort
 from peka_lite.transfer import TransferModel, fit
-from peka_lite.transfer._training import Epochs
+from peka_lite.transfer._epochs import Epochs
 
 fit_module = importlib.import_module("peka_lite.transfer.fit")  # `from peka_lite.transfer import fit` is the function
 
@@ -104,7 +104,7 @@ def assert_same(one, other):
 def test_targets_equal_direct_calls_of_teacher_and_labeler(cohort):
     teacher = PCATeacher().fit(cohort.by_slide(ROWS))
     E = embed_cohort(teacher, cohort)
-    labeler = config().labeler().fit(E[ROWS])
+    labeler = config().make_labeler().fit(E[ROWS])
     for _ in ("computed", "cached"):
         result = targets(cohort)
         np.testing.assert_array_equal(result.embedding, E[ROWS])
@@ -127,7 +127,7 @@ def test_embedding_is_a_read_only_memory_map_of_all_spots(cohort):
 def test_student_equals_one_trained_by_direct_calls(cohort):
     settings = config()
     E = embed_cohort(PCATeacher().fit(cohort.by_slide(ROWS)), cohort)
-    labeler = settings.labeler().fit(E[ROWS])
+    labeler = settings.make_labeler().fit(E[ROWS])
     backbone = load_backbone("mini", weights="random", seed=0)
     adapt(backbone, settings.method, r=settings.block_size, targets=settings.layers, total_steps=2, seed=0)
     model = TransferModel(

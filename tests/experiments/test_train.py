@@ -15,7 +15,7 @@ from peka_lite.probe import PCARidge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
-    pytest.mark.usefixtures("own_cache", "tiny_backbone"),
+    pytest.mark.usefixtures("isolated_cache", "tiny_backbone"),
 ]
 
 
@@ -25,7 +25,7 @@ def config(root, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(own_cache, tiny_backbone, mini_root, tmp_path_factory):
+def whole(isolated_cache, tiny_backbone, mini_root, tmp_path_factory):
     """A model of the whole cohort."""
     out = tmp_path_factory.mktemp("trained") / "model"
     train(config(mini_root), out)

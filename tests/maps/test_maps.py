@@ -452,7 +452,7 @@ def test_color_bar_shows_clipped_values():
         ([-1.0] * 5 + [1.0] * 15, (0.0, 2.0),
          "G lies below the range of its training targets (0.00 to 2.00) on 25.0% of the tiles."),
         (RAMP + 3, (0.0, 2.0), "G lies above the range of its training targets (0.00 to 2.00) on all 20 tiles."),
-        (RAMP, (np.nan, np.nan), "is unknown, because the model is from an older version: train it again, then predict."),
+        (RAMP, (np.nan, np.nan), "is unknown, because the model is from an older version: train it again"),
     ],
 )  # fmt: skip
 def test_remarks_report_the_share_of_tiles_outside_the_training_range(values, trained_on, text):

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 # width, depth, hidden width, patch, block size of Bone
 SHAPES = {"mini": (192, 6, 768, 16, 32), "uni": (1024, 24, 4096, 16, 256)}
 EXAMPLE = Cost(
-    forward=10, backward=7, step_forward=100, step_backward=30, weights=1000, adapters=160, kept=50,
-    kept_recomputed=20, step_kept=400,
+    forward=10, backward=7, step_forward=100, step_backward=30, weights=1000, adapters=160, stored=50,
+    stored_recomputed=20, step_stored=400,
 )  # fmt: skip
 
 
@@ -55,12 +55,19 @@ def test_step_merges_every_weight_once_for_any_batch(name):
     d, depth, _, _, r = SHAPES[name]
     cost = student_cost(name, "bone")
     assert cost.step_forward == cost.step_backward == depth * 2 * 3 * d * d * r
-    assert cost.step_kept == depth * 3 * d * d * 2
+    assert cost.step_stored == depth * 3 * d * d * 2
 
 
 def test_without_adapters_there_is_no_backward_pass():
     cost = student_cost("mini", "none")
-    assert {cost.backward, cost.step_backward, cost.kept, cost.kept_recomputed, cost.step_kept, cost.adapters} == {0}
+    assert {
+        cost.backward,
+        cost.step_backward,
+        cost.stored,
+        cost.stored_recomputed,
+        cost.step_stored,
+        cost.adapters,
+    } == {0}
     assert student_cost("resnet50", "none").forward > 8e9  # 4.1e9 multiply-adds
 
 
@@ -96,18 +103,18 @@ def saved_bytes(method, tiles, *, half):
 def test_saved_bytes_equal_those_of_autograd(method, half):
     cost = student_cost("mini", method, r=32, half=half)
     for tiles in (1, 3):
-        assert cost.step_kept + tiles * cost.kept == pytest.approx(saved_bytes(method, tiles, half=half), rel=1e-4)
+        assert cost.step_stored + tiles * cost.stored == pytest.approx(saved_bytes(method, tiles, half=half), rel=1e-4)
 
 
 def test_recompute_saves_one_block_and_all_block_inputs():
     cost = student_cost("mini", half=False)
-    assert cost.kept_recomputed == pytest.approx(6 * 50 * 192 * 4 + cost.kept / 6, abs=1)
-    assert cost.kept_recomputed < cost.kept / 3
+    assert cost.stored_recomputed == pytest.approx(6 * 50 * 192 * 4 + cost.stored / 6, abs=1)
+    assert cost.stored_recomputed < cost.stored / 3
 
 
 def test_recompute_saves_less_for_another_architecture():
     cost = student_cost("h0-mini")
-    assert 0 < cost.kept_recomputed < cost.kept / 4
+    assert 0 < cost.stored_recomputed < cost.stored / 4
 
 
 def test_memory_is_the_sum_of_weights_adapters_and_saved_tensors():

@@ -17,10 +17,11 @@ from tiny import TINY, task
 from peka_lite._core.hashing import row_ids
 from peka_lite.adapters.adapt import adapt
 from peka_lite.backbones.load import load_backbone
-from peka_lite.transfer import _checkpoint, _training as training
-from peka_lite.transfer._training import Epochs
+from peka_lite.transfer import _checkpoint, _epochs as training
+from peka_lite.transfer._epochs import Epochs
 from peka_lite.transfer.fit import fit
-from peka_lite.transfer.model import NotFinite, TransferModel
+from peka_lite.transfer.losses import NotFinite
+from peka_lite.transfer.model import TransferModel
 
 transfer = importlib.import_module("peka_lite.transfer.fit")  # the package offers the function
 

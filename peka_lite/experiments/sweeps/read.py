@@ -111,7 +111,7 @@ class Sweep:
         """Return the SHA-256 of the notebook's file."""
         return None if self.notebook is None else hashlib.sha256(self.content).hexdigest()
 
-    def told(self) -> dict:
+    def as_record(self) -> dict:
         """Return title, notebook and varied parameters, as stored in the sweep's folder."""
         points = {point.name: point.varied for point in self.points}
         notebook = self.notebook and self.notebook.name

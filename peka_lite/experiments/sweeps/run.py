@@ -19,7 +19,7 @@ from peka_lite import __version__
 from peka_lite._core._yaml import LARGEST, read_yaml, yaml_text
 from peka_lite._core.names import short_name
 from peka_lite._core.outputs import check_file
-from peka_lite.experiments.sweeps._view import Board
+from peka_lite.experiments.sweeps._board import Board
 from peka_lite.experiments.sweeps.points import (
     LONGEST_LINE,
     build_job,
@@ -393,7 +393,7 @@ def _is_sweep_record(path: Path) -> bool:
 
 
 def _write_sweep_record(sweep: Sweep, out: Path) -> None:
-    record = yaml_text(sweep.told()).encode()
+    record = yaml_text(sweep.as_record()).encode()
     if len(record) > LARGEST:
         raise ValueError(f"{sweep.file}: its points take {len(record):,} bytes, above {LARGEST:,}; split the sweep")
     (out / "log").mkdir(parents=True, exist_ok=True)

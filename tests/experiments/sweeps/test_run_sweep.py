@@ -21,7 +21,7 @@ from test_sweeps import write_notebook
 
 from peka_lite.experiments import plan_sweep, read_sweep, run_sweep, sweep_states
 from peka_lite.experiments.sweeps import run as sweep_run
-from peka_lite.experiments.sweeps._view import Board
+from peka_lite.experiments.sweeps._board import Board
 from peka_lite.experiments.sweeps.points import build_job, get_measured_seconds, make_point
 from peka_lite.reports import write_report
 

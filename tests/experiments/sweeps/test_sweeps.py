@@ -366,7 +366,7 @@ def test_title_is_one_line(write):
     path = write(title="Title\n\nof\x1b[2J a\tsweep \n", grid={"seed": [0]}, memory=1e9)
     sweep = read_sweep(path)
     assert sweep.title == r"Title of\x1b[2J a sweep"
-    assert sweep.told()["title"] == sweep.title
+    assert sweep.as_record()["title"] == sweep.title
 
 
 def test_thousand_points_are_planned_without_pytorch(write, tmp_path):

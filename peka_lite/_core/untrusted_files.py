@@ -42,7 +42,7 @@ def file_inside(
     Examples
     --------
     >>> from pathlib import Path
-    >>> from peka_lite._core.received import file_inside
+    >>> from peka_lite._core.untrusted_files import file_inside
     >>> Path("run").mkdir()
     >>> Path("run/metrics.csv").symlink_to("/etc/hostname")
     >>> file_inside("run", "metrics.csv")

@@ -167,7 +167,7 @@ def _data(trained: TrainedModel) -> str:
 
 
 def _protocol(trained: TrainedModel) -> str:
-    protocol = trained.config.settled_protocol()
+    protocol = trained.config.resolve_protocol()
     if trained.fold is None:
         return "Nothing was held out: the model was trained on the whole cohort."
     lines = [f"Protocol {escape_markdown(repr(protocol.name))}. Held out: {TEST_UNITS[protocol.split]}."]

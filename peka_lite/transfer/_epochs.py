@@ -15,7 +15,7 @@ from peka_lite.adapters._gradients import GradientCheck
 from peka_lite.adapters.adapt import orthogonal_term
 from peka_lite.backbones.embed import Batches, flip_tiles
 from peka_lite.backbones.load import preprocess
-from peka_lite.transfer.model import NotFinite, transfer_loss
+from peka_lite.transfer.losses import NotFinite, transfer_loss
 
 
 @dataclass
