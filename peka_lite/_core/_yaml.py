@@ -81,15 +81,6 @@ def parse_yaml(text: str):
     ValueError
         If it is invalid, or has a duplicate key, a tag, an alias or anchor (``*name``, ``&name``: a few lines can
         expand without limit), or more than 32 nested levels.
-
-    Examples
-    --------
-    >>> from peka_lite._core._yaml import parse_yaml
-    >>> parse_yaml("{lr: 1e-4, slides: [A, B], day: 2026-01-01}")
-    {'lr': 0.0001, 'slides': ['A', 'B'], 'day': '2026-01-01'}
-    >>> parse_yaml("{a: &a [1], b: *a}")
-    Traceback (most recent call last):
-    ValueError: line 1 has an anchor or alias ('&a'); write the value out
     """
     try:
         depth = 0

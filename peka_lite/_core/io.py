@@ -246,14 +246,7 @@ def write_h5ad(
 
 
 def format_size(n_bytes: int) -> str:
-    """Return a number of bytes as text.
-
-    Examples
-    --------
-    >>> from peka_lite._core.io import format_size
-    >>> format_size(512), format_size(2_500_000)
-    ('512 B', '2.5 MB')
-    """
+    """Return a number of bytes as text."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000 or unit == "GB":
             return f"{n_bytes:.{0 if unit == 'B' else 1}f} {unit}"

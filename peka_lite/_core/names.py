@@ -67,12 +67,6 @@ def escape_control(text: object, *, lines: bool = False) -> str:
 
     These are control characters (colors, cursor, window titles), marks of text direction, line separators, and lone
     surrogates. With `lines`, line ends are unchanged.
-
-    Examples
-    --------
-    >>> from peka_lite._core.names import escape_control
-    >>> print(escape_control("a\x1b[2Kb\u202ec\nd é"))
-    a\x1b[2Kb\u202ec\nd é
     """
     return "".join(
         letter
@@ -105,14 +99,7 @@ def escape_markdown(text: object) -> str:
 
 
 def inline_code(text: object) -> str:
-    """Return text as inline code of Markdown, on one line, with any backticks.
-
-    Examples
-    --------
-    >>> from peka_lite._core.names import inline_code
-    >>> inline_code("tau=2"), inline_code("a`b")
-    ('`tau=2`', '``a`b``')
-    """
+    """Return text as inline code of Markdown, on one line, with any backticks."""
     text = escape_control(text) or " "
     fence = _fence(text, 1)
     blank = " " if text[0] in "` " or text[-1] in "` " else ""
@@ -131,14 +118,7 @@ def escape_html(text: object) -> str:
 
 
 def escape_formula(value: object) -> object:
-    """Prefix text with an apostrophe if a spreadsheet would read it as a formula.
-
-    Examples
-    --------
-    >>> from peka_lite._core.names import escape_formula
-    >>> [escape_formula(value) for value in ("=1+1", "-x;@y", "-0.5", -0.5, "HLA-A")]
-    ["'=1+1", "'-x;'@y", '-0.5', -0.5, 'HLA-A']
-    """
+    """Prefix text with an apostrophe if a spreadsheet would read it as a formula."""
     return _FORMULA.sub(r"\1\2'", escape_control(value)) if isinstance(value, str) else value
 
 
@@ -154,16 +134,7 @@ def write_spreadsheet_csv(table: pd.DataFrame, path: str | os.PathLike, *, index
 
 
 def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a result table as CSV with unescaped names, so that `read_metrics` returns the same table.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from peka_lite._core.names import read_metrics, write_metrics
-    >>> write_metrics(pd.DataFrame({"fold": [0], "gene": ["-x"], "pcc": [0.5]}), "metrics.csv")
-    >>> read_metrics("metrics.csv")["gene"].tolist()
-    ['-x']
-    """
+    """Write a result table as CSV with unescaped names, so that `read_metrics` returns the same table."""
     returns = table["gene"].str.contains("\r", regex=False).any()  # without quotes they would end the line
     text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
     write_file_atomically(path, text.encode())
@@ -203,12 +174,6 @@ def _fence(text: str, least: int) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'bone'?"``, or empty text if no known name is similar.
-
-    Examples
-    --------
-    >>> did_you_mean("Bonne", ["bone", "lora"]), did_you_mean("dora", ["none"])
-    ("; did you mean 'bone'?", '')
-    """
+    """Return ``"; did you mean 'bone'?"``, or empty text if no known name is similar."""
     near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

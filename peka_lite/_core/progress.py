@@ -39,14 +39,6 @@ class Stage:
     reports
         Print a line every `EVERY` seconds, with all inner stages, unless bars are drawn (`draws_bars`). Of several
         processes of a run, only the first prints.
-
-    Examples
-    --------
-    >>> from peka_lite._core.progress import Stage
-    >>> with Stage("transfer:", total=380, unit=" steps") as stage:
-    ...     stage.update(120)
-    ...     print(stage.line())
-    transfer: 120 of 380 steps
     """
 
     def __init__(
@@ -156,14 +148,7 @@ def _in_notebook() -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as text.
-
-    Examples
-    --------
-    >>> from peka_lite._core.progress import format_duration
-    >>> format_duration(8), format_duration(75), format_duration(7300)
-    ('8 s', '1 min 15 s', '2 h 1 min')
-    """
+    """Return a duration as text."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -140,7 +140,8 @@ def lora_rank_like_bone(in_features: int, out_features: int, r: int) -> int:
 
     Examples
     --------
-    >>> lora_rank_like_bone(1024, 3072, 256)
+    >>> import peka_lite as pk
+    >>> pk.adapters.lora_rank_like_bone(1024, 3072, 256)
     192
     """
     return max(1, out_features * r // (in_features + out_features))
@@ -180,7 +181,15 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the adapter's tensors by name, on the CPU."""
+    """Return copies of the adapter's tensors by name, on the CPU.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> model = pk.adapt(pk.load_backbone("mini", weights="random"), "bone", r=32)
+    >>> {name: tuple(block.shape) for name, block in pk.adapters.adapter_state(model).items() if "blocks.0" in name}
+    {'blocks.0.attn.qkv.block': (18, 32, 32)}
+    """
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _is_adapter(n)}
 
 

@@ -21,12 +21,6 @@ def find_packaged(spec: Backbone) -> Path | None:
     ------
     FileNotFoundError
         If the file is missing from the package.
-
-    Examples
-    --------
-    >>> from peka_lite.backbones.registry import BACKBONES
-    >>> find_packaged(BACKBONES["mini"]).name, find_packaged(BACKBONES["uni"])
-    ('mini_student.safetensors', None)
     """
     if spec.source is None or not spec.source.startswith(PREFIX):
         return None

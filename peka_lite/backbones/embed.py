@@ -38,12 +38,6 @@ class Batches:
     ----------
     waited : float
         Seconds spent waiting for tiles so far, an upper bound on the GPU's idle time for reading.
-
-    Examples
-    --------
-    >>> tiles = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
-    >>> [batch.flatten().tolist() for batch in Batches(tiles, [np.array([2, 0]), np.array([3])], device="cpu")]
-    [[2, 0], [3]]
     """
 
     def __init__(self, tiles, rows: Sequence[np.ndarray | slice], *, device: str | torch.device):

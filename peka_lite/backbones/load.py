@@ -35,6 +35,13 @@ class ConvStem(nn.Module):
 
     Two 3x3 convolutions of stride 2 and a 1x1 convolution in place of Swin's 4x4 patch projection;
     (B, 3, H, W) to (B, H/4, W/4, embed_dim).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> pk.backbones.ConvStem(img_size=32, patch_size=4, embed_dim=16)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 8, 8, 16])
     """
 
     def __init__(self, img_size=224, patch_size=4, in_chans=3, embed_dim=96, norm_layer=None, **_):
@@ -142,6 +149,15 @@ def extract_features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return features (B, D_s) of normalized images (B, 3, H, W), pooled as in the student's registry row.
 
     The output of a network without such a row is returned unchanged.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import peka_lite as pk
+    >>> model = pk.load_backbone("mini")
+    >>> images = pk.backbones.preprocess(torch.zeros(2, 224, 224, 3, dtype=torch.uint8), model.spec)
+    >>> images.shape, pk.backbones.extract_features(model, images).shape
+    (torch.Size([2, 3, 112, 112]), torch.Size([2, 192]))
     """
     spec = get_registry_row(model)
     pooling = "network" if spec is None else spec.pooling

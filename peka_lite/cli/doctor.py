@@ -58,17 +58,7 @@ def doctor(*, online: bool = True) -> list[Check]:
 
 
 def report(checks: Iterable[Check]) -> str:
-    """Return checks as `peka-lite doctor` prints them: one line each, its fix indented below.
-
-    Examples
-    --------
-    >>> from peka_lite.cli.doctor import Check, report
-    >>> checks = [Check("python", "ok", "3.11.9"), Check("token", "note", "no Hugging Face token", "set HF_TOKEN")]
-    >>> print(report(checks))
-    ok    python      3.11.9
-    note  token       no Hugging Face token
-          fix: set HF_TOKEN
-    """
+    """Return checks as `peka-lite doctor` prints them: one line each, its fix indented below."""
     return "\n".join(
         f"{check.status:<6}{check.name:<12}{escape_control(check.line)}"
         + (f"\n      fix: {escape_control(check.fix)}" if check.fix else "")

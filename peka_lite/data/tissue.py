@@ -186,11 +186,6 @@ def tissue_share(mask: np.ndarray, *, tile: tuple[float, float]) -> np.ndarray:
     """Compute the tissue share of each tile of a grid, (rows, cols) float64 from 0 to 1.
 
     `tile` is (width, height) in mask pixels and may be fractional. Tiles may cross the right and lower edges.
-
-    Examples
-    --------
-    >>> tissue_share(np.array([[True, True, False]]), tile=(1.5, 1))
-    array([[1.        , 0.33333333]])
     """
     sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # (h + 1, w + 1)
     for axis, side in ((0, tile[1]), (1, tile[0])):

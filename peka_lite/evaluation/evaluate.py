@@ -134,10 +134,7 @@ def evaluate(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*training rows of.*components")  # reported in summary.json
                 probe = PCARidge(
-                    n_components,
-                    chosen[m][i],
-                    standardize=protocol.standardize,
-                    fit_intercept=protocol.fit_intercept,
+                    n_components, chosen[m][i], standardize=protocol.standardize, fit_intercept=protocol.fit_intercept
                 ).fit_sums(moments.targets(columns[i, m]))
             P, width = probe.predict(student.features[test]), int(probe.n_components_)
             measured = Y[np.ix_(test, columns[i, m])]
@@ -152,14 +149,7 @@ def evaluate(
 
 
 def left_out_sets(n_folds: int, *, inner: bool) -> list[tuple[int, ...]]:
-    """Return the tuples of folds that `evaluate` calls `features` with.
-
-    Examples
-    --------
-    >>> from peka_lite.evaluation.evaluate import left_out_sets
-    >>> left_out_sets(3, inner=True)
-    [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
-    """
+    """Return the tuples of folds that `evaluate` calls `features` with."""
     pairs = list(combinations(range(n_folds), 2)) if inner else []
     return [(i,) for i in range(n_folds)] + pairs
 

@@ -19,12 +19,7 @@ OVER = ("neighbors", "genes")
 
 
 def local_pcc(
-    coords: np.ndarray,
-    measured: np.ndarray,
-    predicted: np.ndarray,
-    *,
-    over: str = "neighbors",
-    n_neighbors: int = 18,
+    coords: np.ndarray, measured: np.ndarray, predicted: np.ndarray, *, over: str = "neighbors", n_neighbors: int = 18
 ) -> np.ndarray:
     """Compute the Pearson correlation between measured and predicted expression at every spot.
 

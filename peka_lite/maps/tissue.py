@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -66,50 +65,6 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
              if (text := describe_constant(values, "spots"))]  # fmt: skip
     if notes:
         fig.supxlabel(" ".join(notes), fontsize=8)
-    return disable_mathtext(fig)
-
-
-def gene_bars(table: pd.DataFrame, *, n: int = 20, order_by: str | None = None) -> Figure:
-    """Draw the PCC per gene, one bar per method, as in the paper's Fig. 2; whiskers are the range over folds.
-
-    Parameters
-    ----------
-    table
-        Tidy results with columns method, fold, gene and pcc.
-    n
-        Number of genes, the best first, among those predicted in the most folds.
-    order_by
-        Method whose mean PCC orders the genes. Default: the first in the table.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> import peka_lite as pk
-    >>> pcc = {"frozen": {"KRT8": 0.5, "CD8A": 0.6}, "bone": {"KRT8": 0.7, "CD8A": 0.4}}
-    >>> rows = [(method, 0, gene, value) for method, genes in pcc.items() for gene, value in genes.items()]
-    >>> figure = pk.maps.gene_bars(pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"]), order_by="bone")
-    >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]  # ordered by Bone
-    ['KRT8', 'CD8A']
-    """
-    import seaborn as sns
-
-    methods = list(dict.fromkeys(table["method"]))
-    order_by = order_by or methods[0]
-    if order_by not in methods:
-        raise ValueError(f"no method {order_by!r} in the table; it has {', '.join(methods)}")
-    scores = table[table["method"] == order_by].groupby("gene")["pcc"].agg(["count", "mean"])
-    # Folds differ in their genes: a gene of few folds could rank first by chance.
-    ranked = scores[scores["count"] == scores["count"].max()].sort_values("mean", ascending=False)
-    genes: Sequence[str] = ranked.index[:n].tolist()
-    fig, ax = plt.subplots(figsize=(max(6, 0.5 * len(genes)), 3.8), layout="constrained")
-    sns.barplot(
-        table[table["gene"].isin(genes)], x="gene", y="pcc", hue="method", order=genes, hue_order=methods,
-        errorbar=("pi", 100), err_kws={"linewidth": 1}, palette="colorblind", ax=ax,
-    )  # fmt: skip
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(xlabel="", ylabel="PCC on held-out spots", title=f"PCC per gene (the {len(genes)} best of {order_by})")
-    ax.set_xticks(range(len(genes)), [short_name(gene) for gene in genes], rotation=90)
-    ax.legend(title="", frameon=False)
     return disable_mathtext(fig)
 
 
@@ -200,12 +155,6 @@ def color_limits(*values: np.ndarray) -> tuple[float, float]:
 
     If these are equal, as for a gene that is high at a single spot, return minimum and maximum; if all values are
     equal, half a unit to either side. Values that are not finite are ignored.
-
-    Examples
-    --------
-    >>> from peka_lite.maps.tissue import color_limits
-    >>> color_limits([0.0] * 999 + [4.0]), color_limits([-2.0, -2.0])
-    ((0.0, 4.0), (-2.5, -1.5))
     """
     finite = _drop_nonfinite(np.concatenate([np.ravel(part) for part in values]))
     if not finite.size:

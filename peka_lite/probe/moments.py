@@ -7,7 +7,7 @@ LeVeque, 1983), so that rows outside the union have no influence, not even by ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,7 +94,7 @@ class CellSums:
         return Moments(n, mean_x, mean_y, Sxx, Sxy, Syy, rows, low_y, high_y)
 
 
-def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096, device: str = "cpu") -> CellSums:
+def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096) -> CellSums:
     """Read features and targets once and sum them per cell, in float64.
 
     Needs memory for C * (d * d + d * genes) * 8 bytes for C cells, and `chunk` rows.
@@ -107,8 +107,6 @@ def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096
         (N, genes) targets.
     cells
         (N,) integers, the cell of each row; rows of cell -1 are skipped.
-    device
-        ``"cpu"`` (NumPy), or a torch device for the sums.
 
     Raises
     ------
@@ -124,9 +122,8 @@ def gather(X: np.ndarray, Y: np.ndarray, cells: np.ndarray, *, chunk: int = 4096
         raise ValueError(f"chunk must be at least 1 row, not {chunk}")
     if (cells < -1).any() or not (cells >= 0).any():
         raise ValueError("cells are numbered from 0, with -1 for rows left out, and at least one row must have a cell")
-    steps = _numpy_steps() if device == "cpu" else _torch_steps(device)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are detected in the sums
-        return _sum_up(_pieces(X, Y, cells, chunk), cells, X.shape[1], Y.shape[1], *steps)
+        return _sum_up(_pieces(X, Y, cells, chunk), cells, X.shape[1], Y.shape[1])
 
 
 def _pieces(X, Y, cells, chunk: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
@@ -140,41 +137,23 @@ def _pieces(X, Y, cells, chunk: int) -> Iterator[tuple[int, np.ndarray, np.ndarr
             yield int(cell), rows, X[at], Y[at]
 
 
-def _numpy_steps() -> tuple[Callable, Callable, Callable, Callable]:
-    def add_square(total, x):
-        # One triangle, in place: half the operations of a product, and no temporary array.
-        dsyrk(1.0, x.T, beta=1.0, c=total.T, overwrite_c=1)
-
-    return np.zeros, lambda block: np.array(block, dtype=np.float64, order="C"), add_square, lambda a: a
-
-
-def _torch_steps(device: str) -> tuple[Callable, Callable, Callable, Callable]:
-    import torch
-
-    return (
-        lambda shape: torch.zeros(shape, dtype=torch.float64, device=device),
-        lambda block: torch.from_numpy(np.array(block)).to(device).double(),
-        lambda total, x: total.addmm_(x.T, x),
-        lambda a: a.cpu().numpy(),
-    )
-
-
-def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -> CellSums:
+def _sum_up(pieces, cells, d: int, genes: int) -> CellSums:
     shift, total, xx, xy, yy, low, high = {}, {}, {}, {}, {}, {}, {}
     for cell, rows, *blocks in pieces:
-        x, y = map(load, blocks)
+        x, y = (np.array(block, dtype=np.float64, order="C") for block in blocks)
         if cell not in shift:
             # Relative to the cell's first rows: no other row has influence, and a constant column gives exact zeros.
             shift[cell] = [z[0] + (z - z[0]).mean(0) for z in (x, y)]
-            total[cell] = [zeros(d), zeros(genes)]
-            xx[cell], xy[cell], yy[cell] = zeros((d, d)), zeros((d, genes)), zeros(genes)
+            total[cell] = [np.zeros(d), np.zeros(genes)]
+            xx[cell], xy[cell], yy[cell] = np.zeros((d, d)), np.zeros((d, genes)), np.zeros(genes)
             low[cell], high[cell] = np.full(genes, np.inf), np.full(genes, -np.inf)
         for name, block, z, s, t in zip(("features", "targets"), blocks, (x, y), shift[cell], total[cell], strict=True):
             z -= s
             t += z.sum(0)
-            if not bool((t - t == 0).all()):
+            if not (t - t == 0).all():
                 raise _not_finite(name, block, rows)
-        add_square(xx[cell], x)
+        # One triangle, in place: half the operations of a product, and no temporary array.
+        dsyrk(1.0, x.T, beta=1.0, c=xx[cell].T, overwrite_c=1)
         xy[cell] += x.T @ y
         yy[cell] += (y * y).sum(0)
         low[cell], high[cell] = np.minimum(low[cell], blocks[1].min(0)), np.maximum(high[cell], blocks[1].max(0))
@@ -182,8 +161,8 @@ def _sum_up(pieces, cells, d: int, genes: int, zeros, load, add_square, fetch) -
     for cell in sorted(shift):
         rows = np.flatnonzero(cells == cell)
         root = np.sqrt(len(rows))
-        (shift_x, shift_y), (x, y) = (map(fetch, pair.pop(cell)) for pair in (shift, total))
-        Sxx, Sxy, Syy = (fetch(sums.pop(cell)) for sums in (xx, xy, yy))
+        (shift_x, shift_y), (x, y) = shift.pop(cell), total.pop(cell)
+        Sxx, Sxy, Syy = xx.pop(cell), xy.pop(cell), yy.pop(cell)
         Sxx = np.tril(Sxx) + np.tril(Sxx, -1).T - np.outer(x / root, x / root)
         Sxy -= np.outer(x / root, y / root)
         Syy = np.maximum(Syy - (y / root) ** 2, 0)
@@ -272,6 +251,16 @@ def alpha_path(
     -------
     numpy.ndarray
         (len(alphas), genes) float64; NaN where targets or predictions are constant over the test rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> rng = np.random.default_rng(0)
+    >>> X, Y = rng.normal(size=(60, 5)), rng.normal(size=(60, 2))
+    >>> sums = pk.probe.gather(X, Y, np.arange(60) % 3)  # one cell per fold
+    >>> pk.probe.alpha_path(sums.over([0, 1]), sums.over([2]), [0.1, 1.0, 10.0], n_components=4).shape
+    (3, 2)
     """
     if not all(alpha >= 0 for alpha in alphas):
         raise ValueError(f"alphas must be numbers of at least 0, not {list(alphas)}")

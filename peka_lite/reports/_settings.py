@@ -155,14 +155,7 @@ def split_by_settings(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[s
 
 
 def format_settings(settings: dict) -> str:
-    """Return settings as text, ``"epochs=2, tau=4"``; the data fingerprint only if it is the only one.
-
-    Examples
-    --------
-    >>> from peka_lite.reports._settings import format_settings
-    >>> format_settings({"epochs": 2, "lr": 0.0001, "r": None, "seed": (0, 1)})
-    'epochs=2, lr=0.0001, r=null, seed=0+1'
-    """
+    """Return settings as text, ``"epochs=2, tau=4"``; the data fingerprint only if it is the only one."""
     if len(settings) > 1:
         settings = {k: v for k, v in settings.items() if k != "data_fingerprint"}
     return ", ".join(f"{'data' if k == 'data_fingerprint' else k}={format_value(v)}" for k, v in settings.items())

@@ -13,16 +13,7 @@ from matplotlib.figure import Figure
 
 from peka_lite._core.names import disable_mathtext
 from peka_lite.evaluation.scores import pool_pcc
-from peka_lite.reports.runs import (
-    PROTOCOLS,
-    SPLITS,
-    TARGETS,
-    Run,
-    require_shared,
-    row_label,
-    split_panels,
-    table_title,
-)
+from peka_lite.reports.runs import PROTOCOLS, SPLITS, TARGETS, Run, require_shared, row_label, split_panels, table_title
 from peka_lite.reports.tables import leak_table
 
 MARKERS = "osD^vPX<>*hp"

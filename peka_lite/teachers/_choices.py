@@ -4,7 +4,4 @@ from __future__ import annotations
 
 TEACHERS = ("pca", "scfoundation", "scfoundation-mini")
 
-LABEL_METHODS = {
-    "knn-leiden": {"n_neighbors": 15, "resolution": 1.0},
-    "kmeans": {"n_clusters": 100, "n_neighbors": 15},
-}
+LABEL_METHODS = {"knn-leiden": {"n_neighbors": 15, "resolution": 1.0}, "kmeans": {"n_clusters": 100, "n_neighbors": 15}}

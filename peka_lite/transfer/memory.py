@@ -77,8 +77,7 @@ def compile_if_possible(model: nn.Module, step: Callable[[nn.Module], torch.Tens
         # Many causes: no C++ compiler, an unsupported GPU, an unsupported graph.
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         warnings.warn(
-            f"torch.compile failed ({type(error).__name__}: {first[:200]}); training continues without it",
-            stacklevel=3,
+            f"torch.compile failed ({type(error).__name__}: {first[:200]}); training continues without it", stacklevel=3
         )
         torch._dynamo.reset()
         return model

@@ -39,11 +39,7 @@ CONFUSED = {  # name -> content, kind, part of the message
         "web page (HTML) with the title 'Entrée'",
     ),
     "XHTML": (b"<?xml version='1.0'?>\n<html xmlns='x'></html>", "page", "web page (HTML)"),
-    "pointer": (
-        POINTER,
-        "pointer",
-        "Git LFS pointer to a file of 1,432,587,886 bytes; run `git lfs pull`",
-    ),
+    "pointer": (POINTER, "pointer", "Git LFS pointer to a file of 1,432,587,886 bytes; run `git lfs pull`"),
     "compressed": (gzip.compress(b"tensors"), "packed", "compressed by gzip; unpack it first"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(40), "picture", "a PNG image"),
 }

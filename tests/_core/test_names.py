@@ -111,19 +111,6 @@ def test_titles_show_gene_names_literally(mini_cohort):
     assert figure.axes[0].get_title() == "x" * 39 + "…: measured"
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_bars_are_labeled_with_gene_names():
-    table = pd.DataFrame({"method": "none", "fold": 0, "gene": ODD, "pcc": np.linspace(1, 0.1, len(ODD))})
-    figure = pk.maps.gene_bars(table, n=len(ODD))
-    figure.canvas.draw()
-    (ax,) = figure.axes
-    labels = [label.get_text() for label in ax.get_xticklabels()]
-    assert labels[:5] == ["NA", "nan", "None", "null", ""]
-    assert r"$\frac{$" in labels
-    assert not any(label.get_parse_math() for label in ax.get_xticklabels())
-    np.testing.assert_allclose([bar.get_height() for bar in ax.patches[: len(ODD)]], table["pcc"])
-
-
 @pytest.mark.parametrize("strings", [False, True])
 def test_metrics_are_read_with_their_names(tmp_path, strings):
     pcc = np.linspace(0, 1, len(ODD))

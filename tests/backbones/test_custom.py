@@ -92,10 +92,7 @@ def test_row_round_trips_through_a_file(file):
         ({"pooling": "cls"}, "unknown pooling 'cls'; known: token, avg, token.avg"),
         ({"bone_r": 32}, "bone_r: r=32 must divide in_features=48 .*: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ({"options": {"act_layer": "os:system"}}, "options: act_layer is 'os:system'; give a layer as text"),
-        (
-            {"precision": {"cpu": "torch:float32"}},
-            "precision must have one type per kind of device: {'cpu': torch:",
-        ),
+        ({"precision": {"cpu": "torch:float32"}}, "precision must have one type per kind of device: {'cpu': torch:"),
     ],
 )
 def test_invalid_field_in_a_file_is_named(file, fields, words):

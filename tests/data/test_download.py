@@ -591,8 +591,7 @@ def test_a_download_of_unknown_size_leaves_free_disk_space(tmp_path, hub, manife
 
 
 @pytest.mark.parametrize(
-    "record",
-    ["[]", "5", '{"name": "big", "files": 3}', '{"files": [1]}', '{"files": [{"path": "a"}]}', "[" * 10_000],
+    "record", ["[]", "5", '{"name": "big", "files": 3}', '{"files": [1]}', '{"files": [{"path": "a"}]}', "[" * 10_000]
 )
 def test_an_invalid_record_is_refused(tmp_path, manifest, record):
     (tmp_path / "fetched.json").write_text(record)

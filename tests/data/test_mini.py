@@ -327,10 +327,7 @@ def correlations(slides, value):
 
 @pytest.mark.parametrize(
     "value",
-    [
-        lambda slide: np.log(slide.layers["rate"].sum(1, keepdims=True)),
-        lambda slide: slide.obsm["niche"],
-    ],
+    [lambda slide: np.log(slide.layers["rate"].sum(1, keepdims=True)), lambda slide: slide.obsm["niche"]],
     ids=["depth", "niche"],
 )
 def test_depth_and_niches_do_not_follow_the_domains(many_slides, value):

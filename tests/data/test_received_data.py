@@ -137,8 +137,7 @@ def test_a_model_in_the_hubs_cache_is_read_through_its_links(tmp_path, outside):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["[" * 100_000, "[" * 40 + "]" * 40, "9" * 5000, "9" * 30, json.dumps("x" * 10_000), "{", "\xff"],
+    "text", ["[" * 100_000, "[" * 40 + "]" * 40, "9" * 5000, "9" * 30, json.dumps("x" * 10_000), "{", "\xff"]
 )
 def test_a_record_with_invalid_json_is_refused(tmp_path, text):
     (tmp_path / "summary.json").write_text(text, "latin-1")

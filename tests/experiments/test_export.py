@@ -150,11 +150,7 @@ def test_card_has_license_of_the_parent(name, folder):
 
 @pytest.mark.parametrize(
     ("license", "words"),
-    [
-        ("GPL-3.0", "shared under the same license"),
-        ("AGPL-3.0", "over a network"),
-        ("MIT", "Read it before you share"),
-    ],
+    [("GPL-3.0", "shared under the same license"), ("AGPL-3.0", "over a network"), ("MIT", "Read it before you share")],
 )
 def test_custom_backbone_of_any_license_has_a_card(folder, license, words):
     trained = of(load_trained(folder), "mini")

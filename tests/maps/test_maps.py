@@ -9,7 +9,7 @@ from scipy.stats import pearsonr
 
 from peka_lite.data import read_slide
 from peka_lite.experiments.folder import draw_maps
-from peka_lite.maps import expression_map, gene_bars, local_pcc, pcc_map, predicted_map
+from peka_lite.maps import expression_map, local_pcc, pcc_map, predicted_map
 from peka_lite.maps.tissue import choose_gene, color_limits, list_remarks, save_predicted_map
 
 
@@ -217,39 +217,6 @@ def table():
     rows = [("none", f, g, 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
     rows += [("bone", f, g, 0.5 - 0.1 * i + 0.01 * f) for f in range(3) for i, g in enumerate("ABCD")]
     return pd.DataFrame(rows, columns=["method", "fold", "gene", "pcc"])
-
-
-def heights(ax):
-    return [[bar.get_height() for bar in container] for container in ax.containers if len(container)]
-
-
-def test_gene_bars_are_ordered_by_the_first_method():
-    (ax,) = gene_bars(table()).axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["D", "C", "B", "A"]
-    assert ax.get_title() == "PCC per gene (the 4 best of none)"
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "bone"]
-
-
-def test_gene_bars_are_means_over_folds():
-    (ax,) = gene_bars(table()).axes
-    np.testing.assert_allclose(heights(ax), [[0.31, 0.21, 0.11, 0.01], [0.21, 0.31, 0.41, 0.51]])
-
-
-def test_gene_bars_show_the_best_genes_of_order_by():
-    (ax,) = gene_bars(table(), n=2, order_by="bone").axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "B"]
-
-
-def test_gene_bars_whiskers_are_the_range_over_folds():
-    uneven = table().query("method == 'none'")
-    uneven.loc[uneven["fold"] == 2, "pcc"] += 0.2
-    (ax,) = gene_bars(uneven, n=1).axes
-    assert sorted(ax.lines[0].get_ydata()) == pytest.approx([0.3, 0.52])
-
-
-def test_unknown_order_by_raises():
-    with pytest.raises(ValueError, match="no method 'lora' in the table; it has none, bone"):
-        gene_bars(table(), order_by="lora")
 
 
 def predictions(pcc, *, grid=False):

@@ -186,7 +186,7 @@ def test_papermill_knows_every_parameter(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_figure_has_alt_text(path):
     for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code" and re.search(r"plt\.subplots|_map\(|gene_bars|relplot", cell.source):
+        if cell.cell_type == "code" and re.search(r"plt\.subplots|_map\(|relplot", cell.source):
             assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), cell.id
 
 

@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.probe import PCARidge, alpha_path, components, gather, moments as sums, pearson
-from peka_lite.probe.moments import _numpy_steps, _pieces, _sum_up, _torch_steps
+from peka_lite.probe import PCARidge, alpha_path, gather, pearson
+from peka_lite.probe.moments import components
 
 ALPHAS = (1e-3, 1.0, 30.0, 1e4)
 
@@ -130,26 +130,6 @@ def test_alpha_path_equals_pearson_of_predictions(problem, width):
         k = width and min(width, train.n - 1, X.shape[1])
         P = PCARidge(k, alpha).fit_sums(train).predict(X[cells == 3])
         np.testing.assert_allclose(pcc, pearson(Y[cells == 3], P), rtol=0, atol=1e-7)
-
-
-@settings(max_examples=20, deadline=None)
-@given(problem=problems(), chunk=st.integers(1, 70))
-def test_torch_sums_equal_numpy_sums(problem, chunk):
-    X, Y, cells = problem
-    by_numpy, by_torch = (
-        _sum_up(_pieces(X, Y, cells, chunk), cells, X.shape[1], Y.shape[1], *steps)
-        for steps in (_numpy_steps(), _torch_steps("cpu"))
-    )
-    assert by_numpy.cells == by_torch.cells == [0, 1, 2, 3]
-    for some in ([0], [0, 1, 3]):
-        same(by_torch.over(some), by_numpy.over(some), tolerance=1e-10)
-
-
-def test_other_devices_use_torch(monkeypatch):
-    problem = small()
-    expected = gather(*problem).over([0, 1])
-    monkeypatch.delattr(sums, "_numpy_steps")
-    same(gather(*problem, device="cpu:0").over([0, 1]), expected, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -381,12 +361,11 @@ def test_targets_does_not_copy_feature_sums():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 1, 37, 49])
 @pytest.mark.parametrize("name", ["features", "targets"])
-@pytest.mark.parametrize("steps", ["numpy", "torch"])
-def test_non_finite_values_are_rejected_with_their_position(name, row, value, steps):
+def test_non_finite_values_are_rejected_with_their_position(name, row, value):
     X, Y, cells = small()
     (X if name == "features" else Y)[row, 1] = value
     with pytest.raises(ValueError, match=rf"^{name} have NaN or infinite values; the first in row {row}, column 1$"):
-        gather(X, Y, cells, chunk=8, device="cpu" if steps == "numpy" else "cpu:0")
+        gather(X, Y, cells, chunk=8)
 
 
 def test_too_large_values_are_rejected():

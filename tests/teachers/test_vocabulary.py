@@ -112,8 +112,7 @@ def read_mapping(path):
 
 
 @pytest.mark.parametrize(
-    ("row", "why"),
-    [("A" * 200_000, "line 10 cannot be parsed"), ("\n".join("ABC"), None), ("\xff", "not UTF-8 text")],
+    ("row", "why"), [("A" * 200_000, "line 10 cannot be parsed"), ("\n".join("ABC"), None), ("\xff", "not UTF-8 text")]
 )
 def test_mapping_with_unusual_lines_is_read_or_rejected_with_a_reason(hgnc, row, why):
     with hgnc.open("a", encoding="latin-1") as file:

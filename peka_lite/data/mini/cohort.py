@@ -217,10 +217,7 @@ def _downscale(section):
     sums = sums.reshape(height, width, factor, 3).sum(2)
     return {
         "images": {"downscaled_fullres": np.rint(sums / factor**2).astype(np.uint8)},
-        "scalefactors": {
-            "spot_diameter_fullres": SPOT_UM / PIXEL_UM,
-            "tissue_downscaled_fullres_scalef": 1 / factor,
-        },
+        "scalefactors": {"spot_diameter_fullres": SPOT_UM / PIXEL_UM, "tissue_downscaled_fullres_scalef": 1 / factor},
     }
 
 
@@ -230,12 +227,7 @@ def _write_slide(root, name, number, slide, section, corners, order):
 
     chosen = order[N_WITHOUT_TILE:]
     tiles = (section[y : y + TILE, x : x + TILE] for x, y in corners[chosen])
-    attributes = {
-        "patch_size_src": TILE,
-        "patch_size_target": TILE,
-        "downsample": 1.0,
-        "pixel_size": PIXEL_UM,
-    }
+    attributes = {"patch_size_src": TILE, "patch_size_target": TILE, "downsample": 1.0, "pixel_size": PIXEL_UM}
     write_tiles(
         root / "patches" / f"{name}.h5", tiles, slide.obs_names[chosen], corners[chosen], attributes=attributes,
         field="barcodes" if name == "MINI2" else "barcode",  # HEST-1k has both

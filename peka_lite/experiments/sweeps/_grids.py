@@ -37,15 +37,6 @@ def count_points(
     ------
     ValueError
         For an axis without values, zipped lists of unequal length, more than 100,000 points, and too large values.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps._grids import count_points
-    >>> count_points(grid={"seed": [0, 1, 2], "tau": [1, 2]}, listed=[{}, {"method": "none"}])
-    12
-    >>> count_points(grid={name: range(1000) for name in ("seed", "n_genes", "epochs")})
-    Traceback (most recent call last):
-    ValueError: 1,000,000,000 points before exclusions are more than a sweep may have (100,000); split the sweep
     """
     axes = [(len(_check_values(name, values)), _count_characters(values)) for name, values in (grid or {}).items()]
     for group in zipped:
@@ -136,14 +127,7 @@ def expand(
 
 
 def matches(point: Mapping, entry: Mapping, names: Iterable[str] | None = None) -> bool:
-    """Return whether a point matches an exclusion in all its parameters, or in those of `names`.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps._grids import matches
-    >>> matches({"seed": 1, "tau": 2.0}, {"seed": [1, 2]}), matches({"seed": 1}, {"seed": 1, "tau": 2.0})
-    (True, False)
-    """
+    """Return whether a point matches an exclusion in all its parameters, or in those of `names`."""
 
     def is_one_of(value, excluded) -> bool:
         return value == excluded or (isinstance(excluded, list) and any(value == e for e in excluded))
@@ -156,12 +140,6 @@ def point_name(parameters: Mapping) -> str:
 
     Paths are shortened to the file's name, and names above 120 bytes are cut and given a hash. Two points may get the
     same name; `unique_names` makes names unique.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps._grids import point_name
-    >>> point_name({"method": "bone", "lr": 0.0001, "slides": ["A1", "B1"], "r": None})
-    'method=bone,lr=0.0001,slides=A1+B1,r=null'
     """
     name = ",".join(f"{key}={_format_value(value)}" for key, value in parameters.items()) or "base"
     name = re.sub(r"(?i)\.partial$", "-partial", name)  # reserved for unfinished folders
@@ -171,7 +149,14 @@ def point_name(parameters: Mapping) -> str:
 
 
 def unique_names(points: Iterable[Mapping]) -> list[str]:
-    """Name points, and add a hash of the values to names that differ only in case or not at all."""
+    """Name points, and add a hash of the values to names that differ only in case or not at all.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> pk.experiments.unique_names([{"method": "bone"}, {"method": "lora"}])
+    ['method=bone', 'method=lora']
+    """
     points = list(points)
     names = [point_name(point) for point in points]
     for digits in (8, 64):  # 8 digits can collide among 100,000 points

@@ -15,15 +15,7 @@ _NUMBER = (int, float)
 
 @dataclass(frozen=True)
 class Parameter:
-    """Describe the type of a parameter, as text and as allowed Python types; None allows any value.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps._notebook import Parameter
-    >>> Parameter("float | None", (float, int, type(None))).check("tau", "2")
-    Traceback (most recent call last):
-    ValueError: tau is float | None, not '2'
-    """
+    """Describe the type of a parameter, as text and as allowed Python types; None allows any value."""
 
     description: str
     types: tuple[type, ...] | None

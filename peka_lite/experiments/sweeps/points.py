@@ -148,12 +148,6 @@ def estimate_seconds(groups: dict[str, str], seconds: dict[str, float]) -> dict[
         From `group_similar`.
     seconds
         From `get_measured_seconds`.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps.points import estimate_seconds
-    >>> estimate_seconds({"a": "bone", "b": "bone", "c": "none"}, {"a": 60.0})
-    {'a': 60.0, 'b': 60.0}
     """
     times: dict[str, list[float]] = {}
     for name, value in seconds.items():

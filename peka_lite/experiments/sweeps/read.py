@@ -218,14 +218,7 @@ def read_sweep(source: str | os.PathLike, *, fixed: Mapping | None = None) -> Sw
 
 
 def read_value(text: str):
-    """Parse a value as in a sweep file: ``"1e-4"`` is a number, ``"[a, b]"`` a list, ``"null"`` None.
-
-    Examples
-    --------
-    >>> from peka_lite.experiments.sweeps.read import read_value
-    >>> read_value("1e-4"), read_value("[uni, 4]"), read_value("bone"), read_value("null")
-    (0.0001, ['uni', 4], 'bone', None)
-    """
+    """Parse a value as in a sweep file: ``"1e-4"`` is a number, ``"[a, b]"`` a list, ``"null"`` None."""
     try:
         return parse_yaml(text)
     except ValueError:

@@ -54,12 +54,7 @@ class PointError(RuntimeError):
 
 
 def run_sweep(
-    sweep: Sweep,
-    out: str | os.PathLike,
-    *,
-    workers: int | None = None,
-    scheduler: str | None = None,
-    retry: int = 0,
+    sweep: Sweep, out: str | os.PathLike, *, workers: int | None = None, scheduler: str | None = None, retry: int = 0
 ) -> pd.DataFrame:
     """Make all missing and failed points, several at once, each in its own process.
 

@@ -402,10 +402,7 @@ def test_workers_fit_gpus_cores_and_memory(tmp_path, monkeypatch):
         sweep_run._plan_environments(sweep, 0, 40)
 
 
-@pytest.mark.parametrize(
-    ("cores", "seen", "threads"),
-    [(8, 8, "2"), (64, 8, "8")],
-)
+@pytest.mark.parametrize(("cores", "seen", "threads"), [(8, 8, "2"), (64, 8, "8")])
 def test_points_share_cores_of_a_machine_but_not_of_a_batch_job(monkeypatch, cores, seen, threads):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("dask.system.CPU_COUNT", seen)
