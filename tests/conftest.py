@@ -55,11 +55,6 @@ def isolated_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", name="isolated_cache")
-def _old_name_of_isolated_cache(isolated_cache):
-    """Support the old name of `isolated_cache`."""
-
-
 @pytest.fixture(scope="module")
 def tiny_backbone():
     """Register a backbone ``"tiny"`` that trains in a moment, for one test file."""

@@ -209,7 +209,7 @@ def test_save_adapter_rejects_models_without_adapter(tmp_path):
     for model in (student(TINY), adapt(student(TINY), "none"), merge(trained_student("bone", name=TINY, r=16))):
         with pytest.raises(ValueError, match="nothing to save"):
             save_adapter(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="without a dot"):
+    with pytest.raises(ValueError, match="without dots"):
         save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a", name="fold.1")
     assert not list(tmp_path.iterdir())
 
@@ -231,7 +231,7 @@ def test_read_adapter_info_rejects_invalid_files(tmp_path):
     with pytest.raises(ValueError, match="old is no adapter file of peka_lite"):
         read_adapter_info(tmp_path / "old")
     save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata={"peka_lite": json.dumps({"kind": "adapter"})})
-    with pytest.raises(ValueError, match="format None, this peka_lite reads format 1"):
+    with pytest.raises(ValueError, match="format None, but this peka_lite reads format 1"):
         read_adapter_info(tmp_path / "odd")
     stamp = {"kind": "adapter", "format": 1, "method": "bone"}
     save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata={"peka_lite": json.dumps(stamp)})
@@ -315,7 +315,7 @@ def test_invalid_probes_are_rejected(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             save_probes(tmp_path / "p", {"all": (model, genes)}, normalization="log1p")
-    with pytest.raises(ValueError, match="without a dot"):
+    with pytest.raises(ValueError, match="without dots"):
         save_probes(tmp_path / "p", {"a.b": (probe(), "ABC")}, normalization="log1p")
     assert not list(tmp_path.iterdir())
     save_adapter(trained_student("bone", name=TINY, r=16), tmp_path / "a")
