@@ -11,18 +11,11 @@ from hypothesis import given, settings, strategies as st
 from tiny import TINY
 from torch import nn
 
-from peka_lite.adapters import (
-    BoneLinear,
-    adapt,
-    adapted_share,
-    adapter_state,
-    lora_rank_like_bone,
-    merge,
-    orthogonal_term,
-)
+from peka_lite.adapters import BoneLinear, adapt, adapted_share, adapter_state, lora_rank_like_bone, merge
 from peka_lite.adapters._choices import METHODS
-from peka_lite.adapters.adapt import load_adapter_state
-from peka_lite.backbones import BACKBONES, build_network, check_block_size, load_backbone
+from peka_lite.adapters.adapt import load_adapter_state, orthogonal_term
+from peka_lite.backbones import BACKBONES, build_network, load_backbone
+from peka_lite.backbones.registry import check_block_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 

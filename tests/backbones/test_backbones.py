@@ -20,9 +20,9 @@ from peka_lite.backbones import (
     extract_features,
     load as backbones,
     load_backbone,
-    precision_for,
     preprocess,
 )
+from peka_lite.backbones.load import precision_for
 from peka_lite.backbones.registry import IMAGENET
 
 # huggingface_hub before 1.0 has the base class only.

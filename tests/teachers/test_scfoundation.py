@@ -17,7 +17,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import sparse
 
 from peka_lite._core.device import PRECISION, compute_dtype, default_device
-from peka_lite.teachers import Encoder, ScFoundation, _checkpoint as checkpoint, pool_tokens
+from peka_lite.teachers import ScFoundation, _checkpoint as checkpoint
+from peka_lite.teachers._encoder import Encoder, pool_tokens
 from peka_lite.teachers.scfoundation import MAX_TOKENS
 
 GENES = [f"G{i}" for i in range(30)]

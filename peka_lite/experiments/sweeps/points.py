@@ -79,7 +79,7 @@ def sweep_states(sweep: Sweep, out: str | os.PathLike) -> pd.DataFrame:
     1                       method=lora     missing
     2                    method=adalora     missing
     3                       method=none  unfinished
-    4       features=color,method=none     missing
+    4        features=color,method=none     missing
     5  features=coordinates,method=none     missing
     """
     out, rows = Path(out), {}
@@ -175,7 +175,7 @@ def plan_sweep(sweep: Sweep, out: str | os.PathLike) -> str:
     method=lora                       missing
     method=adalora                    missing
     method=none                       missing
-    features=color,method=none       missing
+    features=color,method=none        missing
     features=coordinates,method=none  missing
     6 points in quick: 0 done, 6 to run; run time unknown
     """
