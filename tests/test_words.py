@@ -1,6 +1,6 @@
 """Code and pages keep to the field's words: none of `vocabulary.txt` outside the listed exceptions.
 
-`python tests/test_vocabulary.py [PATH ...]` prints each hit with its line, of all files or of those below the paths.
+`python tests/test_words.py [PATH ...]` prints each hit with its line, of all files or of those below the paths.
 """
 
 import ast
