@@ -1,4 +1,4 @@
-"""Split a cohort into cross-validation folds for the probe and its PCC (PEKA, equations 1 and 7)."""
+"""Split a cohort into cross-validation folds: which patients, slides or spots are held out together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the paper with our values beside them, and the reasons against a comparison."""
+"""Tables 1 and 2 of the paper with our values beside them, and the reasons against a comparison."""
 
 from __future__ import annotations
 
