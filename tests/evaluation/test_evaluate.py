@@ -96,7 +96,7 @@ def test_clusters_of_all_rows_are_rejected(mini_root, mini_cohort, tmp_path, mon
     monkeypatch.setattr(
         _teacher_labels, "embed_cohort", lambda *a, **k: embeddings.append(real(*a, **k)) or embeddings[-1]
     )
-    monkeypatch.setattr(RunConfig, "labeler", lambda self: LeakyLabeler(resolution=0.5))
+    monkeypatch.setattr(RunConfig, "make_labeler", lambda self: LeakyLabeler(resolution=0.5))
     with pytest.raises(LeakError, match="the clusters learned from"):
         run(small(mini_root), tmp_path / "out")
 
