@@ -408,7 +408,7 @@ def print_floor() -> None:
         "weights, MiB": [f"{c.weights / 2**20:.0f}" for c in costs],
         "adapters with gradients and Adam, MiB": [f"{c.adapters / 2**20:.0f}" for c in costs],
         "W' stored, MiB per step": [f"{c.step_stored / 2**20:.0f}" for c in costs],
-        "stored for backward, MiB per tile": [f"{c.kept / 2**20:.1f}" for c in costs],
+        "stored for backward, MiB per tile": [f"{c.stored / 2**20:.1f}" for c in costs],
         "stored with recompute": [f"{c.stored_recomputed / 2**20:.1f}" for c in costs],
         "32 tiles at once, GiB (with recompute)": [
             f"{c.memory(32) / GIB:.1f} ({c.memory(32, recompute=True) / GIB:.1f})" for c in costs

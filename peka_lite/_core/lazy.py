@@ -30,12 +30,6 @@ class LazyMapping(Mapping):
 
     Only names in `DTYPES` and `LAYER_TYPES` are imported; other text is returned as it is. Reading keys needs neither
     PyTorch nor timm.
-
-    Examples
-    --------
-    >>> options = LazyMapping({"depth": 24, "act_layer": "torch.nn:SiLU", "other": "fractions:Fraction"})
-    >>> options["act_layer"], options["other"], dict(options)["depth"]
-    (<class 'torch.nn.modules.activation.SiLU'>, 'fractions:Fraction', 24)
     """
 
     def __init__(self, values: Mapping[str, object]):

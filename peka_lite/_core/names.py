@@ -86,12 +86,6 @@ def escape_markdown(text: object) -> str:
     r"""Escape text for Markdown, on one line, also in tables and at the start of a line.
 
     It becomes no HTML, link, image, formula, emphasis, heading or list, and no role or directive of MyST.
-
-    Examples
-    --------
-    >>> from peka_lite._core.names import escape_markdown
-    >>> print(escape_markdown("<b>|a* [x](y) snake_case"))
-    \<b>\|a\* \[x](y) snake_case
     """
     text = escape_control(" ".join(str(text).splitlines())).strip()
     text = re.sub(r"[\\`*<|\[{$~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)

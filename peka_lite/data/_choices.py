@@ -7,9 +7,9 @@ NORMALIZATIONS = ("log1p-cp10k", "log1p")
 
 #: How access to a gated repository is granted.
 ACCESS = {
-    "automatic": "it opens at once after asking",
-    "manual": "it is granted by hand, which may take days",
-    "institution": "it is granted to institutional e-mail addresses alone, by hand, which may take days",
+    "automatic": "access is granted at once",
+    "manual": "access is granted by hand, which may take days",
+    "institution": "access needs an institutional e-mail address and may take days",
 }
 
 

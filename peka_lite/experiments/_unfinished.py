@@ -44,7 +44,7 @@ def explain_missing(folder: Path, *, needs: Sequence[str], kind: str) -> str:
     if not folder.exists():
         known = [path.name for path in folder.parent.glob("*") if (path / SUMMARY).is_file()]
         hint = did_you_mean(folder.name, known)
-        return f"{message}, there is no such folder{hint}; `peka-lite {_choose_command(kind)}` makes one"
+        return f"{message}, no such folder{hint}; `peka-lite {_choose_command(kind)}` creates one"
     if is_sweep(folder):
         points = [str(path) for _, path in read_sweep_folder(folder).run_folders()]
         fix = f"give one of its points: {_shorten(points)}" if points else "none of its points is finished"

@@ -63,7 +63,7 @@ class RunConfig:
     slides
         Slide ids to use; all by default.
     patients
-        CSV file with columns id and patient, for cohorts whose metadata and manifest name no patients.
+        CSV file with columns id and patient; it overrides the patients of metadata and manifest.
     protocol
         ``"paper"`` (the folds of its released code), ``"hest"`` or ``"strict"`` (`PROTOCOLS`). It sets split,
         normalization, alpha and the rows that each step may use. With None the three fields apply as given, and every
@@ -242,6 +242,12 @@ class RunConfig:
     def as_dict(self) -> dict:
         """Return the fields as plain values, as in `config.yml`."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def update_words(settings: dict) -> dict:
+    """Return stored settings with the words of earlier versions replaced by today's."""
+    old = settings.get("features") if isinstance(settings, dict) else None
+    return settings | {"features": OLD_FEATURES[old]} if isinstance(old, str) and old in OLD_FEATURES else settings
 
 
 _FIELDS = {field.name: field.type.split(" | ") for field in dataclasses.fields(RunConfig)}  # name -> keys of _TYPES

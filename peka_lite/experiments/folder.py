@@ -27,6 +27,7 @@ from peka_lite.backbones.custom import save_backbone
 from peka_lite.data.expression import hash_counts
 from peka_lite.data.hest import Cohort
 from peka_lite.experiments._unfinished import COMMAND, remake_command
+from peka_lite.experiments.config import update_words
 
 
 def hash_cohort(cohort: Cohort) -> str:
@@ -84,7 +85,7 @@ def check_folders(config, out: Path, work: Path) -> None:
     if link := find_link(work):
         raise FileExistsError(f"{work} holds a link ({link}), which no command writes: remove that folder")
     path = work / "config.yml"
-    if path.is_file() and read_yaml(path) != config.as_dict():
+    if path.is_file() and update_words(read_yaml(path)) != config.as_dict():
         raise FileExistsError(
             f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
             f"with `{remake_command(work)}`"

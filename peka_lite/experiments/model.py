@@ -28,7 +28,7 @@ from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import find_cached_weights, load_backbone
 from peka_lite.backbones.registry import BACKBONES
 from peka_lite.experiments._unfinished import PARTIAL, explain_missing, remake_command
-from peka_lite.experiments.config import RunConfig, check_field
+from peka_lite.experiments.config import RunConfig, check_field, update_words
 from peka_lite.probe.files import TENSORS, Probes, load_probes
 from peka_lite.probe.pca_ridge import PCARidge
 
@@ -280,7 +280,7 @@ def read_run(folder: Path) -> tuple[RunConfig, dict]:
     for name, (is_valid, description) in _SUMMARY.items():
         if (value := summary.get(name)) is not None and not is_valid(value):
             raise ValueError(f"{folder / 'summary.json'}: {name} must be {description}, not {repr(value)[:120]}")
-    return config, summary
+    return config, update_words(summary)
 
 
 def _find_weights(folder: Path, config: RunConfig) -> str | Path:

@@ -12,6 +12,7 @@ from peka_lite._core.io import report_full_disk, write_file
 from peka_lite._core.names import read_metrics, write_spreadsheet_csv
 from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.experiments._sweep_folder import SweepFolder
+from peka_lite.experiments.config import OLD_FEATURES
 from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings, format_value
 from peka_lite.reports.runs import BACKBONES, ELSEWHERE, INTERVALS, Run, row_label
 
@@ -97,7 +98,7 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     for run in runs:
         path = run.folder and run.folder / "metrics.csv"
         if path and path.is_file():
-            table = read_metrics(path, within=run.within)
+            table = read_metrics(path, within=run.within).replace({"features": OLD_FEATURES})
         else:
             table = pool_pcc(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]

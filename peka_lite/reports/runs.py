@@ -16,7 +16,7 @@ from peka_lite._core.untrusted_files import file_inside, folder_inside, read_jso
 from peka_lite.evaluation.scores import MOMENTS
 from peka_lite.experiments._sweep_folder import RUN_FILES, is_sweep, read_sweep_folder
 from peka_lite.experiments._unfinished import PARTIAL, SETTINGS, SUMMARY, explain_missing, remake_command
-from peka_lite.experiments.config import FEATURES, OLD_FEATURES, WITH_STUDENT
+from peka_lite.experiments.config import FEATURES, WITH_STUDENT, update_words
 
 PROTOCOLS = ("paper", "hest", "strict", "custom")
 TARGETS = ("log1p-cp10k", "log1p")
@@ -145,7 +145,7 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     errors: list[Exception] = []
     for folder, within, points, varied in candidates:
         try:
-            run = dataclasses.replace(_read_run(folder, within), points=points, varied=varied)
+            run = dataclasses.replace(_read_run(folder, within), points=points, varied=update_words(varied))
         except (FileNotFoundError, ValueError) as error:
             errors.append(error)
             continue
@@ -310,9 +310,7 @@ def _read_run(folder: Path, within: Path) -> Run:
         moments = _read_moments(file_inside(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
         if not (isinstance(summary, dict) and isinstance(config, dict)):
             raise ValueError("its settings or its summary are not a mapping")
-        for values in (summary, config):
-            if isinstance(values.get("features"), str):
-                values["features"] = OLD_FEATURES.get(values["features"], values["features"])
+        summary, config = update_words(summary), update_words(config)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -184,7 +184,7 @@ def test_gated_weights_without_access_name_the_request_page_in_one_sentence(monk
     message = str(caught.value)
     assert message.startswith(f"{name} is gated: ask for access at {BACKBONES[name].gate}, then")
     assert ("granted by hand" in message) == (name in ("h0-mini", "h-optimus-1", "gigapath"))
-    assert ("opens at once" in message) == (name == "h-optimus-0")
+    assert ("granted at once" in message) == (name == "h-optimus-0")
     assert ("institutional e-mail" in message) == (name in ("uni", "uni2-h"))
     assert "\n" not in message
     assert ". " not in message

@@ -307,8 +307,8 @@ def test_without_a_token_every_access_page_is_named():
     assert check.status == "note"
     assert check.line.startswith(f"{len(GATED)} gated repositories")
     assert all(page in check.fix for page in GATED.values())
-    assert f"{GATED['bioptimus/H0-mini', 'model']} (it is granted by hand, which may take days)" in check.fix
-    assert f"{GATED['MahmoodLab/hest', 'dataset']} (it opens at once after asking)" in check.fix
+    assert f"{GATED['bioptimus/H0-mini', 'model']} (access is granted by hand, which may take days)" in check.fix
+    assert f"{GATED['MahmoodLab/hest', 'dataset']} (access is granted at once)" in check.fix
 
 
 @pytest.mark.parametrize("subject", ["token", "gates"])

@@ -550,8 +550,8 @@ def test_errors_of_downloads_are_explained(error, kind, sentence):
 
 @pytest.mark.parametrize(
     ("access", "how"),
-    [("automatic", "; it opens at once after asking"), ("manual", "; it is granted by hand, which may take days"),
-     ("institution", "; it is granted to institutional e-mail addresses alone, by hand, which may take days"),
+    [("automatic", "; access is granted at once"), ("manual", "; access is granted by hand, which may take days"),
+     ("institution", "; access needs an institutional e-mail address and may take days"),
      (None, "")],
 )  # fmt: skip
 def test_the_error_for_a_gated_artifact_explains_access(tmp_path, hub, manifest, access, how):

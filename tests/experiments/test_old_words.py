@@ -1,6 +1,7 @@
 """Files of version 0.1 stay readable: its spelling is taken for today's."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 import peka_lite as pk
 from peka_lite.backbones import BACKBONES, read_backbone
 from peka_lite.data import read_manifest
-from peka_lite.experiments import RunConfig
+from peka_lite.experiments import RunConfig, read_sweep
+from peka_lite.experiments.folder import check_folders
+from peka_lite.experiments.sweeps.points import build_job, read_finished
 from peka_lite.reports import protocol_table, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +31,29 @@ def test_a_stored_run_of_version_0_1_is_reported_beside_others():
     assert color.config["features"] == color.summary["features"] == "color"
     table = protocol_table(read_runs(sorted(STORED.glob("strict_*"))))
     assert "color and texture" in str(table)
+
+
+def test_an_unfinished_run_of_version_0_1_is_resumed(tmp_path):
+    config = RunConfig(features="color", method="none")
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / "config.yml").write_text(yaml.safe_dump(config.as_dict() | {"features": "colour"}))
+    check_folders(config, tmp_path / "out", work)
+    (work / "config.yml").write_text(yaml.safe_dump(config.as_dict() | {"features": "depth"}))
+    with pytest.raises(FileExistsError, match="an unfinished run with other settings"):
+        check_folders(config, tmp_path / "out", work)
+
+
+def test_a_finished_point_of_version_0_1_is_not_repeated(tmp_path):
+    (tmp_path / "sweep.yml").write_text(yaml.safe_dump({"fixed": {"method": "none"}, "list": [{"features": "colour"}]}))
+    sweep = read_sweep(tmp_path / "sweep.yml")
+    job = build_job(sweep, sweep.points[0])
+    folder = tmp_path / "out" / job["name"]
+    folder.mkdir(parents=True)
+    settings = job["settings"] | {"features": "colour"}
+    (folder / "summary.json").write_text("{}")
+    (folder / "point.json").write_text(json.dumps({"settings": settings, "code": None}))
+    assert read_finished(tmp_path / "out", job)["settings"]["features"] == "color"
 
 
 def test_licence_in_a_backbones_row_is_read(tmp_path):

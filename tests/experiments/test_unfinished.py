@@ -107,7 +107,7 @@ def folders(mini_root, tmp_path):
         ("sweep", r"sweep: .*the folder of a sweep: give one of its points: \S+/sweep/seed=1$"),
         ("genes.h5ad", "it is a file: give the folder that `peka-lite run` or `peka-lite train` made"),
         ("genes.h5ad.node7.partial", "only files of a stopped command in .*: run that command again, or remove"),
-        ("shrot", "no finished run or training here, there is no such folder; did you mean 'short'"),
+        ("shrot", "no finished run or training here, no such folder; did you mean 'short'"),
         ("nowhere/x", "no such folder; `peka-lite train` makes one"),
     ],
 )  # fmt: skip

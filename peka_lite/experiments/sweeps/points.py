@@ -24,6 +24,7 @@ from peka_lite._core.locks import lock_output_folder
 from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
 from peka_lite._core.progress import format_duration
+from peka_lite.experiments.config import update_words
 from peka_lite.experiments.sweeps.read import Point, Sweep
 
 _COST = ("epochs", "n_splits", "train_share", "batch_size")  # numeric settings that affect the run time
@@ -123,6 +124,8 @@ def read_finished(out: Path, job: dict) -> dict | None:
     settings = record.get("settings")
     if not isinstance(settings, dict) or (record.get("code") is None) != (expected["code"] is None):
         raise FileExistsError(f"{folder} is not from this sweep; remove it, or give another folder with --out")
+    if notebook is None:
+        settings = update_words(settings)
     if settings != expected["settings"]:
         names = [k for k in expected["settings"] | settings if settings.get(k) != expected["settings"].get(k)]
         shown = short_name(", ".join(map(str, names)), longest=LONGEST_LINE)

@@ -198,7 +198,7 @@ def _make_on_cluster(scheduler: str, sweep: Sweep, todo: list[Point], out: Path,
         points = dict(zip(keys, todo, strict=True))
         with board.live(slots=sum(client.nthreads().values()), dashboard=client.dashboard_link):
             for future in as_completed(futures):
-                if future.status in ("canceled", "lost"):
+                if future.cancelled() or future.status == "lost":
                     raise OSError(f"{client.scheduler.address}: the scheduler disconnected; finished points are kept")
                 point, error = points[future.key], future.exception()
                 if error is None and (problem := explain_incomplete(out / point.name, sweep.notebook is not None)):
