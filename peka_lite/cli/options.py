@@ -175,8 +175,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        hidden = action.default is None or isinstance(action, argparse._StoreFalseAction)
-        return action.help if hidden else super()._get_help_string(action)
+        return action.help if action.default in (None, True) else super()._get_help_string(action)
 
 
 def _mpp(text: str) -> float | str:

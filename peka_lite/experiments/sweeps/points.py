@@ -124,8 +124,7 @@ def read_finished(out: Path, job: dict) -> dict | None:
     settings = record.get("settings")
     if not isinstance(settings, dict) or (record.get("code") is None) != (expected["code"] is None):
         raise FileExistsError(f"{folder} is not from this sweep; remove it, or give another folder with --out")
-    if notebook is None:
-        settings = update_words(settings)
+    settings = update_words(settings) if notebook is None else settings
     if settings != expected["settings"]:
         names = [k for k in expected["settings"] | settings if settings.get(k) != expected["settings"].get(k)]
         shown = short_name(", ".join(map(str, names)), longest=LONGEST_LINE)
