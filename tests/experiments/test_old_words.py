@@ -51,7 +51,7 @@ def test_a_finished_point_of_version_0_1_is_not_repeated(tmp_path):
     folder = tmp_path / "out" / job["name"]
     folder.mkdir(parents=True)
     settings = job["settings"] | {"features": "colour"}
-    (folder / "summary.json").write_text("{}")
+    (folder / "summary.json").write_text(json.dumps({"n_folds": 2}))
     (folder / "point.json").write_text(json.dumps({"settings": settings, "code": None}))
     assert read_finished(tmp_path / "out", job)["settings"]["features"] == "color"
 

@@ -101,14 +101,14 @@ def folders(mini_root, tmp_path):
         ("short", r"short/summary\.json is truncated or damaged; remove its folder and run `peka-lite run"),
         ("list", r"list/summary\.json is not a mapping"),
         ("garbled", r"garbled/config\.yml is truncated or damaged"),
-        ("empty", r"empty: .*\(config\.yml, summary\.json missing\); `peka-lite train` makes one"),
+        ("empty", r"empty: .*\(config\.yml, summary\.json missing\); `peka-lite train` creates one"),
         ("export", "export: .*it is an export, which timm reads: give the folder that it was exported from"),
         ("around", r"around: .*holds folders of runs: give one of them: \S+/around/lora$"),
         ("sweep", r"sweep: .*the folder of a sweep: give one of its points: \S+/sweep/seed=1$"),
         ("genes.h5ad", "it is a file: give the folder that `peka-lite run` or `peka-lite train` made"),
         ("genes.h5ad.node7.partial", "only files of a stopped command in .*: run that command again, or remove"),
         ("shrot", "no finished run or training here, no such folder; did you mean 'short'"),
-        ("nowhere/x", "no such folder; `peka-lite train` makes one"),
+        ("nowhere/x", "no such folder; `peka-lite train` creates one"),
     ],
 )  # fmt: skip
 def test_error_of_a_folder_without_a_model_names_cause_and_fix(folders, name, message):
