@@ -57,7 +57,7 @@ def explain_missing(folder: Path, *, needs: Sequence[str], kind: str) -> str:
         return f"{message}, it holds folders of runs: give one of them: {_shorten(runs)}"
     message += f" ({', '.join(missing)} missing)"
     if not (folder / SETTINGS).is_file():
-        return f"{message}; `peka-lite {_choose_command(kind)}` makes one"
+        return f"{message}; `peka-lite {_choose_command(kind)}` creates one"
     is_training = all((folder / name).is_file() for name in (SUMMARY, "probe.safetensors"))
     if is_training and not (folder / "metrics.csv").is_file():
         command = remake_command(folder, "run", out="NEW_FOLDER")
