@@ -8,7 +8,7 @@ from ._settings import (
 from ._sweep_figures import effects_figure as effects_figure, sweep_figure as sweep_figure
 from .figures import figure2 as figure2, leak_figure as leak_figure
 from .page import write_report as write_report
-from .paper import (
+from .paper_tables import (
     describe_comparability as describe_comparability,
     read_published as read_published,
     table1 as table1,

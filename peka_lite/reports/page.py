@@ -18,7 +18,7 @@ from peka_lite._core.progress import Stage, print_line
 from peka_lite.experiments._sweep_folder import SweepFolder, is_sweep, read_sweep_folder
 from peka_lite.reports._effects import effects_table
 from peka_lite.reports._settings import average_seeds, format_settings, split_by_settings
-from peka_lite.reports.paper import table1, table2
+from peka_lite.reports.paper_tables import table1, table2
 from peka_lite.reports.points import metrics_table, points_table, shorten_for_page, write_tidy
 from peka_lite.reports.runs import PROTOCOLS, TARGETS, Run, group_runs, read_runs, row_label, split_panels
 from peka_lite.reports.tables import difference_table, leak_table, protocol_table

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import peka_lite as pk
-from peka_lite.reports.paper import FOLDS
+from peka_lite.reports.paper_tables import FOLDS
 from peka_lite.reports.tables import CAUTION
 
 ROOT = Path(__file__).resolve().parents[2]

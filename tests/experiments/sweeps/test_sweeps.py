@@ -236,7 +236,7 @@ def test_ready_sweeps_match_their_titles(tmp_path, monkeypatch):
     shown = {(p.settings["cohort"], p.settings["backbone"], p.settings["method"]) for p in read["table2"].points}
     assert len(shown) == len(read["table2"].points) == 4 * 2 * 4
     assert len(read["table1"].points) == 4 * 6
-    from peka_lite.reports.paper import read_published
+    from peka_lite.reports.paper_tables import read_published
 
     assert shown == {
         tuple(r) for r in read_published().query("table == 2")[["cohort", "backbone", "method"]].to_numpy()
