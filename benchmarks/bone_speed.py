@@ -58,8 +58,8 @@ from peka_lite.backbones.load import (
     precision_for,
     preprocess,
 )
+from peka_lite.transfer import fit, transfer_loss
 from peka_lite.transfer.costs import GIB, student_cost
-from peka_lite.transfer.fit import fit, transfer_loss
 from peka_lite.transfer.model import TransferModel
 
 TEACHER_DIM, CLASSES = 512, 16

@@ -16,7 +16,7 @@ from .hest import (
     read_slide as read_slide,
     tissue_window as tissue_window,
 )
-from .mini import write_mini_cohort as write_mini_cohort
+from .mini.cohort import write_mini_cohort as write_mini_cohort
 from .tiles import TileStore as TileStore
 from .tissue import find_tissue as find_tissue, tissue_tiles as tissue_tiles
 from .visium import add_slide as add_slide, spot_distance as spot_distance

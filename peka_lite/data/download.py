@@ -10,19 +10,7 @@ from pathlib import Path
 
 from peka_lite._core.locks import lock
 from peka_lite.data._fetch import PARTIAL, RECORD, fetch_into, read_record
-from peka_lite.data._manifest import Artifact, File, Manifest, Sample, parse_manifest
-
-__all__ = [
-    "Artifact",
-    "File",
-    "Manifest",
-    "Sample",
-    "cache_dir",
-    "fetch",
-    "find_fetched",
-    "patients_of",
-    "read_manifest",
-]
+from peka_lite.data._manifest import Artifact, Manifest, parse_manifest
 
 _FOLDERS = {"cohort": "cohorts", "checkpoint": "models", "student": "models", "genes": "genes"}
 

@@ -30,12 +30,8 @@ def export(
     folder, fold, weights
         As in `load_trained`.
     out
-        Folder to create: ``model.safetensors``, ``probe.safetensors``, ``README.md``. Written atomically.
-
-    Returns
-    -------
-    pathlib.Path
-        `out`.
+        Folder to create: ``model.safetensors``, ``probe.safetensors``, ``README.md``. Written atomically; its path is
+        returned.
 
     Raises
     ------

@@ -32,12 +32,7 @@ def average_seeds(runs: Sequence[Run]) -> list[Run]:
     Its moments are those of all seeds, so that `bootstrap_interval` and `bootstrap_difference` draw the same patients
     and genes for each: a fold is named ``"0:1"``, seed and fold. Scores are recomputed, ceilings and seconds are means.
     A single run is returned unchanged. Of runs that differ only in settings without effect (frozen students with
-    several tau), the first is returned.
-
-    Returns
-    -------
-    list of Run
-        In the order of their first runs.
+    several tau), the first is returned. Runs are in the order of the first of each.
 
     Examples
     --------

@@ -17,14 +17,10 @@ from peka_lite._core.device import default_device
 from peka_lite._core.progress import Stage, progress_bar
 from peka_lite.backbones.load import precision_for
 from peka_lite.transfer._checkpoint import hash_training_data, restore_checkpoint, save_checkpoint
-from peka_lite.transfer._choices import KD_SPACES
 from peka_lite.transfer._epochs import Epochs
 from peka_lite.transfer.costs import explain_out_of_memory
-from peka_lite.transfer.losses import transfer_loss
 from peka_lite.transfer.memory import checkpoint_blocks, compile_if_possible, frozen_dtype
 from peka_lite.transfer.model import TransferModel
-
-__all__ = ["KD_SPACES", "TransferModel", "fit", "transfer_loss"]
 
 
 def fit(

@@ -22,7 +22,8 @@ from peka_lite.backbones import load, load_backbone
 from peka_lite.data import download, read_counts, read_manifest
 from peka_lite.data._fetch import check_file
 from peka_lite.data._format import read_metadata, read_spots, read_tile_barcodes
-from peka_lite.data.download import File, is_published
+from peka_lite.data._manifest import File
+from peka_lite.data.download import is_published
 from peka_lite.teachers import ScFoundation
 from peka_lite.teachers._vocabulary import read_gene_mapping, read_vocabulary
 from peka_lite.transfer._checkpoint import restore_checkpoint

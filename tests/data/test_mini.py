@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peka_lite.data.mini import cohort as mini, counts as mini_counts, write_mini_cohort
+from peka_lite.data import write_mini_cohort
+from peka_lite.data.mini import cohort as mini, counts as mini_counts
 from peka_lite.evaluation import noise_ceiling
 
 SMALL = {"n_patients": 3, "n_slides": 4, "spots_per_slide": (40, 60)}

@@ -1,5 +1,1 @@
 """Synthetic cohort with tissue, tiles and counts drawn from one seed."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names: __init__.pyi

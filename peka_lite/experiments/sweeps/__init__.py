@@ -1,5 +1,1 @@
 """Parameter sweeps: many runs from one YAML file."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names: __init__.pyi

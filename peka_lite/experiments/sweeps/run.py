@@ -61,7 +61,7 @@ def run_sweep(
     A failed point does not stop the others. A point fails if its process is killed or, on a cluster, if its workers die
     more often than the scheduler's ``allowed-failures``. An interrupted sweep resumes with the same call. Progress is
     printed, live in a terminal. Without a scheduler, no ports are opened except those of notebook kernels, which only
-    accept signed messages.
+    accept signed messages. The states at the end are returned, as by `sweep_states`.
 
     Parameters
     ----------
@@ -77,11 +77,6 @@ def run_sweep(
         run code on its workers: use TLS (``tls://``), with keys in Dask's configuration (``distributed.comm.tls``).
     retry
         Number of further attempts at a failed point.
-
-    Returns
-    -------
-    pandas.DataFrame
-        As `sweep_states`, at the end.
 
     Raises
     ------

@@ -1,1 +1,0 @@
-from .cohort import write_mini_cohort as write_mini_cohort
