@@ -18,6 +18,7 @@ from peka_lite._core.hashing import row_ids
 from peka_lite.adapters.adapt import adapt
 from peka_lite.backbones.load import load_backbone
 from peka_lite.transfer import _checkpoint, _epochs as training
+from peka_lite.transfer._choices import KD_SPACES
 from peka_lite.transfer._epochs import Epochs
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.losses import NotFinite
@@ -472,7 +473,7 @@ def test_out_of_memory_error_names_options_that_help(monkeypatch, recompute):
     train(model)  # training still works
 
 
-@pytest.mark.parametrize("kd_space", transfer.KD_SPACES)
+@pytest.mark.parametrize("kd_space", KD_SPACES)
 def test_half_precision_trains_float32_weights_and_does_not_change_frozen_ones(tmp_path, kd_space):
     model = student(spec=HALF, kd_space=kd_space)
     before = weights(model.backbone)
