@@ -28,12 +28,16 @@ from peka_lite.data.tiles import TileStore
 
 
 def child(tmp_path, code, limit, *, before=""):
-    """Run code in a process with files of at most `limit` bytes; return (status, stdout, stderr)."""
+    """Run code in a process with files of at most `limit` bytes; return (status, stdout, stderr).
+
+    The process writes no bytecode (`-B`): Python 3.11 would cut the `.pyc` of whatever it imports first at the limit.
+    """
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-    code = (
-        "import resource, sys\nfrom pathlib import Path\n" + textwrap.dedent(before) + limited + textwrap.dedent(code)
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    # The folder for temporary files is found by a write, so it is asked for before the limit.
+    first = "import resource, sys, tempfile\nfrom pathlib import Path\ntempfile.gettempdir()\n"
+    code = first + textwrap.dedent(before) + limited + textwrap.dedent(code)
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -72,7 +76,7 @@ def test_hdf5_survives_a_full_disk_at_any_position(tmp_path, compression):
     """
     tests = os.path.dirname(__file__)
     done = subprocess.run(
-        [sys.executable, "-c", "import resource, sys\nfrom pathlib import Path\n" + textwrap.dedent(code)],
+        [sys.executable, "-B", "-c", "import resource, sys\nfrom pathlib import Path\n" + textwrap.dedent(code)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path_with(tests)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
