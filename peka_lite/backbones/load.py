@@ -18,6 +18,7 @@ from torch import nn
 from peka_lite._core._file_kinds import file_kind
 from peka_lite._core._torch_files import OPTIONS, read_torch_file
 from peka_lite._core.device import compute_dtype
+from peka_lite._core.hashing import sha256
 from peka_lite._core.lazy import LazyMapping
 from peka_lite._core.names import did_you_mean
 from peka_lite.backbones._packaged import describe_file, find_packaged
@@ -271,6 +272,20 @@ def _find_published(spec: Backbone) -> tuple[Path, str]:
     if (path := find_packaged(spec)) is not None:
         return path, describe_file(path)
     return _download(spec), f"hub {spec.source}"
+
+
+def identify_weights(spec: Backbone, weights: str | os.PathLike) -> str:
+    """Return what identifies a student's frozen weights in the key of a cached result.
+
+    That is the commit for a file in the hub's cache (fetched if it is missing), the SHA-256 of any other file, and
+    ``"random"``, where the seed is part of the key.
+    """
+    if weights == "random":
+        return weights
+    path = _find_published(spec)[0] if weights == "hub" else Path(weights)
+    if weights == "hub" and path.parent.parent.name == "snapshots":
+        return f"hub {spec.source}@{path.parent.name}/{path.name}"
+    return f"sha256 {sha256(path)}"
 
 
 def find_cached_weights(spec: Backbone) -> Path | None:

@@ -174,7 +174,7 @@ def _peft():
 
 
 def _disk():
-    from peka_lite.data.download import cache_dir
+    from peka_lite._core.cache import cache_dir
 
     cache = cache_dir().absolute()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
@@ -249,10 +249,11 @@ def _check_gates(repositories: Iterable[tuple[str, str]]) -> dict[tuple[str, str
 
 
 def _artifacts():
+    from peka_lite._core.cache import cache_dir
     from peka_lite.backbones._packaged import find_packaged
     from peka_lite.backbones.registry import BACKBONES
     from peka_lite.data._fetch import PARTIAL
-    from peka_lite.data.download import cache_dir, find_fetched, read_manifest
+    from peka_lite.data.download import find_fetched, read_manifest
 
     names = list(read_manifest())
     fetched = [name for name in names if find_fetched(name) is not None]

@@ -1,5 +1,5 @@
 from ._space_ranger import read_counts as read_counts
-from .cohorts import cohort_root as cohort_root, open_cohort as open_cohort
+from .cohorts import cohort_root as cohort_root, hash_cohort as hash_cohort, open_cohort as open_cohort
 from .download import fetch as fetch, find_fetched as find_fetched, read_manifest as read_manifest
 from .expression import (
     align_genes as align_genes,

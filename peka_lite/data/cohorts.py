@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from peka_lite._core.cache import cache_dir
+from peka_lite._core.progress import Stage
 from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data._fetch import read_record
-from peka_lite.data.download import cache_dir, find_fetched, patients_of, read_manifest
+from peka_lite.data.download import find_fetched, patients_of, read_manifest
 
 # Readers and writers are imported in the functions that use them: finding a cohort's folder needs none of them.
 if TYPE_CHECKING:
@@ -92,3 +97,27 @@ def open_cohort(
     cohort = read_cohort(root, slides, patients=patients)
     cohort = dataclasses.replace(cohort, left_out=cohort.left_out | copies)
     return qc(cohort, min_genes=min_genes, max_mito=max_mito)
+
+
+def hash_cohort(cohort: Cohort) -> str:
+    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort, same = (pk.open_cohort("mini", slides=["MINI3"]) for _ in range(2))
+    >>> stricter = pk.open_cohort("mini", slides=["MINI3"], min_genes=450)
+    >>> len(cohort), len(stricter)
+    (156, 151)
+    >>> a, b, c = (pk.data.hash_cohort(data) for data in (cohort, same, stricter))
+    >>> a == b, a == c
+    (True, False)
+    """
+    from peka_lite.data.expression import hash_counts
+
+    digest = hashlib.sha256()
+    for slide in Stage("hashing the data: slide", cohort.slides):
+        digest.update(f"{slide.id} {hash_counts(slide.adata)}".encode())
+        sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
+        digest.update(slide.tiles[sample].tobytes())
+    return digest.hexdigest()[:16]

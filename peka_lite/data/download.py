@@ -8,16 +8,12 @@ import os
 import secrets
 from pathlib import Path
 
+from peka_lite._core.cache import cache_dir
 from peka_lite._core.locks import lock
 from peka_lite.data._fetch import PARTIAL, RECORD, fetch_into, read_record
 from peka_lite.data._manifest import Artifact, Manifest, parse_manifest
 
 _FOLDERS = {"cohort": "cohorts", "checkpoint": "models", "student": "models", "genes": "genes"}
-
-
-def cache_dir() -> Path:
-    """Return the folder of downloads and the embedded cohort: ``$PEKA_LITE_CACHE`` or ``~/.cache/peka_lite``."""
-    return Path(os.environ.get("PEKA_LITE_CACHE") or Path.home() / ".cache" / "peka_lite")
 
 
 def read_manifest(path: str | os.PathLike | None = None) -> Manifest:

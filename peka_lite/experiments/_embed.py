@@ -15,8 +15,9 @@ from peka_lite._core.io import write_h5ad
 from peka_lite._core.outputs import check_file, write_output
 from peka_lite._core.progress import Stage, print_line
 from peka_lite.backbones.embed import embed_tiles
+from peka_lite.data.cohorts import hash_cohort
 from peka_lite.data.hest import Cohort
-from peka_lite.experiments.folder import hash_cohort, to_h5ad_values
+from peka_lite.experiments.predict import to_h5ad_values
 
 
 def write_features(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from peka_lite._core.untrusted_files import file_inside, read_yaml_inside
 from peka_lite.backbones.custom import ROW_FILE as BACKBONE
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
-from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.config import SETTINGS as SETTINGS_TABLE
 
 COMMAND = Path("scratch", "command")  # in an unfinished folder; scratch is removed at the end
 SETTINGS, SUMMARY = "config.yml", "summary.json"
@@ -91,15 +90,13 @@ def _format_options(settings: dict, folder: Path) -> list[str]:
     """Return the command-line options of settings that are neither defaults nor set by the protocol."""
     protocol = PROTOCOLS.get(settings.get("protocol"), Protocol(name="custom", split="patient"))
     words = []
-    for field in dataclasses.fields(RunConfig):
-        value = settings.get(field.name, field.default)
-        if field.name == "backbone" and (folder / BACKBONE).is_file():
+    for name, row in SETTINGS_TABLE.items():
+        value = settings.get(name, row.default)
+        if name == "backbone" and (folder / BACKBONE).is_file():
             value = str(folder / BACKBONE)
-        if value in (field.default, getattr(protocol, field.name, None)) and field.name != "protocol":
+        if value is None or (value in (row.default, getattr(protocol, name, None)) and name != "protocol"):
             continue
-        if value is None:
-            continue
-        option = f"--{field.name.replace('_', '-')}"
+        option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
             continue

@@ -1,24 +1,27 @@
-"""Settings of a run, checked before any work starts."""
+"""Settings of a run: one row each, from which command line, sweep checks, cache keys and documentation are made."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+import textwrap
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from peka_lite._core._yaml import is_line
+from peka_lite._core.cache import cache_dir
 from peka_lite._core.names import did_you_mean
 from peka_lite.adapters._choices import LAYERS, METHODS
 from peka_lite.backbones._packaged import find_packaged
 from peka_lite.backbones.custom import get_backbone, is_backbone_file
-from peka_lite.backbones.registry import BACKBONES, check_block_size
+from peka_lite.backbones.registry import Backbone, check_block_size
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.data.cohorts import find_cohort
-from peka_lite.data.download import cache_dir, find_fetched
+from peka_lite.data.download import find_fetched
 from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS, Protocol
 from peka_lite.probe._choices import check_alpha
 from peka_lite.teachers._choices import LABEL_METHODS, TEACHERS
@@ -26,84 +29,45 @@ from peka_lite.transfer._choices import KD_SPACES
 
 # A sweep checks thousands of settings, so heavy packages (PyTorch, scanpy, ...) are imported where they are used.
 if TYPE_CHECKING:
+    import pandas as pd
+
     from peka_lite.teachers.pseudolabels import PseudoLabeler
 
-FEATURES = ("student", "frozen+student", "projector", "teacher", "color", "coordinates", "depth")
-WITH_STUDENT = FEATURES[:3]
-OLD_FEATURES = {"backbone": "student", "colour": "color"}  # names of earlier versions, still accepted
-
-_TYPES = {
-    "str": ((str,), "text (str)"),
-    "int": ((int,), "a whole number (int)"),
-    "float": ((int, float), "a number (float or int)"),
-    "bool": ((bool,), "True or False"),
-    "tuple[str, ...]": ((tuple, list), "a list of names (str)"),
-    "None": ((NoneType,), "None"),
-}
-_NAMES = {
-    "protocol": PROTOCOLS, "features": FEATURES, "teacher": TEACHERS, "method": METHODS,
-    "split": SPLITS, "layers": LAYERS, "label_method": LABEL_METHODS, "kd_space": KD_SPACES,
-    "normalization": NORMALIZATIONS,
+FEATURES = ("student", "frozen+student", "projector", "frozen+projector", "teacher", "color", "coordinates", "depth")
+WITH_STUDENT = FEATURES[:4]
+_ADAPTED = FEATURES[1:4]  # need a trained student
+#: Names of earlier versions, and names of the design, still accepted.
+OLD_FEATURES = {"backbone": "student", "frozen+backbone": "frozen+student", "colour": "color"}
+DECIDES = MappingProxyType(
+    {
+        "data": "what is read, and who is held out",
+        "student": "teacher, pseudo-labels, adapters and training; in the key of every cached student",
+        "probe": "what is predicted, and from which features",
+        "memory": "speed and memory; results are equal up to rounding",
+    }
+)
+_KINDS = {
+    str: "text (str)", int: "a whole number (int)", float: "a number (float or int)", bool: "True or False",
+    tuple: "a list of names (str)", type(None): "None",
 }  # fmt: skip
-_ABOVE_0 = ("resolution", "n_clusters", "tau", "epochs", "batch_size", "lr", "n_genes", "min_genes")
-_AT_LEAST = {"r": 1, "kd_weight": 0, "ce_weight": 0, "micro_batch": 1, "n_splits": 2, "seed": 0}
-_AT_MOST = {"seed": 2**32 - 1}  # the limit of NumPy and scikit-learn
-_SHARES = ("train_share", "max_mito")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Settings that decide a run's numbers, stored field by field as `config.yml` in its folder.
+def setting(default, text: str, decides: str, *, metavar=None, choices=(), path: bool = False, **bounds):
+    """Return a row of the table: default, help, what it decides, and its bounds (``gt``, ``ge``, ``le``)."""
+    extra = {"decides": decides, "metavar": metavar, "choices": tuple(choices), "path": path}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
 
-    Attributes
-    ----------
-    cohort
-        ``"mini"`` (the packaged synthetic cohort, written to the cache when missing), a folder in HEST-1k's layout, or
-        a fetched cohort of the manifest (``"breast"``, ...).
-    slides
-        Slide ids to use; all by default.
-    patients
-        CSV file with columns id and patient; it overrides the patients of metadata and manifest.
-    protocol
-        ``"paper"`` (the folds of its released code), ``"hest"`` or ``"strict"`` (`PROTOCOLS`). It sets split,
-        normalization, alpha and the rows that each step may use. With None the three fields apply as given, and every
-        step is fitted on training rows.
-    features
-        Input of the probe. ``"student"`` (alias ``"backbone"``): the backbone's pooled output. ``"frozen+student"``:
-        features of the frozen and the adapted student, concatenated. ``"projector"``, an ablation: the adapted
-        student's features after its projector, in the teacher's space. Controls without a student: ``"color"`` (color
-        and texture of the tile), ``"coordinates"`` (position on the slide), ``"depth"`` (total count) and
-        ``"teacher"`` (embedding of the measured expression, an upper bound).
-    teacher, backbone, method
-        Names that `load_teacher`, `BACKBONES` and `adapt` accept. A backbone may be a YAML file (`read_backbone`): it
-        is registered, and the field then holds its name.
-    split
-        As in `folds`. A protocol that holds out patients accepts ``"slide"`` for a cohort of one patient.
-    layers
-        Attention layer that is adapted, ``"qkv"`` or ``"proj"``.
-    shuffle_teacher
-        Control: train the student on the teacher embedding and label of another spot.
-    train_share
-        Share of every slide's training spots that is used, 0 to 1.
-    teacher_checkpoint, teacher_genes, teacher_mapping
-        Files of teacher ``"scfoundation"``: weights, gene list and gene mapping, as in `ScFoundation.from_checkpoint`.
-    weights
-        ``"hub"`` (published weights; those of ``"mini"`` are part of the package), a file, or ``"random"``.
-    r
-        Block size or rank; None takes the backbone's default.
-    label_method, resolution, n_clusters
-        Pseudo-labels: ``"knn-leiden"`` with `resolution`, or ``"kmeans"`` with `n_clusters`.
-    kd_space, tau, kd_weight, ce_weight, epochs, batch_size, lr, augment
-        As in `TransferModel` and `fit`.
-    micro_batch, recompute, compile
-        Memory use and compilation, as in `fit`; results are equal up to rounding.
-    normalization, n_genes
-        Targets: normalization of the counts, and number of highly variable genes.
-    alpha
-        Regularization strength of the probe: ``"hest"`` or a number (`PCARidge`), or ``"inner"``, chosen by inner
-        cross-validation. Never choose a number from test scores.
-    n_splits, seed, min_genes, max_mito, device
-        Number of folds; seed of every random choice; quality control as in `qc`; None takes a GPU if there is one.
+
+class RunConfig(BaseModel):
+    """Settings of a run, stored field by field as `config.yml` in its folder.
+
+    The constructor checks each setting and that they fit together; it looks at no file and no device, so that the
+    settings of a run can be read on any machine. `check` looks at those, and `describe_settings` lists all settings.
+
+    Raises
+    ------
+    ValueError
+        For an unknown setting, an invalid value, and settings that exclude each other.
 
     Examples
     --------
@@ -116,82 +80,168 @@ class RunConfig:
     ValueError: protocol 'strict' has alpha 'inner', not 10.0; leave alpha out
     """
 
-    cohort: str = "mini"
-    slides: tuple[str, ...] | None = None
-    patients: str | None = None
-    protocol: str | None = None
-    features: str = "student"
-    teacher: str = "pca"
-    teacher_checkpoint: str | None = None
-    teacher_genes: str | None = None
-    teacher_mapping: str | None = None
-    backbone: str = "mini"
-    method: str = "bone"
-    split: str | None = None
-    weights: str = "hub"
-    r: int | None = None
-    layers: str = "qkv"
-    label_method: str = "knn-leiden"
-    resolution: float | None = None
-    n_clusters: int | None = None
-    kd_space: str = "embedding"
-    tau: float = 2.0
-    kd_weight: float = 0.5
-    ce_weight: float = 0.5
-    epochs: int = 50
-    batch_size: int = 32
-    lr: float = 1e-4
-    augment: bool = False
-    micro_batch: int | None = None
-    recompute: bool = False
-    compile: bool = False
-    shuffle_teacher: bool = False
-    train_share: float = 1.0
-    normalization: str | None = None
-    n_genes: int = 50
-    alpha: str | float | None = None
-    n_splits: int = 5
-    seed: int = 0
-    min_genes: int = 200
-    max_mito: float | None = None
-    device: str | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def __post_init__(self):
-        for field in _FIELDS:
-            check_field(field, getattr(self, field))
-        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)
-        if self.slides is not None:
-            object.__setattr__(self, "slides", tuple(self.slides))
+    cohort: str = setting(
+        "mini", "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort ('breast', ...)",
+        "data", metavar="COHORT", path=True,
+    )  # fmt: skip
+    slides: tuple[str, ...] | None = setting(
+        None, "slide ids to use, comma-separated; all by default", "data", metavar="ID,ID"
+    )
+    patients: str | None = setting(
+        None,
+        "CSV file with columns id,patient; it overrides the cohort's own patients",
+        "data",
+        metavar="FILE",
+        path=True,
+    )
+    protocol: str | None = setting(
+        None, "sets split, normalization, alpha and the rows of each fit; without one, all steps fit on training rows",
+        "data", choices=PROTOCOLS,
+    )  # fmt: skip
+    split: str | None = setting(None, "what a fold holds out; patient by default", "data", choices=SPLITS)
+    n_splits: int = setting(5, "number of folds", "data", metavar="N", ge=2)
+    train_share: float = setting(
+        1.0, "share of every slide's training spots that is used", "data", metavar="SHARE", gt=0, le=1
+    )
+    min_genes: int = setting(200, "drop spots with fewer expressed genes", "data", metavar="N", gt=0)
+    max_mito: float | None = setting(
+        None,
+        "drop spots with a larger mitochondrial share of counts; none by default",
+        "data",
+        metavar="SHARE",
+        gt=0,
+        le=1,
+    )
+    backbone: str = setting(
+        "mini", "mini, uni, h-optimus-0, ... (`BACKBONES`), or the YAML file of a custom one", "student",
+        metavar="NAME", path=True,
+    )  # fmt: skip
+    weights: str = setting(
+        "hub", "hub (the published weights; those of mini are in the package), a weights file, or random", "student",
+        metavar="WEIGHTS", path=True,
+    )  # fmt: skip
+    method: str = setting("bone", "adapters of the student; none keeps it frozen", "student", choices=METHODS)
+    r: int | None = setting(None, "block size or rank; the backbone's by default", "student", metavar="N", ge=1)
+    layers: str = setting("qkv", "attention layer that gets adapters", "student", choices=LAYERS)
+    teacher: str = setting("pca", "single-cell model that embeds the expression", "student", choices=TEACHERS)
+    teacher_checkpoint: str | None = setting(
+        None, "scFoundation's models.ckpt; the fetched one by default", "student", metavar="FILE", path=True
+    )
+    teacher_genes: str | None = setting(
+        None,
+        "scFoundation's gene list; by default beside the checkpoint, or fetched",
+        "student",
+        metavar="FILE",
+        path=True,
+    )
+    teacher_mapping: str | None = setting(
+        None, "HGNC's complete set, for Ensembl ids and aliases", "student", metavar="FILE", path=True
+    )
+    label_method: str = setting(
+        "knn-leiden", "clustering that makes the pseudo-labels", "student", choices=LABEL_METHODS
+    )
+    resolution: float | None = setting(None, "resolution of knn-leiden (1.0)", "student", metavar="X", gt=0)
+    n_clusters: int | None = setting(None, "number of clusters of kmeans (100)", "student", metavar="N", gt=0)
+    kd_space: str = setting(
+        "embedding", "what is distilled: the teacher's embedding (the paper), or logits (the authors' code)", "student",
+        choices=KD_SPACES,
+    )  # fmt: skip
+    tau: float = setting(2.0, "temperature of the distillation loss", "student", metavar="X", gt=0)
+    kd_weight: float = setting(0.5, "weight of the distillation loss", "student", metavar="X", ge=0)
+    ce_weight: float = setting(0.5, "weight of the pseudo-label loss", "student", metavar="X", ge=0)
+    epochs: int = setting(50, "passes over the training tiles", "student", metavar="N", gt=0)
+    batch_size: int = setting(32, "tiles per step", "student", metavar="N", gt=0)
+    lr: float = setting(1e-4, "Adam's learning rate", "student", metavar="X", gt=0)
+    augment: bool = setting(False, "flip and rotate the tiles at random", "student")
+    shuffle_teacher: bool = setting(False, "control: train each tile with another spot's expression", "student")
+    seed: int = setting(0, "seed of every random choice", "student", metavar="N", ge=0, le=2**32 - 1)
+    features: str = setting(
+        "student", "input of the probe: the student's output, with the frozen student's before it (frozen+), projected "
+        "to the teacher's space (projector), a control, or a file or folder of features made elsewhere (`read_features`)",
+        "probe", choices=FEATURES, metavar="KIND|FILE", path=True,
+    )  # fmt: skip
+    normalization: str | None = setting(
+        None, "of the predicted counts; log1p-cp10k by default", "probe", choices=NORMALIZATIONS
+    )
+    n_genes: int = setting(50, "number of highly variable genes that are predicted", "probe", metavar="N", gt=0)
+    alpha: str | float | None = setting(
+        None, "regularization strength of the ridge: hest (HEST-bench's formula, by default), inner (chosen on inner "
+        "folds) or a number; never choose a number from test scores", "probe", metavar="ALPHA",
+    )  # fmt: skip
+    micro_batch: int | None = setting(
+        None, "tiles at once on a device; the whole batch by default", "memory", metavar="N", ge=1
+    )
+    recompute: bool = setting(
+        False, "recompute activations for their gradients: far less memory, a third more time", "memory"
+    )
+    compile: bool = setting(False, "use torch.compile where it works", "memory")
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1, ...; a GPU where there is one by default", "memory", metavar="DEVICE"
+    )
+
+    def __init__(self, **settings):
+        super().__init__(**{name: check_field(name, value) for name, value in settings.items()})
         self._resolve_protocol()
-        object.__setattr__(self, "features", OLD_FEATURES.get(self.features, self.features))
-        if self.features not in WITH_STUDENT and self.method != "none":
+        self._check_together()
+
+    def _resolve_protocol(self) -> None:
+        """Fill in the fields that the protocol sets, and check that given ones agree."""
+        protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
+        for field in ("split", "normalization", "alpha"):
+            given, fixed = getattr(self, field), getattr(protocol, field)
+            if given is None:
+                self.__dict__[field] = fixed  # the model is frozen for its users
+            elif self.protocol and given != fixed and (field, fixed, given) != ("split", "patient", "slide"):
+                raise ValueError(f"protocol {self.protocol!r} has {field} {fixed!r}, not {given!r}; leave {field} out")
+
+    def _check_together(self) -> None:
+        if self.feature_kind not in WITH_STUDENT and self.method != "none":
             raise ValueError(f"features {self.features!r} use no student: set method 'none'")
-        if self.method == "none" and (self.features in ("frozen+student", "projector") or self.shuffle_teacher):
+        if self.method == "none" and (self.features in _ADAPTED or self.shuffle_teacher):
             raise ValueError(
-                "method 'none' trains no student: 'frozen+student', 'projector' and shuffle_teacher need another method"
+                f"method 'none' trains no student: {', '.join(map(repr, _ADAPTED))} and shuffle_teacher need "
+                "another method"
             )
         if self.resolution is not None and self.label_method != "knn-leiden":
             raise ValueError("resolution belongs to label_method 'knn-leiden'; kmeans takes n_clusters")
         if self.n_clusters is not None and self.label_method != "kmeans":
             raise ValueError("n_clusters belongs to label_method 'kmeans'; knn-leiden takes resolution")
-        spec = BACKBONES[self.backbone]
-        if self.method != "none" and spec.bone_r is None:
-            raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention layers")
         if self.r is not None and self.method == "none":
             raise ValueError(f"r={self.r} does not fit method {self.method!r}; leave r out")
+        for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
+            if getattr(self, field) is not None and self.teacher != "scfoundation":
+                raise ValueError(f"{field} belongs to teacher 'scfoundation', not {self.teacher!r}")
+        if not is_backbone_file(self.backbone):
+            self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        if self.method != "none" and self.spec.bone_r is None:
+            raise ValueError(f"backbone {self.spec.name!r} takes only method 'none': it has no plain attention layers")
         if self.method == "bone":
-            check_block_size(spec, self.block_size)
+            check_block_size(self.spec, self.block_size)
+
+    def check(self) -> None:
+        """Look for the files, the cohort and the device that the settings name.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file or the cohort is missing; names the setting and the fix.
+        ValueError
+            For an invalid backbone file, and a GPU that PyTorch does not find.
+        """
+        self._check_adapter()
         if self.weights == "hub":
-            find_packaged(spec)  # raises if packaged weights are missing
-        if self.weights not in ("hub", "random") and not Path(self.weights).is_file():
+            find_packaged(self.spec)  # raises if packaged weights are missing
+        elif self.weights != "random" and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
-            if (path := getattr(self, field)) is None:
-                continue
-            if self.teacher != "scfoundation":
-                raise ValueError(f"{field} belongs to teacher 'scfoundation', not {self.teacher!r}")
-            if not Path(path).is_file():
+            if (path := getattr(self, field)) is not None and not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file for {field}")
+        if self.feature_kind == "file" and not Path(self.features).exists():
+            raise FileNotFoundError(f"{self.features}: no such file or folder of features")
         if self.teacher == "scfoundation" and self.teacher_checkpoint is None and find_fetched("scfoundation") is None:
             raise FileNotFoundError(
                 "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"
@@ -204,25 +254,25 @@ class RunConfig:
             if default_device() == "cpu":
                 raise ValueError(f"device {self.device!r}: PyTorch finds no GPU; run `peka-lite doctor` for the reason")
 
-    def _resolve_protocol(self):
-        """Fill in the fields that the protocol sets, and check that given ones agree."""
-        protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split="patient")
-        for field in ("split", "normalization", "alpha"):
-            given, fixed = getattr(self, field), getattr(protocol, field)
-            if given is None:
-                object.__setattr__(self, field, fixed)
-            elif self.protocol and given != fixed and (field, fixed, given) != ("split", "patient", "slide"):
-                raise ValueError(f"protocol {self.protocol!r} has {field} {fixed!r}, not {given!r}; leave {field} out")
+    @property
+    def spec(self) -> Backbone:
+        """Row of the backbone; that of a YAML file is read and registered."""
+        return get_backbone(self.backbone)
+
+    @property
+    def feature_kind(self) -> str:
+        """Name of `features`, ``"file"`` for the path of a file or folder."""
+        return self.features if self.features in FEATURES else "file"
+
+    @property
+    def block_size(self) -> int:
+        """Block size or rank in use."""
+        return self.r or self.spec.bone_r or 0
 
     def resolve_protocol(self) -> Protocol:
         """Return the protocol in use, named ``"custom"`` if `protocol` is None."""
         protocol = PROTOCOLS[self.protocol] if self.protocol else Protocol(name="custom", split=self.split)
         return dataclasses.replace(protocol, split=self.split, normalization=self.normalization, alpha=self.alpha)
-
-    @property
-    def block_size(self) -> int:
-        """Block size or rank in use."""
-        return self.r or BACKBONES[self.backbone].bone_r or 0
 
     def load_teacher(self):
         """Return the teacher, not yet fitted if it learns from data."""
@@ -241,7 +291,76 @@ class RunConfig:
 
     def as_dict(self) -> dict:
         """Return the fields as plain values, as in `config.yml`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in self}
+
+    def with_backbone_name(self) -> RunConfig:
+        """Return the settings with the backbone's YAML file replaced by its registered name, as they are stored."""
+        return self.model_copy(update={"backbone": self.spec.name})
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table of settings.
+
+    Attributes
+    ----------
+    kinds
+        Types of valid values; None where the setting may be left out.
+    help, metavar, choices
+        For the command line; `choices` are the valid names, empty for free values.
+    decides
+        Key of `DECIDES`.
+    path
+        Whether the value may be the path of a file or folder.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+    default: object
+    help: str
+    decides: str
+    metavar: str | None
+    choices: tuple[str, ...]
+    path: bool
+    adapter: TypeAdapter = dataclasses.field(repr=False, compare=False)
+
+
+def _read_table() -> dict[str, Setting]:
+    hints, table = get_type_hints(RunConfig), {}
+    for name, field in RunConfig.model_fields.items():
+        hint = hints[name]
+        kinds = tuple(getattr(kind, "__origin__", kind) for kind in get_args(hint)) if hint not in _KINDS else (hint,)
+        adapter = TypeAdapter(Annotated[hint, field], config=ConfigDict(strict=True))
+        table[name] = Setting(name, kinds, field.default, field.description, adapter=adapter, **field.json_schema_extra)
+    return table
+
+
+SETTINGS = MappingProxyType(_read_table())
+
+
+def settings_deciding(*what: str) -> tuple[str, ...]:
+    """Return the names of the settings that decide one of these (keys of `DECIDES`), in the table's order."""
+    return tuple(name for name, row in SETTINGS.items() if row.decides in what)
+
+
+def describe_settings() -> pd.DataFrame:
+    """Return the table of settings: default, what each decides, valid values and meaning.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> table = pk.experiments.describe_settings()
+    >>> table.loc["tau", ["default", "decides", "meaning"]].to_list()
+    [2.0, 'student', 'temperature of the distillation loss']
+    """
+    import pandas as pd
+
+    rows = {
+        name: [row.default, row.decides, ", ".join(row.choices) or " or ".join(_KINDS[k] for k in row.kinds), row.help]
+        for name, row in SETTINGS.items()
+    }
+    columns = ["default", "decides", "values", "meaning"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=object).rename_axis("setting")
 
 
 def update_words(settings: dict) -> dict:
@@ -250,19 +369,16 @@ def update_words(settings: dict) -> dict:
     return settings | {"features": OLD_FEATURES[old]} if isinstance(old, str) and old in OLD_FEATURES else settings
 
 
-_FIELDS = {field.name: field.type.split(" | ") for field in dataclasses.fields(RunConfig)}  # name -> keys of _TYPES
-
-
-def check_field(field: str, value) -> None:
-    """Check that one setting has a valid value, whatever the others are.
+def check_field(field: str, value):
+    """Check one setting, whatever the others are, and return its value as it is stored.
 
     Parameters
     ----------
     field
         A field of `RunConfig`.
     value
-        Must have the declared type (an int passes as a float), a known name, and numbers within bounds. Files and
-        cohorts are not looked up.
+        Must have the declared type (an int passes as a float, NumPy's scalars as Python's), a known name, and numbers
+        within bounds. Files and cohorts are not looked up.
 
     Raises
     ------
@@ -273,6 +389,7 @@ def check_field(field: str, value) -> None:
     --------
     >>> import peka_lite as pk
     >>> pk.experiments.check_field("lr", 1e-3)
+    0.001
     >>> pk.experiments.check_field("method", "bonne")
     Traceback (most recent call last):
     ValueError: unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?
@@ -280,40 +397,57 @@ def check_field(field: str, value) -> None:
     Traceback (most recent call last):
     ValueError: epochs is a whole number (int), not 2.0
     """
-    if field not in _FIELDS:
-        hint = did_you_mean(str(field), _FIELDS) or f"; known: {', '.join(_FIELDS)}"
+    if field not in SETTINGS:
+        hint = did_you_mean(str(field), SETTINGS) or f"; known: {', '.join(SETTINGS)}"
         raise ValueError(f"unknown setting {field!r}{hint}")
-    # Subclasses, such as NumPy's numbers, cannot be written to config.yml.
-    valid = any(type(value) in _TYPES[kind][0] for kind in _FIELDS[field])
-    if not valid or (field == "slides" and not all(type(slide) is str for slide in value or ())):
-        expected = " or ".join(_TYPES[kind][1] for kind in _FIELDS[field])
-        raise ValueError(f"{field} is {expected}, not {value!r}")
-    if value is None:
-        return
-    if isinstance(value, str) and value and not is_line(value):
-        raise ValueError(f"{field} is text of one line, not {repr(value)[:120]}")
-    if field == "backbone" and not is_backbone_file(value):
-        get_backbone(value)
-    if field == "features":
-        value = OLD_FEATURES.get(value, value)
-    if field in _NAMES and value not in _NAMES[field]:
-        known = _NAMES[field]
-        raise ValueError(f"unknown {field} {value!r}; known: {', '.join(known)}{did_you_mean(value, known)}")
+    row = SETTINGS[field]
+    value = tuple(value) if isinstance(value, list) else value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field} must be a finite number, not {value}")
-    if field in _ABOVE_0 and value <= 0:
-        raise ValueError(f"{field} must be above 0, not {value}")
-    if field in _AT_LEAST and value < _AT_LEAST[field]:
-        raise ValueError(f"{field} must be at least {_AT_LEAST[field]}, not {value}")
-    if field in _AT_MOST and value > _AT_MOST[field]:
-        raise ValueError(f"{field} must be at most {_AT_MOST[field]}, not {value}")
-    if field in _SHARES and not 0 < value <= 1:
-        raise ValueError(f"{field} is above 0 and at most 1, not {value}")
-    if field == "alpha":
+    try:
+        value = row.adapter.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_explain(row, value, error)) from None
+    if isinstance(value, str) and value and not is_line(value):
+        raise ValueError(f"{field} is text of one line, not {repr(value)[:120]}")
+    if field == "features" and value in OLD_FEATURES:
+        value = OLD_FEATURES[value]
+    if field == "backbone" and not is_backbone_file(value):
+        get_backbone(value)
+    if field == "alpha" and value is not None:
         check_alpha(value, names=("hest", "inner"))
+    if field == "features" and (Path(value).suffix in (".h5", ".h5ad", ".npy") or "/" in value):
+        return value
+    if row.choices and value is not None and value not in row.choices:
+        raise ValueError(
+            f"unknown {field} {value!r}; known: {', '.join(row.choices)}{did_you_mean(value, row.choices)}"
+        )
+    return value
+
+
+def _explain(row: Setting, value, error: ValidationError) -> str:
+    """Return pydantic's errors of one setting as one sentence."""
+    details = {problem["type"]: problem.get("ctx", {}) for problem in error.errors()}
+    words = {"greater_than": "above", "greater_than_equal": "at least", "less_than_equal": "at most"}
+    if kind := next((kind for kind in details if kind in words), None):
+        limit = next(iter(details[kind].values()))
+        return f"{row.name} must be {words[kind]} {int(limit) if limit == int(limit) else limit}, not {value}"
+    value = list(value) if isinstance(value, tuple) else value
+    return f"{row.name} is {' or '.join(_KINDS[kind] for kind in row.kinds)}, not {value!r}"
 
 
 @functools.cache
 def _require_cohort(name: str, cache: Path) -> None:
     """Check that the cache has a cohort of this name; only success is remembered."""
     find_cohort(name)
+
+
+def _list_attributes() -> str:
+    """Return the table as the section of a docstring."""
+    rows = [f"{name}\n" + textwrap.indent(textwrap.fill(f"{row.help}.", 116), "    ") for name, row in SETTINGS.items()]
+    return textwrap.indent("Attributes\n----------\n" + "\n".join(rows), "    ")
+
+
+RunConfig.__doc__ = RunConfig.__doc__.replace("    Raises\n", f"{_list_attributes()}\n\n    Raises\n", 1)

@@ -1,26 +1,378 @@
-"""Features for the probe: of an adapted student, a frozen student, the teacher, or a control without either."""
+"""Features for the probe: of a student trained on given rows, of the teacher, of a file, or of a control."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from glob import escape
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
 
+from peka_lite import __version__
 from peka_lite._core._processes import Processes
-from peka_lite._core.hashing import row_ids
-from peka_lite._core.io import write_file
+from peka_lite._core.cache import cached, find_cached
+from peka_lite._core.device import default_device
+from peka_lite._core.hashing import row_ids, sha256
+from peka_lite._core.io import new_array, open_new_file, report_full_disk, save_array, write_file
 from peka_lite._core.locks import RECORD
-from peka_lite._core.progress import Stage, print_line
-from peka_lite.adapters.files import join_adapters
+from peka_lite._core.progress import Stage
+from peka_lite.adapters.adapt import adapt, adapted_share, merge
+from peka_lite.adapters.files import backbone_fingerprint, join_adapters, save_adapter
+from peka_lite.backbones.custom import PACKAGED_NAMES, row_fields
+from peka_lite.backbones.embed import embed_tiles
+from peka_lite.backbones.load import identify_weights, load_backbone
+from peka_lite.data.cohorts import hash_cohort
 from peka_lite.data.tiles import TileStore
 from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
-from peka_lite.experiments._teacher_labels import count_missing_embeddings, embed_teacher
-from peka_lite.experiments.cache import Student, count_optimizer_steps, project_features, student_folder, train_student
-from peka_lite.experiments.folder import hash_cohort
+from peka_lite.evaluation.leaks import FittedFeatures
+from peka_lite.experiments.config import RunConfig, settings_deciding
+from peka_lite.teachers.load import embed_cohort
+from peka_lite.transfer.fit import fit
+from peka_lite.transfer.model import NotFinite, TransferModel, mlp
+
+FORMAT = 5  # increase when the same key would give other numbers
+#: Settings of a frozen student; all that decide a trained one are `settings_deciding("student")`.
+_FROZEN = ("backbone", "weights", "seed")
+_FITTING = ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed")
+_PROJECTOR = "projector.safetensors"
+
+
+class Features:
+    """Features of every spot of a cohort, fitted on given rows only; results are cached.
+
+    Parameters
+    ----------
+    config
+        `RunConfig`; its `features` say which. Those of a file are not made here (`read_features`).
+    cohort
+        From `open_cohort`.
+    train_mask
+        (N,) bool, rows that may be trained on at all; None allows all. Under a protocol whose student is trained on
+        ``"all"`` rows, these are the rows of every student.
+    scratch
+        Folder for a memory map of the tiles; None reads the tiles from the cohort's files each time.
+    device
+        None: that of the config, or a GPU if there is one.
+    processes
+        Processes that train together; None for this process alone.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> config = pk.RunConfig(slides=["MINI3"], split="spot", method="none")
+    >>> cohort = pk.open_cohort("mini", slides=["MINI3"])
+    >>> train, test = pk.folds(cohort, "spot")[0]
+    >>> features = pk.experiments.Features(config, cohort).for_fold(train)
+    >>> features.values.shape, features.learned_from  # a frozen student learned from no row
+    ((156, 192), {})
+    """
+
+    def __init__(
+        self, config: RunConfig, cohort, *, train_mask: np.ndarray | None = None, scratch: Path | None = None,
+        device: str | None = None, processes: Processes | None = None, progress: bool = False,
+    ):  # fmt: skip
+        self.config, self.cohort, self.scratch, self.progress = config, cohort, scratch, progress
+        self.device = device or config.device or default_device()
+        self.processes = processes or Processes(self.device, alone=True)
+        self.train_mask = np.ones(len(cohort), dtype=bool) if train_mask is None else train_mask
+        self.trains_student = config.method != "none"
+        self.kind = config.feature_kind
+        self.teacher = config.load_teacher() if self.trains_student or self.kind == "teacher" else None
+        self.data = hash_cohort(cohort)
+        self._uses_all = config.resolve_protocol().student == "all"
+        self._latest: tuple[tuple, FittedFeatures] = ((), None)
+
+    def for_fold(self, rows: np.ndarray) -> FittedFeatures:
+        """Return the features (N, D) of all spots, whose teacher, clusters and student learned from `rows` only."""
+        rows = self.student_rows(rows)
+        depends = self.trains_student or self.kind == "teacher"  # on the rows; the others are the same for every fold
+        key = (self.kind, _hash_rows(rows) if depends else None)
+        if self._latest[0] != key:
+            self._latest = key, self._compute(rows)
+        return self._latest[1]
+
+    def student_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows that a fold's student is trained on: the given ones, or all, as the protocol says."""
+        return np.flatnonzero(self.train_mask) if self._uses_all else np.asarray(rows)
+
+    def entry(self, rows: np.ndarray | None) -> dict:
+        """Return the arguments of `cached` for the student trained on `rows`; None for the frozen student."""
+        name = self.config.spec.name + ("" if rows is None else f"_{self.config.method}")
+        make = partial(self._make_student, rows)
+        return {"kind": "students", "key": self._key(rows), "make": make, "name": name, "processes": self.processes}
+
+    def required(self, sets: Iterable[np.ndarray]) -> list[np.ndarray | None]:
+        """Return the rows of each different student that these sets of rows need; None for the frozen student."""
+        rows = {_hash_rows(r): r for r in map(self.student_rows, sets)} if self.trains_student else {}
+        frozen = self.kind.startswith("frozen+") or (self.kind == "student" and not self.trains_student)
+        return [*rows.values(), *([None] if frozen else [])]
+
+    def missing(self, sets: Iterable[np.ndarray]) -> list[np.ndarray | None]:
+        """Return the rows of those required students that are not in the cache, the same in every process."""
+        missing = [rows for rows in self.required(sets) if not (self.folder(rows) / RECORD).is_file()]
+        return self.processes.same(missing)  # another job may finish one of them meanwhile
+
+    def folder(self, rows: np.ndarray | None) -> Path:
+        """Return the cache folder of a student, which may be missing."""
+        entry = self.entry(rows)
+        return find_cached(entry["kind"], entry["key"], name=entry["name"])
+
+    def describe_work(self, sets: Sequence[np.ndarray], missing: Sequence[np.ndarray | None]) -> str:
+        """Return the amount of work for these sets of rows: trainings, and spots and tiles to embed."""
+        n, trainings = len(self.cohort), [rows for rows in missing if rows is not None]
+        parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) == 1 else 'trainings'}"]
+        if trainings:
+            steps = sum(self.config.epochs * -(-len(rows) // self.config.batch_size) for rows in trainings)
+            parts.append(f"{steps:,} optimizer steps")
+        if ready := len(self.required(sets)) - len(missing):
+            parts.append(f"{ready}{' more' if missing else ''} from the cache")
+        if spots := self._count_spots(sets if self.kind == "teacher" else trainings):
+            parts.append(f"{spots:,} spots for the teacher to embed")
+        if missing:
+            parts.append(f"{len(missing) * n:,} tiles to embed")
+        if self.kind == "color":
+            parts.append(f"{n:,} tiles to measure")
+        return ", ".join(parts)
+
+    def coverage(self) -> float | None:
+        """Return the smallest share, over slides, of expressed genes in a pretrained teacher's gene list."""
+        if not hasattr(self.teacher, "coverage"):
+            return None
+        return min(self.teacher.coverage(slide.adata) for slide in self.cohort.slides)
+
+    def save_students(self, students: dict[str, np.ndarray], work: Path) -> dict:
+        """Write the adapters and training curves of students (name -> rows) to a run folder; return their record.
+
+        The record has weights (their origin), backbone_fingerprint, adapted_share and n_labels_per_fold.
+        """
+        if self.trains_student:
+            folders = {name: self.folder(self.student_rows(rows)) for name, rows in students.items()}
+        else:
+            folders = {"frozen": self.folder(None)} if self.kind == "student" else {}
+        records = [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
+        if self.trains_student:
+            paths = {name: folder / "adapter.safetensors" for name, folder in folders.items()}
+            join_adapters(paths, work / "adapter.safetensors")
+            curves = [
+                pd.read_csv(folder / "training.csv").assign(fold=name.removeprefix("fold"))
+                for name, folder in folders.items()
+            ]
+            write_file(work / "training.csv", pd.concat(curves, ignore_index=True).to_csv(index=False).encode())
+        first = records[0] if records else {}
+        return {
+            "weights": first.get("weights"),
+            "backbone_fingerprint": first.get("fingerprint"),
+            "adapted_share": first.get("share", 0.0),
+            "n_labels_per_fold": [record["n_labels"] for record in records if self.trains_student],
+        }
+
+    @cached_property
+    def tiles(self):
+        """Tiles of the cohort, as a memory map in `scratch`."""
+        tiles = self.cohort.tiles
+        if self.scratch is None:
+            return tiles
+        path = self.scratch / "tiles.npy"
+        if self.processes.first:
+            path.unlink(missing_ok=True)  # left by a stopped run, possibly of an older version
+            tiles = tiles.to_memmap(path)
+        self.processes.wait()
+        if self.processes.first:
+            return tiles
+        return TileStore([path], np.zeros(len(tiles)), np.arange(len(tiles)), tiles.ids)
+
+    @cached_property
+    def _frozen(self) -> torch.nn.Module:
+        """The student before training, read once; each training adapts a copy."""
+        with Stage(f"loading {self.config.backbone}"):
+            return load_backbone(self.config.backbone, weights=self.config.weights, seed=self.config.seed)
+
+    def _compute(self, rows: np.ndarray) -> FittedFeatures:
+        if self.kind == "color":
+            return FittedFeatures(color_features(self.tiles, progress=self.progress), {})
+        if self.kind in ("coordinates", "depth"):
+            compute = coordinate_features if self.kind == "coordinates" else depth_features
+            return FittedFeatures(compute(self.cohort), {})
+        if self.kind == "teacher":
+            E, learned_from = self._embed_teacher(rows)
+            return FittedFeatures(E, {"teacher": learned_from}, row_ids(E))
+        if self.kind == "file":
+            raise ValueError(f"features of a file are read, not computed: {self.config.features}")
+        folder = cached(**self.entry(rows if self.trains_student else None))
+        X = np.load(folder / "features.npy", mmap_mode="r")
+        if self.kind.endswith("projector"):
+            X = _project(X, folder / _PROJECTOR)
+        if self.kind.startswith("frozen+"):
+            X = np.hstack([np.load(cached(**self.entry(None)) / "features.npy", mmap_mode="r"), X])
+        learned = dict(np.load(folder / "learned_from.npz"))
+        embedding_ids = learned.pop("embedding", None)
+        learned |= dict.fromkeys(json.loads((folder / RECORD).read_text())["pretrained"])
+        return FittedFeatures(X, learned, embedding_ids)
+
+    def _key(self, rows: np.ndarray | None) -> dict:
+        config, trained = self.config, rows is not None
+        key = {
+            name: _identify(getattr(config, name)) for name in (settings_deciding("student") if trained else _FROZEN)
+        }
+        key |= {
+            "backbone": config.spec.name, "weights": identify_weights(config.spec, config.weights), "data": self.data,
+            "versions": _list_versions("torch", "timm", "peft", "scanpy", "scikit-learn"),
+            "device": torch.device(self.device).type,
+        }  # fmt: skip
+        if config.spec.name not in PACKAGED_NAMES:
+            key["row"] = row_fields(config.spec)
+        if trained:
+            key |= {"r": config.block_size, "rows": _hash_rows(rows), "labeler": repr(config.make_labeler())}
+            key["teacher"] = [repr(self.teacher), getattr(self.teacher, "fingerprint", None)]
+        return key
+
+    def _make_student(self, rows: np.ndarray | None, work: Path) -> dict:
+        """Train a student on `rows` (None: leave it frozen) and write it with its features of all spots."""
+        config, first = self.config, self.processes.first
+        student, record = self._frozen, {}
+        learned: dict[str, np.ndarray | None] = {}  # step -> ids of the rows that it was fitted on
+        if rows is not None:
+            if first:
+                _copy_checkpoint(work, self.folder(rows))
+            else:
+                self.processes.wait()  # until the first process has cached the targets
+            E, labels, n_labels, learned = self._make_targets(rows)
+            if first:
+                self.processes.wait()
+            if config.shuffle_teacher:  # control: each tile gets the targets of another spot
+                order = np.random.default_rng(config.seed).permutation(len(rows))
+                E, labels = E[order], labels[order]
+            student, steps = copy.deepcopy(student), config.epochs * -(-len(rows) // config.batch_size)
+            adapt(
+                student, config.method, r=config.block_size, targets=config.layers, total_steps=steps, seed=config.seed
+            )
+            model = TransferModel(
+                student, teacher_dim=E.shape[1], n_classes=n_labels, kd_space=config.kd_space, seed=config.seed
+            )
+            fitting = {name: getattr(config, name) for name in (*_FITTING, "micro_batch", "recompute", "compile")}
+            try:
+                history = fit(
+                    model, self.tiles.select(rows), E, labels, **fitting, device=self.device,
+                    checkpoint=work / "student.pt", resume=True, progress=self.progress and first,
+                )  # fmt: skip
+            except NotFinite as error:
+                raise NotFinite(f"{error} ({self._name_spots(rows[error.rows[:8]])})", error.rows) from None
+            learned["student"] = student.adapter.fitted_on
+            record = {"share": adapted_share(student), "n_labels": n_labels}
+            if first:
+                write_file(work / "training.csv", history.to_csv(index=False).encode())
+                save_adapter(student, work / "adapter.safetensors", data=self.data)
+                with report_full_disk(work / _PROJECTOR):
+                    projector = {name: p.detach().cpu() for name, p in model.projector.named_parameters()}
+                    save_file(projector, work / _PROJECTOR)
+            student = merge(student)
+        self._write_features(student, work / "features.npy")
+        if first:
+            with open_new_file(work / "learned_from.npz") as file:
+                np.savez(file, **{step: ids for step, ids in learned.items() if ids is not None})
+            (work / "student.pt").unlink(missing_ok=True)
+        record |= {"weights": self._frozen.weights_origin, "fingerprint": backbone_fingerprint(self._frozen)}
+        return record | {"pretrained": [step for step, ids in learned.items() if ids is None]}
+
+    def _name_spots(self, rows: np.ndarray) -> str:
+        spots = self.cohort.obs.iloc[rows]
+        return ", ".join(f"{slide} {code}" for slide, code in zip(spots["slide"], spots["barcode"], strict=True))
+
+    def _write_features(self, student, path: Path) -> None:
+        """Embed the tiles and write (N, D_s) features, each process its share of the rows."""
+        n, processes = len(self.tiles), self.processes
+        if processes.first:
+            new_array(path, (n, student.spec.dim), np.float32)
+        processes.wait()
+        start, stop = (n * k // processes.count for k in (processes.rank, processes.rank + 1))
+        if stop > start:
+            share = self.tiles.select(np.arange(start, stop)) if processes.count > 1 else self.tiles
+            X = embed_tiles(student, share, device=self.device, progress=self.progress and processes.first)
+            X = np.ascontiguousarray(X, np.float32)
+            # Not through a memory map: a full disk would kill the process with SIGBUS.
+            with report_full_disk(path), path.open("r+b") as file:
+                file.seek(np.load(path, mmap_mode="r").offset + start * X[0].nbytes)
+                file.write(X)
+        processes.wait()
+
+    # Teacher and pseudo-labels ---------------------------------------------------------------------------------------
+
+    def _make_targets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, dict[str, np.ndarray | None]]:
+        """Return embedding (n, D_t) and labels (n,) of the rows, the number of labels, and what each step learned from.
+
+        Only the embedding of these rows is clustered.
+        """
+        E, learned_from = self._embed_teacher(rows)  # (N, D_t)
+        labeler, selected = self.config.make_labeler(), E[rows]
+        packages = ("igraph", "leidenalg", "umap-learn", "pynndescent")
+        key = self._embedding_key(rows) | {"labeler": _full_name(labeler), "labeled": _hash_rows(rows)}
+        key["clustering"] = _list_versions(*packages)
+        folder = cached("labels", key, partial(_cluster, labeler, selected))
+        learned = {"teacher": learned_from, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
+        n_labels = json.loads((folder / RECORD).read_text())["n_labels"]
+        return selected, np.load(folder / "labels.npy"), n_labels, learned
+
+    def _embed_teacher(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the teacher's embedding (N, D_t) of every spot, and the ids of the rows that its fit recorded.
+
+        A teacher whose ``fitted_on_`` is None before any fit is pretrained: all folds share its embedding, and the ids
+        are None.
+        """
+        if self._is_pretrained:
+            return self._pretrained_embedding, None
+        folder = cached("embeddings", self._embedding_key(rows), partial(self._fit_teacher, rows))
+        return np.load(folder / "E.npy", mmap_mode="r"), np.load(folder / "learned_from.npy")
+
+    @property
+    def _is_pretrained(self) -> bool:
+        return getattr(self.teacher, "fitted_on_", "not fitted") is None
+
+    @cached_property
+    def _pretrained_embedding(self) -> np.ndarray:
+        if self.teacher.fit(self.cohort.by_slide(np.arange(len(self.cohort)))).fitted_on_ is not None:
+            raise ValueError(
+                f"{self.teacher!r} has fitted_on_ = None (pretrained) but learns in fit; set fitted_on_ only there"
+            )
+        with Stage(f"teacher's embedding of {len(self.cohort):,} spots"):
+            return embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
+
+    def _fit_teacher(self, rows: np.ndarray, work: Path) -> dict:
+        with Stage("fitting the teacher"):
+            learned_from = self.teacher.fit(self.cohort.by_slide(rows)).fitted_on_  # without it leaks go unnoticed
+        with Stage(f"teacher's embedding of {len(self.cohort):,} spots"):
+            E = embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
+        save_array(work / "E.npy", E)
+        save_array(work / "learned_from.npy", learned_from)
+        return {"teacher": repr(self.teacher)}
+
+    def _embedding_key(self, rows: np.ndarray) -> dict:
+        key = {
+            "teacher": [_full_name(self.teacher), getattr(self.teacher, "fingerprint", None)], "data": self.data,
+            "rows": None if self._is_pretrained else _hash_rows(rows), "device": torch.device(self.device).type,
+            "versions": _list_versions("torch", "numpy", "scipy", "scanpy", "scikit-learn"),
+        }  # fmt: skip
+        if hasattr(self.teacher, "cache_key"):  # further settings that change the numbers, such as the compute type
+            key["options"] = self.teacher.cache_key(self.cohort.slides[0].adata, device=self.device)
+        return key
+
+    def _count_spots(self, sets: Iterable[np.ndarray]) -> int:
+        """Return how many spots a fitted teacher must embed for these sets of rows."""
+        if self.teacher is None or self._is_pretrained:
+            return 0
+        keys = [self._embedding_key(self.student_rows(rows)) for rows in sets]
+        folders = {find_cached("embeddings", key) for key in keys}
+        return len(self.cohort) * sum(not (folder / RECORD).is_file() for folder in folders)
 
 
 def select_training_spots(cohort, share: float, seed: int) -> np.ndarray:
@@ -34,182 +386,53 @@ def select_training_spots(cohort, share: float, seed: int) -> np.ndarray:
     return use
 
 
-class FeatureSource:
-    """Features for `evaluate`, fitted without the test rows of the given folds.
+def _project(X: np.ndarray, path: Path) -> np.ndarray:
+    """Return the student's projected features: S of the paper's equation 4, (N, D_t) float32."""
+    state = load_file(path)
+    hidden, dim = state["0.weight"].shape
+    projector = mlp(dim, hidden, len(state["2.weight"]))
+    projector.load_state_dict(state)
+    with torch.inference_mode():
+        return torch.cat([projector(batch) for batch in torch.from_numpy(np.array(X)).split(4096)]).numpy()
 
-    Parameters
-    ----------
-    config, cohort, folds
-        Those of the run. With protocol ``"paper"`` one student is trained on the whole cohort and used for all folds.
-    use
-        (N,) bool, rows that may be trained on.
-    scratch
-        Folder for a memory map of the tiles, written only when tiles are needed.
+
+def _cluster(labeler, E: np.ndarray, work: Path) -> dict:
+    with Stage(f"clustering {len(E):,} spots"):
+        labeler.fit(E)
+    save_array(work / "labels.npy", labeler.labels_)
+    save_array(work / "learned_from.npy", labeler.fitted_on_)
+    return {"labeler": repr(labeler), "n_labels": int(labeler.n_labels_)}
+
+
+def _copy_checkpoint(work: Path, folder: Path) -> None:
+    """Copy the newest checkpoint of another process that trains this student, unless `work` has one.
+
+    Checkpoints are written atomically, and training from any of them gives the same student.
     """
+    if (work / "student.pt").is_file():
+        return
+    with suppress(FileNotFoundError):  # the other process has just finished
+        checkpoints = folder.parent.glob(f"{escape(folder.name)}.*.partial/student.pt")
+        if newest := max(checkpoints, key=lambda path: path.stat().st_mtime, default=None):
+            with newest.open("rb") as source, open_new_file(work / "student.pt.copy", newest.stat().st_size) as target:
+                shutil.copyfileobj(source, target)
+            os.replace(work / "student.pt.copy", work / "student.pt")
 
-    def __init__(self, config, cohort, folds, *, use, scratch: Path, device: str, progress: bool = False):
-        self.config, self.cohort, self.folds, self.use = config, cohort, folds, use
-        self.scratch, self.device, self.progress = scratch, device, progress
-        self.trains_student = config.method != "none"
-        self.teacher = config.load_teacher() if self.trains_student or config.features == "teacher" else None
-        self.data = hash_cohort(cohort)
-        self.processes = Processes(device)
-        self._uses_all = config.resolve_protocol().student == "all"
-        self._latest: dict[str, Student] = {}  # the last student by name
 
-    def __call__(self, left_out: tuple[int, ...]) -> Student:
-        """Return a `Student`: features, and the rows that each step learned from."""
-        kind = self.config.features
-        if kind in ("color", "coordinates", "depth"):
-            return self._reuse(kind, self._compute_control)
-        key = "all" if self._uses_all else "-".join(map(str, left_out))
-        if not self.trains_student and kind == "student":
-            return self._reuse("frozen", lambda: self._get_student(None))
-        if kind == "teacher":
-            return self._reuse(f"teacher {key}", lambda: self._embed_teacher(self._rows(left_out)))
-        if kind == "student":
-            return self._reuse(key, lambda: self._get_student(self._rows(left_out)))
-        make = {"frozen+student": self._concatenate, "projector": self._project}[kind]
-        return self._reuse(f"{kind} {key}", lambda: make(self._rows(left_out)))
+def _identify(value):
+    """Return a setting's value, or the content's hash where it is the path of a file."""
+    if isinstance(value, str) and Path(value).is_file():
+        return f"sha256 {sha256(Path(value))}"
+    return list(value) if isinstance(value, tuple) else value
 
-    def coverage(self) -> float | None:
-        """Return the smallest share, over slides, of expressed genes in a pretrained teacher's gene list."""
-        if not hasattr(self.teacher, "coverage"):
-            return None
-        return min(self.teacher.coverage(slide.adata) for slide in self.cohort.slides)
 
-    def prepare(self, left_out: Sequence[tuple[int, ...]]) -> None:
-        """Print the plan and train the missing students of these folds, with every process."""
-        required = {}  # folder -> folds left out, None for the frozen student
-        for folds in left_out if self.trains_student else ():
-            required.setdefault(self._find_folder(self._rows(folds)), () if self._uses_all else folds)
-        if self.config.features == "frozen+student" or (self.config.features == "student" and not self.trains_student):
-            required[self._find_folder(None)] = None
-        missing = [folds for folder, folds in required.items() if not (folder / RECORD).is_file()]
-        missing = self.processes.same(missing)  # another job may finish one of them meanwhile
-        print_line(f"plan: {self._plan(missing, cached=len(required) - len(missing), sets=left_out)}")
-        for folds in Stage("training", [folds for folds in missing if folds is not None]):
-            self._get_student(self._rows(folds))
-        if None in missing:
-            self._get_student(None)
-        if self.config.features == "color":
-            self._tiles  # noqa: B018 - needs every process
-        self.processes = Processes(self.device, alone=True)
+def _full_name(model) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__} {model!r}"
 
-    def _plan(self, missing: list[tuple[int, ...] | None], *, cached: int, sets: Sequence[tuple[int, ...]]) -> str:
-        """Return the amount of work: trainings and tiles for the missing students, or embeddings for these folds."""
-        n, trainings = len(self.cohort), [folds for folds in missing if folds is not None]
-        parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) < 2 else 'trainings'}"]
-        if trainings:
-            kinds = {0: "on all spots", 1: "leaving out one fold", 2: "leaving out two"}
-            counts = {words: sum(len(folds) == k for folds in trainings) for k, words in kinds.items()}
-            counted = [f"{k} {words}" if k < len(trainings) else words for words, k in counts.items() if k]
-            parts[0] += f" ({', '.join(counted)})"
-            steps = sum(count_optimizer_steps(self.config, len(self._rows(folds))) for folds in trainings)
-            parts.append(f"{steps:,} optimizer steps")
-        if cached:
-            parts.append(f"{cached} more from the cache" if missing else f"{cached} from the cache")
-        used = sets if self.config.features == "teacher" else trainings
-        options = {"data": self.data, "device": self.device}
-        if used and (fits := count_missing_embeddings(self.teacher, self.cohort, map(self._rows, used), **options)):
-            parts.append(f"{fits * n:,} spots for the teacher to embed")
-        if missing:
-            each = f" ({n:,} after each training)" if len(trainings) > 1 else ""
-            parts.append(f"{len(missing) * n:,} tiles to embed{each}")
-        if self.config.features == "color":
-            parts.append(f"{n:,} tiles to measure")
-        return ", ".join(parts)
 
-    def outer(self) -> dict[str, tuple[int, ...]]:
-        """Return student name -> folds left out, for the outer folds or the one student ``"all"``."""
-        if self._uses_all:
-            return {"all": ()}
-        return {f"fold{fold}": (fold,) for fold in range(len(self.folds))}
+def _hash_rows(rows: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()
 
-    def save(self, work: Path, named: Mapping[str, tuple[int, ...]]) -> None:
-        """Write the adapters and training curves of these students (name -> folds left out) to a run folder."""
-        if not self.trains_student:
-            return
-        adapters, curves = {}, []
-        for name, left_out in named.items():
-            student = self._get_student(self._rows(left_out))
-            adapters[name] = student.folder / "adapter.safetensors"
-            curves.append(pd.read_csv(student.folder / "training.csv").assign(fold=name.removeprefix("fold")))
-        join_adapters(adapters, work / "adapter.safetensors")
-        write_file(work / "training.csv", pd.concat(curves, ignore_index=True).to_csv(index=False).encode())
 
-    def record(self, named: Mapping[str, tuple[int, ...]]) -> dict:
-        """Return the summary's weights, backbone_fingerprint, adapted_share and n_labels_per_fold."""
-        students = (
-            [self._get_student(self._rows(left_out)) for left_out in named.values()] if self.trains_student else []
-        )
-        if not self.trains_student and self.config.features == "student":
-            students = [self._get_student(None)]
-        record = students[0].record if students else {}
-        return {
-            "weights": record.get("weights"),
-            "backbone_fingerprint": record.get("fingerprint"),
-            "adapted_share": record.get("share", 0.0),
-            "n_labels_per_fold": [student.record["n_labels"] for student in students if self.trains_student],
-        }
-
-    def _rows(self, left_out: tuple[int, ...]) -> np.ndarray:
-        keep = self.use.copy()
-        if self.config.resolve_protocol().student == "train":
-            for fold in left_out:
-                keep[self.folds[fold][1]] = False
-        return np.flatnonzero(keep)
-
-    def _reuse(self, name: str, make) -> Student:
-        if name not in self._latest:
-            self._latest = {name: make()}
-        return self._latest[name]
-
-    @cached_property
-    def _tiles(self):
-        path, tiles = self.scratch / "tiles.npy", self.cohort.tiles
-        if self.processes.first:
-            path.unlink(missing_ok=True)  # left by a stopped run, possibly of an older version
-            tiles = tiles.to_memmap(path)
-        self.processes.wait()
-        return (
-            tiles if self.processes.first else TileStore([path], np.zeros(len(tiles)), np.arange(len(tiles)), tiles.ids)
-        )
-
-    def _find_folder(self, rows: np.ndarray | None) -> Path:
-        return student_folder(self.config, rows, teacher=self.teacher, data=self.data, device=self.device)
-
-    def _get_student(self, rows: np.ndarray | None) -> Student:
-        return train_student(
-            self.config,
-            self.cohort,
-            lambda: self._tiles,
-            rows,
-            teacher=self.teacher,
-            data=self.data,
-            device=self.device,
-            processes=self.processes,
-            progress=self.progress,
-        )
-
-    def _concatenate(self, rows: np.ndarray) -> Student:
-        adapted, frozen = self._get_student(rows), self._get_student(None)
-        return replace(adapted, features=np.hstack([frozen.features, adapted.features]))
-
-    def _project(self, rows: np.ndarray) -> Student:
-        adapted = self._get_student(rows)
-        return replace(adapted, features=project_features(adapted))
-
-    def _embed_teacher(self, rows: np.ndarray) -> Student:
-        options = {"data": self.data, "device": self.device, "progress": self.progress}
-        E, learned_from = embed_teacher(self.teacher, self.cohort, rows, **options)
-        return Student(E, {"teacher": learned_from}, row_ids(E), {}, None)
-
-    def _compute_control(self) -> Student:
-        name = self.config.features
-        X = {
-            "color": lambda: color_features(self._tiles, progress=self.progress),
-            "coordinates": lambda: coordinate_features(self.cohort),
-            "depth": lambda: depth_features(self.cohort),
-        }[name]()
-        return Student(X, {}, None, {}, None)
+def _list_versions(*packages: str) -> list:
+    return [FORMAT, __version__, *map(version, packages)]

@@ -1,197 +1,365 @@
-"""Run folders: locking, held-out predictions, maps, and the hash of the data."""
+"""Folders of runs and trainings: one owner of their files, of what "finished" means, and of each file's schema."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import csv
+import dataclasses
+import functools
 import json
-import platform
+import os
 import shutil
-import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import anndata as ad
-import numpy as np
-import pandas as pd
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from peka_lite import __version__
-from peka_lite._core._processes import Processes
-from peka_lite._core._yaml import read_yaml, yaml_text
-from peka_lite._core.io import figure_bytes, write_file, write_file_atomically
-from peka_lite._core.locks import lock_output_folder, move_if_absent
+from peka_lite._core._yaml import is_line, read_yaml, yaml_text
+from peka_lite._core.hdf5 import read_anndata
+from peka_lite._core.io import write_file, write_file_atomically
+from peka_lite._core.locks import PARTIAL, lock_output_folder, move_if_absent
 from peka_lite._core.outputs import check_free, check_work, find_link
-from peka_lite._core.progress import Stage
-from peka_lite.backbones.custom import save_backbone
-from peka_lite.data.expression import hash_counts
-from peka_lite.data.hest import Cohort
-from peka_lite.experiments._unfinished import COMMAND, remake_command
-from peka_lite.experiments.config import update_words
+from peka_lite._core.untrusted_files import file_inside, folder_inside, read_json_inside, read_yaml_inside
+from peka_lite.adapters._choices import METHODS
+from peka_lite.backbones.custom import restore_backbone, save_backbone
+from peka_lite.data._choices import NORMALIZATIONS
+from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS
+from peka_lite.experiments._tables import METRICS, MOMENTS, TRAINING, read_csv_table, read_parquet_table
+from peka_lite.experiments._unfinished import COMMAND, SETTINGS, SUMMARY, explain_missing, remake_command
+from peka_lite.experiments.config import FEATURES, RunConfig, update_words
+
+if TYPE_CHECKING:
+    import anndata as ad
+    import pandas as pd
+
+    from peka_lite._core._processes import Processes
+    from peka_lite.probe.files import Probes
 
 
-def hash_cohort(cohort: Cohort) -> str:
-    """Hash a cohort's ids, barcodes, counts and a sample of its tiles; 16 hex digits.
+def _check_line(value: str) -> str:
+    if not is_line(value):
+        raise ValueError("must be text of one line")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_check_line)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pcc = Annotated[float, Field(ge=-1, le=1)]
+Normalization = Literal[NORMALIZATIONS]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Score(_Record):
+    pcc: Pcc
+    ci_low: float  # NaN for one patient
+    ci_high: float
+    per_fold: list[float]
+
+
+class _Scores(_Record):
+    pooled: _Score
+    slides: _Score
+
+
+class _Ceiling(_Record):
+    pcc: float
+    basis: Line
+
+
+class _Summary(_Record):
+    """Fields of ``summary.json`` that a run and a training have."""
+
+    protocol: Literal[*PROTOCOLS, "custom"]
+    method: Literal[METHODS]
+    features: Literal[*FEATURES, "file"]
+    shuffled: bool
+    backbone: Line
+    cohort: Line
+    split: Literal[SPLITS] | None
+    normalization: Normalization
+    mean_pcc: Pcc | None
+    epochs: Annotated[int, Field(ge=1)] | None
+    teacher: Line | None
+    teacher_fingerprint: Line | None
+    teacher_coverage: Share | None
+    weights: Line | None
+    backbone_fingerprint: Line | None
+    adapted_share: Share
+    n_labels_per_fold: list[Count]
+    n_spots: Count
+    slides: list[Line]
+    synthetic: bool
+    pca_components: Count
+    data_fingerprint: Line
+    seconds: Annotated[float, Field(ge=0)]
+    device: Line
+    versions: dict[Line, Line]
+
+
+class _RunSummary(_Summary):
+    split: Literal[SPLITS]
+    mean_pcc: Pcc
+    ci_low: float
+    ci_high: float
+    mean_pcc_per_fold: list[float]
+    n_nan: Count
+    nan_genes: list[str]
+    scores: dict[Normalization, _Scores] = Field(min_length=len(NORMALIZATIONS))
+    unit: Literal["patient", "slide"]
+    one_patient: bool
+    ceiling: dict[Normalization, _Ceiling] = Field(min_length=len(NORMALIZATIONS))
+    alphas: list[Literal["hest"] | Annotated[float, Field(ge=0)]]
+    n_folds: Annotated[int, Field(ge=2)]
+
+
+class _TrainingSummary(_Summary):
+    fold: Count | None
+    held_out: list[Line]
+    alpha: Literal["hest"] | Annotated[float, Field(ge=0)]
+    n_train: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A finished run or training, whose files are checked when they are read.
+
+    It opens on any machine, whatever device, weights path or cohort folder the run was made with.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    config
+        Settings of the run (``config.yml``).
+    summary
+        Content of ``summary.json``.
+    within
+        Folder that links may lead to.
 
     Examples
     --------
     >>> import peka_lite as pk
-    >>> cohort, same = (pk.open_cohort("mini", slides=["MINI3"]) for _ in range(2))
-    >>> stricter = pk.open_cohort("mini", slides=["MINI3"], min_genes=450)
-    >>> len(cohort), len(stricter)
-    (156, 151)
-    >>> a, b, c = (pk.experiments.hash_cohort(data) for data in (cohort, same, stricter))
-    >>> a == b, a == c
-    (True, False)
+    >>> small = {"slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
+    >>> _ = pk.load_or_run(pk.RunConfig(features="depth", method="none", **small), "depth", maps=False)
+    >>> folder = pk.experiments.RunFolder.open("depth")
+    >>> folder.config.features, folder.is_training, folder.summary["n_folds"]
+    ('depth', False, 2)
+    >>> folder.metrics()[["fold", "gene", "pcc"]].head(2).round(2)
+       fold    gene   pcc
+    0     0   ADH1B  0.04
+    1     0  ELAVL1 -0.13
     """
-    digest = hashlib.sha256()
-    for slide in Stage("hashing the data: slide", cohort.slides):
-        digest.update(f"{slide.id} {hash_counts(slide.adata)}".encode())
-        sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
-        digest.update(slide.tiles[sample].tobytes())
-    return digest.hexdigest()[:16]
 
+    path: Path
+    config: RunConfig
+    summary: dict
+    within: Path
 
-@contextlib.contextmanager
-def lock_run_folder(config, out: Path, processes: Processes) -> Iterator[Path]:
-    """Lock an output folder, yield a work folder, and move it to `out` at the end; check both as `check_folders`.
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, kind: str = "run or training", within: Path | None = None) -> RunFolder:
+        """Read the settings and the summary of a finished run or training.
 
-    Only the first process holds the lock. The others wait for it, and raise the same error if it fails.
-    """
-    if not processes.first:
-        work = processes.same(None)
-        if isinstance(work, Exception):
-            raise work
-        yield work
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            check_free(out)
-            work = stack.enter_context(lock_output_folder(out))
-            check_folders(config, out, work)
-        except Exception as error:
-            processes.same(error)
-            raise
-        processes.same(work)
-        with remove_on_error(work):
+        Parameters
+        ----------
+        kind
+            ``"run"`` refuses trainings.
+        within
+            Folder that links may lead to; None for the folder itself.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is unfinished or no such folder; the message has the command that makes it.
+        ValueError
+            For a damaged file; names the file, the field and what was expected.
+        """
+        path = Path(path)
+        needs = RUN_FILES if kind == "run" else RUN_FILES[:2]
+        if path.name.endswith(PARTIAL) or not all((path / name).is_file() for name in needs):
+            raise FileNotFoundError(explain_missing(path, needs=needs, kind=kind))
+        if within is not None and path != within:
+            folder_inside(path, within=within)
+        within = within or path
+        restore_backbone(path)
+        summary = _read(path, SUMMARY, functools.partial(read_json_inside, within=within))
+        fields = _read(path, SETTINGS, functools.partial(read_yaml_inside, within=within))
+        return cls(path, _check_config(path / SETTINGS, fields), _check_summary(path / SUMMARY, summary), within)
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Return whether a folder holds a run or training, finished or not."""
+        return path.name.endswith(PARTIAL) or any((path / name).is_file() for name in (SETTINGS, SUMMARY))
+
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Return whether a folder is complete: the summary is written last, before the folder gets its name."""
+        return not path.name.endswith(PARTIAL) and (path / SUMMARY).is_file()
+
+    @property
+    def is_training(self) -> bool:
+        """Return whether it is of `train`, which has no scores."""
+        return "scores" not in self.summary
+
+    def file(self, name: str, *, largest: int | None = None) -> Path:
+        """Return the path of a file after checking that it is a regular file of this folder."""
+        return file_inside(self.path, name, within=self.within, largest=largest)
+
+    def metrics(self) -> pd.DataFrame:
+        """Read ``metrics.csv``: one row per fold and gene; genes named NA, nan or 1e5 keep their names."""
+        return read_csv_table(self.file("metrics.csv", largest=2**28), METRICS)
+
+    def moments(self) -> pd.DataFrame:
+        """Read ``slides.parquet``: `slide_moments` of both normalizations, from which all scores are computed."""
+        table = read_parquet_table(self.file("slides.parquet", largest=2**30), MOMENTS)
+        if absent := set(NORMALIZATIONS) - set(table["normalization"]):
+            raise ValueError(f"{self.path / 'slides.parquet'}: no row has normalization {' or '.join(sorted(absent))}")
+        return table
+
+    def training(self) -> pd.DataFrame:
+        """Read ``training.csv``: one row per student and epoch."""
+        return read_csv_table(self.file("training.csv", largest=2**28), TRAINING)
+
+    def predictions(self) -> ad.AnnData:
+        """Read ``predictions.h5ad``: held-out predictions of all spots, with layer ``measured``."""
+        path = self.file("predictions.h5ad")
+        adata = read_anndata(path, layers=("measured",))
+        if absent := {"slide", "patient", "barcode", "fold"} - set(adata.obs) or {"measured"} - set(adata.layers):
+            raise ValueError(f"{path}: {', '.join(sorted(absent))} is missing; {self._repeat()}")
+        return adata
+
+    def probes(self) -> Probes:
+        """Read ``probe.safetensors``: the fitted probe and genes of each fold."""
+        from peka_lite.probe.files import load_probes
+
+        return load_probes(self.file("probe.safetensors"))
+
+    def _repeat(self) -> str:
+        return f"remove the folder and run `{remake_command(self.path)}`"
+
+    @classmethod
+    @contextlib.contextmanager
+    def create(cls, out: Path, config: RunConfig, *, command: str, processes: Processes) -> Iterator[Path]:
+        """Lock an output folder, yield its work folder with the settings in it, and move it to `out` at the end.
+
+        Only the first process holds the lock. The others wait for it, and raise the same error if it fails. If the
+        block raises, a work folder of an earlier command stays, and a new one is removed.
+
+        Parameters
+        ----------
+        command
+            ``"run"`` or ``"train --fold 2"``, for `remake_command`.
+
+        Raises
+        ------
+        FileExistsError
+            If `out` exists, or its work folder has other settings.
+        """
+        if not processes.first:
+            work = processes.same(None)
+            if isinstance(work, Exception):
+                raise work
             yield work
-            move_if_absent(work, out)
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                check_free(out)
+                work = stack.enter_context(lock_output_folder(out))
+                _check_work(config, out, work)
+            except Exception as error:
+                processes.same(error)
+                raise
+            processes.same(work)
+            existed = work.exists()
+            try:
+                (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
+                write_file_atomically(work / COMMAND, command.encode())
+                stored = config.with_backbone_name()
+                write_file_atomically(work / SETTINGS, yaml_text(stored.as_dict()).encode())
+                save_backbone(stored.backbone, work)
+                yield work
+                shutil.rmtree(work / COMMAND.parent, ignore_errors=True)
+                move_if_absent(work, out)
+            except Exception:
+                if not existed:
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
 
 
-def check_folders(config, out: Path, work: Path) -> None:
-    """Check that `out` does not exist, and that `work` is absent or an unfinished run of the same config."""
+RUN_FILES = (SETTINGS, SUMMARY, "slides.parquet")
+
+
+def write_summary(summary: dict, work: Path) -> dict:
+    """Write the last file of a run's folder, after checking that `RunFolder.open` will read it; return the summary."""
+    _check_summary(work / SUMMARY, summary)
+    write_file(work / SUMMARY, json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Write a result table as CSV with unescaped names, so that `RunFolder.metrics` returns the same table."""
+    returns = table["gene"].str.contains("\r", regex=False).any()  # without quotes they would end the line
+    text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    write_file_atomically(path, text.encode())
+
+
+def _check_work(config: RunConfig, out: Path, work: Path) -> None:
+    """Check that `out` does not exist, and that `work` is absent or an unfinished run of the same settings."""
     check_free(out)
     check_work(work)
     if link := find_link(work):
         raise FileExistsError(f"{work} holds a link ({link}), which no command writes: remove that folder")
-    path = work / "config.yml"
-    if path.is_file() and update_words(read_yaml(path)) != config.as_dict():
+    path = work / SETTINGS
+    if not path.is_file():
+        return
+    try:
+        stored = _check_config(path, read_yaml(path))
+    except ValueError:
+        stored = None
+    if stored != config.with_backbone_name():
         raise FileExistsError(
             f"{work} holds an unfinished run with other settings: remove it, give another --out, or finish that one "
             f"with `{remake_command(work)}`"
         )
 
 
-def start_run_folder(config, work: Path, name: str) -> None:
-    """Create the work folder, with the settings and the command's name (for `remake_command`)."""
-    (work / COMMAND).parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(work / COMMAND, name.encode())
-    write_file_atomically(work / "config.yml", yaml_text(config.as_dict()).encode())
-    save_backbone(config.backbone, work)
-
-
-@contextlib.contextmanager
-def remove_on_error(work: Path):
-    """Remove a work folder that was created in the block if it raises; trained students stay in the cache."""
-    existed = work.exists()
+def _read(folder: Path, name: str, read):
     try:
-        yield
-    except Exception:
-        if not existed:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+        return read(folder, name)
+    except ValueError as error:
+        if "link" in str(error):
+            raise
+        raise ValueError(
+            f"{folder / name} is truncated or damaged ({error}); remove its folder and run `{remake_command(folder)}`"
+        ) from None
 
 
-def record_environment(device: str) -> dict:
-    """Return the device and the package versions for a summary."""
-    import torch
-
-    name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    packages = ("torch", "timm", "peft", "scanpy", "anndata", "scikit-learn", "numpy")
-    versions = {"peka_lite": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
-    return {"device": name, "versions": versions}
+def _check_config(path: Path, fields) -> RunConfig:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} has no settings; give a folder written by this version of peka_lite")
+    try:
+        return RunConfig(**{str(name): value for name, value in update_words(fields).items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; give a folder written by this version of peka_lite") from None
 
 
-def to_h5ad_values(value):
-    """Convert JSON values to types that .h5ad can store; None, empty, mixed and nested lists become JSON text."""
-    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
-        return {k: to_h5ad_values(v) for k, v in value.items()}
-    if isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, list | tuple) and value:
-        for kind in (str, int, float):
-            if all(type(v) is kind for v in value):
-                return np.array(value, dtype=object if kind is str else kind)
-    return json.dumps(value)
-
-
-def join_predictions(cohort: Cohort, predicted: dict) -> ad.AnnData:
-    """Join the folds' test predictions into one AnnData in the cohort's row order.
-
-    `predicted` maps fold -> (test rows, genes, measured, predicted). ``X`` is the prediction (N, genes of any fold),
-    float32, and ``layers["measured"]`` the measured values. Both are NaN where a gene was not among a fold's targets.
-    """
-    genes = sorted({g for _, names, _, _ in predicted.values() for g in names})
-    column = {g: j for j, g in enumerate(genes)}
-    P = np.full((len(cohort), len(genes)), np.nan, dtype=np.float32)
-    Y, fold_of = P.copy(), np.full(len(cohort), -1)
-    for fold, (test, names, measured, values) in predicted.items():
-        index = np.ix_(test, [column[g] for g in names])
-        P[index], Y[index], fold_of[test] = values, measured, fold
-    obs = cohort.obs.astype({"slide": str, "barcode": str}).assign(fold=fold_of)
-    obs["patient"] = obs["patient"].fillna("unknown").astype(str)
-    obs.index = cohort.adata.obs_names
-    spatial = np.concatenate([np.asarray(s.adata.obsm["spatial"], dtype=float)[:, :2] for s in cohort.slides])
-    return ad.AnnData(P, obs=obs, var=pd.DataFrame(index=genes), layers={"measured": Y}, obsm={"spatial": spatial})
-
-
-def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, folder: Path) -> None:
-    """Draw for each slide, as PNG files, the best predicted gene and the local PCC of all genes.
-
-    Genes with a constant prediction on the slide are skipped, unless all are constant.
-    """
-    import matplotlib.pyplot as plt
-
-    from peka_lite._core.names import unique_file_name
-    from peka_lite.data.hest import IMAGE_KEY
-    from peka_lite.maps.local_pcc import pcc_map
-    from peka_lite.maps.tissue import describe_constant, expression_map
-
-    folder.mkdir(exist_ok=True)
-    used_names = {}
-    pcc_names = {slide.id: unique_file_name(f"{slide.id}_pcc", used_names) for slide in cohort.slides}
-    for slide in Stage("maps: slide", cohort.slides):
-        library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
-        if IMAGE_KEY not in library.get("images", {}):
-            warnings.warn(
-                f"{slide.id} has no image uns['spatial'][...]['images'][{IMAGE_KEY!r}]: no maps are drawn", stacklevel=3
-            )
-            continue
-        current = predictions[cohort.rows_of(slide.id)]
-        complete = ~np.isnan(current.X).any(0)  # genes that every fold of this slide predicted
-        scores = table[table["gene"].isin(current.var_names[complete])].groupby("gene")["pcc"].mean().dropna()
-        if scores.empty:
-            warnings.warn(f"{slide.id}: no gene was predicted at all of its spots, no maps are drawn", stacklevel=3)
-            continue
-        varying = [gene for gene in scores.index if describe_constant(current[:, gene].X, "spots") is None]
-        best = (scores[varying] if varying else scores).idxmax()
-        measured, j = current.layers["measured"], current.var_names.get_loc(best)
-        name = unique_file_name(f"{slide.id}_{best}", used_names, of=(slide.id, best))
-        figures = {name: expression_map(slide.adata, measured[:, j], current.X[:, j], gene=best)}
-        if complete.sum() >= 3 and slide.n_spots > 18:
-            figures[pcc_names[slide.id]] = pcc_map(slide.adata, measured[:, complete], current.X[:, complete])
-        for name, figure in figures.items():
-            write_file(folder / f"{name}.png", figure_bytes(figure, dpi=90))
-            plt.close(figure)
+def _check_summary(path: Path, summary) -> dict:
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} is not a mapping; remove the folder and run the command again")
+    summary = update_words(summary)
+    if "n_taught" in summary:  # of version 0.1
+        summary["n_train"] = summary.pop("n_taught")
+    try:
+        (_TrainingSummary if "held_out" in summary else _RunSummary).model_validate(summary)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        given = "" if problem["type"] == "missing" else f", not {repr(problem['input'])[:120]}"
+        message = "is missing (the folder may be of an older version)" if problem["type"] == "missing" else message
+        raise ValueError(f"{path}: {field} {message}{given}; remove the folder and run the command again") from None
+    return summary

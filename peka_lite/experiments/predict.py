@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import deque
@@ -28,7 +29,6 @@ from peka_lite.data._format import POSITION_COLUMNS
 from peka_lite.data.hest import IMAGE_KEY, Slide
 from peka_lite.data.tissue import tissue_tiles
 from peka_lite.data.wsi import TILE, TILE_MPP, open_slide
-from peka_lite.experiments.folder import to_h5ad_values
 from peka_lite.probe._target_ranges import HIGH, LOW, shares_outside
 
 if TYPE_CHECKING:
@@ -296,3 +296,16 @@ def _read_ahead(
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def to_h5ad_values(value):
+    """Convert JSON values to types that .h5ad can store; None, empty, mixed and nested lists become JSON text."""
+    if isinstance(value, dict) and value and all(isinstance(k, str) and "/" not in k for k in value):
+        return {k: to_h5ad_values(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and value:
+        for kind in (str, int, float):
+            if all(type(v) is kind for v in value):
+                return np.array(value, dtype=object if kind is str else kind)
+    return json.dumps(value)

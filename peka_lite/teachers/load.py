@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from peka_lite._core.locks import lock
-from peka_lite.data.download import cache_dir, find_fetched
+from peka_lite._core.cache import cached
+from peka_lite.data.download import find_fetched
 from peka_lite.teachers._choices import TEACHERS
 
 
@@ -81,21 +82,13 @@ def load_teacher(name: str, **options):
 
 
 def embed_cohort(
-    teacher,
-    cohort,
-    *,
-    batch_size: int | None = None,
-    device: str | None = None,
-    cache: str | os.PathLike | None = None,
-    progress: bool = False,
-    **options,
+    teacher, cohort, *, batch_size: int | None = None, device: str | None = None, progress: bool = False, **options
 ) -> np.ndarray:
     """Embed a cohort slide by slide, each with all its genes, as (N, D_t) float32 in the cohort's row order.
 
-    Embeddings of a pretrained teacher are cached in `cache` (None: ``embeddings`` in the cache folder), one file per
-    slide. The file name contains a hash of counts, weights and settings. A stopped job resumes, and two jobs never
-    write the same file at once. Embeddings of a fitted teacher such as PCA are not cached. `options` are passed to
-    the teacher's `embed`, for example ``resolution="f1"``.
+    Embeddings of a pretrained teacher are cached by slide (``embeddings`` in the cache folder), named by a hash of
+    counts, weights and settings. A stopped job resumes. Embeddings of a fitted teacher such as PCA are not cached.
+    `options` are passed to the teacher's `embed`, for example ``resolution="f1"``.
 
     Examples
     --------
@@ -112,14 +105,15 @@ def embed_cohort(
     options |= {"device": device}
     if not hasattr(teacher, "cache_key"):
         return np.concatenate([teacher.embed(s.adata, batch_size=batch_size, **options) for s in cohort.slides])
-    folder = Path(cache) if cache is not None else cache_dir() / "embeddings"
-    folder.mkdir(parents=True, exist_ok=True)
+    run = options | {"batch_size": batch_size, "progress": progress}
     parts = []
     for slide in cohort.slides:
-        file = folder / f"{slide.id}_{teacher.cache_key(slide.adata, **options)}.npy"
-        if not file.is_file():
-            with lock(file.with_suffix("")):  # `embed` locks the file itself
-                if not file.is_file():
-                    teacher.embed(slide.adata, batch_size=batch_size, out=file, progress=progress, **options)
-        parts.append(np.load(file))
+        key = {"teacher": teacher.cache_key(slide.adata, **options)}
+        folder = cached("embeddings", key, partial(_embed_slide, teacher, slide, run), name=slide.id)
+        parts.append(np.load(folder / "E.npy"))
     return np.concatenate(parts)
+
+
+def _embed_slide(teacher, slide, options: dict, work: Path) -> dict:
+    teacher.embed(slide.adata, out=work / "E.npy", **options)
+    return {"teacher": repr(teacher), "slide": slide.id, "spots": slide.n_spots}

@@ -287,8 +287,8 @@ class _Attempt:
 
 def _used_cache(job: dict, *, since: float) -> bool:
     """Return whether all students of a run were in the cache, so that its run time is not representative."""
+    from peka_lite._core.cache import cache_dir
     from peka_lite._core.locks import RECORD
-    from peka_lite.data.download import cache_dir
     from peka_lite.experiments.config import WITH_STUDENT
 
     settings = job["settings"]
