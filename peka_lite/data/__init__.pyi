@@ -8,6 +8,7 @@ from .expression import (
     qc as qc,
     top_hvg as top_hvg,
 )
+from .features import read_features as read_features
 from .hest import (
     Cohort as Cohort,
     HestFormatError as HestFormatError,

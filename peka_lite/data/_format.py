@@ -125,7 +125,7 @@ def read_tile_barcodes(path: Path) -> pd.Index:
                 problem = f"{n_barcodes:,} barcodes for {len(img):,} tiles"
                 raise HestFormatError(path, problem, "There must be one barcode per tile")
             check_sizes(path, [file[key]])
-            barcodes = pd.Index([b.decode() if isinstance(b, bytes) else str(b) for b in np.ravel(file[key][()])])
+            barcodes = decode_text(file[key][()])
     except Hdf5Error as error:
         raise HestFormatError(error.path, error.problem, error.fix) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -136,6 +136,11 @@ def read_tile_barcodes(path: Path) -> pd.Index:
         twice = barcodes[barcodes.duplicated()][0]
         raise HestFormatError(path, f"barcode {twice!r} belongs to several tiles", "Barcodes must be unique")
     return barcodes
+
+
+def decode_text(values: np.ndarray) -> pd.Index:
+    """Return the texts of an HDF5 dataset of any shape, in one dimension."""
+    return pd.Index([value.decode() if isinstance(value, bytes) else str(value) for value in np.ravel(values)])
 
 
 def write_tiles(path: Path, tiles: Iterable[np.ndarray], barcodes: Sequence[str], corners: np.ndarray, *,
