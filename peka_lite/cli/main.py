@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {
         "run": _run, "train": _train, "embed": _embed, "predict": _predict, "map": _map, "add": _add,
         "export": _export, "sweep": _sweep,
-        "report": _report, "fetch": _fetch, "doctor": _doctor,
+        "report": _report, "fetch": _fetch, "cache": _cache, "doctor": _doctor,
     }[name]  # fmt: skip
     with exit_on_signals():
         try:
@@ -75,7 +75,8 @@ def _echo(*lines: object) -> None:
 def _run(*, out: str, maps: bool, **options) -> int:
     from peka_lite.experiments.config import RunConfig
 
-    config = RunConfig(**options)  # before PyTorch is imported, so that an invalid setting is refused at once
+    config = RunConfig(**options)
+    config.check()  # before PyTorch is imported, so that a wrong setting is refused at once
     from peka_lite.experiments.run import run
 
     summary = run(config, out, maps=maps, progress=True)
@@ -94,7 +95,8 @@ def _train(*, out: str, fold: int | None, **options) -> int:
     from peka_lite.experiments.config import RunConfig
 
     config = RunConfig(**options)
-    from peka_lite.experiments._train import train
+    config.check()
+    from peka_lite.experiments.run import train
 
     summary = train(config, out, fold=fold, progress=True)
     if summary:
@@ -102,7 +104,7 @@ def _train(*, out: str, fold: int | None, **options) -> int:
         drawn = " (synthetic: drawn tissue)" if summary["synthetic"] else ""
         _echo(
             f"{out}: {config.backbone} ({summary['weights']}), {how}, {summary['adapted_share']:.1%} of its weights; "
-            f"{summary['n_taught']} of {summary['n_spots']} spots of {config.cohort}{drawn}",
+            f"{summary['n_train']} of {summary['n_spots']} spots of {config.cohort}{drawn}",
             f"next: peka-lite predict SLIDE --model {shlex.quote(out)} --out genes.h5ad; "
             "`peka-lite run` measures how well it predicts",
         )
@@ -206,6 +208,17 @@ def _fetch(*, name: str | None, root: str | None) -> int:
             _echo(f"{entry.name:<20}{entry.kind:<12}{'fetched' if find_fetched(entry.name) else '':<9}{entry.title}")
         return 0
     _echo(fetch(name, root=root))
+    return 0
+
+
+def _cache(*, prune: float | None) -> int:
+    from peka_lite._core.cache import list_cache, prune_cache
+    from peka_lite._core.io import format_size
+
+    results = list_cache() if prune is None else prune_cache(days=prune)
+    for row in results.itertuples():
+        _echo(f"{row.kind:<12}{format_size(row.bytes):>10}  used {row.days:4.0f} days ago  {row.name}")
+    _echo(f"{len(results)} results, {format_size(results['bytes'].sum())}{'' if prune is None else ' removed'}")
     return 0
 
 

@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from types import NoneType
 
 from peka_lite import __version__
-from peka_lite._core.names import escape_control
+from peka_lite._core.names import did_you_mean, escape_control
 
-_HELP = {
-    "cohort": "'mini' (synthetic, embedded), a folder in HEST-1k's layout, or a fetched cohort",
-    "slides": "comma-separated slide ids; all by default",
-    "patients": "CSV file with columns id,patient; it overrides the cohort's own patients",
-    "protocol": "paper (its released code's folds), hest or strict; sets split, normalization, alpha, rows of each fit",
-    "features": "student, frozen+student, projector, or a control: teacher, color, coordinates, depth",
-    "teacher": "pca, scfoundation or scfoundation-mini (small, in the package)",
-    "teacher_checkpoint": "scFoundation's models.ckpt; the fetched one by default",
-    "teacher_genes": "scFoundation's gene list; the one beside the checkpoint or the fetched one by default",
-    "teacher_mapping": "HGNC's complete set, for Ensembl ids and aliases",
-    "backbone": "mini, uni, h-optimus-0, ... (see the book), or the YAML file of a custom one",
-    "method": "none, bone, lora, adalora or miss",
-    "split": "patient (by default), slide or spot",
-    "weights": "hub (the published ones; those of mini are in the package), a weights file, or random",
-    "r": "block size or rank; the backbone's by default",
-    "layers": "attention layer that gets adapters: qkv or proj",
-    "label_method": "knn-leiden or kmeans",
-    "resolution": "resolution of the Leiden clustering (1.0)",
-    "n_clusters": "number of k-means clusters (100)",
-    "kd_space": "embedding (the paper) or logits (the authors' code)",
-    "tau": "temperature of the distillation loss",
-    "kd_weight": "weight of the distillation loss",
-    "ce_weight": "weight of the pseudo-label loss",
-    "epochs": "passes over the training tiles",
-    "batch_size": "tiles per step",
-    "lr": "Adam's learning rate",
-    "augment": "mirror and rotate the tiles at random",
-    "micro_batch": "tiles at once on a device, for less memory; the whole batch by default",
-    "recompute": "recompute activations for their gradients: far less memory, a third more time",
-    "compile": "use torch.compile where it works",
-    "shuffle_teacher": "control: train each tile with another spot's expression",
-    "train_share": "share of the training spots to use (0 to 1)",
-    "normalization": "log1p-cp10k (by default) or log1p",
-    "n_genes": "how many highly variable genes are predicted",
-    "alpha": "probe's regularization strength: hest (HEST-bench's formula, by default), inner (on folds) or a number",
-    "n_splits": "number of folds",
-    "seed": "seed of every random choice",
-    "min_genes": "drop spots with fewer expressed genes",
-    "max_mito": "drop spots with a larger mitochondrial share of counts (0 to 1); none by default",
-    "device": "cpu, cuda, cuda:1, ...; a GPU where there is one by default",
-}
-_TYPES = {
-    "int": int,
-    "float": float,
-    "int | None": int,
-    "float | None": float,
-    "str | float | None": lambda v: v if v in ("hest", "inner") else float(v),
-}
+_RUN = {"metavar": "RUN", "help": "folder of `run` or `train`"}
+_DEVICE = {"metavar": "DEVICE", "help": "cpu, cuda, cuda:1, ...; a GPU where there is one by default"}
+_WEIGHTS = {"metavar": "WEIGHTS", "help": "source of the frozen weights: hub, a file, or random; the run's by default"}
+_BATCH = {"type": int, "default": 64, "metavar": "N", "help": "tiles at once (64)"}
+_FIRST = "the one trained on all spots, else that of fold 0"
 
 
 def parser(*, command: str | None = None) -> argparse.ArgumentParser:
@@ -67,44 +24,47 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"peka-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add(name: str, title: str, **options) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=title, allow_abbrev=False, **options)
+    def add(name: str, title: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=title, description=f"{title[0].upper()}{title[1:]}.", allow_abbrev=False,
+            epilog=f"example: peka-lite {name} {example}",
+        )  # fmt: skip
 
-    run = add("run", "run one experiment, from a cohort to a PCC table and maps", formatter_class=_Formatter)
+    run = add("run", "run one experiment, from a cohort to a table of scores and maps",
+              "--cohort breast --backbone uni --protocol strict --out runs/bone")  # fmt: skip
     run.add_argument("--no-maps", dest="maps", action="store_false", help="draw no maps")
-    train = add("train", "train one student and its probe, and save the model", formatter_class=_Formatter)
+    train = add("train", "train one student and its probe without scoring, and save the model",
+                "--cohort breast --backbone uni --out models/breast")  # fmt: skip
     train.add_argument("--fold", type=int, help="hold out the test spots of this fold; none by default", metavar="N")
     for experiment in (run, train):
+        experiment.add_argument("--out", required=True, help="folder to create", metavar="DIR")
         if experiment.prog.endswith(f" {command}"):
             _add_settings(experiment)
-        experiment.add_argument("--out", required=True, help="folder to create", metavar="DIR")
 
-    embed = add("embed", "write a student's features of every spot of a cohort")
-    embed.add_argument("--cohort", required=True, help=_HELP["cohort"], metavar="VALUE")
-    embed.add_argument("--slides", type=_slide_ids, help=_HELP["slides"], metavar="VALUE")
+    embed = add("embed", "write a student's features of every spot of a cohort",
+                "--cohort breast --model runs/bone --out breast.h5ad")  # fmt: skip
+    embed.add_argument("--cohort", required=True, help="mini, a folder in HEST-1k's layout, or a fetched cohort",
+                       metavar="COHORT")  # fmt: skip
+    embed.add_argument("--slides", type=_slide_ids, help="slide ids, comma-separated; all by default", metavar="ID,ID")
     embed.add_argument("--backbone", help="a frozen student, where no --model is given", metavar="NAME")
-    embed.add_argument("--min-genes", type=int, default=200, help=_HELP["min_genes"] + " (200)", metavar="N")
-    predict = add("predict", "predict genes over a whole-slide image, or at the spots of a HEST slide")
+    embed.add_argument("--min-genes", type=int, default=200, help="drop spots with fewer expressed genes (200)",
+                       metavar="N")  # fmt: skip
+    predict = add("predict", "predict genes over a whole-slide image, or at the spots of a HEST slide",
+                  "slide.svs --model runs/bone --out genes.h5ad")  # fmt: skip
     predict.add_argument("slide", help="image file, or id of a slide of --cohort", metavar="SLIDE")
-    predict.add_argument("--cohort", help="cohort of a slide id; the run's by default", metavar="VALUE")
+    predict.add_argument("--cohort", help="cohort of a slide id; the run's by default", metavar="COHORT")
     predict.add_argument("--mpp", type=float, help="microns per pixel, if the file does not have them", metavar="UM")
     predict.add_argument("--min-tissue", type=float, default=0.5, help="smallest share of tissue in a tile (0.5)",
                          metavar="SHARE")  # fmt: skip
-    by_default = {
-        embed: "the one trained on all spots, else fold 0",
-        predict: "the one that held out the slide, else as `embed`",
-    }
-    for user in (embed, predict):
-        user.add_argument("--model", required=user is predict, help="folder of `run` or `train`", metavar="RUN")
-        user.add_argument(
-            "--fold", type=int, help=f"fold whose model is used; by default {by_default[user]}", metavar="N"
-        )
-        user.add_argument("--weights", help="source of the frozen weights: hub, a file, or random", metavar="VALUE")
-        user.add_argument("--batch-size", type=int, default=64, help="tiles at once (64)", metavar="N")
-        user.add_argument("--device", help=_HELP["device"], metavar="VALUE")
+    for user, fold in ((embed, _FIRST), (predict, f"the one that held out the slide, else {_FIRST}")):
+        user.add_argument("--model", required=user is predict, **_RUN)
+        user.add_argument("--fold", type=int, help=f"fold whose model is used; by default {fold}", metavar="N")
+        user.add_argument("--weights", **_WEIGHTS)
+        user.add_argument("--batch-size", **_BATCH)
+        user.add_argument("--device", **_DEVICE)
         user.add_argument("--out", required=True, help=".h5ad file to write", metavar="FILE")
 
-    picture = add("map", "draw one predicted gene beside the H&E")
+    picture = add("map", "draw one predicted gene beside the H&E", "genes.h5ad --gene KRT8 --out KRT8.png")
     picture.add_argument("predictions", help=".h5ad file that `predict` wrote", metavar="FILE")
     picture.add_argument(
         "--gene",
@@ -113,7 +73,8 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     )
     picture.add_argument("--out", required=True, help="picture to write: .png, .svg or .pdf", metavar="FILE")
 
-    add_slide = add("add", "add a user's slide, with counts, to a cohort's folder")
+    add_slide = add("add", "add a slide with counts to a cohort's folder",
+                    "outs --image slide.tif --cohort own --id S1 --patient P1")  # fmt: skip
     add_slide.add_argument("counts", help="Space Ranger's outs folder, or an .h5ad of counts", metavar="OUTS")
     add_slide.add_argument("--image", required=True, help="the full-resolution image of the slide", metavar="FILE")
     add_slide.add_argument("--cohort", required=True, help="folder to add it to, created if missing", metavar="DIR")
@@ -123,18 +84,13 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     add_slide.add_argument("--mpp", type=_mpp, help=help_mpp, metavar="UM")
     add_slide.add_argument("--technology", default="Visium", help="Visium by default", metavar="NAME")
 
-    export = add("export", "write merged weights that timm loads, with a model card")
-    export.add_argument("model", help="folder of `run` or `train`", metavar="RUN")
-    export.add_argument(
-        "--fold",
-        type=int,
-        help="fold whose model is used; by default the one trained on all spots, else fold 0",
-        metavar="N",
-    )
-    export.add_argument("--weights", help="source of the frozen weights: hub, a file, or random", metavar="VALUE")
+    export = add("export", "write merged weights that timm loads, with a model card", "runs/bone --out exported")
+    export.add_argument("model", **_RUN)
+    export.add_argument("--fold", type=int, help=f"fold whose model is used; by default {_FIRST}", metavar="N")
+    export.add_argument("--weights", **_WEIGHTS)
     export.add_argument("--out", required=True, help="folder to create", metavar="DIR")
 
-    sweep = add("sweep", "execute many runs from one file, and tabulate the results")
+    sweep = add("sweep", "execute many runs from one file, and tabulate the results", "quick --workers 2")
     sweep.add_argument(
         "sweep", nargs="?", help="YAML file, or name of a ready sweep; lists those if omitted", metavar="SWEEP"
     )
@@ -145,37 +101,66 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
     sweep.add_argument("--scheduler", help="a Dask scheduler, to use its workers", metavar="ADDRESS")
     sweep.add_argument("--retry", type=int, default=0, help="further attempts for failed points (0)", metavar="N")
     sweep.add_argument("--dry-run", action="store_true", help="print what would run, and how long it took last time")
-    tables = add("report", "write tables and figures from run folders, with the paper's values beside them")
+    tables = add("report", "write tables and figures from run folders, with the paper's values beside them",
+                 "runs/* --out report")  # fmt: skip
     tables.add_argument("runs", nargs="+", help="run folders, or folders of run folders", metavar="RUN")
     tables.add_argument("--out", default="report", help="folder to create (report)", metavar="DIR")
-    get = add("fetch", "download a cohort, a checkpoint or a gene list")
+    get = add("fetch", "download a cohort, a checkpoint or a gene list", "breast")
     get.add_argument("name", nargs="?", help="what to fetch; lists all names if omitted", metavar="NAME")
     get.add_argument("--root", help="folder to put it in; the cache by default", metavar="DIR")
-    check = add("doctor", "check this machine: one line per subject, with a fix")
+    cache = add("cache", "list the cached embeddings, labels and students, or remove unused ones", "--prune 30")
+    cache.add_argument("--prune", type=float, help="remove what was not used for this many days", metavar="DAYS")
+    check = add("doctor", "check this machine: one line per subject, with a fix", "--offline")
     check.add_argument("--offline", action="store_true", help="do not check gated models on the hub")
     return top
 
 
 def _add_settings(experiment: argparse.ArgumentParser) -> None:
-    from peka_lite.experiments.config import RunConfig
+    """Add one option per setting, in groups by what it decides."""
+    from peka_lite.experiments.config import DECIDES, SETTINGS
 
-    for field in dataclasses.fields(RunConfig):
-        kind = _slide_ids if field.name == "slides" else _TYPES.get(field.type, str)
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.type == "bool":
-            experiment.add_argument(flag, action="store_true", help=_HELP[field.name])
+    groups = {what: experiment.add_argument_group(f"{what} ({words})") for what, words in DECIDES.items()}
+    for name, row in SETTINGS.items():
+        group, flag = groups[row.decides], f"--{name.replace('_', '-')}"
+        text = row.help.replace("%", "%%")
+        if bool in row.kinds:
+            group.add_argument(flag, action="store_true", help=text)
             continue
-        experiment.add_argument(flag, type=kind, default=field.default, help=_HELP[field.name], metavar="VALUE")
+        if row.choices:
+            text += f" ({', '.join(row.choices)})"
+        if row.default is not None:
+            text += f"; {row.default} by default"
+        metavar = row.metavar or name.upper().split("_")[-1]
+        group.add_argument(flag, type=_converter(row), default=row.default, help=text, metavar=metavar)
+
+
+def _converter(row):
+    """Return a function from an option's text to a value that `RunConfig` takes."""
+    kinds = [kind for kind in row.kinds if kind is not NoneType]
+    if kinds == [tuple]:
+        return _slide_ids
+    return _text_or_number if kinds == [str, float] else kinds[0]
+
+
+def _text_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         super().error(escape_control(message))  # the message repeats the arguments, which may be file names
 
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, True) else super()._get_help_string(action)
+    def parse_args(self, args=None, namespace=None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            subparser = self._subparsers._group_actions[0].choices[options.command]
+            name = unknown[0].partition("=")[0]
+            near = did_you_mean(name, subparser._option_string_actions) if name.startswith("-") else ""
+            subparser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return options
 
 
 def _mpp(text: str) -> float | str:

@@ -11,7 +11,8 @@ import numpy as np
 from peka_lite._core.hdf5 import read_obs
 from peka_lite.data.cohorts import cohort_root
 from peka_lite.data.hest import read_slide
-from peka_lite.experiments.model import load_trained, read_run
+from peka_lite.experiments.folder import RunFolder
+from peka_lite.experiments.model import load_trained
 from peka_lite.experiments.predict import check_prediction_file, predict_slide, predict_spots
 
 
@@ -86,7 +87,7 @@ def predict_from(
             raise ValueError(f"{slide} is an image file; a cohort can be given only with the id of a HEST slide")
         trained = load_trained(model, fold=fold, weights=weights, device=device)
         return predict_slide(slide, trained, out, mpp=mpp, min_tissue=min_tissue, **options)
-    config, _ = read_run(Path(model))
+    config = RunFolder.open(model).config
     root = cohort_root(cohort or config.cohort)
     if not (root / "st" / f"{slide}.h5ad").is_file():
         known = sorted(path.stem for path in (root / "st").glob("*.h5ad"))
@@ -113,7 +114,8 @@ def _find_root(cohort: str) -> Path | None:
 
 def fold_without(model: str | os.PathLike, slide: str) -> int | None:
     """Return the fold whose model was trained on no spot of a slide of the run's cohort; None if there is none."""
-    config, summary = read_run(Path(model))
+    run = RunFolder.open(model)
+    config, summary = run.config, run.summary
     if config.resolve_protocol().student == "all":
         return None
     if "held_out" in summary:

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from peka_lite._core._file_kinds import parse_json, read_text
 from peka_lite._core._yaml import read_yaml
 from peka_lite._core.names import escape_markdown, inline_code
 from peka_lite._core.untrusted_files import check_name, check_values, file_inside, folder_inside, read_json_inside
 
 RUN_FILES = ("config.yml", "summary.json", "slides.parquet")
 LONGEST_NAME = 240  # bytes of a point's name, so that `.partial` can be added
+_LARGEST_JSON = 2**24  # bytes
 _MAX_SCALARS = 10_000  # in a notebook's summary, each a column of a report
 
 
@@ -143,7 +145,7 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
         record = _read_record(folder, name)
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
-        if (folder / name).is_dir() and _is_finished(folder_inside(folder, name), notebook):
+        if (folder / name).is_dir() and not explain_incomplete(folder_inside(folder, name), notebook is not None):
             finished.append(name)
         elif record.get("state") == "failed":
             missing[name] = f"failed: {record.get('last_line', '')}"
@@ -153,12 +155,6 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
         folder=folder, title=title, notebook=notebook, varied=varied, points=points, finished=tuple(finished),
         missing=missing, seconds=seconds,
     )  # fmt: skip
-
-
-def _is_finished(folder: Path, notebook: str | None) -> bool:
-    if notebook is None:
-        return (folder / "summary.json").is_file()
-    return any("summary.json" in names for _, names in _walk(folder))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:
@@ -190,3 +186,25 @@ def _read_scalars(folder: Path, *, within: Path) -> dict:
     if len(scalars) > _MAX_SCALARS:
         raise ValueError(f"{path} holds {len(scalars):,} values; a report takes at most {_MAX_SCALARS:,}")
     return scalars
+
+
+def explain_incomplete(folder: Path, notebook: bool) -> str | None:
+    """Explain why a point's folder is incomplete; return None if it has a complete ``summary.json``."""
+    summaries = sorted(folder.rglob("summary.json")) if notebook else [folder / "summary.json"]
+    if not summaries or not summaries[0].is_file():
+        return "no summary.json was written, which marks a complete run; a notebook may write its own"
+    for path in summaries:
+        if not read_json(path):
+            return f"{path.relative_to(folder)} is truncated or not a mapping with entries"
+    if notebook and (partial := next((p for p in sorted(folder.rglob("*.partial"))), None)):
+        return f"{partial.relative_to(folder)} is unfinished"
+    return None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON mapping; return an empty one if the file is missing, truncated, too large or not a mapping."""
+    try:
+        content = parse_json(read_text(path, longest=_LARGEST_JSON))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -159,7 +159,7 @@ class RunConfig(BaseModel):
     seed: int = setting(0, "seed of every random choice", "student", metavar="N", ge=0, le=2**32 - 1)
     features: str = setting(
         "student", "input of the probe: the student's output, with the frozen student's before it (frozen+), projected "
-        "to the teacher's space (projector), a control, or a file or folder of features made elsewhere (`read_features`)",
+        "to the teacher's space (projector), a control, or a file or folder of features made elsewhere",
         "probe", choices=FEATURES, metavar="KIND|FILE", path=True,
     )  # fmt: skip
     normalization: str | None = setting(

@@ -25,6 +25,7 @@ from peka_lite.adapters._choices import METHODS
 from peka_lite.backbones.custom import restore_backbone, save_backbone
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS
+from peka_lite.experiments._sweep_folder import RUN_FILES
 from peka_lite.experiments._tables import METRICS, MOMENTS, TRAINING, read_csv_table, read_parquet_table
 from peka_lite.experiments._unfinished import COMMAND, SETTINGS, SUMMARY, explain_missing, remake_command
 from peka_lite.experiments.config import FEATURES, RunConfig, update_words
@@ -288,9 +289,6 @@ class RunFolder:
                 if not existed:
                     shutil.rmtree(work, ignore_errors=True)
                 raise
-
-
-RUN_FILES = (SETTINGS, SUMMARY, "slides.parquet")
 
 
 def write_summary(summary: dict, work: Path) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -15,43 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from peka_lite._core._file_kinds import parse_json, read_text
-from peka_lite._core._yaml import LARGEST, is_line, read_yaml
 from peka_lite._core.device import default_device
-from peka_lite._core.names import read_metrics
 from peka_lite._core.untrusted_files import file_inside
 from peka_lite.adapters.adapt import adapter_state, merge
 from peka_lite.adapters.files import backbone_fingerprint, load_adapter, read_adapter_info
 from peka_lite.backbones._packaged import find_packaged
-from peka_lite.backbones.custom import PACKAGED_NAMES, ROW_FILE, is_backbone_file, restore_backbone
+from peka_lite.backbones.custom import PACKAGED_NAMES, ROW_FILE
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.backbones.load import find_cached_weights, load_backbone
 from peka_lite.backbones.registry import BACKBONES
-from peka_lite.experiments._unfinished import PARTIAL, explain_missing, remake_command
-from peka_lite.experiments.config import RunConfig, check_field, update_words
-from peka_lite.probe.files import TENSORS, Probes, load_probes
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.folder import RunFolder
+from peka_lite.probe.files import TENSORS, Probes
 from peka_lite.probe.pca_ridge import PCARidge
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float)  # including NaN: the confidence interval of one patient is undefined
-
-
-_SUMMARY = {  # field of summary.json -> check of values other than None, description of valid values
-    "n_spots": (lambda value: type(value) is int and value >= 0, "a whole number"),
-    "n_taught": (lambda value: type(value) is int and value >= 0, "a whole number"),
-    **dict.fromkeys(("mean_pcc", "ci_low", "ci_high"), (_is_number, "a number")),
-    "mean_pcc_per_fold": (
-        lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of numbers"
-    ),
-    **dict.fromkeys(("synthetic", "one_patient"), (lambda value: type(value) is bool, "true or false")),
-    **dict.fromkeys(("unit", "data_fingerprint", "weights"), (is_line, "text of one line")),
-    "slides": (lambda value: isinstance(value, list) and all(type(v) is str for v in value), "a list of names"),
-    "versions": (
-        lambda value: isinstance(value, dict) and all(map(is_line, (*value, *value.values()))),
-        "names of packages with their versions",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,10 +97,9 @@ class TrainedModel:
     @property
     def gene_pcc(self) -> np.ndarray:
         """Return each gene's PCC (genes,) on the fold's test spots; NaN if the folder has no scores of the fold."""
-        table = self.folder / "metrics.csv"
-        if self.fold is None or not table.is_file():
+        if self.fold is None or not (self.folder / "metrics.csv").is_file():
             return np.full(len(self.genes), np.nan)
-        scores = read_metrics(table)
+        scores = RunFolder(self.folder, self.config, self.summary, self.folder).metrics()
         return scores[scores["fold"] == self.fold].set_index("gene")["pcc"].reindex(self.genes).to_numpy(dtype=float)
 
     @property
@@ -202,14 +176,14 @@ def load_trained(
     Traceback (most recent call last):
     ValueError: student has no fold 2; it has models of fold0, fold1
     """
-    folder = Path(folder)
-    config, summary = read_run(folder)
+    run = RunFolder.open(folder)
+    folder, config, summary = run.path, run.config, run.summary
     if config.features not in ("student", "frozen+student"):
         raise ValueError(
             f"{folder} has features {config.features!r}, of which no model is saved; "
             "give a run with features 'student' or 'frozen+student'"
         )
-    probes = load_probes(file_inside(folder, "probe.safetensors"))
+    probes = run.probes()
     fold = _select_fold(folder, probes, fold)
     probe, genes = probes.probes[_fold_name(fold)]
     _require_same(folder / "probe.safetensors", "normalization", probes.normalization, config.normalization)
@@ -254,35 +228,6 @@ def load_trained(
     )
 
 
-def read_run(folder: Path) -> tuple[RunConfig, dict]:
-    """Read the settings and summary of a finished run or training; cohort and teacher may be absent."""
-    needs = ("config.yml", "summary.json")
-    if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in needs):
-        raise FileNotFoundError(explain_missing(folder, needs=needs, kind="run or training"))
-    restore_backbone(folder)
-    fields, summary = (_parse_file(file_inside(folder, name, largest=2**24)) for name in needs)
-    defaults = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    if not isinstance(fields, dict) or (unknown := fields.keys() - defaults.keys()):
-        problem = f"unknown settings {', '.join(sorted(unknown))}" if isinstance(fields, dict) else "no settings"
-        raise ValueError(f"{folder / 'config.yml'} has {problem}; give a folder written by this version of peka_lite")
-    if not isinstance(summary, dict):
-        raise ValueError(f"{folder / 'summary.json'} is not a mapping; remove the folder and run the command again")
-    # RunConfig() would require the cohort, the teacher's files and the GPU of the run, so only the fields are checked.
-    config = object.__new__(RunConfig)
-    for name, value in (defaults | fields).items():
-        try:
-            check_field(name, value)
-            if name == "backbone" and is_backbone_file(value):
-                raise ValueError(f"backbone is the name of a backbone defined in {ROW_FILE}, not a file: {value!r}")
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.yml'}: {error}") from None
-        object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
-    for name, (is_valid, description) in _SUMMARY.items():
-        if (value := summary.get(name)) is not None and not is_valid(value):
-            raise ValueError(f"{folder / 'summary.json'}: {name} must be {description}, not {repr(value)[:120]}")
-    return config, update_words(summary)
-
-
 def _find_weights(folder: Path, config: RunConfig) -> str | Path:
     """Return the source of a run's frozen weights; for a backbone defined in its folder, only a local one."""
     row = BACKBONES[config.backbone]
@@ -294,17 +239,6 @@ def _find_weights(folder: Path, config: RunConfig) -> str | Path:
             "download them with --weights hub (weights='hub') or give a copy with --weights FILE"
         )
     return path
-
-
-def _parse_file(path: Path):
-    try:
-        if path.suffix == ".yml":
-            return read_yaml(path)
-        return parse_json(read_text(path, longest=LARGEST))
-    except ValueError:
-        raise ValueError(
-            f"{path} is truncated or damaged; remove its folder and run `{remake_command(path.parent)}`"
-        ) from None
 
 
 def _select_fold(folder: Path, probes: Probes, fold: int | None) -> int | None:

@@ -27,18 +27,11 @@ from peka_lite.data.expression import expression_targets, top_hvg
 from peka_lite.data.features import read_features
 from peka_lite.data.hest import Cohort
 from peka_lite.evaluation.ceiling import expression_ceiling
-from peka_lite.evaluation.evaluate import (
-    Evaluation,
-    LeakChecker,
-    choose_alpha,
-    evaluate,
-    left_out_sets,
-    mean_scores,
-    training_rows,
-)
+from peka_lite.evaluation.evaluate import Evaluation, choose_alpha, evaluate, left_out_sets
 from peka_lite.evaluation.folds import protocol_folds
+from peka_lite.evaluation.leaks import LeakChecker, training_rows
 from peka_lite.evaluation.protocols import Protocol
-from peka_lite.evaluation.scores import bootstrap_interval
+from peka_lite.evaluation.scores import bootstrap_interval, mean_scores
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.features import Features, select_training_spots
 from peka_lite.experiments.folder import RunFolder, write_metrics, write_summary
@@ -187,8 +180,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         Y = expression_targets(this.cohort.adata, genes, method=this.protocol.normalization)
         alpha = this.protocol.alpha
         if inner:
-            alpha = choose_alpha(left_out, this.cohort, this.folds, this.X, Y, protocol=this.protocol,
-                                 train_mask=this.train_mask)  # fmt: skip
+            alpha = choose_alpha(left_out, this.X, this.checker, Y=Y)
         this.stage.text = "fitting the probe"
         in_training = np.isin(np.arange(len(this.cohort)), rows)
         moments = gather(this.X(rows).values, Y, np.where(in_training, 0, -1)).over([0])
@@ -217,6 +209,7 @@ class _Experiment:
     folds: list[tuple[np.ndarray, np.ndarray]]
     protocol: Protocol
     train_mask: np.ndarray
+    checker: LeakChecker | None
     features: Features
     X: object  # input of `evaluate`: the method `Features.for_fold`, or an array read from a file
     processes: Processes
@@ -276,11 +269,12 @@ def _start(config: RunConfig, out: str | os.PathLike, *, command: str, progress:
             cohort, X = read_features(config.features, cohort)
         stage.text = "checking the folds"
         protocol = config.resolve_protocol()
-        splits = []
+        splits, checker = [], None
+        train_mask = select_training_spots(cohort, config.train_share, config.seed)
         if command != "train" or protocol.alpha == "inner":
             splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
-            LeakChecker(cohort, splits, protocol)  # before any work, raises for folds that violate the protocol
-        train_mask = select_training_spots(cohort, config.train_share, config.seed)
+            # Before any work, raises for folds that violate the protocol.
+            checker = LeakChecker(cohort, splits, protocol, train_mask=train_mask)
         features = Features(
             config, cohort, train_mask=train_mask, scratch=work / "scratch", device=device, processes=processes,
             progress=progress,
@@ -288,7 +282,7 @@ def _start(config: RunConfig, out: str | os.PathLike, *, command: str, progress:
         coverage = features.coverage()  # raises for a teacher that does not match the data
         X = features.for_fold if X is None else X
         yield _Experiment(
-            config, work, cohort, splits, protocol, train_mask, features, X, processes, stage, coverage, start
+            config, work, cohort, splits, protocol, train_mask, checker, features, X, processes, stage, coverage, start
         )
 
 

@@ -12,17 +12,14 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite.evaluation.scores import bootstrap_interval
+from peka_lite.experiments.config import settings_deciding
 from peka_lite.reports.runs import CONTROLS, ELSEWHERE, METHODS, Run, format_seeds, group_runs, row_label, widest_seeds
 
 UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")  # labels of runs without a trained student
 ROW = ("protocol", "method", "features", "shuffle_teacher", "backbone")  # settings shown by a row or a title
 OF_PROTOCOL = ("split", "normalization", "alpha")
-# Settings that only affect a trained student: `cache.TRAINING`, its teacher, and how batches fit in memory.
-TRAINED = (
-    "r", "layers", "teacher", "teacher_checkpoint", "teacher_genes", "teacher_mapping", "label_method", "resolution",
-    "n_clusters", "kd_space", "tau", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "augment", "micro_batch",
-    "recompute", "compile",
-)  # fmt: skip
+#: Settings without effect where no student is trained.
+TRAINED = tuple(set(settings_deciding("student", "memory")) - {*ROW, *ELSEWHERE, "weights", "seed"})
 _SAME_IN_COHORT = ("data_fingerprint", "n_splits", "seed", "n_genes", "train_share", "epochs", "teacher")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite._core.io import report_full_disk, write_file
-from peka_lite._core.names import read_metrics, write_spreadsheet_csv
+from peka_lite._core.names import write_spreadsheet_csv
 from peka_lite.evaluation.scores import pool_pcc
 from peka_lite.experiments._sweep_folder import SweepFolder
 from peka_lite.experiments.config import OLD_FEATURES
@@ -96,9 +96,8 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     """
     names, parts = _varying_settings(runs, sweeps), []
     for run in runs:
-        path = run.folder and run.folder / "metrics.csv"
-        if path and path.is_file():
-            table = read_metrics(path, within=run.within).replace({"features": OLD_FEATURES})
+        if run.files is not None:
+            table = run.files.metrics().replace({"features": OLD_FEATURES})
         else:
             table = pool_pcc(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]

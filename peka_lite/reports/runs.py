@@ -11,33 +11,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._core.names import short_name
-from peka_lite._core.untrusted_files import file_inside, folder_inside, read_json_inside, read_yaml_inside
-from peka_lite.evaluation.scores import MOMENTS
-from peka_lite.experiments._sweep_folder import RUN_FILES, is_sweep, read_sweep_folder
-from peka_lite.experiments._unfinished import PARTIAL, SETTINGS, SUMMARY, explain_missing, remake_command
-from peka_lite.experiments.config import FEATURES, WITH_STUDENT, update_words
+from peka_lite._core.locks import PARTIAL
+from peka_lite.data._choices import NORMALIZATIONS
+from peka_lite.evaluation.protocols import PROTOCOLS as KNOWN_PROTOCOLS
+from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
+from peka_lite.experiments.config import WITH_STUDENT, update_words
+from peka_lite.experiments.folder import RunFolder
 
-PROTOCOLS = ("paper", "hest", "strict", "custom")
-TARGETS = ("log1p-cp10k", "log1p")
+PROTOCOLS = (*KNOWN_PROTOCOLS, "custom")
+TARGETS = NORMALIZATIONS
 COHORTS = ("breast", "kidney", "liver", "lung")
 BACKBONES = {"resnet50": "ResNet-50", "ctranspath": "CTransPath", "uni": "UNI", "h-optimus-0": "H-optimus-0"}
 METHODS = {"none": "frozen", "bone": "Bone", "lora": "LoRA", "adalora": "AdaLoRA", "miss": "MiSS"}
 CONTROLS = {"color": "color and texture", "coordinates": "coordinates", "depth": "total count"}
 INTERVALS = "95% confidence intervals: Student's t times a bootstrap standard error over patients (or slides) and genes"
 SPLITS = {"patient": "patients held out", "slide": "sections held out", "spot": "random spots held out"}
-_UNITS = ("slide", "patient")
-# Fields of summary.json: their allowed values, or their type.
-_FIELDS = {
-    "protocol": PROTOCOLS, "method": METHODS, "features": FEATURES, "shuffled": bool, "backbone": str, "cohort": str,
-    "split": SPLITS, "normalization": TARGETS, "scores": dict, "ceiling": dict, "unit": _UNITS, "one_patient": bool,
-    "synthetic": bool, "slides": list, "data_fingerprint": str,
-}  # fmt: skip
-_SETTINGS = {"cohort": str, "seed": int, "weights": str, "teacher": str, "slides": list | None}  # of config.yml
-_COLUMNS = {"normalization": str, "fold": int, **dict.fromkeys(("slide", "patient", "gene"), str)}  # of slides.parquet
-_COLUMNS |= dict.fromkeys(MOMENTS, float)
-_LARGEST_MOMENTS = 2**30  # bytes; 20,000 genes on 100 slides in 5 folds take 900 MB
-_CODECS, _ENCODINGS = {"SNAPPY", "UNCOMPRESSED"}, {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 ELSEWHERE = ("cohort", "slides", "patients", "device")  # covered by the data fingerprint, or without effect on scores
 
 
@@ -47,27 +35,24 @@ class Run:
 
     Attributes
     ----------
-    folder
-        Folder of the run; None for a mean over seeds.
+    files
+        The run's files; None for a mean over seeds.
     points
         The sweep points of the run; several if they have the same run.
     varied
         Settings of these points, as far as they agree.
     parts
         The run of each seed, for a mean over seeds (`average_seeds`).
-    within
-        Folder passed by the user; links in `folder` must not lead out of it.
     """
 
     name: str
     config: dict
     summary: dict
     moments: pd.DataFrame
-    folder: Path | None = None
+    files: RunFolder | None = None
     points: tuple[str, ...] = ()
     varied: dict = dataclasses.field(default_factory=dict)
     parts: tuple[Run, ...] = ()
-    within: Path | None = None
 
     def score(self, how: str = "pooled", *, normalization: str | None = None) -> dict:
         """Return pcc, ci_low, ci_high and per_fold, on the protocol's targets by default."""
@@ -137,8 +122,8 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
             candidates += [(path, folder, (point,), sweep.points[point]) for point, path in sweep.run_folders()]
             continue
         subfolders = []
-        if folder.is_dir() and not _is_run(folder):
-            subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        if folder.is_dir() and not RunFolder.is_run(folder):
+            subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and RunFolder.is_run(path))
         candidates += [(path, folder, (), {}) for path in subfolders or [folder]]
     if not candidates and not sweeps:
         raise ValueError("a report needs at least one run folder")
@@ -154,7 +139,9 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
         if (first := runs.setdefault(key, run)) is run:
             continue
         if not (first.points or points):
-            raise ValueError(f"{first.folder} and {folder} are the same run (same settings, same data); leave one out")
+            raise ValueError(
+                f"{first.files.path} and {folder} are the same run (same settings, same data); leave one out"
+            )
         varied = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
         points = tuple(dict.fromkeys(first.points + points))
         runs[key] = dataclasses.replace(first, points=points, varied=varied)
@@ -182,7 +169,12 @@ def row_label(run: Run) -> str:
         return CONTROLS[features]
     if features == "teacher":
         return "teacher (upper line)"
-    name = {"frozen+student": f"[frozen, {method}]", "projector": f"{method}, projector"}.get(features, method)
+    if features == "file":
+        return f"file {Path(run.config['features']).name}"
+    name = {
+        "frozen+student": f"[frozen, {method}]", "projector": f"{method}, projector",
+        "frozen+projector": f"[frozen, {method} projector]",
+    }.get(features, method)  # fmt: skip
     return f"{name}, shuffled teacher" if run.summary["shuffled"] else name
 
 
@@ -192,8 +184,8 @@ def sort_rows(runs: Iterable[Run]) -> list[Run]:
     def row_order(run):
         features, shuffled = run.summary["features"], run.summary["shuffled"]
         method = list(METHODS).index(run.summary["method"])
-        if features in CONTROLS:
-            return 0, 0, list(CONTROLS).index(features)
+        if features in (*CONTROLS, "file"):
+            return 0, 0, [*CONTROLS, "file"].index(features)
         if features == "teacher":
             return 4, 0, method
         return 1 if shuffled else 2, WITH_STUDENT.index(features), method
@@ -292,126 +284,6 @@ def group_runs(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ())
     return {name: group for name, group in grouped.items() if group}
 
 
-def _is_run(folder: Path) -> bool:
-    return folder.name.endswith(PARTIAL) or any((folder / name).is_file() for name in (SETTINGS, SUMMARY))
-
-
 def _read_run(folder: Path, within: Path) -> Run:
-    if folder != within:
-        folder_inside(folder, within=within)
-    if folder.name.endswith(PARTIAL) or not all((folder / name).is_file() for name in RUN_FILES):
-        raise FileNotFoundError(explain_missing(folder, needs=RUN_FILES, kind="run"))
-    for name in (*RUN_FILES, "metrics.csv"):
-        if name in RUN_FILES or (folder / name).exists():
-            file_inside(folder, name, within=within)
-    try:
-        summary = read_json_inside(folder, "summary.json", within=within)
-        config = read_yaml_inside(folder, "config.yml", within=within)
-        moments = _read_moments(file_inside(folder, "slides.parquet", within=within, largest=_LARGEST_MOMENTS))
-        if not (isinstance(summary, dict) and isinstance(config, dict)):
-            raise ValueError("its settings or its summary are not a mapping")
-        summary, config = update_words(summary), update_words(config)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{folder}: cannot read a file of the run ({reason}); remove the folder and run `{remake_command(folder)}`"
-        ) from None
-    if missing := [field for field in _FIELDS if field not in summary]:
-        raise ValueError(f"{folder / 'summary.json'}: no {', '.join(missing)}; it has an older format, repeat the run")
-    if problem := _find_invalid(config, summary, moments):
-        raise ValueError(f"{folder}: {problem}; `peka-lite run` does not write this, repeat the run")
-    return Run(folder.resolve().name, config, summary, moments, folder, within=within)
-
-
-def _read_moments(path: Path) -> pd.DataFrame:
-    """Read the known columns of ``slides.parquet``, after checking the sizes in its metadata."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile, read_metadata
-
-    try:
-        metadata = read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
-        for name, kind in _COLUMNS.items():
-            if schema.names.count(name) != 1 or not _has_type(schema.field(name).type, kind):
-                raise ValueError(f"column {name} is missing, duplicated, or not of type {kind.__name__}")
-        groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
-        parts = [group.column(k) for group in groups for k in range(group.num_columns)]
-        known = [part for part in parts if part.path_in_schema in _COLUMNS]
-        if any(part.compression not in _CODECS or not {*part.encodings} <= _ENCODINGS for part in known):
-            raise ValueError("its compression or encoding is not one that runs write")
-        # Moments are 8-byte numbers that hardly compress.
-        rows, size = sum(group.num_rows for group in groups), path.stat().st_size
-        if rows > max(2**20, size // 16):
-            raise ValueError(f"its {size:,} bytes cannot hold the {rows:,} rows of its metadata")
-        with ParquetFile(path, read_dictionary=[name for name, kind in _COLUMNS.items() if kind is str]) as file:
-            table = file.read(columns=list(_COLUMNS), use_threads=False)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    columns = {}
-    for name, kind in _COLUMNS.items():
-        column = table.column(name)
-        if kind is not float and column.null_count:
-            raise ValueError(f"{path}: column {name} has missing values")
-        columns[name] = column.to_pandas()
-        if kind is str:
-            categories = columns[name].cat.categories
-            if len(table) * max(map(len, categories), default=0) > 2**32:
-                raise ValueError(f"{path}: names in column {name} are too long")
-            columns[name] = pd.Series(categories.to_numpy(dtype=object)[columns[name].cat.codes])
-    return pd.DataFrame(columns)
-
-
-def _has_type(arrow_type, kind: type) -> bool:
-    import pyarrow.types as types
-
-    if kind is str:
-        arrow_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
-        return types.is_string(arrow_type) or types.is_large_string(arrow_type)
-    return types.is_integer(arrow_type) or (kind is float and types.is_floating(arrow_type))
-
-
-def _find_invalid(config: dict, summary: dict, moments: pd.DataFrame) -> str | None:
-    """Describe the first value of a run that a report cannot use; None if all are valid."""
-    for fields, known, file in ((summary, _FIELDS, "summary.json"), (config, _SETTINGS, "config.yml")):
-        for name, allowed in known.items():
-            value = fields.get(name)
-            is_type = not isinstance(allowed, tuple | dict)
-            if not (_is_instance(value, allowed) if is_type else isinstance(value, str) and value in allowed):
-                return f"{name} in {file} is {_shorten(value)}"
-    for name, value in config.items():
-        if not isinstance(name, str) or not all(map(_is_scalar, value if isinstance(value, list) else [value])):
-            return f"{name!r} in config.yml is {_shorten(value)}"
-    if not all(isinstance(slide, str) for slide in [*summary["slides"], *(config.get("slides") or ())]):
-        return "slides are not strings"
-    for fields, name in ((config, "train_share"), (summary, "seconds")):
-        if name in fields and not _is_number(fields[name]):
-            return f"{name} is {_shorten(fields[name])}"
-    for target in TARGETS:
-        ceiling, scores = summary["ceiling"].get(target), summary["scores"].get(target)
-        if not (isinstance(ceiling, dict) and isinstance(ceiling.get("basis"), str) and _is_number(ceiling.get("pcc"))):
-            return f"ceiling of {target} in summary.json is {_shorten(ceiling)}"
-        for how in ("pooled", "slides"):
-            score = scores.get(how) if isinstance(scores, dict) else None
-            numbers = [score.get(k) for k in ("pcc", "ci_low", "ci_high")] if isinstance(score, dict) else [None]
-            folds = score.get("per_fold") if isinstance(score, dict) else None
-            if not (all(map(_is_number, numbers)) and isinstance(folds, list) and all(map(_is_number, folds))):
-                return f"the {how} score of {target} in summary.json is {_shorten(score)}"
-        if not (moments["normalization"] == target).any():
-            return f"no row of {target} in slides.parquet"
-    return None
-
-
-def _shorten(value: object) -> str:
-    return short_name(repr(value), longest=80)
-
-
-def _is_instance(value: object, kind) -> bool:
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_instance(value, int | float)
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, str | int | float | None)
+    files = RunFolder.open(folder, kind="run", within=within)
+    return Run(folder.resolve().name, files.config.as_dict(), files.summary, files.moments(), files)

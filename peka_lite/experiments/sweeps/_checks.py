@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from peka_lite._core.names import did_you_mean
-from peka_lite.experiments.config import RunConfig, check_field
+from peka_lite.experiments.config import SETTINGS, check_field
 from peka_lite.experiments.sweeps._notebook import read_parameters
 
 KEYS = ("title", "notebook", "memory", "fixed", "grid", "zip", "list", "exclude")
-_FIELDS = tuple(field.name for field in dataclasses.fields(RunConfig))
 
 
 def check_shape(fields: dict) -> None:
@@ -61,7 +59,7 @@ def make_checker(notebook: Path | None) -> Callable[[str, object], None]:
     if notebook is None:
 
         def check_setting(name: str, value) -> None:
-            _check_known(name, _FIELDS, "setting")
+            _check_known(name, SETTINGS, "setting")
             check_field(name, value)
 
         return check_setting
@@ -73,9 +71,9 @@ def make_checker(notebook: Path | None) -> Callable[[str, object], None]:
     def check_parameter(name: str, value) -> None:
         _check_known(name, parameters, f"parameter of {notebook.name}")
         parameters[name].check(name, value)
-        if uses_package and name in _FIELDS:
+        if uses_package and name in SETTINGS:
             check_field(name, value)
-        elif uses_package and isinstance(value, list) and str(name).removesuffix("s") in _FIELDS:  # such as methods
+        elif uses_package and isinstance(value, list) and str(name).removesuffix("s") in SETTINGS:  # such as methods
             for one in value:
                 check_field(name.removesuffix("s"), one)
 

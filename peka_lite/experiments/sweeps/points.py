@@ -16,21 +16,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from peka_lite._core._file_kinds import parse_json, read_text
 from peka_lite._core._signals import exit_on_signals
-from peka_lite._core._yaml import read_yaml
 from peka_lite._core.io import write_file_atomically
 from peka_lite._core.locks import lock_output_folder
 from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
 from peka_lite._core.progress import format_duration
+from peka_lite.experiments._sweep_folder import explain_incomplete, read_json
 from peka_lite.experiments.config import update_words
+from peka_lite.experiments.folder import RunFolder
 from peka_lite.experiments.sweeps.read import Point, Sweep
 
 _COST = ("epochs", "n_splits", "train_share", "batch_size")  # numeric settings that affect the run time
 STATES = ("done", "failed", "unfinished", "missing")
 LONGEST_LINE = 1000  # characters of a log line that are shown
-LARGEST_JSON = 2**24  # bytes
 
 
 def build_job(sweep: Sweep, point: Point) -> dict:
@@ -118,8 +117,8 @@ def read_finished(out: Path, job: dict) -> dict | None:
     if not folder.is_dir() or explain_incomplete(folder, notebook is not None):
         return None
     record = read_json(folder / "point.json")
-    if not record and notebook is None and (config := folder / "config.yml").is_file():  # by `peka-lite run`
-        record = {"settings": read_yaml(config)}
+    if not record and notebook is None:  # by `peka-lite run`
+        record = {"settings": RunFolder.open(folder).config.as_dict()}
     expected = _build_record(job)
     settings = record.get("settings")
     if not isinstance(settings, dict) or (record.get("code") is None) != (expected["code"] is None):
@@ -206,19 +205,6 @@ def describe_outdated(states: pd.DataFrame) -> str:
     """Describe how many points are from an earlier version of the notebook."""
     n = int(states["older"].sum())
     return f"{n} of them by an earlier version of the notebook's code; remove their folders to run them again"
-
-
-def explain_incomplete(folder: Path, notebook: bool) -> str | None:
-    """Explain why a point's folder is incomplete; return None if it has a complete ``summary.json``."""
-    summaries = sorted(folder.rglob("summary.json")) if notebook else [folder / "summary.json"]
-    if not summaries or not summaries[0].is_file():
-        return "no summary.json was written, which marks a complete run; a notebook may write its own"
-    for path in summaries:
-        if not read_json(path):
-            return f"{path.relative_to(folder)} is truncated or not a mapping with entries"
-    if notebook and (partial := next((p for p in sorted(folder.rglob("*.partial"))), None)):
-        return f"{partial.relative_to(folder)} is unfinished"
-    return None
 
 
 def write_record(out: Path, job: dict, **record) -> dict:
@@ -341,15 +327,6 @@ def _kill_children() -> None:
 
 def _build_record(job: dict) -> dict:
     return {"settings": job["settings"], "code": (job["notebook"] or {}).get("code")}
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON mapping; return an empty one if the file is missing, truncated, too large or not a mapping."""
-    try:
-        content = parse_json(read_text(path, longest=LARGEST_JSON))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

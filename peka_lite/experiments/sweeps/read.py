@@ -14,7 +14,7 @@ from pathlib import Path
 from peka_lite._core._yaml import parse_yaml, read_yaml
 from peka_lite._core.names import did_you_mean, short_name
 from peka_lite.backbones.custom import is_backbone_file
-from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.config import FEATURES, SETTINGS, RunConfig
 from peka_lite.experiments.sweeps._checks import (
     KEYS,
     check_excluded,
@@ -26,8 +26,8 @@ from peka_lite.experiments.sweeps._checks import (
 from peka_lite.experiments.sweeps._grids import count_points, expand, matches, unique_names
 
 PRESETS = Path(__file__).with_name("presets")  # table1, table2, ablations, quick
-_PATHS = ("backbone", "cohort", "patients", "weights", "teacher_checkpoint", "teacher_genes", "teacher_mapping")
-_NO_PATHS = ("mini", "hub", "random")
+_PATHS = tuple(name for name, row in SETTINGS.items() if row.path)
+_NO_PATHS = ("mini", "hub", "random", *FEATURES)
 LONGEST = 2000  # characters of a title or an error message
 
 
@@ -256,11 +256,11 @@ def _apply_fixed(axes: dict, fixed: Mapping) -> None:
 
 def _complete_settings(name: str, given: dict) -> dict:
     try:
-        settings = RunConfig(**given).as_dict()
+        config = RunConfig(**given)
+        config.check()
     except (ValueError, OSError) as error:
         raise type(error)(f"point {name}: {error}") from None
-    # The point's process has not registered a custom backbone, so it needs the file instead of the name.
-    return settings | ({"backbone": given["backbone"]} if is_backbone_file(given.get("backbone", "")) else {})
+    return config.as_dict()
 
 
 def _find_notebook(base: Path, given) -> Path | None:

@@ -19,11 +19,11 @@ from peka_lite import __version__
 from peka_lite._core._yaml import LARGEST, read_yaml, yaml_text
 from peka_lite._core.names import short_name
 from peka_lite._core.outputs import check_file
+from peka_lite.experiments._sweep_folder import explain_incomplete
 from peka_lite.experiments.sweeps._board import Board
 from peka_lite.experiments.sweeps.points import (
     LONGEST_LINE,
     build_job,
-    explain_incomplete,
     notebook_copy,
     read_finished,
     read_record,
@@ -288,15 +288,14 @@ class _Attempt:
 def _used_cache(job: dict, *, since: float) -> bool:
     """Return whether all students of a run were in the cache, so that its run time is not representative."""
     from peka_lite._core.cache import cache_dir
-    from peka_lite._core.locks import RECORD
     from peka_lite.experiments.config import WITH_STUDENT
 
     settings = job["settings"]
     if job["notebook"] is not None or settings["features"] not in WITH_STUDENT:
         return False
     name = settings["backbone"] if settings["method"] == "none" else f"{settings['backbone']}_{settings['method']}"
-    times = (path.stat().st_mtime for path in (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/{RECORD}"))
-    return not any(time >= since - 1 for time in times)
+    made = (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/features.npy")
+    return not any(path.stat().st_mtime >= since - 1 for path in made)
 
 
 def _find_mismatches(client) -> list[str]:
