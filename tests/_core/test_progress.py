@@ -1,5 +1,6 @@
 """Report long work: first its plan, then bars in a terminal and plain lines elsewhere."""
 
+import importlib
 import io
 import re
 import threading
@@ -19,7 +20,6 @@ from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.cli.main import main
 from peka_lite.experiments import RunConfig, run, train
 from peka_lite.transfer import TransferModel, fit
-from peka_lite.transfer._epochs import Epochs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*random weights", "ignore:.*each patient is one fold", "ignore:.*allow"),
@@ -44,7 +44,7 @@ def config(root, **changes):
 @pytest.fixture
 def count(monkeypatch):
     """Count the calls or items of expensive functions in a test."""
-    done = dict.fromkeys(("fit", "_update", "embed_tiles", "embed_cohort", "color_features"), 0)
+    done = dict.fromkeys(("fit", "take_step", "embed_tiles", "embed_cohort", "color_features"), 0)
 
     def counted(module, name, size=lambda *_: 1):
         original = getattr(module, name)
@@ -56,7 +56,7 @@ def count(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     counted(peka_lite.experiments.cache, "fit")
-    counted(Epochs, "_update")
+    counted(importlib.import_module("peka_lite.transfer.fit"), "take_step")
     counted(peka_lite.experiments.cache, "embed_tiles", lambda _, tiles: len(tiles))
     counted(peka_lite.experiments._teacher_labels, "embed_cohort", lambda _, cohort: len(cohort))
     counted(peka_lite.experiments.features, "color_features", lambda tiles: len(tiles))

@@ -1,5 +1,6 @@
 """Adapters are trained in every attention layer; a training without adapter gradients stops and names the layers."""
 
+import importlib
 from dataclasses import replace
 from types import MethodType
 
@@ -153,7 +154,7 @@ def test_steps_skipped_by_gradient_scaling_do_not_count(monkeypatch):
             super().__init__(*args, **options)
             checks.append(self)
 
-    monkeypatch.setattr("peka_lite.transfer._epochs.GradientCheck", Check)
+    monkeypatch.setattr(importlib.import_module("peka_lite.transfer.fit"), "GradientCheck", Check)
     train(student("lora", spec=SIXTEEN, bypassed=[0]), epochs=1)  # three steps, all skipped
     assert checks[0].steps == 0
     with pytest.raises(ValueError, match=r"train blocks\.0\.attn\.qkv: .* in the first 3 steps"):

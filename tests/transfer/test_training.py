@@ -16,13 +16,11 @@ from tiny import TINY, task
 
 from peka_lite._core.hashing import row_ids
 from peka_lite.adapters.adapt import adapt
-from peka_lite.backbones.load import load_backbone
-from peka_lite.transfer import _checkpoint, _epochs as training
+from peka_lite.backbones.load import load_backbone, preprocess
+from peka_lite.transfer import _checkpoint
 from peka_lite.transfer._choices import KD_SPACES
-from peka_lite.transfer._epochs import Epochs
-from peka_lite.transfer.fit import fit
-from peka_lite.transfer.losses import NotFinite
-from peka_lite.transfer.model import TransferModel
+from peka_lite.transfer.fit import fit, split_epoch
+from peka_lite.transfer.model import NotFinite, TransferModel
 
 transfer = importlib.import_module("peka_lite.transfer.fit")  # the package offers the function
 
@@ -212,30 +210,13 @@ def test_two_processes_give_the_training_of_one(tmp_path):
 @pytest.mark.parametrize(("n", "count"), [(20, 2), (17, 2), (17, 3), (1, 4), (19, 8)])
 @pytest.mark.parametrize("piece", [1, 3, 8])
 def test_processes_share_every_batch_and_step_together(n, count, piece):
-    class Part:
-        """Attributes that `_pieces` reads."""
-
-        batch_size = BATCH
-
     order, steps = np.random.default_rng(0).permutation(n), -(-n // BATCH)
-    parts = []
-    for rank in range(count):
-        part = Part()
-        part.piece, part.processes = piece, type("Processes", (), {"rank": rank, "count": count})
-        parts.append(Epochs._pieces(part, order))
-    assert [sum(last for _, _, last in pieces) for pieces in parts] == [steps] * count
-    shares = np.zeros((count, steps))
-    seen = [[] for _ in range(steps)]
-    for rank, pieces in enumerate(parts):
-        step = 0
-        for rows, in_batch, last in pieces:
-            assert len(rows) <= piece
-            seen[step].extend(rows)
-            shares[rank, step] += len(rows) / in_batch
-            step += last
+    parts = [split_epoch(order, batch_size=BATCH, piece=piece, rank=rank, count=count) for rank in range(count)]
+    assert [len(part) for part in parts] == [steps] * count
+    assert {len(rows) for part in parts for pieces in part for rows in pieces} <= set(range(1, piece + 1))
     for step in range(steps):
-        assert sorted(seen[step]) == sorted(order[step * BATCH : (step + 1) * BATCH])
-    np.testing.assert_allclose(shares.sum(0), 1)
+        seen = [row for part in parts for rows in part[step] for row in rows]
+        assert sorted(seen) == sorted(order[step * BATCH : (step + 1) * BATCH])
 
 
 # killed ------------------------------------------------------------------------------------------------------------
@@ -354,30 +335,28 @@ def test_only_partial_files_of_killed_runs_are_removed(tmp_path):
 # not finite --------------------------------------------------------------------------------------------------------
 
 
-def plant_nan(monkeypatch, epoch, rows):
-    """Set the teacher of some rows to NaN from an epoch on."""
-    run = Epochs.run
+def spoiled(rows, *, after=0):
+    """Return a student whose projections of some rows of the task are NaN, after a number of tiles."""
+    model, images, seen = student(), preprocess(torch.from_numpy(TASK[0][rows]), TINY), 0
 
-    def broken(self, at, bar):
-        if at == epoch:
-            self.T = self.T.clone()
-            self.T[rows] = torch.nan
-        return run(self, at, bar)
+    def spoil(_, args, output):
+        nonlocal seen
+        z, logits = output
+        bad = (args[0][:, None] == images[None]).flatten(2).all(2).any(1) & (seen >= after)
+        seen += len(z)
+        return torch.where(bad[:, None], torch.nan, z), logits
 
-    monkeypatch.setattr(Epochs, "run", broken)
+    model.register_forward_hook(spoil)
+    return model
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize("step", [0, 1, 2])  # the last batch is short and checked after the epoch
-def test_nan_loss_names_the_tiles_and_the_previous_checkpoint_is_valid(tmp_path, monkeypatch, step, micro_batch):
+def test_nan_loss_names_the_tiles_and_the_previous_checkpoint_is_valid(tmp_path, step, micro_batch):
     order = np.random.default_rng((0, 1)).permutation(len(TASK[2]))
     rows = order[step * BATCH : (step + 1) * BATCH][[2, 0]]  # in one piece for both sizes
-    with monkeypatch.context() as patch:
-        plant_nan(patch, 1, rows)
-        with pytest.raises(
-            NotFinite, match=rf"loss is nan at epoch 1, step {step}; try a lower lr than 0\.001"
-        ) as stop:
-            train(student(), epochs=3, checkpoint=tmp_path / "c.pt", micro_batch=micro_batch)
+    with pytest.raises(NotFinite, match=rf"loss is nan at epoch 1, step {step}; try a lower lr than 0\.001") as stop:
+        train(spoiled(rows, after=len(order)), epochs=3, checkpoint=tmp_path / "c.pt", micro_batch=micro_batch)
     assert stop.value.rows == sorted(rows)
     size = {None: [8, 8, 4], 3: [3, 3, 3]}[micro_batch][step]
     assert str(stop.value).endswith(f"2 of its {size} tiles, rows {min(rows)}, {max(rows)}")
@@ -395,10 +374,9 @@ def test_all_tiles_are_named_if_all_losses_are_not_finite():
     assert stop.value.rows == sorted(stop.value.rows)
 
 
-def test_message_names_eight_rows_and_the_error_has_all(monkeypatch):
-    plant_nan(monkeypatch, 0, list(range(20)))
+def test_message_names_eight_rows_and_the_error_has_all():
     with pytest.raises(NotFinite, match=r"20 of its 20 tiles, rows 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$") as stop:
-        train(student(), batch_size=20)
+        train(spoiled(list(range(20))), batch_size=20)
     assert stop.value.rows == list(range(20))
 
 
@@ -422,11 +400,11 @@ def test_augmentation_depends_on_the_seed_and_is_off_by_default():
 def test_augmentation_differs_between_epochs(monkeypatch):
     seen = []
 
-    def spy(tiles, turns, turn=training.flip_tiles):
+    def spy(tiles, turns, turn=transfer.flip_tiles):
         seen.append((row_ids(tiles.numpy()), turns))
         return turn(tiles, turns)
 
-    monkeypatch.setattr(training, "flip_tiles", spy)
+    monkeypatch.setattr(transfer, "flip_tiles", spy)
     train(student(), epochs=2, augment=True)
     by_tile = []
     for epoch in (seen[:3], seen[3:]):
