@@ -7,11 +7,11 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import peka_lite.experiments._teacher_labels
+import peka_lite.experiments.cache
 import pytest
 from tiny import task
 
-import peka_lite.experiments._teacher_labels
-import peka_lite.experiments.cache
 import peka_lite.experiments.features
 from peka_lite._core import progress
 from peka_lite._core.progress import Stage, print_line, progress_bar

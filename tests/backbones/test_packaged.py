@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from peka_lite.experiments.cache import _key
 from safetensors.torch import load_file, save_file
 
 from peka_lite.backbones import BACKBONES, _packaged, build_network, load_backbone
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.cli.doctor import doctor
 from peka_lite.data.download import fetch
-from peka_lite.experiments.cache import _key
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.run import load_or_run, run
 from peka_lite.experiments.sweeps.read import read_sweep

@@ -1,6 +1,5 @@
 """Run the command line, and report invalid input by one line."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -57,7 +56,7 @@ def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{f.name.replace('_', '-')}" in shown for f in dataclasses.fields(RunConfig))
+    assert all(f"--{name.replace('_', '-')}" in shown for name in RunConfig.model_fields)
 
 
 def test_fetch_lists_all_artifacts(tmp_path, monkeypatch, capsys):

@@ -138,6 +138,7 @@ def test_every_option_runs(mini_root, tmp_path, changes):
 
 def test_projector_features_are_projections_of_the_adapted_student(mini_root, tmp_path, monkeypatch, fresh_cache):
     import peka_lite.experiments.cache as cache
+
     from peka_lite.backbones import preprocess
 
     real, models, features = cache.fit, [], []

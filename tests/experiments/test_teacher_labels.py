@@ -12,6 +12,8 @@ import platform
 import numpy as np
 import pytest
 import torch
+from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
+from peka_lite.experiments.cache import FITTING
 
 from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import row_ids
@@ -20,8 +22,6 @@ from peka_lite.adapters import adapt, merge
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.data import Cohort, read_cohort
 from peka_lite.experiments import RunConfig, _teacher_labels, hash_cohort, train_student
-from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
-from peka_lite.experiments.cache import FITTING
 from peka_lite.teachers import PCATeacher, ScFoundation, embed_cohort
 from peka_lite.transfer import TransferModel, fit
 

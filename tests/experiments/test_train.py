@@ -3,11 +3,11 @@
 import json
 
 import numpy as np
+import peka_lite.experiments.cache
 import pytest
 import torch
 import yaml
 
-import peka_lite.experiments.cache
 from peka_lite.data import expression_targets, open_cohort, top_hvg
 from peka_lite.evaluation import ALPHAS, folds
 from peka_lite.experiments import RunConfig, hash_cohort, load_trained, run, train

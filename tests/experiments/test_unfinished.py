@@ -6,11 +6,10 @@ import shlex
 import pytest
 import yaml
 
+from peka_lite._core._processes import Processes
 from peka_lite.cli.options import parser
-from peka_lite.experiments import RunConfig, load_run, predict_from, run, train
+from peka_lite.experiments import RunConfig, RunFolder, load_run, predict_from, run, train
 from peka_lite.experiments._unfinished import remake_command
-from peka_lite.experiments.folder import check_folders, start_run_folder
-from peka_lite.experiments.model import read_run
 
 SETTINGS = [
     {},
@@ -21,12 +20,18 @@ SETTINGS = [
 ]
 
 
+def leave_unfinished(config, out, command="run"):
+    """Make the work folder that a command leaves when it is stopped."""
+    with pytest.raises(KeyboardInterrupt), RunFolder.create(out, config, command=command, processes=Processes("cpu")):
+        raise KeyboardInterrupt
+    return out.with_name(f"{out.name}.partial")
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", ["run", "train"])
 def test_suggested_command_has_the_same_settings(mini_root, tmp_path, settings, name):
     config = RunConfig(cohort=str(mini_root), **settings)
-    work = tmp_path / "my runs" / "bone.partial"
-    start_run_folder(config, work, name)
+    work = leave_unfinished(config, tmp_path / "my runs" / "bone", name)
     words = shlex.split(remake_command(work))
     assert words[:2] == ["peka-lite", name]
     options = vars(parser(command=name).parse_args(words[1:]))
@@ -37,17 +42,17 @@ def test_suggested_command_has_the_same_settings(mini_root, tmp_path, settings, 
 
 
 def test_suggested_command_has_the_fold_of_a_training(mini_root, tmp_path):
-    start_run_folder(RunConfig(cohort=str(mini_root)), tmp_path / "m.partial", "train --fold 2")
-    assert remake_command(tmp_path / "m.partial").startswith("peka-lite train --fold 2 --cohort")
+    work = leave_unfinished(RunConfig(cohort=str(mini_root)), tmp_path / "m", "train --fold 2")
+    assert remake_command(work).startswith("peka-lite train --fold 2 --cohort")
 
 
 def test_error_of_other_settings_names_the_command_of_the_stopped_run(mini_root, tmp_path):
-    start_run_folder(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a.partial", "run")
+    leave_unfinished(RunConfig(cohort=str(mini_root), epochs=3), tmp_path / "a")
     with pytest.raises(FileExistsError, match=r"finish that one with `peka-lite run .*--epochs 3 --out .*/a`"):
-        check_folders(RunConfig(cohort=str(mini_root)), tmp_path / "a", tmp_path / "a.partial")
+        run(RunConfig(cohort=str(mini_root)), tmp_path / "a")
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError, match="b is there already: give another --out, or remove it"):
-        check_folders(RunConfig(cohort=str(mini_root)), tmp_path / "b", tmp_path / "b.partial")
+        run(RunConfig(cohort=str(mini_root)), tmp_path / "b")
 
 
 @pytest.mark.parametrize("command", [run, train])
@@ -56,9 +61,8 @@ def test_error_of_invalid_weights_removes_only_a_new_work_folder(mini_root, tmp_
     config = RunConfig(cohort=str(mini_root), method="none", weights=str(tmp_path / "weights.bin"))
     with pytest.raises(ValueError, match=r"weights\.bin: cannot be read as weights"):
         command(config, tmp_path / "m")
-    check_folders(RunConfig(cohort=str(mini_root), method="none"), tmp_path / "m", tmp_path / "m.partial")
     assert not (tmp_path / "m.partial").exists()
-    start_run_folder(config, tmp_path / "m.partial", "run")  # of an earlier command
+    leave_unfinished(config, tmp_path / "m")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         command(config, tmp_path / "m")
     assert (tmp_path / "m.partial").is_dir()
@@ -74,7 +78,7 @@ def write(folder, **files):
 @pytest.fixture
 def folders(mini_root, tmp_path):
     """One path of each kind that is no finished run."""
-    start_run_folder(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone.partial", "run")
+    leave_unfinished(RunConfig(cohort=str(mini_root), protocol="strict", epochs=4), tmp_path / "bone")
     settings = yaml.safe_dump(RunConfig(cohort=str(mini_root), epochs=4).as_dict())
     write(tmp_path / "cut", config_yml=settings)
     write(tmp_path / "short", config_yml=settings, summary_json='{"fold": ')
@@ -116,7 +120,7 @@ def test_error_of_a_folder_without_a_model_names_cause_and_fix(folders, name, me
         predict_from(folders / name, "MINI1", folders / "out.h5ad")
     assert "\n" not in str(caught.value)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        read_run(folders / name)
+        RunFolder.open(folders / name)
     assert not (folders / "out.h5ad").exists()
 
 
