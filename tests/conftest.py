@@ -99,10 +99,11 @@ class Pipe(io.StringIO):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Replace stderr by a log, with a line every hundredth of a second instead of every half minute."""
+    """Show messages in a log, with a line every hundredth of a second instead of every half minute."""
     from peka_lite._core import progress
 
     monkeypatch.setattr(progress, "EVERY", 0.01)
     pipe = Pipe()
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=pipe))  # pytest sets sys.stderr after the fixtures
-    return pipe
+    with progress.show_messages():
+        yield pipe

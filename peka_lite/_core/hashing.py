@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import stage
 
 
 def row_ids(rows) -> np.ndarray:
@@ -56,6 +58,12 @@ def hash_parts(parts) -> int:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex digits."""
-    with Stage(f"hashing {path.name}"), path.open("rb") as file:
+    """Return the SHA-256 of a file in hex digits; one that has not changed is read once per process."""
+    stat = os.stat(path)
+    return _sha256(os.path.realpath(path), (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+
+
+@cache
+def _sha256(path: str, _state: tuple[int, ...]) -> str:
+    with stage(f"hashing {os.path.basename(path)}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

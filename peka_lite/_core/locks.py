@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import platform
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -208,7 +208,5 @@ def _wait(lock: int, out: Path) -> None:
             return
         except BlockingIOError:
             time.sleep(0.02)
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr, a closed pipe, a closed file
-        sys.stderr.write(f"waiting for another process that writes {out}\n")
-        sys.stderr.flush()
+    logging.getLogger("peka_lite").warning(f"waiting for another process that writes {out}")
     fcntl.flock(lock, fcntl.LOCK_EX)

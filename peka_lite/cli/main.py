@@ -12,7 +12,7 @@ from contextlib import suppress
 from peka_lite._core._signals import exit_on_signals
 from peka_lite._core.io import as_full_disk
 from peka_lite._core.names import escape_control, short_name
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import show_messages, stage
 from peka_lite.cli.options import parser
 
 LONGEST = 4000  # characters of a message; a received name may be longer
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }[name]  # fmt: skip
     with exit_on_signals():
         try:
-            with warnings.catch_warnings(), Stage(name, reports=True):
+            with warnings.catch_warnings(), show_messages(), stage(name):
                 _shorten_warnings()
                 status = command(**options)
                 if sys.stdout is not None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import io
 import json
 import os
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peka_lite._core._file_kinds import file_kind, parse_json, read_text
+from peka_lite._core.hashing import sha256 as hash_file
 from peka_lite._core.io import WHY, DiskFull, format_size, report_full_disk, write_file_atomically
 from peka_lite._core.outputs import check_work, find_link
-from peka_lite._core.progress import Stage, draws_bars
+from peka_lite._core.progress import draws_bars, logger, stage
 from peka_lite.data._choices import explain_gate
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def fetch_into(root: Path, artifact: Artifact, *, record: dict, partial: str = P
     if find_link(root / partial):
         shutil.rmtree(root / partial)  # an interrupted fetch leaves no links
     parts = root / partial / (commit or "url")  # partial files of another commit are not resumed
-    _check_disk(root, artifact, parts, missing, license, progress)
+    _check_disk(root, artifact, parts, missing, license)
     try:
         download = _download_from_url if artifact.url else _download_from_hub
-        for file in _report_progress(artifact, missing, root, parts, progress):
+        for file in _count_megabytes(artifact, missing, root, parts):
             part, path = parts / file.path, root / file.path
             part.parent.mkdir(parents=True, exist_ok=True)
             download(artifact, commit, file, part, progress and draws_bars())
@@ -92,8 +92,7 @@ def check_file(path: Path, file: File, *, name: str) -> str:
     if file.size is not None and size != file.size:
         problem = "is truncated" if size < file.size else "is too long"
         raise OSError(f"{name} {problem}: received {size:,} of {file.size:,} bytes; fetch it again")
-    with path.open("rb") as data:
-        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+    sha256 = hash_file(path)
     if file.sha256 is not None and sha256 != file.sha256:
         raise ValueError(
             f"{name} has the wrong hash: SHA-256 {sha256}, not {file.sha256}; fetch it again, and if that repeats, "
@@ -186,25 +185,19 @@ def _hash_if_complete(path: Path, file: File, recorded: dict | None) -> str | No
         return None
     if recorded and recorded["size"] == file.size and file.sha256 in (None, recorded["sha256"]):
         return recorded["sha256"]
-    if file.sha256 is None:
-        return None
-    with path.open("rb") as data:
-        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    return sha256 if sha256 == file.sha256 else None
+    return file.sha256 if file.sha256 and hash_file(path) == file.sha256 else None
 
 
-def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File], license, progress: bool) -> None:
+def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File], license) -> None:
     downloaded = sum((parts / file.path).stat().st_size for file in missing if (parts / file.path).is_file())
     needed = max(0, sum(file.size or 0 for file in missing) - downloaded)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if progress:
-        size = f"{format_size(needed)}" if all(file.size for file in missing) else "size unknown"
-        print(
-            f"fetching {artifact.name}: {len(missing)} files, {size}; {format_size(free)} free in {existing}; "
-            f"license {license or 'unknown: see the source'}",
-            file=sys.stderr,
-        )
+    size = format_size(needed) if all(file.size for file in missing) else "size unknown"
+    logger.info(
+        f"fetching {artifact.name}: {len(missing)} files, {size}; {format_size(free)} free in {existing}; "
+        f"license {license or 'unknown: see the source'}"
+    )
     if needed + HEADROOM > free:
         raise OSError(
             f"{artifact.name} needs {format_size(needed)} and {format_size(HEADROOM)} to spare, but {existing} has "
@@ -212,19 +205,20 @@ def _check_disk(root: Path, artifact: Artifact, parts: Path, missing: list[File]
         )
 
 
-def _report_progress(artifact: Artifact, missing: list[File], root: Path, parts: Path, progress: bool) -> Stage:
-    """Return an iterable of the missing files that reports the downloaded MB while it is iterated over."""
+def _count_megabytes(artifact: Artifact, missing: list[File], root: Path, parts: Path) -> Iterator[File]:
+    """Yield the missing files, in a `stage` that counts the downloaded MB."""
 
-    def measure() -> int:
+    def describe() -> str:
         size = 0
         for file in missing:
             for path in (parts / file.path, root / file.path):
                 with contextlib.suppress(OSError):
                     size += path.stat().st_size
-        return size // 10**6
+        return f"fetching {artifact.name}: {size // 10**6:,} of {total} MB"
 
-    total = sum(file.size for file in missing) // 10**6 if all(file.size for file in missing) else None
-    return Stage(f"fetching {artifact.name}:", missing, total=total, measure=measure, unit=" MB", reports=progress)
+    total = f"{sum(file.size for file in missing) // 10**6:,}" if all(file.size for file in missing) else "?"
+    with stage(describe):
+        yield from missing
 
 
 def _download_from_hub(artifact: Artifact, commit: str, file: File, part: Path, progress: bool) -> None:

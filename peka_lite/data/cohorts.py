@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peka_lite._core.cache import cache_dir
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import steps
 from peka_lite.data._choices import MINI_FORMAT
 from peka_lite.data._fetch import read_record
 from peka_lite.data.download import find_fetched, patients_of, read_manifest
@@ -116,7 +116,7 @@ def hash_cohort(cohort: Cohort) -> str:
     from peka_lite.data.expression import hash_counts
 
     digest = hashlib.sha256()
-    for slide in Stage("hashing the data: slide", cohort.slides):
+    for slide in steps("hashing the data: slide", cohort.slides):
         digest.update(f"{slide.id} {hash_counts(slide.adata)}".encode())
         sample = np.unique(np.linspace(0, slide.n_spots - 1, 16).astype(int))
         digest.update(slide.tiles[sample].tobytes())

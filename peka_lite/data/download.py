@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import secrets
 from pathlib import Path
 
 from peka_lite._core.cache import cache_dir
+from peka_lite._core.hashing import sha256
 from peka_lite._core.locks import lock
 from peka_lite.data._fetch import PARTIAL, RECORD, fetch_into, read_record
 from peka_lite.data._manifest import Artifact, Manifest, parse_manifest
@@ -85,8 +85,7 @@ def is_published(name: str | Artifact, path: Path) -> bool:
     artifact = _get_artifact(name)
     recorded = read_record(_get_folder(artifact, None))
     published = {file.sha256 for file in artifact.files} | {file["sha256"] for file in recorded.get("files", ())}
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest() in published
+    return sha256(path) in published
 
 
 def patients_of(name: str | Artifact) -> dict[str, str]:

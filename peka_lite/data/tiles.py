@@ -13,7 +13,7 @@ import numpy as np
 from peka_lite._core.hdf5 import Hdf5Error, Rows, check_storage, open_hdf5
 from peka_lite._core.io import report_full_disk
 from peka_lite._core.outputs import write_output
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import steps
 
 TILE_SHAPE = (224, 224, 3)
 
@@ -118,7 +118,7 @@ class TileStore:
         ):
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for start in Stage("copying tiles to a memory map: part", range(0, len(self), 256)):
+            for start in steps("copying tiles to a memory map: part", range(0, len(self), 256)):
                 file.write(self[start : start + 256])
         return TileStore([path], np.zeros(len(self)), np.arange(len(self)), self.ids)
 

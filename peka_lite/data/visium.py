@@ -22,7 +22,7 @@ from peka_lite._core._signals import defer_signals
 from peka_lite._core.io import write_file, write_h5ad
 from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_work
-from peka_lite._core.progress import Stage, print_line, progress_bar
+from peka_lite._core.progress import logger, progress_bar, stage
 from peka_lite.data._format import (
     POSITION_COLUMNS,
     HestFormatError,
@@ -369,16 +369,13 @@ def _write_files(
     draft.mkdir()
     paths, moved = _slide_paths(root, slide_id), []
     try:
-        with (
-            Stage("", reports=progress),
-            progress_bar(centers, desc="cut tiles", unit=" tiles", enabled=progress) as shown_centers,
-        ):
-            print_line(f"plan: {len(centers):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
+        logger.info(f"plan: {len(centers):,} tiles of {slide.tile[0]:.0f} px to cut from {slide.path.name}")
+        with progress_bar(centers, desc="cut tiles", unit=" tiles", enabled=progress) as shown_centers:
             tiles = (slide.read_around(x, y) for x, y in shown_centers)
             names = spots.obs_names[rows]
             write_tiles(draft / "patches", tiles, names, corners, attributes=attributes, of=paths["patches"])
         write_file(draft / "metadata", text.encode())
-        with Stage("writing the counts"):
+        with stage("writing the counts"):
             write_h5ad(spots, draft / "st", compression="gzip", of=paths["st"])
         for folder in FILES:
             (root / folder).mkdir(exist_ok=True)

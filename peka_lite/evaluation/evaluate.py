@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from peka_lite._core.hashing import row_ids
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import steps
 from peka_lite.data.expression import NORMALIZATIONS, expression_targets, top_hvg
 from peka_lite.evaluation.leaks import LeakError, require_allowed, require_disjoint
 from peka_lite.evaluation.protocols import ALPHAS, Protocol
@@ -97,7 +97,7 @@ def evaluate(
     use = np.ones(len(cohort), dtype=bool) if train_mask is None else np.asarray(train_mask)
     checker = LeakChecker(cohort, folds, protocol)
     genes = []
-    for i, (train, _) in enumerate(Stage("choosing genes: fold", folds)):
+    for i, (train, _) in enumerate(steps("choosing genes: fold", folds)):
         rows = None if protocol.genes == "all" else train[use[train]]
         genes.append(top_hvg(cohort.adata, n=n_genes, rows=rows, method=protocol.normalization))
         checker.check_genes(genes[i], i)
@@ -126,7 +126,7 @@ def evaluate(
         chosen = _inner_alphas(folds, sums, columns, protocol, n_components, checker)
     tables, predicted, probes, width = [], {}, {}, 0
     slides, patients = cohort.obs["slide"].to_numpy(), cohort.obs["patient"].fillna("unknown").to_numpy()
-    for i, (_, test) in enumerate(Stage("probe: fold", folds)):
+    for i, (_, test) in enumerate(steps("probe: fold", folds)):
         student, cell_sums = sums((i,))
         moments = cell_sums.over([c for c in range(len(folds)) if c != i])
         checker.check_probe(moments.rows, (i,))
@@ -162,7 +162,7 @@ def _inner_alphas(folds, sums, columns, protocol, n_components, checker) -> dict
     """
     n = len(folds)
     scores = {key: [] for key in columns}  # (fold, normalization) -> [(n_alphas,) mean over genes]
-    for i, j in Stage("alpha: pair of folds", list(combinations(range(n), 2))):
+    for i, j in steps("alpha: pair of folds", list(combinations(range(n), 2))):
         _, cell_sums = sums((i, j))
         train = cell_sums.over([c for c in range(n) if c not in (i, j)])
         checker.check_probe(train.rows, (i, j))
@@ -197,7 +197,7 @@ def choose_alpha(
     """
     scores = []
     others = [j for j in range(n_folds) if j not in left]
-    for j in Stage("alpha: fold", others):
+    for j in steps("alpha: fold", others):
         out = tuple(sorted((*left, j)))
         student = features(out)
         checker.check_student(student, out)

@@ -13,7 +13,7 @@ import pandas as pd
 from peka_lite import __version__
 from peka_lite._core.io import write_h5ad
 from peka_lite._core.outputs import check_file, write_output
-from peka_lite._core.progress import Stage, print_line
+from peka_lite._core.progress import logger
 from peka_lite.backbones.embed import embed_tiles
 from peka_lite.data.cohorts import hash_cohort
 from peka_lite.data.hest import Cohort
@@ -82,9 +82,8 @@ def write_features(
     check_file(out, **access)
     name = getattr(getattr(student, "spec", None), "name", type(student).__name__)
     inputs = {"mean": mean, "std": std, "input_size": input_size}
-    with Stage("", reports=progress):
-        print_line(f"plan: {len(cohort):,} tiles to embed by {name}")
-        X = embed_tiles(student, cohort.tiles, **inputs, batch_size=batch_size, device=device, progress=progress)
+    logger.info(f"plan: {len(cohort):,} tiles to embed by {name}")
+    X = embed_tiles(student, cohort.tiles, **inputs, batch_size=batch_size, device=device, progress=progress)
     obs = cohort.obs[["slide", "patient", "barcode"]].copy()
     obs = obs.fillna("unknown").astype(str)
     obs.index = cohort.adata.obs_names

@@ -9,7 +9,7 @@ from pathlib import Path
 from peka_lite._core._tensor_files import write_tensors
 from peka_lite._core.io import write_file
 from peka_lite._core.outputs import check_free, write_output_folder
-from peka_lite._core.progress import print_line
+from peka_lite._core.progress import logger
 from peka_lite.experiments._model_card import model_card, starts_random
 from peka_lite.experiments.folder import RunFolder
 from peka_lite.experiments.model import load_trained
@@ -58,7 +58,7 @@ def export(
     check_free(out)
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
-    print_line(f"plan: {n:,} merged weights to write, with their probe and a model card")
+    logger.info(f"plan: {n:,} merged weights to write, with their probe and a model card")
     run = RunFolder.open(folder)
     metrics = None if run.is_training else run.metrics()
     try:

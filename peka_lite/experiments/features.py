@@ -26,7 +26,7 @@ from peka_lite._core.device import default_device
 from peka_lite._core.hashing import row_ids, sha256
 from peka_lite._core.io import new_array, open_new_file, report_full_disk, save_array, write_file
 from peka_lite._core.locks import RECORD
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import stage
 from peka_lite.adapters.adapt import adapt, adapted_share, merge
 from peka_lite.adapters.files import backbone_fingerprint, join_adapters, save_adapter
 from peka_lite.backbones.custom import PACKAGED_NAMES, row_fields
@@ -195,7 +195,7 @@ class Features:
     @cached_property
     def _frozen(self) -> torch.nn.Module:
         """The student before training, read once; each training adapts a copy."""
-        with Stage(f"loading {self.config.backbone}"):
+        with stage(f"loading {self.config.backbone}"):
             return load_backbone(self.config.backbone, weights=self.config.weights, seed=self.config.seed)
 
     def _compute(self, rows: np.ndarray) -> FittedFeatures:
@@ -344,13 +344,13 @@ class Features:
             raise ValueError(
                 f"{self.teacher!r} has fitted_on_ = None (pretrained) but learns in fit; set fitted_on_ only there"
             )
-        with Stage(f"teacher's embedding of {len(self.cohort):,} spots"):
+        with stage(f"teacher's embedding of {len(self.cohort):,} spots"):
             return embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
 
     def _fit_teacher(self, rows: np.ndarray, work: Path) -> dict:
-        with Stage("fitting the teacher"):
+        with stage("fitting the teacher"):
             learned_from = self.teacher.fit(self.cohort.by_slide(rows)).fitted_on_  # without it leaks go unnoticed
-        with Stage(f"teacher's embedding of {len(self.cohort):,} spots"):
+        with stage(f"teacher's embedding of {len(self.cohort):,} spots"):
             E = embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
         save_array(work / "E.npy", E)
         save_array(work / "learned_from.npy", learned_from)
@@ -397,7 +397,7 @@ def _project(X: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _cluster(labeler, E: np.ndarray, work: Path) -> dict:
-    with Stage(f"clustering {len(E):,} spots"):
+    with stage(f"clustering {len(E):,} spots"):
         labeler.fit(E)
     save_array(work / "labels.npy", labeler.labels_)
     save_array(work / "learned_from.npy", labeler.fitted_on_)

@@ -24,7 +24,7 @@ from peka_lite._core.hdf5 import FACTORS, PICTURES, read_anndata
 from peka_lite._core.io import write_h5ad
 from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_file, place_file
-from peka_lite._core.progress import Stage, print_line, progress_bar
+from peka_lite._core.progress import logger, progress_bar, stage
 from peka_lite.data._format import POSITION_COLUMNS
 from peka_lite.data.hest import IMAGE_KEY, Slide
 from peka_lite.data.tissue import tissue_tiles
@@ -111,7 +111,7 @@ def predict_slide(
     """
     out = _check_options(out, batch_size, workers, inputs=[slide])
     with open_slide(slide, mpp=mpp) as opened:
-        with Stage("finding the tissue"):
+        with stage("finding the tissue"):
             tissue = tissue_tiles(opened, min_tissue=min_tissue)
         places = tissue.obs[["array_row", "array_col"]].to_numpy()  # (N, 2)
 
@@ -236,12 +236,11 @@ def _predict(
         starts = range(0, adata.n_obs, batch_size)
         left = [s for s in (slice(i, min(i + batch_size, adata.n_obs)) for i in starts) if not done[s].all()]
         n, before = adata.n_obs, int(done.sum())
-        bar = progress_bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress)
-        with Stage("", reports=progress), bar:
-            print_line(
-                f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
-                + (f"; {before:,} tiles were done before" if before else "")
-            )
+        logger.info(
+            f"plan: {n - before:,} tiles to read, {len(genes)} genes to predict on each"
+            + (f"; {before:,} tiles were done before" if before else "")
+        )
+        with progress_bar(total=n, initial=before, desc="predict tiles", unit=" tiles", enabled=progress) as bar:
             for batch, tiles in _read_ahead(read, left, workers):
                 Y = np.asarray(model.predict(tiles, batch_size=batch_size, device=device), dtype=np.float32)
                 if Y.shape != (len(tiles), len(genes)) or not np.isfinite(Y).all():
@@ -271,7 +270,7 @@ def _predict(
                 },
             },
         )
-        with Stage(f"writing {out.name}"):
+        with stage(f"writing {out.name}"):
             write_h5ad(predictions, work / "whole.h5ad", compression="gzip", of=out)
         place_file(work / "whole.h5ad", out, BY)
         del rows, done, predictions

@@ -20,7 +20,7 @@ from peka_lite._core._processes import Processes
 from peka_lite._core.cache import cached
 from peka_lite._core.device import default_device
 from peka_lite._core.io import write_file, write_h5ad
-from peka_lite._core.progress import Stage, print_line
+from peka_lite._core.progress import logger, stage, steps
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.data.cohorts import open_cohort
 from peka_lite.data.expression import expression_targets, top_hvg
@@ -93,7 +93,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     """
     with _start(config, out, command="run", progress=progress) as this:
         left_out = left_out_sets(len(this.folds), inner=this.protocol.alpha == "inner")
-        for rows in this.plan(left_out):
+        for rows in steps("training", this.plan(left_out)):
             cached(**this.features.entry(rows))  # train the student, unless another job has just done so
         if not this.processes.first:
             return {}
@@ -103,7 +103,6 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
             this.cohort, this.folds, this.X, protocol=this.protocol, n_genes=config.n_genes,
             train_mask=this.train_mask,
         )  # fmt: skip
-        this.stage.text = "scores and files"
         table = _make_table(this, result)
         predictions = join_predictions(this.cohort, result.predicted)
         write_file(this.work / "slides.parquet", result.moments.to_parquet(index=False))
@@ -166,7 +165,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
             raise ValueError(f"fold {fold} does not exist; this cohort has folds 0 to {len(this.folds) - 1}")
         left_out, inner = () if fold is None else (fold,), this.protocol.alpha == "inner"
         pairs = [tuple(sorted((*left_out, j))) for j in range(len(this.folds)) if inner and j not in left_out]
-        for rows in this.plan([left_out, *pairs]):
+        for rows in steps("training", this.plan([left_out, *pairs])):
             cached(**this.features.entry(rows))
         if not this.processes.first:
             return {}
@@ -181,7 +180,6 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         alpha = this.protocol.alpha
         if inner:
             alpha = choose_alpha(left_out, this.X, this.checker, Y=Y)
-        this.stage.text = "fitting the probe"
         in_training = np.isin(np.arange(len(this.cohort)), rows)
         moments = gather(this.X(rows).values, Y, np.where(in_training, 0, -1)).over([0])
         with warnings.catch_warnings():
@@ -213,7 +211,6 @@ class _Experiment:
     features: Features
     X: object  # input of `evaluate`: the method `Features.for_fold`, or an array read from a file
     processes: Processes
-    stage: Stage
     coverage: float | None
     start: float
 
@@ -230,8 +227,7 @@ class _Experiment:
         """Print the amount of work, and return the rows of each student to train (None: the frozen one)."""
         sets = [self.rows(folds) for folds in left_out]
         missing = self.features.missing(sets)
-        print_line(f"plan: {self.features.describe_work(sets, missing)}")
-        self.stage.text = ""
+        logger.info(f"plan: {self.features.describe_work(sets, missing)}")
         return missing
 
     def describe(self, record: dict) -> dict:
@@ -256,34 +252,30 @@ def _start(config: RunConfig, out: str | os.PathLike, *, command: str, progress:
     config.check()
     device, start = config.device or default_device(), time.perf_counter()
     processes = Processes(device)
-    with (
-        RunFolder.create(Path(out), config, command=command, processes=processes) as work,
-        Stage("reading the cohort", reports=progress) as stage,
-    ):
-        cohort = open_cohort(
-            config.cohort, slides=config.slides, patients=config.patients, min_genes=config.min_genes,
-            max_mito=config.max_mito,
-        )  # fmt: skip
+    with RunFolder.create(Path(out), config, command=command, processes=processes) as work:
+        with stage("reading the cohort"):
+            cohort = open_cohort(
+                config.cohort, slides=config.slides, patients=config.patients, min_genes=config.min_genes,
+                max_mito=config.max_mito,
+            )  # fmt: skip
         X = None
         if config.feature_kind == "file":
             cohort, X = read_features(config.features, cohort)
-        stage.text = "checking the folds"
-        protocol = config.resolve_protocol()
-        splits, checker = [], None
+        protocol, splits, checker = config.resolve_protocol(), [], None
         train_mask = select_training_spots(cohort, config.train_share, config.seed)
         if command != "train" or protocol.alpha == "inner":
             splits = protocol_folds(cohort, protocol, config.n_splits, config.seed)
-            # Before any work, raises for folds that violate the protocol.
-            checker = LeakChecker(cohort, splits, protocol, train_mask=train_mask)
+            with stage("checking the folds"):  # before any work
+                checker = LeakChecker(cohort, splits, protocol, train_mask=train_mask)
         features = Features(
             config, cohort, train_mask=train_mask, scratch=work / "scratch", device=device, processes=processes,
             progress=progress,
         )  # fmt: skip
         coverage = features.coverage()  # raises for a teacher that does not match the data
-        X = features.for_fold if X is None else X
         yield _Experiment(
-            config, work, cohort, splits, protocol, train_mask, checker, features, X, processes, stage, coverage, start
-        )
+            config, work, cohort, splits, protocol, train_mask, checker, features,
+            features.for_fold if X is None else X, processes, coverage, start,
+        )  # fmt: skip
 
 
 def load_run(out: str | os.PathLike) -> tuple[RunConfig, pd.DataFrame, dict, ad.AnnData]:

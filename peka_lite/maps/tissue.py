@@ -19,7 +19,7 @@ from peka_lite._core.hdf5 import read_anndata
 from peka_lite._core.io import figure_bytes, write_file
 from peka_lite._core.names import did_you_mean, disable_mathtext, short_name, unique_file_name
 from peka_lite._core.outputs import check_file, write_output
-from peka_lite._core.progress import Stage
+from peka_lite._core.progress import steps
 from peka_lite.data.hest import IMAGE_KEY, Cohort, tissue_window
 from peka_lite.probe._target_ranges import describe_outside, spot_or_tile
 from peka_lite.probe.metrics import pearson
@@ -317,7 +317,7 @@ def draw_maps(cohort: Cohort, predictions: ad.AnnData, table: pd.DataFrame, fold
     folder.mkdir(exist_ok=True)
     used_names = {}
     pcc_names = {slide.id: unique_file_name(f"{slide.id}_pcc", used_names) for slide in cohort.slides}
-    for slide in Stage("maps: slide", cohort.slides):
+    for slide in steps("maps: slide", cohort.slides):
         library = next(iter(slide.adata.uns.get("spatial", {}).values()), {})
         if IMAGE_KEY not in library.get("images", {}):
             warnings.warn(

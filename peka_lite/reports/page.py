@@ -14,7 +14,7 @@ from peka_lite._core.io import figure_bytes, report_full_disk, write_file
 from peka_lite._core.locks import lock, move_if_absent
 from peka_lite._core.names import escape_markdown, short_name, unique_file_name, write_spreadsheet_csv
 from peka_lite._core.outputs import check_free
-from peka_lite._core.progress import Stage, print_line
+from peka_lite._core.progress import logger, stage
 from peka_lite.experiments._sweep_folder import SweepFolder, is_sweep, read_sweep_folder
 from peka_lite.reports._effects import effects_table
 from peka_lite.reports._settings import average_seeds, format_settings, split_by_settings
@@ -73,22 +73,22 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
 
 def _write_report(folders: Sequence[Path], out: Path, replace: bool) -> list[Path]:
     _check_out(out, replace)  # another process may have created it before the lock
-    with Stage("reading the runs"):
+    with stage("reading the runs"):
         runs = read_runs(folders)
         sweeps = [read_sweep_folder(folder) for folder in folders if is_sweep(folder)]
-    print_line(f"plan: tables and figures of {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+    logger.info(f"plan: tables and figures of {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         page = _Page(Path(scratch) / out.name, sweeps)
-        with Stage("points"):
+        with stage("points"):
             _add_points(page, runs, sweeps)
         if runs:
             reference, others, reference_settings = split_by_settings(average_seeds(runs))
             if others:
-                with Stage("effects of settings"):
+                with stage("effects of settings"):
                     _add_effects(page, reference, others, reference_settings)
-            with Stage("tables and figures of each protocol"):
+            with stage("tables and figures of each protocol"):
                 _add_protocols(page, reference)
-            with Stage("leaks"):
+            with stage("leaks"):
                 _add_leaks(page, reference)
         written, old = page.finish(), Path(scratch) / "old"
         with defer_signals():  # no report exists between the two moves

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from peka_lite._core._stream import BY, finish, open_partial
 from peka_lite._core.device import PRECISION, compute_dtype, default_device
 from peka_lite._core.locks import lock_work_folder
 from peka_lite._core.outputs import check_file
-from peka_lite._core.progress import progress_bar
+from peka_lite._core.progress import logger, progress_bar
 from peka_lite.data.expression import hash_counts, load_in_memory
 from peka_lite.teachers._checkpoint import find_genes, read_encoder
 from peka_lite.teachers._encoder import POOLS, Encoder, EncoderConfig, pool_tokens
@@ -241,7 +240,7 @@ class ScFoundation:
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         tokens = self.tokens(adata, **options)
         if progress:
-            print(f"{self.coverage(adata):.0%} of the expressed genes are in the vocabulary", file=sys.stderr)
+            logger.info(f"{self.coverage(adata):.0%} of the expressed genes are in the vocabulary")
         shape = (adata.n_obs, self.encoder.config.hidden_dim * (4 if pool == "all" else 1))
         run = (tokens, pool, device, batch_size, max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"])
         if out is None:

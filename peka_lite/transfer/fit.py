@@ -17,7 +17,7 @@ from torch import nn
 from peka_lite._core._processes import Processes
 from peka_lite._core.device import default_device
 from peka_lite._core.hashing import row_ids
-from peka_lite._core.progress import Stage, progress_bar
+from peka_lite._core.progress import progress_bar, stage
 from peka_lite.adapters._gradients import GradientCheck
 from peka_lite.adapters.adapt import orthogonal_term
 from peka_lite.backbones.embed import Batches, flip_tiles
@@ -283,7 +283,7 @@ def _compile(model: TransferModel, *, piece: int, device: torch.device, autocast
             z, logits = network(x)
         return z.float().mean() + logits.float().mean()
 
-    with Stage("compiling"):
+    with stage("compiling"):
         return compile_if_possible(model, step)
 
 
@@ -307,7 +307,7 @@ def _fit_teacher_head(head: nn.Module, T: torch.Tensor, y: torch.Tensor, *, seed
     """Train a classifier of pseudo-labels on teacher embeddings, then freeze it."""
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(seed)
-    with Stage("fitting the teacher's classifier"):
+    with stage("fitting the teacher's classifier"):
         # Twenty epochs as in the authors' code, but at least 1000 steps: with few spots an epoch has few steps.
         for _ in range(max(20, -(-1000 // -(-len(T) // 64)))):
             for rows in torch.randperm(len(T), generator=order).to(T.device).split(64):

@@ -5,10 +5,10 @@ import errno
 import fcntl
 import importlib
 import json
+import logging
 import os
 import shutil
 import threading
-from types import SimpleNamespace
 
 import anndata as ad
 import h5py
@@ -115,7 +115,7 @@ def test_second_process_waits_for_the_result_of_the_first(arguments, other, tmp_
         first["files"] = read_files(tmp_path / "place")
 
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=finish_first, flush=lambda: None)))
+    monkeypatch.setattr(logging.getLogger("peka_lite"), "warning", finish_first)
     other.start(arguments(name), STEPS[name])
     status = main(arguments(name))
     assert messages, "the second did not wait"
@@ -233,8 +233,7 @@ def test_without_locks_the_first_of_two_slides_stays(arguments, tmp_path, monkey
 def test_load_or_run_reads_the_result_of_another_process(arguments, other, tmp_path, mini_root, monkeypatch):
     ended = []
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    stderr = SimpleNamespace(write=lambda _: ended.append(other.end()), flush=lambda: None)
-    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=stderr))
+    monkeypatch.setattr(logging.getLogger("peka_lite"), "warning", lambda _: ended.append(other.end()))
     other.start(arguments("run"), STEPS["run"])
     config = RunConfig(cohort=str(mini_root), features="depth", method="none", n_splits=3, n_genes=5)
     _, _, summary, predictions = run.load_or_run(config, tmp_path / "place" / "out")

@@ -2,19 +2,20 @@
 
 import importlib
 import io
+import logging
 import re
+import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
-import peka_lite.experiments._teacher_labels
-import peka_lite.experiments.cache
+
+
 import pytest
 from tiny import task
 
 import peka_lite.experiments.features
 from peka_lite._core import progress
-from peka_lite._core.progress import Stage, print_line, progress_bar
+from peka_lite._core.progress import logger, progress_bar, show_messages, stage, steps
 from peka_lite.adapters import adapt
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.cli.main import main
@@ -27,11 +28,18 @@ pytestmark = [
 ]
 
 
+def lines_are_logged():
+    return "progress" in {thread.name for thread in threading.enumerate()}
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays():
     yield
     assert progress._open == []
-    assert "progress" not in {thread.name for thread in threading.enumerate()}
+    for thread in threading.enumerate():
+        if thread.name == "progress":
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def config(root, **changes):
@@ -42,8 +50,9 @@ def config(root, **changes):
 
 
 @pytest.fixture
-def count(monkeypatch):
-    """Count the calls or items of expensive functions in a test."""
+def count(monkeypatch, caplog):
+    """Count the calls or items of expensive functions in a test, and log messages."""
+    caplog.set_level(logging.INFO, logger="peka_lite")
     done = dict.fromkeys(("fit", "take_step", "embed_tiles", "embed_cohort", "color_features"), 0)
 
     def counted(module, name, size=lambda *_: 1):
@@ -63,9 +72,16 @@ def count(monkeypatch):
     return done
 
 
-def planned(err):
+def logged(caplog):
+    """Return the messages since the last call."""
+    text = "\n".join(caplog.messages)
+    caplog.clear()
+    return text
+
+
+def planned(text):
     """Return the plan's numbers in the order of `count`."""
-    (line,) = [line for line in err.splitlines() if line.startswith("plan: ")]
+    (line,) = [line for line in text.splitlines() if line.startswith("plan: ")]
     words = ("trainings?", "optimizer steps", "tiles to embed", "spots for the teacher", "tiles to measure")
     matches = [re.search(rf"([\d,]+) {word}", line) for word in words]
     return [int(match[1].replace(",", "")) if match else 0 for match in matches]
@@ -85,47 +101,53 @@ def planned(err):
         ({"protocol": "strict", "method": "none", "features": "depth"}, 0),
     ],
 )
-def test_plan_of_a_run_equals_its_work(mini_root, tmp_path, monkeypatch, capsys, count, settings, trainings):
+def test_plan_of_a_run_equals_its_work(mini_root, tmp_path, monkeypatch, caplog, count, settings, trainings):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     run(config(mini_root, **settings), tmp_path / "a", maps=False, progress=True)
-    assert planned(capsys.readouterr().err) == list(count.values())
+    assert planned(logged(caplog)) == list(count.values())
     assert count["fit"] == trainings
     if settings.get("features") not in ("teacher", "depth"):
         assert count["embed_tiles"] + count["color_features"] > 0
     # Again: finished parts are in the cache and not in the plan.
     before = dict(count)
     run(config(mini_root, **settings), tmp_path / "b", maps=False, progress=True)
-    err = capsys.readouterr().err
-    assert planned(err) == [count[name] - before[name] for name in count]
+    text = logged(caplog)
+    assert planned(text) == [count[name] - before[name] for name in count]
     assert count["fit"] == trainings
     if cached := trainings + (settings.get("features") == "frozen+student"):
-        assert f"plan: no training, {cached} from the cache\n" in err
+        assert f"plan: no training, {cached} from the cache" in text
 
 
 @pytest.mark.parametrize(("fold", "trainings"), [(None, 4), (1, 3)])
-def test_plan_of_a_training_equals_its_work(mini_root, tmp_path, monkeypatch, capsys, count, fold, trainings):
+def test_plan_of_a_training_equals_its_work(mini_root, tmp_path, monkeypatch, caplog, count, fold, trainings):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     train(config(mini_root, protocol="strict", epochs=1), tmp_path / "a", fold=fold, progress=True)
-    assert planned(capsys.readouterr().err) == list(count.values())
+    assert planned(logged(caplog)) == list(count.values())
     assert count["fit"] == trainings
 
 
-def test_plan_counts_only_parts_missing_from_the_cache(mini_root, tmp_path, monkeypatch, capsys, count):
+def test_plan_counts_only_parts_missing_from_the_cache(mini_root, tmp_path, monkeypatch, caplog, count):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     train(config(mini_root, protocol="hest", epochs=1), tmp_path / "a", fold=1)
-    capsys.readouterr()
+    caplog.clear()
     before = dict(count)
     run(config(mini_root, protocol="hest", epochs=1), tmp_path / "b", maps=False, progress=True)
-    err = capsys.readouterr().err
-    assert planned(err) == [count[name] - before[name] for name in count]
-    assert err.startswith("plan: 2 trainings (leaving out one fold), ")
-    assert "1 more from the cache" in err
+    text = logged(caplog)
+    assert planned(text) == [count[name] - before[name] for name in count]
+    assert text.startswith("plan: 2 trainings (leaving out one fold), ")
+    assert "1 more from the cache" in text
 
 
 def test_every_long_part_of_a_run_has_a_name(mini_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
-    named, enter = [], Stage.__enter__
-    monkeypatch.setattr(Stage, "__enter__", lambda self: (named.append(self.text), enter(self))[1])
+    named = []
+
+    class Recorded(list):
+        def append(self, text):
+            named.append(re.sub(r" [\d,?]+ of .*", "", text() if callable(text) else text))
+            super().append(text)
+
+    monkeypatch.setattr(progress, "_open", Recorded())
     run(config(mini_root, protocol="strict", epochs=1), tmp_path / "a", progress=True)
     assert {
         "reading the cohort", "hashing the data: slide", "training", "loading tiny", "fitting the teacher",
@@ -135,23 +157,23 @@ def test_every_long_part_of_a_run_has_a_name(mini_root, tmp_path, monkeypatch):
     assert any(name.startswith("clustering ") for name in named)
 
 
-def test_long_step_is_printed_repeatedly(pipe):
-    with Stage("run", reports=True):
-        for k in Stage("training", ["a", "b", "c"]):
+def test_long_step_is_logged_repeatedly_with_its_parts(pipe):
+    with stage("run"):
+        for k in steps("training", ["a", "b", "c"]):
             if k == "b":
                 with progress_bar(desc="transfer", total=1200, initial=100, unit=" steps", enabled=True) as shown:
                     shown.update(20)
                     shown.set_postfix(loss="1.2")
-                    left = r"(, about [\d smin]+ left)?"
-                    pipe.wait_for(rf"run; training 2 of 3{left}; transfer: 120 of 1,200 steps{left}", times=3)
+                    left = r"[\d:]+ so far, [\d:]+ left"
+                    pipe.wait_for(rf"run; training 2 of 3; transfer: 120 of 1200 steps, loss=1.2, {left}", times=3)
     assert re.match(r"\[\d+ s\] run", pipe.getvalue())
 
 
-def test_stage_without_steps_is_printed(pipe):
-    with Stage(lambda: "", reports=True), Stage("clustering 30,414 spots"):
-        pipe.wait_for("clustering 30,414 spots")
-    with Stage("", reports=True):
-        pipe.wait_for("at work", times=2 if "at work" in pipe.lines else 1)
+def test_text_of_a_stage_may_be_a_function(pipe):
+    texts = iter(["0 of 2 done", *["1 of 2 done"] * 10**6])
+    with stage(lambda: next(texts)), stage("clustering 30,414 spots"):
+        pipe.wait_for("0 of 2 done; clustering 30,414 spots")
+        pipe.wait_for("1 of 2 done; clustering 30,414 spots", times=2)
 
 
 def test_training_shows_its_step_during_a_slow_batch(pipe):
@@ -164,7 +186,7 @@ def test_training_shows_its_step_during_a_slow_batch(pipe):
             return len(tiles)
 
         def __getitem__(self, rows):
-            pipe.wait_for(r"transfer: 0 of 2 steps")
+            pipe.wait_for(r"transfer: 0 of 2 steps, .* left")
             return tiles[rows]
 
     student = adapt(load_backbone("tiny", weights="random"), "lora", r=4)
@@ -175,17 +197,16 @@ def test_training_shows_its_step_during_a_slow_batch(pipe):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_lines_end_with_the_work_after_any_error(pipe, error):
     def work():
-        with Stage("run", reports=True):
-            for _ in Stage("training", range(3)):
-                pipe.wait_for("run; training 1 of 3")
+        with stage("run"):
+            for _ in progress_bar(range(3), desc="training", enabled=True):
+                pipe.wait_for("run; training: 0 of 3.*")
                 raise error
 
     with pytest.raises(error):
         work()
-    assert progress._lines is None
 
 
-def test_failed_training_leaves_no_thread(pipe):
+def test_failed_training_ends_its_bars(pipe):
     _, teacher, labels = task(20)
 
     class Broken:
@@ -205,25 +226,7 @@ def test_failed_training_leaves_no_thread(pipe):
     ):
         with pytest.raises(OSError, match="gone") as caught:
             call()
-        assert progress._lines is None, caught
-
-
-def test_time_left_follows_from_the_steps_since_the_start(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    with progress_bar(desc="transfer", total=380, initial=100, unit=" steps", enabled=None) as shown:
-        assert shown.line() == "transfer: 100 of 380 steps"
-        now = 40.0
-        shown.update(80)
-        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 40 s left"
-        now = 70.0  # a step that takes long
-        assert shown.line() == "transfer: 180 of 380 steps, about 1 min 10 s left"
-        now = 200.0
-        assert shown.line() == "transfer: 180 of 380 steps"
-    fetched = [0]
-    with Stage("fetching x:", ["a", "b"], total=900, measure=lambda: fetched[0], unit=" MB") as shown:
-        now, fetched[0] = 210.0, 300
-        assert shown.line() == "fetching x: 300 of 900 MB, about 20 s left"
+        assert progress._open == [], caught
 
 
 @pytest.mark.parametrize("place", ["terminal", "notebook"])
@@ -232,10 +235,10 @@ def test_terminal_and_notebook_get_bars_and_no_lines(pipe, capsys, monkeypatch, 
         monkeypatch.setattr(pipe, "isatty", lambda: True, raising=False)
     else:
         monkeypatch.setattr(type(pipe), "__module__", "ipykernel.iostream")
-    with Stage("run", reports=True):
-        assert progress._lines is None
-        print_line("plan: 3 trainings")
-        for _ in Stage("training", range(3)):
+    with stage("run"):
+        assert not lines_are_logged()
+        logger.info("plan: 3 trainings")
+        for _ in steps("training", range(3)):
             for _ in progress_bar(range(4), desc="embed tiles", enabled=True):
                 pass
     assert pipe.getvalue() == "plan: 3 trainings\n"
@@ -249,17 +252,24 @@ def test_terminal_bar_is_not_shown_in_a_notebook(pipe, monkeypatch):
     assert progress_bar(range(4), desc="embed tiles", enabled=True) is False
 
 
-def test_nothing_is_printed_without_progress(mini_root, tmp_path, pipe, capsys):
-    run(config(mini_root, method="none", features="color"), tmp_path / "a", maps=False)
-    assert pipe.getvalue() + capsys.readouterr().err == ""
+def test_library_logs_its_plan_and_prints_nothing(mini_root, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO, logger="peka_lite")
+    run(config(mini_root, method="none", features="color"), tmp_path / "a", maps=False, progress=True)
+    assert capsys.readouterr().err == ""
+    assert logged(caplog).startswith("plan: no training, ")
 
 
-def test_only_the_first_process_prints(pipe, monkeypatch):
+def test_no_thread_is_started_if_nobody_listens():
+    with stage("run"):
+        assert not lines_are_logged()
+
+
+def test_only_the_first_process_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with Stage("run", reports=True):
-        assert progress._lines is None
-        print_line("plan: 3 trainings")
-    assert pipe.getvalue() == ""
+    with show_messages(), stage("run"):
+        assert not lines_are_logged()
+        logger.warning("plan: 3 trainings")
+    assert capsys.readouterr().err == ""
 
 
 def test_work_continues_with_closed_stderr(monkeypatch):
@@ -272,9 +282,9 @@ def test_work_continues_with_closed_stderr(monkeypatch):
 
     monkeypatch.setattr(progress, "EVERY", 0.01)
     for stderr in (Closed(), None):
-        monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
-        with Stage("run", reports=True):
-            print_line("plan: 3 trainings")
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with show_messages(), stage("run"):
+            logger.info("plan: 3 trainings")
             if stderr is not None:
                 assert all(tried.acquire(timeout=60) for _ in range(3))
 

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -455,12 +456,13 @@ def test_progress_bars_are_disabled_during_a_silent_fetch(tmp_path, hub, manifes
     assert not are_progress_bars_disabled()
 
 
-def test_a_file_is_fetched_to_the_cache_with_the_hubs_license(tmp_path, hub, manifest, monkeypatch, capsys):
+def test_a_file_is_fetched_to_the_cache_with_the_hubs_license(tmp_path, hub, manifest, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="peka_lite")
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path / "cache"))
     place = fetch(manifest["big"])
     assert place == cache_dir() / "models" / "big" / "models.ckpt" == find_fetched(manifest["big"])
     assert json.loads((place.parent / "fetched.json").read_text())["license"] == "mit"
-    line = capsys.readouterr().err.splitlines()[0]
+    line = caplog.messages[0]
     assert line.startswith("fetching big: 1 files, 7.0 kB; ")
     assert line.endswith("license mit")
 
@@ -698,7 +700,7 @@ def test_a_second_fetch_waits_and_resumes_the_first(tmp_path, hub, manifest, mon
         hub.seen.clear()
 
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(locks, "sys", SimpleNamespace(stderr=SimpleNamespace(write=stop_child, flush=lambda: None)))
+    monkeypatch.setattr(logging.getLogger("peka_lite"), "warning", stop_child)
     try:
         give_up = time.monotonic() + 60
         while not (part.is_file() and part.stat().st_size >= 10 * MIB):

@@ -34,7 +34,7 @@ from peka_lite._core.names import (
     write_metrics,
     write_spreadsheet_csv,
 )
-from peka_lite._core.progress import Stage, print_line
+from peka_lite._core.progress import logger, show_messages
 from peka_lite._core.untrusted_files import file_inside, read_json_inside
 from peka_lite.cli.doctor import Check, report
 from peka_lite.cli.main import main
@@ -580,8 +580,8 @@ def test_control_characters_in_names_are_escaped_on_a_terminal(tmp_path, name, c
     (folder / "bad").mkdir()
     (folder / "bad" / "config.yml").write_text("x")
     assert main(["report", str(folder), "--out", str(folder / "out")]) == 0  # with a warning
-    with Stage("", reports=True):
-        print_line(f"plan: {name}")
+    with show_messages():
+        logger.info(f"plan: {name}")
     with pytest.raises(SystemExit):
         parser(command="report").parse_args(["report", "x", f"--{name}".replace(" ", "_")])
     point = Point(name, {"a": name}, {})

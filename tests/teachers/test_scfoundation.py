@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import pickle
 import re
@@ -825,12 +826,13 @@ def test_gpu_is_the_default_device_if_available(monkeypatch, there, name):
 # --- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_prints_coverage_and_spots_per_second(capsys, monkeypatch):
+def test_progress_prints_coverage_and_spots_per_second(capsys, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="peka_lite")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     adata = make_adata(random_counts(6)[:, :4], [*GENES[:3], "UNKNOWN"])
     make_model().embed(adata, progress=True, batch_size=2)
     shown = capsys.readouterr().err
-    assert "75% of the expressed genes are in the vocabulary" in shown
+    assert caplog.messages == ["75% of the expressed genes are in the vocabulary"]
     assert "6/6" in shown
     assert re.search(r"\d ?spots?/s", shown)
 

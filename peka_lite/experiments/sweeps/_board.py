@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peka_lite._core.names import escape_control
-from peka_lite._core.progress import Stage, format_duration
+from peka_lite._core.progress import format_duration, stage
 from peka_lite.experiments.sweeps.points import (
     STATES,
     describe_outdated,
@@ -107,7 +107,7 @@ class Board:
         self.slots = max(self.slots, slots)
         self._print(f"{slots} at once" + (f"; Dask's dashboard: {dashboard}" if dashboard else ""))
         with ExitStack() as stack:
-            stack.enter_context(Stage(self._summarize, reports=True))
+            stack.enter_context(stage(self._summarize))
             if self.console.is_terminal:
                 options = {"refresh_per_second": 2, "get_renderable": self._table, "transient": True}
                 stack.enter_context(Live(console=self.console, **options))

@@ -295,7 +295,7 @@ def main() -> None:
         paths = [notebook["folder"], os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-        with exit_on_signals():
+        with exit_on_signals(), show_messages(), stage(arguments["job"]["name"]):
             make_point(arguments["job"], Path(arguments["out"]))
     except BaseException:
         traceback.print_exc()
