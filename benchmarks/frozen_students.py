@@ -30,7 +30,6 @@ from peka_lite.evaluation.evaluate import evaluate
 from peka_lite.evaluation.folds import folds
 from peka_lite.evaluation.protocols import PROTOCOLS
 from peka_lite.evaluation.scores import bootstrap_difference, bootstrap_interval
-from peka_lite.experiments.cache import Student
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("HER2_C2", "HER2_C3", "HER2_C4", "HER2_C5")  # the image of HER2_A1 is not usable
@@ -113,8 +112,7 @@ def compute_moments(cohort, splits, protocol, parts: list[np.ndarray]) -> pd.Dat
     """Return the moments of all folds; `parts` has one array of features for all folds, or one per fold."""
     frames = []
     for i, array in enumerate(parts):
-        student = Student(array, {}, None, {}, Path())
-        moments = evaluate(cohort, splits, lambda left, student=student: student, protocol=protocol).moments
+        moments = evaluate(cohort, splits, array, protocol=protocol).moments
         frames.append(moments[moments["fold"] == i] if len(parts) > 1 else moments)
     return pd.concat(frames, ignore_index=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import html
@@ -10,20 +9,13 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from peka_lite._core.io import write_file_atomically
-from peka_lite._core.untrusted_files import file_inside
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 LONGEST = 160  # bytes of a file name without its suffix
-_NUMBERS = {"fold": "int64", "pcc": "float64", "n_train": "int64", "n_test": "int64"}
-_TEXTS = ("method", "backbone", "split", "protocol", "features", "normalization", "gene")
-_LARGEST_METRICS = 2**28  # bytes; 20,000 genes in 100 folds take 160 MB
 _LINE_START = re.compile(r"^([#>=%:(~]|[-+](?![\d.])|\d{1,9}(?=[.)](?:\s|$)))")
 _FORMULA = re.compile(
     r"(^|[;,\t|])([\s\"]*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
@@ -125,41 +117,6 @@ def write_spreadsheet_csv(table: pd.DataFrame, path: str | os.PathLike, *, index
     for column in texts:
         table.isetitem(column, table.iloc[:, column].map(escape_formula))
     table.rename(index=escape_formula if index else None, columns=escape_formula).to_csv(path, index=index)
-
-
-def write_metrics(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a result table as CSV with unescaped names, so that `read_metrics` returns the same table."""
-    returns = table["gene"].str.contains("\r", regex=False).any()  # without quotes they would end the line
-    text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
-    write_file_atomically(path, text.encode())
-
-
-def read_metrics(path: str | os.PathLike, *, within: str | os.PathLike | None = None) -> pd.DataFrame:
-    """Read the known columns of a run's ``metrics.csv``; genes named NA, nan or 1e5 keep their names.
-
-    `within` is as in `file_inside`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As `file_inside`, and ValueError if it is not a table of results.
-    """
-    import pandas as pd
-
-    path = Path(path)
-    path = file_inside(path.parent, path.name, within=within, largest=_LARGEST_METRICS)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            first = file.readline(2**16)
-        columns = [name for name in next(csv.reader([first]), ()) if name in (*_NUMBERS, *_TEXTS)]
-        if not first.endswith(("\n", "\r")) or len(set(columns)) < len(columns) or not {"fold", "gene"} <= {*columns}:
-            raise ValueError("its first line must name fold, gene and pcc, each once")
-        kinds = {name: _NUMBERS.get(name, str) for name in columns}
-        table = pd.read_csv(path, usecols=columns, dtype=kinds, keep_default_na=False, na_values={"pcc": [""]})
-    except (ValueError, csv.Error, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a table of results ({reason}); repeat the run") from None
-    return table
 
 
 def _fence(text: str, least: int) -> str:

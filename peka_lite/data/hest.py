@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from peka_lite._core.hashing import row_ids
 from peka_lite.data._format import (
     HestFormatError,
     clean_patient_name,
@@ -160,6 +161,16 @@ class Cohort:
     def tiles(self) -> TileStore:
         """All tiles, (N, 224, 224, 3) uint8, read lazily."""
         return TileStore.concat([s.tiles for s in self.slides])
+
+    @cached_property
+    def count_ids(self) -> np.ndarray:
+        """`row_ids` of the counts of the shared genes, (N,) uint64."""
+        return row_ids(self.adata.X)
+
+    @cached_property
+    def slide_count_ids(self) -> np.ndarray:
+        """`row_ids` of the counts of all genes of each slide, (N,) uint64: what a teacher is fitted on."""
+        return np.concatenate([row_ids(s.adata.X) for s in self.slides])
 
     def rows_of(self, slide_id: str) -> np.ndarray:
         """Return the rows of one slide, as int64 indices into the cohort."""

@@ -8,14 +8,14 @@ from .controls import (
     coordinate_features as coordinate_features,
     depth_features as depth_features,
 )
-from .evaluate import evaluate as evaluate, row_ids as row_ids
+from .evaluate import Evaluation as Evaluation, evaluate as evaluate
 from .folds import folds as folds
-from .leaks import LeakError as LeakError
+from .leaks import FittedFeatures as FittedFeatures, LeakError as LeakError, row_ids as row_ids
 from .protocols import ALPHAS as ALPHAS, PROTOCOLS as PROTOCOLS, Protocol as Protocol
 from .scores import (
     bootstrap_difference as bootstrap_difference,
     bootstrap_interval as bootstrap_interval,
-    pcc_by_slide as pcc_by_slide,
-    pool_pcc as pool_pcc,
-    summarize as summarize,
+    mean_scores as mean_scores,
+    pool_scores as pool_scores,
+    scores_by_slide as scores_by_slide,
 )

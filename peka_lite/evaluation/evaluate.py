@@ -3,63 +3,98 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
-from peka_lite._core.hashing import row_ids
 from peka_lite._core.progress import steps
 from peka_lite.data.expression import NORMALIZATIONS, expression_targets, top_hvg
-from peka_lite.evaluation.leaks import LeakError, require_allowed, require_disjoint
+from peka_lite.evaluation.leaks import FittedFeatures, LeakChecker
 from peka_lite.evaluation.protocols import ALPHAS, Protocol
-from peka_lite.evaluation.scores import slide_moments
-from peka_lite.probe.moments import alpha_path, components, gather
+from peka_lite.evaluation.scores import mean_scores, pool_scores, slide_moments
+from peka_lite.probe.metrics import spearman
+from peka_lite.probe.moments import CellSums, alpha_path, components, gather
 from peka_lite.probe.pca_ridge import PCARidge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Result of `evaluate`.
+    """Result of `evaluate`; printed as its mean scores on the protocol's targets.
 
     Attributes
     ----------
+    protocol
+        The `Protocol`.
+    learned_from
+        What is known about the rows that the features learned from: ``"not declared"``, ``"declared and checked"``,
+        ``"declared"`` (the protocol allows all rows, so there is nothing to check) or ``"recorded by each fit"``.
+    scores
+        normalization, fold, gene, pcc, r2, rmse and spearman, over all test spots of the fold.
     moments
         `slide_moments` of every normalization and fold, with columns normalization and fold.
     predicted
         Fold -> (test rows, genes, measured, predicted) for the protocol's normalization.
     probes
-        Fold -> (`PCARidge` for the protocol's normalization, genes); predicts in the genes' units.
+        Fold -> (`PCARidge` for the protocol's normalization, genes); predicts in the genes' units, so always with an
+        intercept. Without one in the protocol, `predicted` and R2 and RMSE are of predictions without it.
     alphas
         Normalization -> regularization strength of each fold.
     n_components
         Columns after PCA in the last fold.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI3", "MINI5"])
+    >>> folds, X = pk.folds(cohort, "patient", 3, 0), pk.evaluation.depth_features(cohort)
+    >>> pk.evaluate(cohort, folds, X, protocol=pk.evaluation.PROTOCOLS["strict"], n_genes=10, learned_from={})
+    ... # doctest: +ELLIPSIS
+    Evaluation(protocol: strict, targets: log1p-cp10k, PCC 0.019, ... features learned from: declared and checked)
     """
 
+    protocol: Protocol
+    learned_from: str
+    scores: pd.DataFrame
     moments: pd.DataFrame
     predicted: dict
     probes: dict
     alphas: dict[str, list[float]]
     n_components: int
 
+    def _as_row(self) -> dict:
+        scores = self.scores[self.scores["normalization"] == self.protocol.normalization]
+        row = {"protocol": self.protocol.name, "targets": self.protocol.normalization}
+        row["PCC"] = float(scores.groupby("fold")["pcc"].mean().mean())
+        means = mean_scores(scores)[self.protocol.normalization]
+        row |= {"R2": means["r2"], "RMSE": means["rmse"], "Spearman": means["spearman"]}
+        return row | {"features learned from": self.learned_from}
+
+    def __repr__(self) -> str:
+        texts = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k}: {v}" for k, v in self._as_row().items())
+        return f"Evaluation({', '.join(texts)})"
+
+    def _repr_html_(self) -> str:
+        return pd.DataFrame([self._as_row()]).to_html(index=False, float_format="{:.3f}".format)
+
 
 def evaluate(
     cohort,
     folds: list[tuple[np.ndarray, np.ndarray]],
-    features: Callable,
+    X,
     *,
     protocol: Protocol,
     n_genes: int = 50,
     n_components: int = 256,
     train_mask: np.ndarray | None = None,
+    learned_from: np.ndarray | Mapping[str, np.ndarray | None] | None = None,
 ) -> Evaluation:
-    """Predict the held-out rows of every fold by PCA and ridge, and reduce them to moments.
+    """Predict the held-out rows of every fold from features by PCA and ridge, and score the predictions.
 
-    Genes, PCA, alpha and ridge are fitted on the rows that the protocol allows. Students of `features` are checked by
-    the row ids recorded when they were fitted.
+    Genes, PCA, alpha and ridge are fitted on the rows that the protocol allows. The rows that the features learned from
+    are checked as far as they are known.
 
     Parameters
     ----------
@@ -67,212 +102,224 @@ def evaluate(
         `peka_lite.data.Cohort`.
     folds
         Row indices from `peka_lite.folds`; each row is in one test set.
-    features
-        Function from a tuple of fold numbers to a `Student` fitted without their test rows. Called with ``(i,)``, and
-        for alpha ``"inner"`` with every pair ``(i, j)``, i < j.
+    X
+        Features of every spot: an array (N, D) of finite numbers, or a `FittedFeatures`, which records what its fits
+        learned from. Or, for features that are fitted, a function that returns one of these: it is called with the
+        rows (int64, ascending) that may be used for a fold, and for alpha ``"inner"`` with those without any two
+        folds. An object that it returns again must have the same content.
     train_mask
         (N,) bool, rows that may be used for training; None allows all. Test rows are not restricted.
+    learned_from
+        `row_ids` of the rows that features given as arrays learned from: of counts (``cohort.adata.X``, or all genes
+        of each slide) or of tiles (``cohort.tiles.ids``). Or a mapping: step -> ids, None for a pretrained step; ``{}``
+        declares that nothing was fitted.
 
     Raises
     ------
     LeakError
-        If a patient is in training and test of a fold, or genes, teacher, clusters, student or probe were fitted on
-        rows outside the training rows.
+        If a patient is in training and test of a fold, or if genes, PCA and ridge, or a step of the features learned
+        from rows outside the training rows; it names the fold, the step and the number of rows.
+    ValueError
+        For folds that do not fit the cohort or protocol, features that are not one row of finite numbers for each spot,
+        and a `learned_from` that has no row ids.
 
     Examples
     --------
     >>> import peka_lite as pk
     >>> cohort = pk.open_cohort("mini", slides=["MINI1", "MINI3", "MINI5"])
-    >>> color = cohort.tiles[:][:, ::8, ::8].mean((1, 2))  # (N, 3): mean red, green and blue of a tile
-    >>> student = pk.experiments.Student(color, {}, None, {}, None)  # not fitted on any row
-    >>> splits, protocol = pk.folds(cohort, "patient", 3, 0), pk.evaluation.PROTOCOLS["hest"]
-    >>> result = pk.evaluate(cohort, splits, lambda left_out: student, protocol=protocol, n_genes=10)
-    >>> moments = result.moments[result.moments["normalization"] == "log1p"]
-    >>> pk.evaluation.pool_pcc(moments).groupby("fold")["pcc"].mean().round(2).to_dict()
+    >>> X = cohort.tiles[:][:, ::8, ::8].mean((1, 2))  # (N, 3): mean red, green and blue of a tile
+    >>> folds, protocol = pk.folds(cohort, "patient", 3, 0), pk.evaluation.PROTOCOLS["hest"]
+    >>> result = pk.evaluate(cohort, folds, X, protocol=protocol, n_genes=10)
+    >>> result.scores.query("normalization == 'log1p'").groupby("fold")["pcc"].mean().round(2).to_dict()
     {0: 0.28, 1: 0.24, 2: 0.31}
+    >>> result.learned_from
+    'not declared'
+
+    Features that learn, here the mean color of the training rows:
+
+    >>> result = pk.evaluate(cohort, folds, lambda rows: X - X[rows].mean(0), protocol=protocol, n_genes=10)
     """
-    fold_of = np.empty(len(cohort), dtype=np.int64)
-    for i, (_, test) in enumerate(folds):
-        fold_of[test] = i
-    use = np.ones(len(cohort), dtype=bool) if train_mask is None else np.asarray(train_mask)
-    checker = LeakChecker(cohort, folds, protocol)
+    features = _Features(X, len(cohort), learned_from)
+    checker = LeakChecker(cohort, folds, protocol, train_mask=train_mask)
     genes = []
-    for i, (train, _) in enumerate(steps("choosing genes: fold", folds)):
-        rows = None if protocol.genes == "all" else train[use[train]]
+    for i in steps("choosing genes: fold", range(len(folds))):
+        rows = None if protocol.genes == "all" else checker.allowed((i,))
         genes.append(top_hvg(cohort.adata, n=n_genes, rows=rows, method=protocol.normalization))
         checker.check_genes(genes[i], i)
     union = list(dict.fromkeys(g for names in genes for g in names))
     Y = np.hstack([expression_targets(cohort.adata, union, method=m) for m in NORMALIZATIONS])  # (N, 2 * len(union))
     column = {g: k for k, g in enumerate(union)}
     columns = {
-        (i, m): np.array([column[g] for g in genes[i]]) + NORMALIZATIONS.index(m) * len(union)
+        ((i,), m): np.array([column[g] for g in genes[i]]) + NORMALIZATIONS.index(m) * len(union)
         for i in range(len(folds))
         for m in NORMALIZATIONS
     }
     # Rows excluded from training have separate cells, to be scored but never summed for training.
-    cells = np.where(use, fold_of, fold_of + len(folds))
-    memo: dict[int, object] = {}
-
-    def sums(left_out: tuple[int, ...]):
-        student = features(left_out)
-        checker.check_student(student, left_out)
-        if id(student) not in memo:
-            memo.clear()  # sums are large: store one set, reused while the student is the same
-            memo[id(student)] = (student, gather(student.features, Y, cells))
-        return student, memo[id(student)][1]
-
-    chosen = {m: [protocol.alpha] * len(folds) for m in NORMALIZATIONS}
+    cells = np.where(checker.train_mask, checker.fold_of, checker.fold_of + len(folds))
+    sums = _FoldSums(features, checker, Y, cells)
+    alphas = dict.fromkeys(columns, protocol.alpha)
     if protocol.alpha == "inner":
-        chosen = _inner_alphas(folds, sums, columns, protocol, n_components, checker)
-    tables, predicted, probes, width = [], {}, {}, 0
+        alphas = _choose_alphas(columns, sums, checker, n_components)
+    tables, rank_correlations, predicted, probes, width = [], [], {}, {}, 0
     slides, patients = cohort.obs["slide"].to_numpy(), cohort.obs["patient"].fillna("unknown").to_numpy()
     for i, (_, test) in enumerate(steps("probe: fold", folds)):
-        student, cell_sums = sums((i,))
+        values, cell_sums = sums((i,))
         moments = cell_sums.over([c for c in range(len(folds)) if c != i])
         checker.check_probe(moments.rows, (i,))
         for m in NORMALIZATIONS:
+            at = columns[(i,), m]
+            options = {"standardize": protocol.standardize, "fit_intercept": protocol.fit_intercept}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*training rows of.*components")  # reported in summary.json
-                probe = PCARidge(
-                    n_components, chosen[m][i], standardize=protocol.standardize, fit_intercept=protocol.fit_intercept
-                ).fit_sums(moments.targets(columns[i, m]))
-            P, width = probe.predict(student.features[test]), int(probe.n_components_)
-            measured = Y[np.ix_(test, columns[i, m])]
+                probe = PCARidge(n_components, alphas[(i,), m], **options).fit_sums(moments.targets(at))
+            measured, P, width = Y[np.ix_(test, at)], probe.predict(values[test]), int(probe.n_components_)
             if m == protocol.normalization:
                 predicted[i] = (test, list(genes[i]), measured, P)
-                probe.intercept_ = moments.mean_y[columns[i, m]]
+                # The coefficients are those with an intercept: features are centered.
+                probe.fit_intercept, probe.intercept_ = True, moments.mean_y[at]
                 probes[i] = probe, list(genes[i])
             scored = slide_moments(measured, P, slides=slides[test], patients=patients[test], genes=genes[i])
             tables.append(scored.assign(normalization=m, fold=i))
-    alphas = {m: [a if a == "hest" else float(a) for a in chosen[m]] for m in NORMALIZATIONS}
-    return Evaluation(pd.concat(tables, ignore_index=True), predicted, probes, alphas, width)
+            rank_correlations.append(spearman(measured, P))
+    moments = pd.concat(tables, ignore_index=True)
+    return Evaluation(
+        protocol=protocol,
+        learned_from=features.describe_origin(checked=protocol.student == "train"),
+        scores=pool_scores(moments).assign(spearman=np.concatenate(rank_correlations)),
+        moments=moments,
+        predicted=predicted,
+        probes=probes,
+        alphas={
+            m: [a if (a := alphas[(i,), m]) == "hest" else float(a) for i in range(len(folds))] for m in NORMALIZATIONS
+        },
+        n_components=width,
+    )
 
 
 def left_out_sets(n_folds: int, *, inner: bool) -> list[tuple[int, ...]]:
-    """Return the tuples of folds that `evaluate` calls `features` with."""
+    """Return the tuples of folds without which `evaluate` asks for features."""
     pairs = list(combinations(range(n_folds), 2)) if inner else []
     return [(i,) for i in range(n_folds)] + pairs
 
 
-def _inner_alphas(folds, sums, columns, protocol, n_components, checker) -> dict[str, list[float]]:
-    """Choose alpha of each outer fold by its score on the other folds, with students fitted without either.
-
-    The student of the pair (i, j) is used for inner fold j of i and inner fold i of j, so that K folds need
-    K (K - 1) / 2 more students instead of K (K - 1).
-    """
-    n = len(folds)
-    scores = {key: [] for key in columns}  # (fold, normalization) -> [(n_alphas,) mean over genes]
-    for i, j in steps("alpha: pair of folds", list(combinations(range(n), 2))):
-        _, cell_sums = sums((i, j))
-        train = cell_sums.over([c for c in range(n) if c not in (i, j)])
-        checker.check_probe(train.rows, (i, j))
-        reduced = components(train, n_components, standardize=protocol.standardize)
-        for outer, inner in ((i, j), (j, i)):
-            test = cell_sums.over([c for c in (inner, inner + n) if c in cell_sums.cells])
-            path = alpha_path(reduced, test, ALPHAS)  # (n_alphas, targets)
-            for m in NORMALIZATIONS:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
-                    scores[outer, m].append(np.nanmean(path[:, columns[outer, m]], axis=1))
-    return {m: [ALPHAS[int(np.nanargmax(np.mean(scores[i, m], axis=0)))] for i in range(n)] for m in NORMALIZATIONS}
-
-
 def choose_alpha(
-    left: tuple[int, ...],
-    n_folds: int,
-    features,
-    checker: LeakChecker,
-    *,
-    Y,
-    cells,
-    standardize: bool,
-    n_components: int = 256,
+    left_out: tuple[int, ...], X, checker: LeakChecker, *, Y: np.ndarray, n_components: int = 256
 ) -> float:
-    """Return the best of `ALPHAS` over the folds not left out, each scored on a student fitted without it.
+    """Return the best of `ALPHAS` for a probe fitted without `left_out`, scored on each other fold.
 
     Parameters
     ----------
-    Y, cells
-        (N, genes) targets, and (N,) each row's fold, -1 for rows excluded from training.
+    left_out
+        One fold or none.
+    X
+        As for `evaluate`; a function is called with the rows that are neither in `left_out` nor in the scored fold.
+    checker
+        Gives folds, protocol and the rows that may be used.
+    Y
+        (N, genes) targets.
     """
-    scores = []
-    others = [j for j in range(n_folds) if j not in left]
-    for j in steps("alpha: fold", others):
-        out = tuple(sorted((*left, j)))
-        student = features(out)
-        checker.check_student(student, out)
-        cell_sums = gather(student.features, Y, cells)
-        train = cell_sums.over([c for c in others if c != j])
+    cells = np.where(checker.train_mask, checker.fold_of, -1)
+    sums = _FoldSums(_Features(X, len(checker.cohort)), checker, Y, cells)
+    return _choose_alphas({(left_out, ""): slice(None)}, sums, checker, n_components)[left_out, ""]
+
+
+def _choose_alphas(columns: dict, sums: _FoldSums, checker: LeakChecker, n_components: int) -> dict:
+    """Choose alpha for each (folds left out, name) and its target columns, by the score on each other fold.
+
+    Features without folds i and j are used for inner fold j of i and inner fold i of j, so that K folds need
+    K (K - 1) / 2 more fits instead of K (K - 1).
+    """
+    n, scored = len(checker.folds), {}  # folds left out of a fit -> [(folds left out, inner fold)]
+    for outer in dict.fromkeys(outer for outer, _ in columns):
+        for inner in (fold for fold in range(n) if fold not in outer):
+            scored.setdefault(tuple(sorted((*outer, inner))), []).append((outer, inner))
+    scores = {key: [] for key in columns}  # [(n_alphas,) mean over genes]
+    for out, pairs in steps("alpha: folds left out", list(scored.items())):
+        _, cell_sums = sums(out)
+        train = cell_sums.over([c for c in range(n) if c not in out])
         checker.check_probe(train.rows, out)
-        path = alpha_path(components(train, n_components, standardize=standardize), cell_sums.over([j]), ALPHAS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
-            scores.append(np.nanmean(path, axis=1))
-    return ALPHAS[int(np.nanargmax(np.mean(scores, axis=0)))]
+        reduced = components(train, n_components, standardize=checker.protocol.standardize)
+        for outer, inner in pairs:
+            test = cell_sums.over([inner, inner + n])  # with the rows excluded from training, if they have a cell
+            path = alpha_path(reduced, test, ALPHAS)  # (n_alphas, targets)
+            for key in [key for key in columns if key[0] == outer]:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # a gene that is constant in an inner fold
+                    scores[key].append(np.nanmean(path[:, columns[key]], axis=1))
+    return {key: ALPHAS[int(np.nanargmax(np.mean(values, axis=0)))] for key, values in scores.items()}
 
 
-class LeakChecker:
-    """Compare the rows that each step was fitted on with the rows that the protocol allows.
+class _Features:
+    """Checked features for given training rows, from any `X` of `evaluate`."""
 
-    The constructor checks the folds. It raises a `LeakError` for a group or section in training and test, or for
-    sections held out under a named protocol in a cohort of several or unknown patients, and a ValueError for too few
-    folds or test rows that do not cover the cohort.
-    """
+    def __init__(self, X, n: int, learned_from=None):
+        self.X, self.n, self.learned_from = X, n, learned_from
+        self.given = self.features = None  # the object that X gave last, held so that no other gets its id
+        self.kinds = set()
+        if learned_from is not None:
+            self.learned_from = learned_from if isinstance(learned_from, Mapping) else {"features": learned_from}
+            for step, ids in self.learned_from.items():
+                if ids is not None and (np.ndim(ids) != 1 or getattr(ids, "dtype", None) != np.uint64):
+                    raise ValueError(
+                        f"learned_from has no row ids for {step!r}: give the uint64 array of pk.evaluation.row_ids "
+                        "of the rows, not row numbers"
+                    )
+        if not callable(X):
+            self._set(X)
 
-    def __init__(self, cohort, folds, protocol: Protocol):
-        self.protocol, self.cohort = protocol, cohort
-        self.test = [test for _, test in folds]
-        self.counts = row_ids(cohort.adata.X)
-        if protocol.alpha == "inner" and len(folds) < 3:
-            raise ValueError(f"choosing alpha on inner folds needs at least 3 folds; there are {len(folds)}")
-        patients = sorted(set(cohort.obs["patient"].fillna("unknown")))
-        if protocol.split == "slide" and protocol.name != "custom" and (len(patients) > 1 or patients == ["unknown"]):
-            raise LeakError(
-                f"protocol {protocol.name!r} holds out patients; holding out sections instead needs one known "
-                f"patient, and this cohort has {', '.join(patients)}: split by patient, or give slides of one"
-            )
-        if protocol.split != "spot":
-            groups = cohort.obs[protocol.split].to_numpy().astype(str)
-            for i, (train, test) in enumerate(folds):
-                require_disjoint(groups, self.counts, train, test, where=f"fold {i}")
-        if not np.array_equal(np.sort(np.concatenate(self.test)), np.arange(len(cohort))):
-            raise ValueError("each row of the cohort must be in the test rows of one fold")
+    def __call__(self, rows: np.ndarray) -> FittedFeatures:
+        given = self.X(rows) if callable(self.X) else self.X
+        if self.features is None or given is not self.given:
+            self._set(given)
+        return self.features
 
-    @cached_property
-    def _slide_counts(self) -> np.ndarray:
-        """Ids of the counts used by a teacher: all genes of each slide, not only the shared ones."""
-        return np.concatenate([row_ids(s.adata.X) for s in self.cohort.slides])
+    def _set(self, given) -> None:
+        fitted = isinstance(given, FittedFeatures)
+        if fitted and self.learned_from is not None:
+            raise ValueError("FittedFeatures record what they learned from: leave out learned_from")
+        self.kinds.add("recorded" if fitted else "not declared" if self.learned_from is None else "declared")
+        _check_values(given.values if fitted else given, self.n)
+        self.given = given
+        self.features = given if fitted else FittedFeatures(np.asarray(given), self.learned_from or {})
+        ids = self.features.embedding_ids
+        if ids is not None and len(ids) != self.n:
+            raise ValueError(f"embedding_ids has {len(ids)} rows for {self.n} spots")
 
-    def _allowed(self, left_out: tuple[int, ...]) -> np.ndarray:
-        allowed = np.ones(len(self.cohort), dtype=bool)
-        for fold in left_out:
-            allowed[self.test[fold]] = False
-        return allowed
-
-    def check_genes(self, genes, fold: int) -> None:
-        """Raise a `LeakError` for a `GeneList` chosen on rows outside the fold's training rows, if not allowed."""
-        if self.protocol.genes == "train":
-            allowed = self.counts[self._allowed((fold,))]
-            require_allowed("the choice of genes", genes.fitted_on_, allowed=allowed, where=f"fold {fold}")
-
-    def check_student(self, student, left_out: tuple[int, ...]) -> None:
-        """Raise a `LeakError` for a `Student` fitted in any step on test rows of a fold left out."""
-        if self.protocol.student == "all":
-            return
-        allowed, where = self._allowed(left_out), _where(left_out)
-        allowed_ids = {
-            "teacher": lambda: self._slide_counts[allowed],
-            "clusters": lambda: student.embedding_ids[allowed],
-            "student": lambda: self.cohort.tiles.ids[allowed],
-        }
-        for step, learned_from in student.learned_from.items():
-            require_allowed(f"the {step}", learned_from, allowed=allowed_ids[step](), where=where)
-
-    def check_probe(self, rows: np.ndarray, left_out: tuple[int, ...]) -> None:
-        """Raise a `LeakError` for sums over test rows of a fold left out; `rows` are cohort indices."""
-        if n := int((~self._allowed(left_out)[rows]).sum()):
-            raise LeakError(f"{_where(left_out)}: PCA and ridge learned from {n} rows outside the training rows")
+    def describe_origin(self, *, checked: bool) -> str:
+        """Return `Evaluation.learned_from`."""
+        if "not declared" in self.kinds:
+            return "not declared"
+        if "recorded" in self.kinds:
+            return "recorded by each fit"
+        return "declared and checked" if checked else "declared"
 
 
-def _where(left_out: tuple[int, ...]) -> str:
-    return f"fold {left_out[0]}" if len(left_out) == 1 else f"inner fold of {left_out[0]} and {left_out[1]}"
+def _check_values(values, n: int) -> None:
+    """Raise a ValueError unless these are finite numbers (n, D)."""
+    values = np.asarray(values)
+    if values.ndim != 2 or not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
+        raise ValueError(f"features are a 2-D array of real numbers (spots, width), not {values.dtype} {values.shape}")
+    if len(values) != n or not values.shape[1]:
+        raise ValueError(f"features have {len(values)} rows and {values.shape[1]} columns for {n} spots of the cohort")
+    for start in range(0, n, 4096):
+        bad = np.argwhere(~np.isfinite(values[start : start + 4096]))
+        if len(bad):
+            row, column = bad[0] + [start, 0]
+            raise ValueError(f"features have NaN or infinite values; the first in row {row}, column {column}")
+
+
+class _FoldSums:
+    """Features without given folds, and their sums by cell, reused while the features are the same object."""
+
+    def __init__(self, features: _Features, checker: LeakChecker, Y: np.ndarray, cells: np.ndarray):
+        self.features, self.checker, self.Y, self.cells = features, checker, Y, cells
+        self.summed = self.sums = None
+
+    def __call__(self, left_out: tuple[int, ...]) -> tuple[np.ndarray, CellSums]:
+        allowed = () if self.checker.protocol.student == "all" else left_out
+        features = self.features(self.checker.allowed(allowed))
+        self.checker.check_features(features, left_out)
+        if features is not self.summed:
+            self.sums = None  # large: release the last ones first
+            self.summed, self.sums = features, gather(features.values, self.Y, self.cells)
+        return features.values, self.sums

@@ -1,14 +1,15 @@
-"""Compute PCC per gene, fold and slide, with confidence intervals from a bootstrap over patients and genes."""
+"""Score predictions per gene, fold and slide, with confidence intervals of the mean PCC over patients and genes."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
+
+from peka_lite.probe.metrics import spearman
 
 MOMENTS = ("n", "mean_y", "mean_p", "var_y", "var_p", "cov")
 
@@ -28,7 +29,8 @@ def slide_moments(
     Returns
     -------
     pandas.DataFrame
-        One row per slide and gene: slide, patient, gene, n, mean_y, mean_p, var_y, var_p, cov (float64).
+        One row per slide and gene: slide, patient, gene, n, mean_y, mean_p, var_y, var_p, cov (float64), and spearman:
+        the rank correlation within the slide, which cannot be computed from moments.
     """
     Y, P = np.asarray(Y, dtype=np.float64), np.asarray(P, dtype=np.float64)
     slides, patients = np.asarray(slides, dtype=str), np.asarray(patients, dtype=str)
@@ -39,14 +41,20 @@ def slide_moments(
         mean_y, mean_p = y.mean(0), p.mean(0)
         # By rounding, a constant column has a variance of about 1e-32 of its squared size, not 0.
         var_y, var_p = (np.where((v := a.var(0)) <= 1e-20 * (a**2).mean(0), 0.0, v) for a in (y, p))
+        # And means that differ between slides: its first value is the same in all of them.
+        mean_y, mean_p = np.where(var_y == 0, y[0], mean_y), np.where(var_p == 0, p[0], mean_p)
         cov = ((y - mean_y) * (p - mean_p)).mean(0)
         columns = dict(zip(MOMENTS, (len(y), mean_y, mean_p, var_y, var_p, cov), strict=True))
+        columns["spearman"] = spearman(y, p)
         parts.append(pd.DataFrame({"slide": slide, "patient": patients[rows][0], "gene": list(genes), **columns}))
     return pd.concat(parts, ignore_index=True)
 
 
-def pool_pcc(moments: pd.DataFrame) -> pd.DataFrame:
-    """Return the PCC over all test spots of a fold: normalization, fold, gene, pcc (NaN where a side is constant).
+def pool_scores(moments: pd.DataFrame) -> pd.DataFrame:
+    """Score all test spots of a fold together: normalization, fold, gene, pcc, r2 and rmse.
+
+    PCC is NaN where a side is constant, R2 where the measured side is. The rank correlation of a fold needs the spots:
+    `Evaluation.scores` has it.
 
     Examples
     --------
@@ -57,20 +65,66 @@ def pool_pcc(moments: pd.DataFrame) -> pd.DataFrame:
     >>> P = Y + rng.normal(size=Y.shape) * [0.5, 1.5]  # the second prediction is noisier
     >>> patients = np.repeat(["A", "B", "C"], 30)
     >>> moments = pk.evaluation.scores.slide_moments(Y, P, slides=patients, patients=patients, genes=["KRT8", "CD8A"])
-    >>> pk.evaluation.pool_pcc(moments.assign(normalization="log1p", fold=0)).round(2)
-      normalization  fold  gene   pcc
-    0         log1p     0  KRT8  0.90
-    1         log1p     0  CD8A  0.67
+    >>> pk.evaluation.pool_scores(moments.assign(normalization="log1p", fold=0)).round(2)
+      normalization  fold  gene   pcc    r2  rmse
+    0         log1p     0  KRT8  0.90  0.73  0.51
+    1         log1p     0  CD8A  0.67 -1.96  1.63
     """
-    keys = ["normalization", "fold", "gene"]
-    sums = _sums(moments).groupby([moments[k] for k in keys], sort=False).sum()
-    return sums.index.to_frame(index=False).assign(pcc=_pcc(sums.to_numpy().T))
+    keys = [moments[k] for k in ("normalization", "fold", "gene")]
+    sums = _sums(moments).groupby(keys, sort=False).sum()
+    error = _squared_errors(moments).groupby(keys, sort=False).sum()
+    spread = sums["yy"] - sums["y"] ** 2 / sums["n"]
+    spread = spread.where(spread > 1e-12 * sums["yy"], 0.0)  # as in `_pcc`, what is left by rounding
+    scores = {"pcc": _pcc(sums.to_numpy().T), **_error_scores(sums["n"], error, spread)}
+    return sums.index.to_frame(index=False).assign(**scores)
 
 
-def pcc_by_slide(moments: pd.DataFrame) -> pd.DataFrame:
-    """Return the PCC within each slide's test spots of each fold: normalization, fold, slide, patient, gene, pcc."""
-    keys = ["normalization", "fold", "slide", "patient", "gene"]
-    return moments[keys].assign(pcc=_pcc(_sums(moments).to_numpy().T)).reset_index(drop=True)
+def scores_by_slide(moments: pd.DataFrame) -> pd.DataFrame:
+    """Score each slide's test spots of each fold: normalization, fold, slide, patient, gene, pcc, r2, rmse, spearman.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import peka_lite as pk
+    >>> Y = np.random.default_rng(0).normal(size=(60, 1))
+    >>> P = Y + np.repeat([[0.0], [3.0]], 30, axis=0)  # the second slide's prediction is shifted
+    >>> rows = {"slides": np.repeat(["A1", "B1"], 30), "patients": np.repeat(["A", "B"], 30), "genes": ["KRT8"]}
+    >>> moments = pk.evaluation.scores.slide_moments(Y, P, **rows).assign(normalization="log1p", fold=0)
+    >>> pk.evaluation.scores_by_slide(moments)[["slide", "pcc", "r2", "rmse", "spearman"]].round(2)
+      slide  pcc    r2  rmse  spearman
+    0    A1  1.0  1.00   0.0       1.0
+    1    B1  1.0 -9.26   3.0       1.0
+    """
+    n = moments["n"]
+    scores = {"pcc": _pcc(_sums(moments).to_numpy().T)}
+    scores |= _error_scores(n, _squared_errors(moments), n * moments["var_y"])
+    names = moments[["normalization", "fold", "slide", "patient", "gene"]]
+    return names.assign(**scores, spearman=moments["spearman"]).reset_index(drop=True)
+
+
+def mean_scores(scores: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Average R2, RMSE and Spearman's correlation over genes, then over folds, for each normalization.
+
+    Parameters
+    ----------
+    scores
+        `Evaluation.scores`, or a table with the same columns.
+
+    Returns
+    -------
+    dict
+        normalization -> {"r2", "rmse", "spearman"}; genes with NaN are left out.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import peka_lite as pk
+    >>> scores = pd.DataFrame({"normalization": "log1p", "fold": [0, 0, 1], "gene": ["KRT8", "CD8A", "KRT8"]})
+    >>> pk.evaluation.mean_scores(scores.assign(r2=[0.75, 0.25, 0.0], rmse=1.0, spearman=[0.75, 0.25, float("nan")]))
+    {'log1p': {'r2': 0.25, 'rmse': 1.0, 'spearman': 0.5}}
+    """
+    per_fold = scores.groupby(["normalization", "fold"], sort=False)[["r2", "rmse", "spearman"]].mean()
+    return per_fold.groupby("normalization", sort=False).mean().to_dict(orient="index")
 
 
 def bootstrap_interval(moments: pd.DataFrame, *, how: str = "pooled", n_boot: int = 2000, seed: int = 0) -> dict:
@@ -227,6 +281,19 @@ def _sums(moments: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _squared_errors(moments: pd.DataFrame) -> pd.Series:
+    """Return the sum of squared errors of each row, exactly."""
+    m = moments
+    return m["n"] * (m["var_y"] + m["var_p"] - 2 * m["cov"] + (m["mean_y"] - m["mean_p"]) ** 2).clip(lower=0)
+
+
+def _error_scores(n, error, spread) -> dict[str, np.ndarray]:
+    """Return R2 and RMSE from numbers of spots, sums of squared errors and sums of squares about the mean."""
+    n, error, spread = (np.asarray(values, dtype=float) for values in (n, error, spread))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"r2": np.where(spread > 0, 1 - error / spread, np.nan), "rmse": np.sqrt(error / n)}
+
+
 def _pcc(sums: np.ndarray) -> np.ndarray:
     n, y, yy, p, pp, yp = sums
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -240,57 +307,3 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     known = np.where(np.isnan(values), 0.0, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isnan(values), 0.0, values * known).sum(-1) / known.sum(-1)
-
-
-def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Reduce a result table to its mean PCC with a 95% confidence interval, and list the genes with NaN.
-
-    The mean is over genes in each fold, then over folds, as in HEST-bench. The standard error comes from a bootstrap
-    over folds (patients or slides) and genes; spots of one slide are not independent and not resampled. It is scaled
-    for the number of folds and multiplied by Student's t with folds - 1 degrees of freedom, because the percentiles of
-    a bootstrap over five patients would be too narrow.
-
-    Returns
-    -------
-    dict
-        mean_pcc, ci_low, ci_high (NaN with one fold), mean_pcc_per_fold (list), n_nan, nan_genes (names).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import peka_lite as pk
-    >>> rng = np.random.default_rng(0)
-    >>> X = rng.normal(size=(100, 4))
-    >>> Y = X[:, :2] + 0.5 * rng.normal(size=(100, 2))
-    >>> Y[:20, 1] = 0  # constant in the first fold's test spots
-    >>> folds = [(np.delete(np.arange(100), test), test) for test in np.arange(100).reshape(5, 20)]
-    >>> result = pk.evaluation.summarize(pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4))
-    >>> round(result["mean_pcc"], 2), result["n_nan"], result["nan_genes"]
-    (0.88, 1, ['CD8A'])
-    """
-    wide = table.pivot_table(index="fold", columns="gene", values="pcc", dropna=False, aggfunc="first", sort=True)
-    missing = table[table["pcc"].isna()]
-    per_fold = table.groupby("fold")["pcc"].mean()
-    if per_fold.isna().all():
-        raise ValueError("every PCC is NaN: genes or predictions are constant in every fold")
-    values = wide.to_numpy(dtype=float)  # (folds, genes), NaN where a gene is not in a fold
-    rng = np.random.default_rng(seed)
-    means = np.empty(n_boot)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resampled fold may have no gene
-        for b in range(n_boot):
-            f = rng.integers(0, values.shape[0], values.shape[0])
-            g = rng.integers(0, values.shape[1], values.shape[1])
-            means[b] = np.nanmean(np.nanmean(values[np.ix_(f, g)], axis=1))
-    n_folds = int(per_fold.notna().sum())
-    error = np.nanstd(means) * math.sqrt(n_folds / (n_folds - 1)) if n_folds > 1 else math.nan
-    reach = error * t.ppf(0.975, n_folds - 1) if n_folds > 1 else math.nan
-    mean = float(per_fold.mean())
-    return {
-        "mean_pcc": mean,
-        "ci_low": mean - float(reach),
-        "ci_high": mean + float(reach),
-        "mean_pcc_per_fold": [float(v) for v in per_fold],
-        "n_nan": len(missing),
-        "nan_genes": sorted(set(missing["gene"].astype(str))),
-    }

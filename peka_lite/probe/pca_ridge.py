@@ -178,7 +178,8 @@ def cross_validate(
     Returns
     -------
     pandas.DataFrame
-        One row per fold and gene: fold, gene, pcc (NaN for a constant gene or prediction), n_train, n_test.
+        One row per fold and gene: fold, gene, pcc (NaN for a constant gene or prediction), r2, rmse, spearman,
+        n_train, n_test. The probe has no intercept, so the genes' means count as errors in r2 and rmse.
 
     Examples
     --------
@@ -190,11 +191,11 @@ def cross_validate(
     >>> first, second = np.arange(300), np.arange(300, 600)
     >>> folds = [(first, second), (second, first)]
     >>> pk.cross_validate(X, Y, folds, genes=["KRT8", "CD8A"], n_components=4).round(2)
-       fold  gene   pcc  n_train  n_test
-    0     0  KRT8  0.71      300     300
-    1     0  CD8A -0.03      300     300
-    2     1  KRT8  0.70      300     300
-    3     1  CD8A -0.10      300     300
+       fold  gene   pcc    r2  rmse  spearman  n_train  n_test
+    0     0  KRT8  0.71  0.50  1.01      0.68      300     300
+    1     0  CD8A -0.03 -0.03  0.99     -0.05      300     300
+    2     1  KRT8  0.70  0.49  0.98      0.69      300     300
+    3     1  CD8A -0.10 -0.01  1.08     -0.10      300     300
     """
     Y = np.asarray(Y)
     genes = list(range(Y.shape[1])) if genes is None else list(genes)

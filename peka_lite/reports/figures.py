@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from peka_lite._core.names import disable_mathtext
-from peka_lite.evaluation.scores import pool_pcc
+from peka_lite.evaluation.scores import pool_scores
 from peka_lite.reports.runs import PROTOCOLS, SPLITS, TARGETS, Run, require_shared, row_label, split_panels, table_title
 from peka_lite.reports.tables import leak_table
 
@@ -112,7 +112,8 @@ def figure2(runs: Sequence[Run]) -> Figure:
         normalization = group[0].summary["normalization"]
         parts = []
         for run in group:
-            genes = pool_pcc(run.moments[run.moments["normalization"] == normalization]).groupby("gene")["pcc"].mean()
+            scores = pool_scores(run.moments[run.moments["normalization"] == normalization])
+            genes = scores.groupby("gene")["pcc"].mean()
             parts.append(pd.DataFrame({"features": row_label(run), "pcc": genes.dropna().to_numpy()}))
         tidy = pd.concat(parts)
         rows = {"x": "pcc", "y": "features", "order": [row_label(run) for run in group], "ax": ax}

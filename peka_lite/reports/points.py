@@ -10,7 +10,7 @@ import pandas as pd
 
 from peka_lite._core.io import report_full_disk, write_file
 from peka_lite._core.names import write_spreadsheet_csv
-from peka_lite.evaluation.scores import pool_pcc
+from peka_lite.evaluation.scores import pool_scores
 from peka_lite.experiments._sweep_folder import SweepFolder
 from peka_lite.experiments.config import OLD_FEATURES
 from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings, format_value
@@ -99,7 +99,7 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
         if run.files is not None:
             table = run.files.metrics().replace({"features": OLD_FEATURES})
         else:
-            table = pool_pcc(run.moments[run.moments["normalization"] == run.summary["normalization"]])
+            table = pool_scores(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]
         first = pd.DataFrame([_identify_row(run, names)], dtype=object)
         first = first.loc[first.index.repeat(len(table))].reset_index(drop=True)

@@ -8,8 +8,6 @@ import sys
 import threading
 
 import numpy as np
-
-
 import pytest
 from tiny import task
 

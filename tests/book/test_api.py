@@ -15,7 +15,7 @@ PUBLIC = {
 }
 # Shown by the example of another function, or replaced when `evaluate` takes arrays.
 WITHOUT_EXAMPLE = {
-    "backbones.build_network", "backbones.preprocess", "data.tissue_window", "evaluation.pcc_by_slide",
+    "backbones.build_network", "backbones.preprocess", "data.tissue_window", 
     "experiments.FeatureSource", "experiments.project_features", "experiments.train_student", "probe.gather",
 }  # fmt: skip
 CALLABLE = [name for name, thing in PUBLIC.items() if callable(thing)]

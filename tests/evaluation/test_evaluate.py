@@ -7,11 +7,12 @@ import anndata as ad
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.stats import spearmanr
 
 from peka_lite._core.hashing import row_ids
 from peka_lite.data import Cohort, expression_targets, top_hvg
-from peka_lite.evaluation import ALPHAS, PROTOCOLS, LeakError, evaluate, folds, pool_pcc
-from peka_lite.experiments import FeatureSource, RunConfig, Student, _teacher_labels, cache, run
+from peka_lite.evaluation import ALPHAS, PROTOCOLS, FittedFeatures, LeakError, evaluate, folds
+from peka_lite.experiments import RunConfig, _teacher_labels, cache, run
 from peka_lite.probe import PCARidge, pearson
 from peka_lite.probe.moments import CellSums
 from peka_lite.teachers import PCATeacher, PseudoLabeler
@@ -35,12 +36,11 @@ def frozen(mini_cohort):
     """Features correlated with expression, not fitted on any row."""
     genes = mini_cohort.genes[:40]
     X = expression_targets(mini_cohort.adata, genes) + np.random.default_rng(0).normal(size=(len(mini_cohort), 40))
-    student = Student(X.astype(np.float32), {}, None, {}, None)
-    return lambda left_out: student
+    return X.astype(np.float32)
 
 
-def strict(cohort, splits, features, **options):
-    return evaluate(cohort, splits, features, protocol=STRICT, n_genes=20, **options)
+def strict(cohort, splits, X, **options):
+    return evaluate(cohort, splits, X, protocol=STRICT, n_genes=20, **options)
 
 
 def small(root, **changes):
@@ -66,9 +66,9 @@ def test_section_under_two_patients_is_rejected(mini_cohort):
     first = mini_cohort.slides[0]
     twin = dataclasses.replace(first, id="COPY", patient="other")
     cohort = Cohort((*mini_cohort.slides, twin))
-    student = Student(np.random.default_rng(0).normal(size=(len(cohort), 5)), {}, None, {}, None)
+    X = np.random.default_rng(0).normal(size=(len(cohort), 5))
     with pytest.raises(LeakError, match="same counts as training spots"):
-        strict(cohort, folds(cohort, "patient", 4), lambda left_out: student)
+        strict(cohort, folds(cohort, "patient", 4), X)
 
 
 def test_genes_chosen_on_all_rows_are_rejected(mini_cohort, splits, frozen, monkeypatch):
@@ -117,21 +117,186 @@ def test_student_trained_on_test_spots_is_rejected(mini_root, mini_cohort, tmp_p
         run(small(mini_root), tmp_path / "out")
 
 
-def test_inner_student_fitted_on_the_inner_test_rows_is_rejected(mini_root, tmp_path, monkeypatch, fresh_cache):
-    """The student is fitted without the outer fold only, so it must not be used to choose alpha."""
-    real = FeatureSource._rows
-    monkeypatch.setattr(FeatureSource, "_rows", lambda self, left_out: real(self, left_out[:1]))
-    with pytest.raises(LeakError, match=r"inner fold of 0 and 1: the (teacher|clusters|student) learned from"):
-        run(small(mini_root), tmp_path / "out")
+def test_features_fitted_on_the_inner_test_rows_are_rejected(mini_cohort, splits, frozen):
+    """They are fitted without the outer fold only, so they must not be used to choose alpha."""
+    ids = mini_cohort.tiles.ids
+
+    def fit(rows):
+        return FittedFeatures(frozen, {"student": ids[splits[0][0]]})
+
+    with pytest.raises(LeakError, match="inner fold of 0 and 1: the student learned from"):
+        strict(mini_cohort, splits, fit)
+
+
+@pytest.mark.parametrize("kind", ["counts", "all genes", "tiles"])
+def test_declared_rows_are_checked_by_fold(mini_cohort, splits, frozen, kind):
+    """A fit on a fold's training rows leaks where these are held out; rows of a protocol for all spots do not."""
+    ids = {
+        "counts": row_ids(mini_cohort.adata.X),
+        "all genes": np.concatenate([row_ids(slide.adata.X) for slide in mini_cohort.slides]),
+        "tiles": mini_cohort.tiles.ids,
+    }[kind]
+    train, test = splits[0]
+    hest = PROTOCOLS["hest"]
+    with pytest.raises(LeakError, match=rf"fold 1: the features learned from {len(splits[1][1])} of {len(train)} rows"):
+        evaluate(mini_cohort, splits, frozen, protocol=hest, learned_from=ids[train])
+    with pytest.raises(LeakError, match=r"fold 0: the encoder learned from 1 of 1 rows"):
+        evaluate(mini_cohort, splits, frozen, protocol=hest, learned_from={"encoder": ids[test[:1]]})
+    paper = evaluate(
+        mini_cohort, folds(mini_cohort, "spot", 3), frozen, protocol=PROTOCOLS["paper"], n_genes=5, learned_from=ids
+    )
+    assert paper.learned_from == "declared"
+
+
+def test_rows_excluded_from_training_may_not_be_learned_from(mini_cohort, splits, frozen):
+    use = np.arange(len(mini_cohort)) % 2 == 0
+    X, options = frozen, {"protocol": PROTOCOLS["hest"], "n_genes": 5, "train_mask": use}
+    ids, given = mini_cohort.tiles.ids, []
+
+    def fit(rows):
+        given.append(rows)
+        return FittedFeatures(X, {"student": ids[rows]})
+
+    assert evaluate(mini_cohort, splits, fit, **options).learned_from == "recorded by each fit"
+    for rows, (train, _) in zip(given, splits, strict=True):
+        assert rows.dtype == np.int64
+        assert rows.tolist() == train[use[train]].tolist()
+    with pytest.raises(LeakError, match="fold 0: the student learned from"):
+        evaluate(
+            mini_cohort, splits, lambda rows: FittedFeatures(X, {"student": ids[(rows + 1) % len(ids)]}), **options
+        )
+
+
+def test_origin_of_the_features_is_shown_with_the_scores(mini_cohort, splits, frozen):
+    options = {"protocol": PROTOCOLS["hest"], "n_genes": 5}
+    origins = {
+        "not declared": evaluate(mini_cohort, splits, frozen, **options),
+        "declared and checked": evaluate(mini_cohort, splits, frozen, learned_from={"encoder": None}, **options),
+        "recorded by each fit": evaluate(mini_cohort, splits, FittedFeatures(frozen, {}), **options),
+    }
+    plain = origins["not declared"]
+    own = plain.scores[plain.scores["normalization"] == "log1p"]
+    for origin, result in origins.items():
+        assert result.learned_from == origin
+        assert f"protocol: hest, targets: log1p, PCC {own['pcc'].mean():.3f}, R2 {own['r2'].mean():.3f}" in repr(result)
+        assert f"features learned from: {origin}" in repr(result)
+        assert f"<td>{origin}</td>" in result._repr_html_()
+        assert result.scores.equals(plain.scores)
+    some = evaluate(mini_cohort, splits, lambda rows: frozen if 0 in rows else FittedFeatures(frozen, {}), **options)
+    assert some.learned_from == "not declared"
+
+
+def test_function_is_called_with_the_rows_without_each_pair_of_folds(mini_cohort, splits, frozen):
+    given = []
+    strict(mini_cohort, splits, lambda rows: given.append(rows) or frozen)
+    held_out = [{*np.setdiff1d(np.arange(len(mini_cohort)), rows)} for rows in given]
+    tests = [{*test} for _, test in splits]
+    assert [a | b for a in tests for b in tests if tests.index(a) < tests.index(b)] == held_out[:3]
+    assert held_out[3:] == tests
+    given.clear()
+    everything = folds(mini_cohort, "spot", 3)
+    evaluate(mini_cohort, everything, lambda rows: given.append(rows) or frozen, protocol=PROTOCOLS["paper"])
+    assert {len(rows) for rows in given} == {len(mini_cohort)}  # the protocol trains on all spots
+
+
+@pytest.mark.parametrize("returns", ["array", "function of it", "FittedFeatures", "copies"])
+def test_sums_are_computed_once_for_the_same_object(mini_cohort, splits, frozen, monkeypatch, returns):
+    real, calls = evaluate_module.gather, []
+    monkeypatch.setattr(evaluate_module, "gather", lambda *a, **k: calls.append(a) or real(*a, **k))
+    fitted = FittedFeatures(frozen, {})
+    X = {
+        "array": frozen, "function of it": lambda rows: frozen, "FittedFeatures": lambda rows: fitted,
+        "copies": lambda rows: frozen.copy(),  # may have the address of the last one
+    }[returns]  # fmt: skip
+    result = strict(mini_cohort, splits, X)
+    assert len(calls) == (6 if returns == "copies" else 1)
+    assert result.scores.equals(strict(mini_cohort, splits, frozen).scores)
+
+
+def test_features_that_differ_by_fold_are_not_mixed(mini_cohort, splits, frozen):
+    """Each fold gets its own features, though arrays of the same shape follow each other in memory."""
+    noise = np.random.default_rng(1).normal(size=frozen.shape).astype(np.float32)
+    first = len(splits[0][0])
+    mixed = evaluate(
+        mini_cohort, splits, lambda rows: frozen + noise * (rows.tolist() == splits[0][0].tolist()),
+        protocol=PROTOCOLS["hest"],
+    )  # fmt: skip
+    whole = [evaluate(mini_cohort, splits, X, protocol=PROTOCOLS["hest"]).scores for X in (frozen + noise, frozen)]
+    assert first < len(mini_cohort)
+    for fold in range(3):
+        expected = whole[fold > 0].query("fold == @fold").reset_index(drop=True)
+        assert mixed.scores.query("fold == @fold").reset_index(drop=True).equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda X: X[:-1], "rows and 40 columns for"),
+        (lambda X: X[:, :0], "and 0 columns for"),
+        (lambda X: X[:, 0], "features are a 2-D array of real numbers"),
+        (lambda X: X.astype(str), "features are a 2-D array of real numbers"),
+        (lambda X: X > 0, "features are a 2-D array of real numbers .* not bool"),
+        (lambda X: X + 1j, "not complex"),
+        (lambda X: None, "features are a 2-D array"),
+        (lambda X: np.where(np.arange(len(X))[:, None] == 7, np.nan, X), "NaN or infinite .* row 7, column 0"),
+        (lambda X: np.where(np.arange(X.shape[1]) == 3, np.inf, X), "NaN or infinite .* row 0, column 3"),
+        (lambda X: FittedFeatures(X[:-1], {}), "rows and 40 columns for"),
+        (lambda X: FittedFeatures(X, {}, np.zeros(3, np.uint64)), "embedding_ids has 3 rows for"),
+    ],
+)
+def test_invalid_features_are_rejected_before_any_work(mini_cohort, splits, frozen, monkeypatch, change, message):
+    X = change(frozen)
+    with pytest.raises(ValueError, match=message):
+        strict(mini_cohort, splits, lambda rows: X)
+    monkeypatch.setattr(evaluate_module, "LeakChecker", None)
+    with pytest.raises(ValueError, match=message):
+        strict(mini_cohort, splits, X)
+
+
+def test_declarations_without_row_ids_are_rejected(mini_cohort, splits, frozen):
+    for wrong in (splits[0][0], {"encoder": [1, 2]}, mini_cohort.tiles.ids[:4].reshape(2, 2)):
+        with pytest.raises(ValueError, match=r"no row ids for '(features|encoder)': give the uint64 array of"):
+            strict(mini_cohort, splits, frozen, learned_from=wrong)
+    with pytest.raises(ValueError, match="leave out learned_from"):
+        strict(mini_cohort, splits, FittedFeatures(frozen, {}), learned_from={})
+
+
+def test_folds_and_mask_must_fit_the_cohort(mini_cohort, splits, frozen):
+    (train, test), *others = splits
+    with pytest.raises(ValueError, match="training rows of fold 0 are not all rows outside"):
+        strict(mini_cohort, [(train[1:], test), *others], frozen)
+    for mask in (np.ones(len(mini_cohort), dtype=int), np.ones(3, dtype=bool)):
+        with pytest.raises(ValueError, match="train_mask is one bool for each of the"):
+            strict(mini_cohort, splits, frozen, train_mask=mask)
+
+
+def test_rows_are_hashed_once_for_a_cohort(mini_cohort, splits, frozen, monkeypatch):
+    cohort, hashed = Cohort(mini_cohort.slides), []
+    real = import_module("peka_lite.data.hest").row_ids
+    monkeypatch.setattr("peka_lite.data.hest.row_ids", lambda rows: hashed.append(rows.shape) or real(rows))
+    for _ in range(2):
+        evaluate(cohort, splits, frozen, protocol=PROTOCOLS["hest"], n_genes=5)
+    assert hashed == [cohort.adata.shape]
+
+
+def test_saved_probe_says_that_it_has_an_intercept(mini_cohort, splits, frozen):
+    """Also where the protocol scores without one: the saved probe predicts in the genes' units."""
+    result = evaluate(mini_cohort, splits, frozen, protocol=PROTOCOLS["hest"], n_genes=5)
+    test, genes, _, P = result.predicted[1]
+    probe, _ = result.probes[1]
+    train = splits[1][0]
+    means = expression_targets(mini_cohort.adata, genes, method="log1p")[train].mean(0, dtype=float)
+    assert probe.fit_intercept
+    np.testing.assert_allclose(probe.predict(frozen[test]), P + means, rtol=1e-6)
 
 
 def test_leakage_is_detected_from_row_ids(mini_cohort, splits):
     """Row ids of all embeddings are detected, whatever rows the features claim to use."""
     E = np.random.default_rng(0).normal(size=(len(mini_cohort), 5)).astype(np.float32)
     labeler = PseudoLabeler("kmeans", n_clusters=4).fit(E)
-    student = Student(E, {"clusters": labeler.fitted_on_}, row_ids(E), {}, None)
+    X = FittedFeatures(E, {"clusters": labeler.fitted_on_}, row_ids(E))
     with pytest.raises(LeakError, match="the clusters learned from"):
-        strict(mini_cohort, splits, lambda left_out: student)
+        strict(mini_cohort, splits, lambda rows: X)
 
 
 def test_test_rows_have_no_influence(mini_cohort, splits, frozen):
@@ -156,7 +321,7 @@ def test_test_rows_have_no_influence(mini_cohort, splits, frozen):
 
 def test_chosen_alpha_is_the_best_of_the_inner_folds(mini_cohort, splits, frozen):
     """Compare with a search that refits the probe on rows."""
-    result, X = strict(mini_cohort, splits, frozen), frozen(()).features
+    result, X = strict(mini_cohort, splits, frozen), frozen
     for i, (train, _) in enumerate(splits):
         genes = top_hvg(mini_cohort.adata, n=20, rows=train)
         Y = expression_targets(mini_cohort.adata, genes)
@@ -179,9 +344,13 @@ def test_spots_excluded_from_training_are_scored(mini_cohort, splits, frozen):
     assert not np.allclose(result.predicted[0][3][:, 0], whole.predicted[0][3][:, 0])
 
 
-def test_moments_agree_with_predictions(mini_cohort, splits, frozen):
+def test_scores_agree_with_predictions(mini_cohort, splits, frozen):
     result = strict(mini_cohort, splits, frozen)
-    table = pool_pcc(result.moments).set_index(["normalization", "fold", "gene"])["pcc"]
-    _, genes, measured, predicted = result.predicted[2]
-    expected = np.corrcoef(measured[:, 4], predicted[:, 4])[0, 1]
-    assert table["log1p-cp10k", 2, genes[4]] == pytest.approx(expected, abs=1e-9)
+    assert list(result.scores) == ["normalization", "fold", "gene", "pcc", "r2", "rmse", "spearman"]
+    table = result.scores.set_index(["normalization", "fold", "gene"])
+    for fold, (_, genes, measured, predicted) in result.predicted.items():
+        y, p, row = measured[:, 4].astype(float), predicted[:, 4], table.loc[("log1p-cp10k", fold, genes[4])]
+        assert row["pcc"] == pytest.approx(np.corrcoef(y, p)[0, 1], abs=1e-9)
+        assert row["r2"] == pytest.approx(1 - ((y - p) ** 2).mean() / y.var(), abs=1e-9)
+        assert row["rmse"] == pytest.approx(np.sqrt(((y - p) ** 2).mean()), abs=1e-9)
+        assert row["spearman"] == pytest.approx(spearmanr(y, p).statistic, abs=1e-9)

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from peka_lite.evaluation import bootstrap_difference, bootstrap_interval, pcc_by_slide, pool_pcc
+from peka_lite.evaluation import bootstrap_difference, bootstrap_interval, mean_scores, pool_scores, scores_by_slide
 from peka_lite.evaluation.scores import slide_moments
-from peka_lite.probe import pearson
+from peka_lite.probe import pearson, r2, rmse, spearman
 
 
 def run(signal=0.5, *, seed=0, patients=6, slides=1, spots=40, genes=12, shift=0.0, effect=0.0, noise_seed=1):
@@ -24,20 +24,24 @@ def run(signal=0.5, *, seed=0, patients=6, slides=1, spots=40, genes=12, shift=0
     return pd.concat(tables, ignore_index=True), raw
 
 
-def test_pooled_and_slide_pcc_equal_the_correlations_of_the_rows():
-    moments, raw = run(slides=3)
-    pooled = pool_pcc(moments).set_index(["fold", "gene"])["pcc"]
-    within = pcc_by_slide(moments).set_index(["slide", "gene"])["pcc"]
+@pytest.mark.parametrize("shift", [0.0, 4.0])
+def test_pooled_and_slide_scores_equal_those_of_the_rows(shift):
+    moments, raw = run(slides=3, shift=shift)
+    pooled = pool_scores(moments).set_index(["fold", "gene"])
+    within = scores_by_slide(moments).set_index(["slide", "gene"])
     for f, (Y, P) in raw.items():
-        np.testing.assert_allclose(pooled[f], pearson(Y, P), atol=1e-12)
-        np.testing.assert_allclose(within[f"s{f}1"], pearson(Y[40:80], P[40:80]), atol=1e-12)
+        for name, score in {"pcc": pearson, "r2": r2, "rmse": rmse, "spearman": spearman}.items():
+            if name in pooled:
+                np.testing.assert_allclose(pooled[name][f], score(Y, P), rtol=1e-10, atol=1e-12)
+            expected = score(Y[40:80], P[40:80])
+            np.testing.assert_allclose(within[name][f"s{f}1"], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_predictions_far_from_zero_with_little_variance_are_accurate():
     moments, raw = run(slides=2, shift=1e6)
     Y, P = raw[0]
-    np.testing.assert_allclose(pool_pcc(moments).query("fold == 0")["pcc"], pearson(Y, P), atol=1e-6)
-    assert np.isfinite(pool_pcc(moments)["pcc"]).all()
+    np.testing.assert_allclose(pool_scores(moments).query("fold == 0")["pcc"], pearson(Y, P), atol=1e-6)
+    assert np.isfinite(pool_scores(moments)["pcc"]).all()
 
 
 def test_constant_predictions_give_nan():
@@ -45,9 +49,29 @@ def test_constant_predictions_give_nan():
     P = np.stack([np.full(20, 0.1 + 0.2), Y[:, 1]], axis=1)
     table = slide_moments(Y, P, slides=["a"] * 20, patients=["p"] * 20, genes=["g", "h"])
     table = table.assign(normalization="x", fold=0)
-    assert pool_pcc(table)["pcc"].isna().tolist() == [True, False]
-    assert pcc_by_slide(table)["pcc"].isna().tolist() == [True, False]
+    assert pool_scores(table)["pcc"].isna().tolist() == [True, False]
+    assert scores_by_slide(table)["pcc"].isna().tolist() == [True, False]
     assert bootstrap_interval(table)["pcc"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("side", ["measured", "predicted"])
+def test_constants_have_no_score_however_their_means_are_rounded(side):
+    pair = np.full((60, 1), 0.1 + 0.2), np.random.default_rng(0).normal(size=(60, 1))
+    Y, P = pair if side == "measured" else pair[::-1]
+    names = np.repeat(["a", "b", "c"], [7, 23, 30])
+    table = slide_moments(Y, P, slides=names, patients=names, genes=["g"]).assign(normalization="x", fold=0)
+    for scores in (pool_scores(table), scores_by_slide(table)):
+        assert scores["pcc"].isna().all()
+        assert scores["r2"].isna().all() == (side == "measured")
+        assert np.isfinite(scores["rmse"]).all()
+    assert scores["spearman"].isna().all()
+
+
+def test_mean_scores_are_over_genes_then_folds_of_each_normalization():
+    table = pd.DataFrame({"normalization": ["x"] * 3 + ["y"], "fold": [0, 0, 1, 0], "r2": [0.0, 1, 2, 5]})
+    means = mean_scores(table.assign(rmse=table["r2"] + 1, spearman=[np.nan, 0.5, 0.1, np.nan]))
+    assert means["x"] == pytest.approx({"r2": 1.25, "rmse": 2.25, "spearman": 0.3})
+    assert means["y"] == pytest.approx({"r2": 5, "rmse": 6, "spearman": np.nan}, nan_ok=True)
 
 
 def test_mean_is_over_genes_then_folds_or_slides():
@@ -56,7 +80,7 @@ def test_mean_is_over_genes_then_folds_or_slides():
     per_fold = [pearson(*raw[f]).mean() for f in raw]
     assert score["per_fold"] == pytest.approx(per_fold)
     assert score["pcc"] == pytest.approx(np.mean(per_fold))
-    assert bootstrap_interval(moments, how="slides")["pcc"] == pytest.approx(pcc_by_slide(moments)["pcc"].mean())
+    assert bootstrap_interval(moments, how="slides")["pcc"] == pytest.approx(scores_by_slide(moments)["pcc"].mean())
     assert (score["unit"], score["n_units"]) == ("patient", 6)
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from scipy.stats import pearsonr, sem, t
+from scipy.stats import pearsonr, spearmanr
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score, root_mean_squared_error
 from sklearn.preprocessing import StandardScaler
 
-from peka_lite.evaluation import summarize
-from peka_lite.probe import PCARidge, cross_validate, gather, pca_ridge as probe, pearson
+from peka_lite.probe import PCARidge, cross_validate, gather, pca_ridge as probe, pearson, r2, rmse, spearman
 from peka_lite.probe.metrics import fold_table
 from peka_lite.probe.pca_ridge import SOLVERS
 
@@ -334,7 +334,7 @@ def test_cross_validation_equals_a_manual_loop_over_folds(solver):
 def test_cross_validation_returns_a_tidy_table():
     X, Y = make_data()
     table = cross_validate(X, Y, thirds(), genes=["A", "B", "C"], n_components=5)
-    assert list(table) == ["fold", "gene", "pcc", "n_train", "n_test"]
+    assert list(table) == ["fold", "gene", "pcc", "r2", "rmse", "spearman", "n_train", "n_test"]
     assert table["gene"].tolist() == ["A", "B", "C"] * 3
     assert table["fold"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert (table["n_train"].eq(40) & table["n_test"].eq(20)).all()
@@ -457,97 +457,37 @@ def test_features_and_targets_of_different_lengths_are_rejected():
         cross_validate(X[:50], Y, thirds())
 
 
-# --- summary ------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------
 
 
-def results(values, genes=None):
-    """Return a result table of (folds, genes) values."""
-    values = np.asarray(values, dtype=float)
-    genes = genes or [f"G{g}" for g in range(values.shape[1])]
-    rows = [{"fold": f, "gene": g, "pcc": v} for f, row in enumerate(values) for g, v in zip(genes, row, strict=True)]
-    return pd.DataFrame(rows)
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(3, 60), genes=st.integers(1, 5), levels=st.integers(2, 50), seed=st.integers(0, 2**31 - 1))
+def test_scores_equal_those_of_scipy_and_scikit_learn(n, genes, levels, seed):
+    """Whole numbers of few levels have ties, as counts have."""
+    rng = np.random.default_rng(seed)
+    Y, P = rng.integers(0, levels, (n, genes)).astype(float), rng.normal(size=(n, genes))
+    Y[:2] = [[0], [1]]  # no gene is constant
+    np.testing.assert_allclose(spearman(Y, P), [spearmanr(y, p).statistic for y, p in zip(Y.T, P.T, strict=True)])
+    np.testing.assert_allclose(r2(Y, P), r2_score(Y, P, multioutput="raw_values"), atol=1e-12)
+    np.testing.assert_allclose(rmse(Y, P), root_mean_squared_error(Y, P, multioutput="raw_values"))
 
 
-def test_summary_is_the_mean_over_folds_of_means_over_genes():
-    summary = summarize(results([[0.1, 0.3], [0.5, 0.9]]))
-    assert summary["mean_pcc"] == pytest.approx(0.45)
-    assert summary["mean_pcc_per_fold"] == pytest.approx([0.2, 0.7])
-
-
-def test_summary_excludes_nan_and_lists_the_genes():
-    summary = summarize(results([[0.1, 0.3, np.nan], [0.5, np.nan, np.nan]]))
-    assert summary["mean_pcc_per_fold"] == pytest.approx([0.2, 0.5])
-    assert summary["mean_pcc"] == pytest.approx(0.35)
-    assert summary["n_nan"] == 3
-    assert summary["nan_genes"] == ["G1", "G2"]
-
-
-def test_summary_of_folds_with_different_genes_uses_the_genes_of_each_fold():
-    table = pd.concat([results([[0.2, 0.4]], ["A", "B"]), results([[0.6, 0.8]], ["B", "C"]).assign(fold=1)])
-    summary = summarize(table)
-    assert summary["mean_pcc_per_fold"] == pytest.approx([0.3, 0.7])
-    assert (summary["n_nan"], summary["nan_genes"]) == (0, [])
-
-
-@settings(max_examples=10, deadline=None)
-@given(folds=st.integers(2, 6), genes=st.integers(2, 20), missing=st.booleans(), seed=st.integers(0, 2**31 - 1))
-def test_interval_contains_the_mean_and_is_not_a_point(folds, genes, missing, seed):
-    values = np.random.default_rng(seed).uniform(-0.2, 0.8, (folds, genes))
-    if missing:
-        values[0, 0] = np.nan
-        values[:, 1] = 0.3
-    summary = summarize(results(values), n_boot=300)
-    assert summary["ci_low"] < summary["mean_pcc"] < summary["ci_high"]
-
-
-@pytest.mark.parametrize("folds", [3, 5, 12])
-def test_interval_is_that_of_students_t_if_only_folds_differ(folds):
-    means = np.random.default_rng(folds).normal(0.4, 0.1, folds)
-    summary = summarize(results(np.repeat(means[:, None], 6, axis=1)))
-    low, high = t.interval(0.95, folds - 1, means.mean(), sem(means))
-    assert [summary["ci_low"], summary["ci_high"]] == pytest.approx([low, high], abs=0.04 * (high - low))
-
-
-def test_interval_of_one_fold_is_nan():
-    summary = summarize(results([[0.1, 0.3]]))
-    assert summary["mean_pcc"] == pytest.approx(0.2)
-    assert np.isnan([summary["ci_low"], summary["ci_high"]]).all()
-
-
-def test_interval_is_wider_if_folds_differ():
-    genes = np.linspace(0, 0.2, 10)
-    alike, different = (summarize(results([genes + s * k for k in range(4)])) for s in (0, 0.2))
-    assert different["ci_high"] - different["ci_low"] > 2 * (alike["ci_high"] - alike["ci_low"])
-
-
-def test_summary_depends_on_the_seed():
-    table = results(np.random.default_rng(0).random((3, 8)))
-    assert summarize(table, seed=1) == summarize(table, seed=1)
-    assert summarize(table, seed=1)["ci_low"] != summarize(table, seed=2)["ci_low"]
-
-
-def test_summary_can_be_written_as_json():
-    summary = summarize(results([[0.1, 0.3, np.nan], [0.5, 0.2, 0.4]]))
-    assert json.loads(json.dumps(summary)) == summary
-
-
-def test_summary_of_only_nan_is_rejected():
-    with pytest.raises(ValueError, match="every PCC is NaN"):
-        summarize(results([[np.nan, np.nan]]))
+def test_scores_of_constant_genes_and_predictions():
+    Y = np.array([[0.1 + 0.2, 1], [0.1 + 0.2, 2], [0.1 + 0.2, 3]])
+    P = np.array([[1, 0.7], [2, 0.7], [3, 0.7]]) + 1e-18
+    assert np.isnan(spearman(Y, P)).all()
+    assert np.isnan(r2(Y, P)).tolist() == [True, False]
+    assert np.isfinite(rmse(Y, P)).all()
+    for score in (pearson, r2, rmse, spearman):
+        with pytest.raises(ValueError, match="differ in shape"):
+            score(Y, P[:2])
 
 
 def test_fold_table_scores_the_given_rows():
     _, Y = make_data()
     table = fold_table(4, ["A", "B", "C"], Y, Y + 1, n_train=7)
     assert table.to_dict("list") == {
-        "fold": [4] * 3, "gene": ["A", "B", "C"], "pcc": pytest.approx([1] * 3), "n_train": [7] * 3, "n_test": [60] * 3,
+        "fold": [4] * 3, "gene": ["A", "B", "C"], "pcc": pytest.approx([1] * 3),
+        "r2": pytest.approx(1 - 1 / Y.var(0)), "rmse": pytest.approx([1] * 3), "spearman": pytest.approx([1] * 3),
+        "n_train": [7] * 3, "n_test": [60] * 3,
     }  # fmt: skip
-
-
-def test_interval_covers_the_true_mean_with_few_patients_and_genes():
-    rng, covered = np.random.default_rng(0), []
-    for _ in range(200):
-        values = 0.3 + rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.1, (1, 20)) + rng.normal(0, 0.1, (5, 20))
-        summary = summarize(results(values), n_boot=100)
-        covered.append(summary["ci_low"] < 0.3 < summary["ci_high"])
-    assert 0.91 <= np.mean(covered) <= 0.995

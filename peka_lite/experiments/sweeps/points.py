@@ -21,7 +21,7 @@ from peka_lite._core.io import write_file_atomically
 from peka_lite._core.locks import lock_output_folder
 from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
-from peka_lite._core.progress import format_duration
+from peka_lite._core.progress import format_duration, show_messages, stage
 from peka_lite.experiments._sweep_folder import explain_incomplete, read_json
 from peka_lite.experiments.config import update_words
 from peka_lite.experiments.folder import RunFolder
