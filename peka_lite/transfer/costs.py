@@ -11,7 +11,8 @@ from torch import nn
 
 from peka_lite.adapters.adapt import adapt
 from peka_lite.backbones.load import build_network, extract_features, precision_for
-from peka_lite.backbones.registry import BACKBONES, Backbone
+from peka_lite.backbones.registry import BACKBONES
+from peka_lite.transfer.memory import frozen_dtype
 
 GIB = 2**30
 
@@ -89,18 +90,28 @@ def student_cost(name: str, method: str = "bone", *, r: int | None = None, half:
     >>> round(cost.forward / 1e9, 2), round(cost.backward / cost.forward, 2)  # frozen weights have no gradient
     (0.29, 1.2)
     """
-    spec = BACKBONES[name]
-    one, two = (_count(spec, method, r or spec.bone_r or 1, half, tiles) for tiles in (1, 2))
-    per_tile = {key: two[key] - one[key] for key in ("forward", "backward", "kept", "recomputed")}
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    spec, dtype = BACKBONES[name], torch.bfloat16 if half else torch.float32
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = build_network(spec).eval()
+        model.spec = spec
+        adapt(model, method, r=r or spec.bone_r or 1, total_steps=1)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and types, no memory
+        model.to_empty(device="cpu")
+        with frozen_dtype(model, dtype), torch.autocast("cpu", dtype, enabled=half):
+            one, two = _count(model, 1), _count(model, 2)
+    forward, backward, stored, recomputed = (b - a for a, b in zip(one, two, strict=True))  # per tile
     return Cost(
-        per_tile["forward"], per_tile["backward"],
-        one["forward"] - per_tile["forward"], one["backward"] - per_tile["backward"],
-        one["weights"], one["adapters"], per_tile["kept"], per_tile["recomputed"], one["kept"] - per_tile["kept"],
+        forward, backward, one[0] - forward, one[1] - backward, weights=model.adapter.n_base * dtype.itemsize,
+        adapters=16 * trainable, stored=stored, stored_recomputed=recomputed, step_stored=one[2] - stored,
     )  # fmt: skip
 
 
-def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[str, int]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def _count(model: nn.Module, tiles: int) -> tuple[int, int, int, int]:
+    """Return operations forward and backward, and bytes stored without and with recomputed blocks."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     # PyTorch counts attention of GPU kernels only; count the CPU's kernels too.
@@ -110,63 +121,31 @@ def _count(spec: Backbone, method: str, r: int, half: bool, tiles: int) -> dict[
             sdpa_backward_flop_count(*shapes[:4])
         ),
     }
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = build_network(spec).eval()
-        model.spec = spec
-        adapt(model, method, r=r, total_steps=1)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved, counter = {}, FlopCounterMode(display=False, custom_mapping=attention)
+    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def save(tensor):
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage  # the reference keeps its address from being reused
         return tensor
 
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):  # shapes and types, no memory
-        weights = _with_types(model, torch.bfloat16 if half else torch.float32)
-        x = torch.empty(tiles, 3, spec.input_size, spec.input_size)
-        with counter, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            y = extract_features(model, x)
-        forward = counter.get_total_flops()
-        tokens = model.forward_features(x)
-        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            if y.requires_grad:
-                y.float().sum().backward()
+    x = torch.empty(tiles, 3, model.spec.input_size, model.spec.input_size)
+    with (
+        FlopCounterMode(display=False, custom_mapping=attention) as forward,
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
+        y = extract_features(model, x)
+    with FlopCounterMode(display=False, custom_mapping=attention) as backward:
+        if y.requires_grad:
+            y.float().sum().backward()
     stored = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+    # With recompute: the float32 inputs of all blocks, and the activations of one block at a time.
     depth = len(getattr(model, "blocks", "1"))
-    return {
-        "forward": forward,
-        "backward": counter.get_total_flops(),
-        "kept": stored,
-        # The float32 inputs of all blocks are stored, and the activations of one block at a time.
-        "recomputed": depth * tokens.numel() * 4 + stored // depth if stored else 0,
-        "weights": model.adapter.n_base * (2 if half else 4),
-        "adapters": 16 * trainable,
-    }
-
-
-def _with_types(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Replace meta weights by fake ones, those of frozen layers in `dtype`, and return their storage addresses."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                product = isinstance(module, nn.Linear | nn.Conv2d) and not p.requires_grad
-                data = torch.empty(p.shape, dtype=dtype if product else p.dtype)
-                module._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return {p.untyped_storage()._cdata for p in model.parameters()}
+    recomputed = depth * model.forward_features(x).numel() * 4 + stored // depth if stored else 0
+    return forward.get_total_flops(), backward.get_total_flops(), stored, recomputed
 
 
 def explain_out_of_memory(model: nn.Module, device: torch.device, *, tiles: int, recompute: bool) -> MemoryError:
     """Return a MemoryError that names the options that lower memory, with estimates."""
-    where = str(device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        where = f"{torch.cuda.get_device_name(device)} ({total / GIB:.1f} GiB)"
-    parts = [f"{where} ran out of memory at {tiles} tiles at once"]
     try:
         half = precision_for(model.spec, device) != torch.float32
         cost = student_cost(model.spec.name, model.adapter.method, r=model.adapter.options.get("r"), half=half)
@@ -176,11 +155,14 @@ def explain_out_of_memory(model: nn.Module, device: torch.device, *, tiles: int,
     def about(n: int, again: bool) -> str:
         return "" if cost is None else f" (about {cost.memory(n, recompute=again) / GIB:.1f} GiB)"
 
-    parts[0] += about(tiles, recompute)
+    where = str(device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        where = f"{card.name} ({card.total_memory / GIB:.1f} GiB)"
+    parts = []
     if tiles > 1:
         parts.append(f"--micro-batch {tiles // 2}{about(tiles // 2, recompute)} gives the same results")
     if not recompute and hasattr(model, "blocks"):
         parts.append(f"--recompute{about(tiles, True)} does too, in a third more time")
-    if len(parts) == 1:
-        parts.append("use a GPU with more memory, or a smaller backbone")
-    return MemoryError("; ".join(parts))
+    advice = "; ".join(parts) or "use a GPU with more memory, or a smaller backbone"
+    return MemoryError(f"{where} ran out of memory at {tiles} tiles at once{about(tiles, recompute)}; {advice}")
