@@ -173,8 +173,8 @@ def _tile_size(attributes: h5py.AttributeManager) -> float | None:
 
     def read(name: str, default: float = np.nan) -> np.float64:
         try:
-            return np.float64(np.mean(attributes.get(name, default)))  # CLAM's downsample is a pair
-        except TypeError:  # text, which TRIDENT writes for None
+            return np.float64(np.ravel(attributes.get(name, default))[0])  # CLAM's downsample is a pair
+        except (IndexError, TypeError, ValueError):  # text, which TRIDENT writes for None
             return np.float64(np.nan)
 
     with np.errstate(all="ignore"):
