@@ -65,10 +65,8 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
 
     Raises
     ------
-    TypeError
-        If a number is not an integer.
-    ValueError
-        If an option is out of range.
+    TypeError, ValueError
+        If a number is not an integer, or out of range.
     FileExistsError
         If `root` holds something else.
 
@@ -90,14 +88,9 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
     if not 20 <= low <= high <= 1000:
         raise ValueError(f"spots_per_slide must satisfy 20 <= low <= high <= 1000, got {(low, high)}")
     root = Path(root)
-    options = {
-        "format": MINI_FORMAT,
-        "seed": seed,
-        "n_patients": n_patients,
-        "n_slides": n_slides,
-        "spots_per_slide": [low, high],
-    }
-    if _is_complete(root, options):
+    options = {"format": MINI_FORMAT, "seed": seed, "n_patients": n_patients, "n_slides": n_slides}
+    record = json.dumps(options | {"spots_per_slide": [low, high]}, indent=1) + "\n"
+    if _is_complete(root, record, n_slides):
         return root
 
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -110,45 +103,37 @@ def write_mini_cohort(root, *, seed=0, n_patients=6, n_slides=8, spots_per_slide
         of_genes, of_patients, of_slides = np.random.SeedSequence(seed).spawn(3)
         var, profiles = genes.draw_genes(np.random.default_rng(of_genes))
         patients = [_draw_patient(profiles, stream) for stream in of_patients.spawn(n_patients)]
-        streams = progress_bar(
-            of_slides.spawn(n_slides), desc="draw the synthetic cohort", unit=" slides", enabled=None
-        )
-        for index, stream in enumerate(streams):
+        streams = of_slides.spawn(n_slides)
+        bar = progress_bar(streams, desc="draw the synthetic cohort", unit=" slides", enabled=None)
+        for index, stream in enumerate(bar):
             number = index % n_patients
             of_slide, of_files = stream.spawn(2)
             slide, section, corners = _draw_slide(var, patients[number], (low, high), of_slide)
             order = np.random.default_rng(of_files).permutation(slide.n_obs)
             _write_slide(draft, f"MINI{index + 1}", number + 1, slide, section, corners, order)
-        write_file(draft / "mini.json", _format_record(options).encode())
+        write_file(draft / "mini.json", record.encode())
         try:
             with contextlib.suppress(FileNotFoundError):
                 root.rmdir()  # only if it is empty
             os.replace(draft, root)
         except OSError:
-            if not _is_complete(root, options):  # another process may have written the same cohort first
+            if not _is_complete(root, record, n_slides):  # another process may have written the same cohort first
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # moved already on success
     return root
 
 
-def _is_complete(root, options):
-    """Return whether `root` holds exactly this cohort; raise if it holds anything else."""
+def _is_complete(root, record, n_slides):
+    """Return whether `root` holds exactly the cohort of this ``mini.json``; raise if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    record, names = root / "mini.json", [f"MINI{index + 1}" for index in range(options["n_slides"])]
-    files = [root / folder / f"{name}{end}" for folder, end in FILES.items() for name in names]
-    complete = all(file.is_file() for file in [record, *files])
-    if complete and record.read_text(encoding="utf-8") == _format_record(options):
+    files = [root / folder / f"MINI{i + 1}{end}" for folder, end in FILES.items() for i in range(n_slides)]
+    stored = root / "mini.json"
+    if all(file.is_file() for file in [stored, *files]) and stored.read_text(encoding="utf-8") == record:
         return True
-    raise FileExistsError(
-        f"{root} exists and is not the complete mini cohort {options}; remove it or choose another folder"
-    )
-
-
-def _format_record(options):
-    """Return the options as the text of ``mini.json``."""
-    return json.dumps(options, indent=1) + "\n"
+    options = json.loads(record)
+    raise FileExistsError(f"{root} exists and is not the complete mini cohort {options}; remove it or choose another")
 
 
 def _draw_patient(profiles, stream):
@@ -162,17 +147,7 @@ def _draw_patient(profiles, stream):
 
 
 def _draw_slide(var, patient, spots_per_slide, stream):
-    """Draw one slide.
-
-    Returns
-    -------
-    slide : anndata.AnnData
-        Counts, positions and the ground truth of the counts.
-    section : numpy.ndarray
-        uint8 (height, width, 3), the full-resolution image.
-    corners : numpy.ndarray
-        int64 (n_spots, 2), x and y of each tile's top left pixel.
-    """
+    """Draw one slide: AnnData with the ground truth, the image (h, w, 3), and the corners (x, y) of its tiles."""
     outline, domains, drawing, niches, depth, counts, names = map(np.random.default_rng, stream.spawn(7))
     n_spots = int(outline.integers(*spots_per_slide, endpoint=True))
     obs, tissue = draw_outline(outline, n_spots)
@@ -233,13 +208,7 @@ def _write_slide(root, name, number, slide, section, corners, order):
         field="barcodes" if name == "MINI2" else "barcode",  # HEST-1k has both
     )  # fmt: skip
 
-    metadata = _build_metadata(name, number, slide, section)
-    write_file(root / "metadata" / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
-
-
-def _build_metadata(name, number, slide, section):
-    """Return HEST's metadata fields, with a note that the slide is synthetic."""
-    return {
+    metadata = {
         "dataset_title": "peka_lite mini cohort (synthetic)",
         "id": name,
         "synthetic": True,
@@ -264,3 +233,4 @@ def _build_metadata(name, number, slide, section):
         "inter_spot_dist": PITCH_UM,
         "nb_genes": slide.n_vars,
     }
+    write_file(root / "metadata" / f"{name}.json", (json.dumps(metadata, indent=1) + "\n").encode())
