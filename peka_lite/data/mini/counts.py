@@ -22,15 +22,7 @@ MEDIAN_DEPTH = 3300  # counts per spot
 
 
 def draw_genes(rng):
-    """Draw the properties of each gene that are the same in every patient.
-
-    Returns
-    -------
-    var : pandas.DataFrame
-        One row per gene: kind, programme and negative-binomial dispersion.
-    profiles : dict
-        For each kind, float64 (n_programmes, n_genes of the kind): expression of each gene by each programme.
-    """
+    """Draw what is the same in every patient: a table of genes and, by kind, profiles (n_programmes, n_genes)."""
     programme, rows = None, []
     for line in resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines():
         if line.startswith("#"):
@@ -50,9 +42,8 @@ def draw_genes(rng):
     profiles = {}
     for kind, programmes in (("visible", DOMAINS), ("invisible", NICHES), ("noise", ("all",))):
         where = (var.kind == kind).to_numpy()
-        # (n_programmes, n_genes of the kind)
         is_marker = np.array(programmes)[:, None] == var.programme.to_numpy()[where]
-        profiles[kind] = base[where] * np.where(is_marker, contrast[where], 1.0)
+        profiles[kind] = base[where] * np.where(is_marker, contrast[where], 1.0)  # (n_programmes, n_genes of the kind)
     return var, profiles
 
 
@@ -68,14 +59,7 @@ def draw_patient_profiles(rng, profiles):
 def draw_niches(rng, shape, cell):
     """Draw the hidden mixture that drives the invisible genes, float64 (n_spots, n_niches), rows sum to 1.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        A stream used only here, so that the niches are independent of the tissue.
-    shape : (int, int)
-        Shape of the domain map.
-    cell : (numpy.ndarray, numpy.ndarray)
-        Row and column of each spot on that map.
+    `cell` holds rows and columns of the spots on the domain map. `rng` serves nothing else: niches ignore the tissue.
     """
     fields = np.stack([smooth_noise(rng, shape, 11)[cell] for _ in NICHES], 1)
     return softmax(3.5 * fields + NICHE_BIAS, axis=1)
@@ -88,23 +72,10 @@ def draw_depth(rng, shape, cell):
 
 
 def draw_counts(rng, var, profiles, mixtures, depth):
-    """Draw counts, and return them with the rates they were drawn from.
+    """Draw counts, and return them with their expected values; both float32 (n_spots, n_genes).
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Random numbers for the counts.
-    var : pandas.DataFrame
-        Genes from `draw_genes`.
-    profiles, mixtures : dict
-        For each kind, (n_programmes, n_genes of the kind) and (n_spots, n_programmes).
-    depth : numpy.ndarray
-        Expected counts per spot, (n_spots,).
-
-    Returns
-    -------
-    counts, rate : numpy.ndarray
-        float32 (n_spots, n_genes): integers, and the mean of the distribution of each.
+    By kind, `profiles` are (n_programmes, n_genes of the kind) and `mixtures` (n_spots, n_programmes); `depth`
+    (n_spots,) are the expected counts per spot.
     """
     rate = np.empty((len(depth), len(var)))
     for kind, share in SHARE.items():
