@@ -15,37 +15,14 @@ PITCH_UM, SPOT_UM = 100.0, 55.0  # Visium
 
 
 def smooth_noise(rng, shape, sigma):
-    """Draw periodic Gaussian noise of mean 0 and standard deviation 1, smoothed with a Gaussian.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Random numbers for the noise.
-    shape : tuple of int
-        Rows and columns.
-    sigma : float or (float, float)
-        Standard deviation of the smoothing, in array elements (rows, columns).
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 of the given shape.
-    """
+    """Draw periodic noise of mean 0 and standard deviation 1, smoothed over `sigma` array elements; float32."""
     spectrum = fft.rfft2(rng.standard_normal(shape, dtype=np.float32))
     noise = fft.irfft2(ndimage.fourier_gaussian(spectrum, sigma, n=shape[1]), shape)
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
 
 
 def draw_outline(rng, n_spots):
-    """Draw an irregular tissue outline around `n_spots` of the Visium grid.
-
-    Returns
-    -------
-    obs : pandas.DataFrame
-        One row per spot: array and pixel coordinates.
-    tissue : numpy.ndarray
-        bool (rows, columns), the tissue on the grid of the domain map.
-    """
+    """Draw a tissue outline; return the positions of `n_spots` in it, and the tissue on the grid of the domain map."""
     order = np.arange(2, 6)
     swing, phase = rng.uniform(0.1, 0.32, 4) / order, rng.uniform(0, 2 * np.pi, 4)
 
