@@ -48,21 +48,9 @@ PERIOD = 512  # side of the periodic textures, pixels
 
 
 def draw_section(rng, labels, stain):
-    """Draw a section from its map of tissue domains.
+    """Draw a section, uint8 (rows * STEP, columns * STEP, 3), from its map of tissue domains and a patient's stain.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Random numbers for the place and shape of every cell.
-    labels : numpy.ndarray
-        int8 (rows, columns): index into DOMAINS, or -1 off the tissue; one element is STEP x STEP pixels.
-    stain : dict
-        The patient's stain, from `draw_stain`.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 (rows * STEP, columns * STEP, 3), 0.5 um per pixel.
+    `labels` (rows, columns) int8 index DOMAINS, -1 off the tissue.
     """
     angle, across, along = _draw_fibers(rng, labels)
     holes = _draw_holes(rng, labels)
@@ -105,13 +93,7 @@ def _draw_fibers(rng, labels):
 
 
 def _paint_ground(rng, labels, across, along, holes):
-    """Draw all but cells: cytoplasm, wavy collagen, debris and the gaps beside tumor nests.
-
-    Returns
-    -------
-    hematoxylin, eosin : numpy.ndarray
-        float32 (height, width) in pixels.
-    """
+    """Draw all but cells: cytoplasm, collagen, debris and gaps beside tumor nests; hematoxylin and eosin by pixel."""
     shape, canvas = labels.shape, (PERIOD, PERIOD)
     coarse, fine = smooth_noise(rng, canvas, (5.0, 60.0)), smooth_noise(rng, canvas, (1.3, 30.0))
     fiber = 0.11 * np.tanh(1.5 * coarse) + 0.05 * fine  # (across, along)
