@@ -62,7 +62,13 @@ def read_csv_table(path: Path, columns: dict[str, Column]) -> pd.DataFrame:
         _check_present(known, columns)
         kinds = {name: _DTYPES[columns[name].kind] for name in known}
         empty = {name: [""] for name in known if columns[name].kind is float}
-        table = pd.read_csv(path, usecols=known, dtype=kinds, keep_default_na=False, na_values=empty)
+        options = {"keep_default_na": False, "na_values": empty}
+        try:
+            table = pd.read_csv(path, usecols=known, dtype=kinds, **options)
+        except (ValueError, OverflowError):
+            for name in known:  # find the column, which pandas does not name
+                _read_column(path, name, kinds[name], **options)
+            raise
         _check_ranges(table, columns)
     except (ValueError, csv.Error, OverflowError) as error:
         reason = " ".join(str(error).split())
@@ -114,6 +120,15 @@ def read_parquet_table(path: Path, columns: dict[str, Column]) -> pd.DataFrame:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}; repeat the run") from None
     return table
+
+
+def _read_column(path: Path, name: str, kind, **options) -> None:
+    import pandas as pd
+
+    try:
+        pd.read_csv(path, usecols=[name], dtype={name: kind}, **options)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"column {name}: {error}") from None
 
 
 def _check_present(known: list[str], columns: dict[str, Column]) -> None:

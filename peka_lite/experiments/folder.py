@@ -72,6 +72,12 @@ class _Ceiling(_Record):
     basis: Line
 
 
+class _OtherScores(_Record):
+    r2: float
+    rmse: Annotated[float, Field(ge=0)]
+    spearman: float
+
+
 class _Summary(_Record):
     """Fields of ``summary.json`` that a run and a training have."""
 
@@ -116,6 +122,8 @@ class _RunSummary(_Summary):
     ceiling: dict[Normalization, _Ceiling] = Field(min_length=len(NORMALIZATIONS))
     alphas: list[Literal["hest"] | Annotated[float, Field(ge=0)]]
     n_folds: Annotated[int, Field(ge=2)]
+    other_scores: dict[Normalization, _OtherScores] = {}  # folders of version 0.1 lack this and the next
+    learned_from: Line = "recorded by each fit"
 
 
 class _TrainingSummary(_Summary):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from run_folders import complete_summary, training_summary
 
 from peka_lite.adapters import adapt, backbone_fingerprint, merge, read_adapter_info, save_adapter
 from peka_lite.adapters.files import join_adapters
@@ -46,9 +47,7 @@ def write_folder(folder, *, adapters=("fold0", "fold1"), probes=("fold0", "fold1
     config = {"cohort": "/nowhere/tissue", "weights": "random", "method": "bone", "normalization": "log1p-cp10k"}
     config |= {"split": "patient", "alpha": "hest"} | settings
     (folder / "config.yml").write_text(yaml.safe_dump(config))
-    scored = {"mean_pcc": 0.25, "ci_low": 0.1, "ci_high": 0.4, "mean_pcc_per_fold": [0.2, 0.3], "unit": "patient"}
-    about = {"n_spots": 183, "slides": ["S1", "S2"], "synthetic": True, "data_fingerprint": "d" * 16}
-    about |= {"weights": "random, seed 0", "versions": {"torch": "2.6.0"}} | (scored if summary is None else summary)
+    about = training_summary() if summary == {} else complete_summary(**(summary or {}))
     (folder / "summary.json").write_text(json.dumps(about))
     if config["method"] != "none":
         paths = {name: folder / name for name in adapters}
