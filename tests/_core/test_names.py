@@ -7,10 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from run_folders import write_run_folder
 
 import peka_lite as pk
-from peka_lite._core.names import escape_markdown, read_metrics, unique_file_name, write_metrics
-from peka_lite.experiments.folder import draw_maps
+from peka_lite._core.names import escape_markdown, unique_file_name
+from peka_lite.experiments import RunFolder
+from peka_lite.experiments.folder import draw_maps, write_metrics
 from peka_lite.maps.tissue import save_predicted_map
 
 ODD = (
@@ -113,12 +115,13 @@ def test_titles_show_gene_names_literally(mini_cohort):
 
 @pytest.mark.parametrize("strings", [False, True])
 def test_metrics_are_read_with_their_names(tmp_path, strings):
+    run = RunFolder.open(write_run_folder(tmp_path / "run"))
     pcc = np.linspace(0, 1, len(ODD))
     pcc[1] = np.nan
-    table = pd.DataFrame({"method": "none", "backbone": "007", "fold": 0, "gene": ODD, "pcc": pcc, "n_train": 3})
+    table = run.metrics().iloc[[0] * len(ODD)].assign(backbone="007", gene=list(ODD), pcc=pcc)
     with pd.option_context("future.infer_string", strings):
-        write_metrics(table, tmp_path / "metrics.csv")
-        back = read_metrics(tmp_path / "metrics.csv")
+        write_metrics(table, run.path / "metrics.csv")
+        back = run.metrics()
     assert back["gene"].tolist() == list(ODD)
     assert back["backbone"].tolist() == ["007"] * len(ODD)
     np.testing.assert_allclose(back["pcc"], pcc, rtol=1e-14)

@@ -24,8 +24,7 @@ from peka_lite._core._stream import open_partial
 from peka_lite._core.outputs import check_file, write_output
 from peka_lite.backbones import load_backbone
 from peka_lite.cli.main import main
-from peka_lite.experiments import RunConfig, _train, write_features
-from peka_lite.experiments.folder import lock_run_folder
+from peka_lite.experiments import RunConfig, RunFolder, write_features
 from peka_lite.maps import tissue as maps
 
 run = importlib.import_module("peka_lite.experiments.run")  # the module: its package offers the function
@@ -48,7 +47,7 @@ def inputs(isolated_cache, tiny_backbone, mini_root, tmp_path_factory):
     """Write the inputs of commands: a model, a finished run, predictions, and counts with their image."""
     folder = tmp_path_factory.mktemp("inputs")
     settings = {"cohort": str(mini_root), "backbone": "tiny", "weights": "random", "method": "none", "n_genes": 5}
-    _train.train(RunConfig(**settings, slides=["MINI1"]), folder / "model")
+    run.train(RunConfig(**settings, slides=["MINI1"]), folder / "model")
     write_run_folder(folder / "scored")
     arguments = ["predict", "MINI2", "--model", folder / "model", "--cohort", mini_root, "--device", "cpu"]
     assert main([str(part) for part in [*arguments, "--out", folder / "genes.h5ad"]]) == 0
@@ -88,7 +87,7 @@ def arguments(inputs, mini_root, tmp_path):
 
 STEPS = {
     "run": "peka_lite.experiments.run.evaluate",
-    "train": "peka_lite.experiments._train.save_probes",
+    "train": "peka_lite.experiments.run.save_probes",
     "export": "peka_lite.experiments.export.save_probes",
     "report": "peka_lite.reports.page._add_points",
     "add": "peka_lite.data.visium.write_tiles",
@@ -180,16 +179,16 @@ def disable_locks(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-@pytest.mark.parametrize("command", [run.run, _train.train])
+@pytest.mark.parametrize("command", [run.run, run.train])
 def test_without_locks_the_first_result_stays_and_the_second_is_refused(mini_root, tmp_path, monkeypatch, command):
     settings = {"cohort": str(mini_root), "method": "none", "n_splits": 3, "n_genes": 5, "weights": "random"}
     config = RunConfig(**settings, backbone="tiny", slides=["MINI1", "MINI2", "MINI3"])
     out, others = tmp_path / "out", []
-    module, step = (run, "write_metrics") if command is run.run else (_train, "save_probes")
-    original = getattr(module, step)
+    step = "write_metrics" if command is run.run else "save_probes"
+    original = getattr(run, step)
 
     def late(*args, **options):
-        monkeypatch.setattr(module, step, original)
+        monkeypatch.setattr(run, step, original)
         thread = threading.Thread(target=lambda: others.append(command(config, out, **first)))
         thread.start()
         thread.join()
@@ -198,7 +197,7 @@ def test_without_locks_the_first_result_stays_and_the_second_is_refused(mini_roo
 
     first = {"maps": False} if command is run.run else {}
     disable_locks(monkeypatch)
-    monkeypatch.setattr(module, step, late)
+    monkeypatch.setattr(run, step, late)
     with pytest.raises(FileExistsError, match="out is there already: give another --out"):
         command(config, out, **first)
     assert read_files(out) == others[1]
@@ -243,7 +242,7 @@ def test_load_or_run_reads_the_result_of_another_process(arguments, other, tmp_p
 
 
 class Rank:
-    """Replace `Processes` for `lock_run_folder`: share the first process's values."""
+    """Replace `Processes` for `RunFolder.create`: share the first process's values."""
 
     def __init__(self, first, values):
         self.first, self.values = first, values
@@ -256,15 +255,16 @@ class Rank:
 
 def test_first_process_locks_the_folder_and_all_raise_its_errors(tmp_path, mini_root):
     config, values = RunConfig(cohort=str(mini_root), method="none"), []
-    with lock_run_folder(config, tmp_path / "out", Rank(True, values)) as work:
+
+    def create(first):
+        return RunFolder.create(tmp_path / "out", config, command="run", processes=Rank(first, values))
+
+    with create(True) as work:
         assert work == tmp_path / "out.partial"
-        with lock_run_folder(config, tmp_path / "out", Rank(False, values)) as same:  # would wait forever for a lock
+        with create(False) as same:  # would wait forever for a lock
             assert same == work
-        work.mkdir()
     for first in (True, False):
-        with pytest.raises(FileExistsError, match="out is there already"), lock_run_folder(
-            config, tmp_path / "out", Rank(first, values)
-        ):  # fmt: skip
+        with pytest.raises(FileExistsError, match="out is there already"), create(first):
             pass
 
 

@@ -62,10 +62,10 @@ def count(monkeypatch, caplog):
 
         monkeypatch.setattr(module, name, call)
 
-    counted(peka_lite.experiments.cache, "fit")
+    counted(peka_lite.experiments.features, "fit")
     counted(importlib.import_module("peka_lite.transfer.fit"), "take_step")
-    counted(peka_lite.experiments.cache, "embed_tiles", lambda _, tiles: len(tiles))
-    counted(peka_lite.experiments._teacher_labels, "embed_cohort", lambda _, cohort: len(cohort))
+    counted(peka_lite.experiments.features, "embed_tiles", lambda _, tiles: len(tiles))
+    counted(peka_lite.experiments.features, "embed_cohort", lambda _, cohort: len(cohort))
     counted(peka_lite.experiments.features, "color_features", lambda tiles: len(tiles))
     return done
 
@@ -132,7 +132,7 @@ def test_plan_counts_only_parts_missing_from_the_cache(mini_root, tmp_path, monk
     run(config(mini_root, protocol="hest", epochs=1), tmp_path / "b", maps=False, progress=True)
     text = logged(caplog)
     assert planned(text) == [count[name] - before[name] for name in count]
-    assert text.startswith("plan: 2 trainings (leaving out one fold), ")
+    assert text.startswith("plan: 2 trainings, ")
     assert "1 more from the cache" in text
 
 

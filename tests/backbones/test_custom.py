@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -178,15 +177,13 @@ def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, isolated_ca
     assert len(pk.reports.read_runs([tmp_path / "copy"])) == 1
 
 
-def test_cache_key_of_a_student_depends_on_its_row(mini_root, tmp_path, isolated_cache):
-    from peka_lite.experiments.cache import _key
-
+def test_cache_key_of_a_student_depends_on_its_row(mini_root, mini_cohort, isolated_cache):
     config = {"cohort": str(mini_root), "backbone": "custom-vit", "weights": "random", "method": "none"}
     keys = []
     for mean in ((0.5, 0.5, 0.5), (0.4, 0.5, 0.5)):
         registry._BACKBONES.pop("custom-vit", None)
         register_backbone(dataclasses.replace(CUSTOM, mean=mean))
-        keys.append(_key(pk.RunConfig(**config), "data", np.arange(3), None, "cpu"))
+        keys.append(pk.experiments.Features(pk.RunConfig(**config), mini_cohort, device="cpu").folder(None))
     assert keys[0] != keys[1]
 
 

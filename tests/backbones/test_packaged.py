@@ -11,16 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from peka_lite.experiments.cache import _key
 from safetensors.torch import load_file, save_file
 
 from peka_lite.backbones import BACKBONES, _packaged, build_network, load_backbone
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.cli.doctor import doctor
 from peka_lite.data.download import fetch
-from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments import Features, RunConfig
 from peka_lite.experiments.run import load_or_run, run
 from peka_lite.experiments.sweeps.read import read_sweep
 
@@ -75,10 +75,12 @@ def test_default_loads_float32_weights_without_warning_seed_or_hub(monkeypatch):
     assert re.fullmatch(r"package mini_student\.safetensors, sha256 [0-9a-f]{12}", model.weights_origin)
 
 
-def test_changed_file_changes_origin_and_cache_keys(changed, monkeypatch):
+def test_changed_file_changes_origin_and_cache_keys(changed, mini_cohort, monkeypatch):
+    def folder(rows, **settings):
+        return Features(RunConfig(**settings), mini_cohort, device="cpu").folder(rows)
+
     def cache_keys():
-        adapted, frozen = RunConfig(), RunConfig(method="none")
-        return {_key(adapted, "d", [0, 1], None, "cpu"), _key(frozen, "d", None, None, "cpu")}
+        return {folder(np.arange(2)), folder(None, method="none")}
 
     changed_keys, path = cache_keys(), find_packaged(MINI)
     assert path == changed
@@ -86,8 +88,7 @@ def test_changed_file_changes_origin_and_cache_keys(changed, monkeypatch):
     monkeypatch.undo()
     assert cache_keys().isdisjoint(changed_keys)
     assert describe_file(find_packaged(MINI)) != describe_file(changed)
-    random = RunConfig(method="none", weights="random")
-    assert _key(random, "d", None, None, "cpu") not in cache_keys()
+    assert folder(None, method="none", weights="random") not in cache_keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*each patient is one fold", "ignore:.*allow")

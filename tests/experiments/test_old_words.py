@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import peka_lite as pk
+from peka_lite._core._processes import Processes
 from peka_lite.backbones import BACKBONES, read_backbone
 from peka_lite.data import read_manifest
-from peka_lite.experiments import RunConfig, read_sweep
-from peka_lite.experiments.folder import check_folders
+from peka_lite.experiments import RunConfig, RunFolder, read_sweep
 from peka_lite.experiments.sweeps.points import build_job, read_finished
 from peka_lite.reports import protocol_table, read_runs
 
@@ -38,10 +38,12 @@ def test_an_unfinished_run_of_version_0_1_is_resumed(tmp_path):
     work = tmp_path / "out.partial"
     work.mkdir()
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict() | {"features": "colour"}))
-    check_folders(config, tmp_path / "out", work)
+    with RunFolder.create(tmp_path / "out", config, command="run", processes=Processes("cpu")) as same:
+        assert same == work
+    (tmp_path / "out").rename(work)
     (work / "config.yml").write_text(yaml.safe_dump(config.as_dict() | {"features": "depth"}))
     with pytest.raises(FileExistsError, match="an unfinished run with other settings"):
-        check_folders(config, tmp_path / "out", work)
+        pk.run(config, tmp_path / "out")
 
 
 def test_a_finished_point_of_version_0_1_is_not_repeated(tmp_path):

@@ -20,7 +20,7 @@ from peka_lite._core.locks import partial_path
 from peka_lite.data import SlideError, open_slide, read_slide, tissue_tiles
 from peka_lite.data.hest import IMAGE_KEY
 from peka_lite.experiments import predict, predict_slide, predict_spots
-from peka_lite.experiments.folder import to_h5ad_values
+from peka_lite.experiments.predict import to_h5ad_values
 from peka_lite.probe._target_ranges import describe_outside, shares_outside
 
 GLASS = 245

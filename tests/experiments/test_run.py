@@ -14,9 +14,9 @@ from safetensors import safe_open
 from scipy import sparse
 
 from peka_lite.backbones import BACKBONES
-from peka_lite.data import open_cohort
-from peka_lite.evaluation import ALPHAS, LeakError, pool_pcc
-from peka_lite.experiments import RunConfig, hash_cohort, load_or_run, load_run, run, run_name
+from peka_lite.data import hash_cohort, open_cohort
+from peka_lite.evaluation import ALPHAS, LeakError, pool_scores
+from peka_lite.experiments import RunConfig, features, load_or_run, load_run, run, run_name
 from peka_lite.teachers import ScFoundation
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_metrics_are_tidy(bone_run, mini_cohort):
     table = pd.read_csv(bone_run / "metrics.csv")
     assert list(table) == [
         "method", "backbone", "split", "protocol", "features", "normalization",
-        "fold", "gene", "pcc", "n_train", "n_test",
+        "fold", "gene", "pcc", "r2", "rmse", "spearman", "n_train", "n_test",
     ]  # fmt: skip
     assert table.groupby("fold").size().eq(20).all()
     assert table["fold"].nunique() == 3
@@ -124,6 +124,7 @@ def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_c
         {"method": "none", "features": "teacher"},
         {"features": "frozen+student", "layers": "proj"},
         {"features": "projector", "protocol": "strict", "n_splits": 3},
+        {"features": "frozen+projector"},
         {"shuffle_teacher": True, "train_share": 0.5},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
@@ -137,23 +138,18 @@ def test_every_option_runs(mini_root, tmp_path, changes):
 
 
 def test_projector_features_are_projections_of_the_adapted_student(mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as cache
-
     from peka_lite.backbones import preprocess
 
-    real, models, features = cache.fit, [], []
-    monkeypatch.setattr(cache, "fit", lambda model, *a, **k: (models.append(model), real(model, *a, **k))[1])
-    project = cache.project_features
-    monkeypatch.setattr(
-        "peka_lite.experiments.features.project_features",
-        lambda student: (features.append(project(student)), features[-1])[1],
-    )
+    real, models, projected_all = features.fit, [], []
+    monkeypatch.setattr(features, "fit", lambda model, *a, **k: (models.append(model), real(model, *a, **k))[1])
+    project = features._project
+    monkeypatch.setattr(features, "_project", lambda *a: (projected_all.append(project(*a)), projected_all[-1])[1])
     run(config(mini_root, **TINY_STUDENT, features="projector", protocol="paper"), tmp_path / "out", maps=False)
     (model,), tiles = models, open_cohort(mini_root).tiles
     with torch.inference_mode():
         projected, _ = model(preprocess(torch.from_numpy(tiles[:16]), model.backbone.spec))
-    assert features[0].shape == (len(tiles), model.projector[-1].out_features)
-    assert np.allclose(features[0][:16], projected, atol=2e-3)
+    assert projected_all[0].shape == (len(tiles), model.projector[-1].out_features)
+    assert np.allclose(projected_all[0][:16], projected, atol=2e-3)
     assert not (tmp_path / "out" / "probe.safetensors").exists()
 
 
@@ -188,9 +184,7 @@ def test_no_step_is_fitted_on_a_test_patient(bone_run, mini_root, tmp_path, fres
 
 
 def test_interrupted_run_resumes_with_the_same_result(bone_run, mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as cache
-
-    real, calls = cache.fit, []
+    real, calls = features.fit, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -198,7 +192,7 @@ def test_interrupted_run_resumes_with_the_same_result(bone_run, mini_root, tmp_p
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cache, "fit", interrupted)
+    monkeypatch.setattr(features, "fit", interrupted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(config(mini_root), out, maps=False)
@@ -264,7 +258,7 @@ def test_run_names_differ_with_any_setting(mini_root):
         ({"features": "frozen+student", "method": "none"}, "trains no student"),
         ({"features": "projector", "method": "none"}, "trains no student"),
         ({"shuffle_teacher": True, "method": "none"}, "trains no student"),
-        ({"train_share": 0.0}, "train_share is above 0"),
+        ({"train_share": 0.0}, "train_share must be above 0"),
         ({"layers": "fc1"}, "unknown layers 'fc1'; known: qkv, proj"),
     ],
 )
@@ -275,9 +269,10 @@ def test_invalid_settings_raise_before_any_work(mini_root, changes, message):
 
 def test_missing_files_raise_before_any_work(mini_root, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such weights file"):
-        config(mini_root, weights=str(tmp_path / "uni.bin"))
+        run(config(mini_root, weights=str(tmp_path / "uni.bin")), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no such cohort folder"):
-        config(tmp_path / "nowhere")
+        run(config(tmp_path / "nowhere"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_patient_cannot_be_split_by_patient(mini_root, tmp_path):
@@ -326,8 +321,7 @@ def test_scfoundation_trains_a_student_on_real_slides(few_real_spots, checkpoint
     assert summary["teacher"].startswith("ScFoundation(toy_models_ckpt.pt, cell")
     assert 0.9 < summary["teacher_coverage"] < 1
     cached = list((tmp_path / "cache" / "embeddings").iterdir())
-    assert sorted(p.name[:8] for p in cached if p.is_file()) == ["HER2_C2_", "HER2_C3_"]
-    assert len([p for p in cached if p.is_dir()]) == 1  # both folds share it
+    assert sorted(p.name[:8] for p in cached) == ["HER2_C2_", "HER2_C3_"]  # both folds share them
 
 
 @pytest.mark.parametrize(
@@ -342,7 +336,7 @@ def test_scfoundation_trains_a_student_on_real_slides(few_real_spots, checkpoint
 def test_teacher_files_are_checked_before_any_work(mini_root, tmp_path, monkeypatch, changes, error, message):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     with pytest.raises(error, match=message):
-        config(mini_root, **changes)
+        run(config(mini_root, **changes), tmp_path / "out")
 
 
 def test_teacher_without_the_cohorts_genes_raises_before_tiles_are_copied(mini_root, tmp_path, monkeypatch):
@@ -365,10 +359,11 @@ def test_load_or_run_rejects_another_teacher_of_the_same_name(mini_root, tmp_pat
         load_or_run(settings, tmp_path / "out", maps=False)
 
 
-def test_missing_gpu_raises_before_any_work(mini_root, monkeypatch):
+def test_missing_gpu_raises_before_any_work(mini_root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no GPU"):
-        config(mini_root, device="cuda:0")
+        run(config(mini_root, device="cuda:0"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_strict_chooses_alpha_and_scores_both_normalizations(mini_root, tmp_path):
@@ -379,7 +374,7 @@ def test_strict_chooses_alpha_and_scores_both_normalizations(mini_root, tmp_path
     moments = pd.read_parquet(tmp_path / "out" / "slides.parquet")
     assert set(moments["normalization"]) == {"log1p-cp10k", "log1p"}
     score = summary["scores"]["log1p"]["pooled"]
-    assert score["pcc"] == pytest.approx(pool_pcc(moments[moments["normalization"] == "log1p"])["pcc"].mean())
+    assert score["pcc"] == pytest.approx(pool_scores(moments[moments["normalization"] == "log1p"])["pcc"].mean())
 
 
 def test_strict_needs_three_folds(mini_root, tmp_path):
@@ -412,11 +407,9 @@ def test_paper_protocol_trains_one_student_on_every_spot(mini_root, mini_cohort,
 
 
 def test_cached_student_is_reused_only_for_the_same_settings(mini_root, tmp_path, monkeypatch, fresh_cache):
-    import peka_lite.experiments.cache as cache
-
     trainings = []
-    real = cache.fit
-    monkeypatch.setattr(cache, "fit", lambda *a, **k: trainings.append(1) or real(*a, **k))
+    real = features.fit
+    monkeypatch.setattr(features, "fit", lambda *a, **k: trainings.append(1) or real(*a, **k))
     fast = TINY_STUDENT | {"n_splits": 2}
     run(config(mini_root, **fast), tmp_path / "a", maps=False)
     assert len(trainings) == 2

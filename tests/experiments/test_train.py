@@ -3,14 +3,13 @@
 import json
 
 import numpy as np
-import peka_lite.experiments.cache
 import pytest
 import torch
 import yaml
 
-from peka_lite.data import expression_targets, open_cohort, top_hvg
+from peka_lite.data import expression_targets, hash_cohort, open_cohort, top_hvg
 from peka_lite.evaluation import ALPHAS, folds
-from peka_lite.experiments import RunConfig, hash_cohort, load_trained, run, train
+from peka_lite.experiments import RunConfig, features, load_trained, run, train
 from peka_lite.probe import PCARidge
 
 pytestmark = [
@@ -36,7 +35,7 @@ def forbid_training(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a cached student was trained again")
 
-    monkeypatch.setattr(peka_lite.experiments.cache, "fit", fail)
+    monkeypatch.setattr(features, "fit", fail)
 
 
 def predictions(cohort, features, rows, genes, method="log1p-cp10k", alpha="hest"):
@@ -51,7 +50,7 @@ def test_model_of_the_whole_cohort_is_saved_with_all_files(whole, mini_root):
     }  # fmt: skip
     assert RunConfig(**yaml.safe_load((whole / "config.yml").read_text())) == config(mini_root)
     summary, cohort = json.loads((whole / "summary.json").read_text()), open_cohort(mini_root)
-    assert (summary["n_taught"], summary["n_spots"], summary["held_out"]) == (len(cohort), len(cohort), [])
+    assert (summary["n_train"], summary["n_spots"], summary["held_out"]) == (len(cohort), len(cohort), [])
     assert summary["mean_pcc"] is None
     assert summary["data_fingerprint"] == hash_cohort(cohort)
 
@@ -78,7 +77,7 @@ def test_model_of_a_fold_equals_that_of_a_run(mini_root, tmp_path, monkeypatch):
     assert all(torch.equal(weights[k], expected[k]) for k in expected)
     assert model.genes == of_run.genes
     np.testing.assert_allclose(model.predict(cohort.tiles), of_run.predict(cohort.tiles), atol=1e-5)
-    assert summary["n_taught"] == len(train_rows)
+    assert summary["n_train"] == len(train_rows)
     assert summary["held_out"] == sorted(set(cohort.obs["slide"].iloc[test]))
 
 
@@ -90,13 +89,13 @@ def test_run_reuses_students_trained_before(mini_root, tmp_path, monkeypatch):
 
 
 def test_inner_alpha_is_chosen_with_students_trained_without_the_fold(mini_root, tmp_path, monkeypatch):
-    n_rows, make = [], peka_lite.experiments.cache._make
+    n_rows, fit = [], features.fit
 
-    def record(config, cohort, tiles, rows, *rest):
-        n_rows.append(len(rows))
-        return make(config, cohort, tiles, rows, *rest)
+    def record(model, tiles, *rest, **options):
+        n_rows.append(len(tiles))
+        return fit(model, tiles, *rest, **options)
 
-    monkeypatch.setattr(peka_lite.experiments.cache, "_make", record)
+    monkeypatch.setattr(features, "fit", record)
     cohort = open_cohort(mini_root)
     summary = train(config(mini_root, protocol="strict", seed=5), tmp_path / "strict")
     sizes = [len(rows) for rows, _ in folds(cohort, "patient", 3, 5)]
@@ -124,7 +123,7 @@ def test_inner_alpha_has_the_best_directly_computed_cv_score(mini_root, tmp_path
 
 def test_train_share_and_concatenated_features_are_used(mini_root, tmp_path):
     summary = train(config(mini_root, features="frozen+student", train_share=0.5, seed=1), tmp_path / "both")
-    assert summary["n_taught"] < 0.55 * summary["n_spots"]
+    assert summary["n_train"] < 0.55 * summary["n_spots"]
     model = load_trained(tmp_path / "both", device="cpu")
     assert len(model.probe.mean_) == 2 * 48
     assert np.isfinite(model.predict(open_cohort(mini_root).tiles[:3])).all()

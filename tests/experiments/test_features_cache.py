@@ -12,16 +12,13 @@ import platform
 import numpy as np
 import pytest
 import torch
-from peka_lite.experiments._teacher_labels import embed_teacher, make_targets
-from peka_lite.experiments.cache import FITTING
 
-from peka_lite._core._processes import Processes
 from peka_lite._core.hashing import row_ids
 from peka_lite._core.locks import RECORD
 from peka_lite.adapters import adapt, merge
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.data import Cohort, read_cohort
-from peka_lite.experiments import RunConfig, _teacher_labels, hash_cohort, train_student
+from peka_lite.experiments import Features, RunConfig, features as features_module
 from peka_lite.teachers import PCATeacher, ScFoundation, embed_cohort
 from peka_lite.transfer import TransferModel, fit
 
@@ -63,15 +60,21 @@ def pretrained(cohort, **options):
     return ScFoundation.random(cohort.genes, hidden_dim=8, depth=1, **options)
 
 
+def make(cohort, settings=None, teacher=None, **changes):
+    features = Features(settings or config(), cohort, device="cpu")
+    features.teacher = teacher or PCATeacher()
+    for name, value in changes.items():
+        setattr(features, name, value)
+    return features
+
+
 def targets(cohort, settings=None, rows=ROWS, teacher=None, **changes):
-    options = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
-    return make_targets(settings or config(), cohort, rows, **options | changes)
+    """Return embedding, labels and number of labels of the rows, and what each step learned from."""
+    return make(cohort, settings, teacher, **changes)._make_targets(rows)
 
 
 def train(cohort, settings=None, rows=ROWS, teacher=None):
-    options = {"teacher": teacher or PCATeacher(), "data": hash_cohort(cohort), "device": "cpu"}
-    settings = settings or config()
-    return train_student(settings, cohort, lambda: cohort.tiles, rows, processes=Processes("cpu"), **options)
+    return make(cohort, settings, teacher).for_fold(rows)
 
 
 def folders(cache, kind):
@@ -90,11 +93,11 @@ def assert_one_of_each(cache):
 
 
 def assert_same(one, other):
-    for field in ("embedding", "labels", "n_labels"):
-        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-    assert one.ids.keys() == other.ids.keys()
-    for step, ids in one.ids.items():
-        np.testing.assert_array_equal(ids, other.ids[step])
+    for value, same in zip(one[:3], other[:3], strict=True):
+        np.testing.assert_array_equal(value, same)
+    assert one[3].keys() == other[3].keys()
+    for step, ids in one[3].items():
+        np.testing.assert_array_equal(ids, other[3][step])
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -105,22 +108,23 @@ def test_targets_equal_direct_calls_of_teacher_and_labeler(cohort):
     E = embed_cohort(teacher, cohort)
     labeler = config().make_labeler().fit(E[ROWS])
     for _ in ("computed", "cached"):
-        result = targets(cohort)
-        np.testing.assert_array_equal(result.embedding, E[ROWS])
-        np.testing.assert_array_equal(result.labels, labeler.labels_)
-        assert (result.embedding.dtype, result.labels.dtype) == (np.float32, np.int64)
-        assert result.n_labels == labeler.n_labels_
-        assert result.ids.keys() == {"teacher", "clusters", "embedding"}
-        np.testing.assert_array_equal(result.ids["teacher"], teacher.fitted_on_)
-        np.testing.assert_array_equal(result.ids["clusters"], labeler.fitted_on_)
-        np.testing.assert_array_equal(result.ids["embedding"], row_ids(E))
+        embedding, labels, n_labels, ids = targets(cohort)
+        np.testing.assert_array_equal(embedding, E[ROWS])
+        np.testing.assert_array_equal(labels, labeler.labels_)
+        assert (embedding.dtype, labels.dtype) == (np.float32, np.int64)
+        assert n_labels == labeler.n_labels_
+        assert ids.keys() == {"teacher", "clusters", "embedding"}
+        np.testing.assert_array_equal(ids["teacher"], teacher.fitted_on_)
+        np.testing.assert_array_equal(ids["clusters"], labeler.fitted_on_)
+        np.testing.assert_array_equal(ids["embedding"], row_ids(E))
 
 
 def test_embedding_is_a_read_only_memory_map_of_all_spots(cohort):
-    E, learned_from = embed_teacher(PCATeacher(), cohort, ROWS, data="d", device="cpu")
+    result = make(cohort, config(method="none", features="teacher", r=None)).for_fold(ROWS)
+    E = result.values
     assert isinstance(E, np.memmap)
     assert (E.shape[0], E.dtype, E.flags.writeable) == (len(cohort), np.float32, False)
-    np.testing.assert_array_equal(learned_from, PCATeacher().fit(cohort.by_slide(ROWS)).fitted_on_)
+    np.testing.assert_array_equal(result.learned_from["teacher"], PCATeacher().fit(cohort.by_slide(ROWS)).fitted_on_)
 
 
 def test_student_equals_one_trained_by_direct_calls(cohort):
@@ -132,10 +136,11 @@ def test_student_equals_one_trained_by_direct_calls(cohort):
     model = TransferModel(
         backbone, teacher_dim=E.shape[1], n_classes=labeler.n_labels_, kd_space=settings.kd_space, seed=0
     )
-    options = {name: getattr(settings, name) for name in FITTING}
+    names = ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed")
+    options = {name: getattr(settings, name) for name in names}
     fit(model, cohort.tiles.select(ROWS), E[ROWS], labeler.labels_, **options, device="cpu")
     student = train(cohort)
-    np.testing.assert_array_equal(student.features, embed_tiles(merge(backbone), cohort.tiles, device="cpu"))
+    np.testing.assert_array_equal(student.values, embed_tiles(merge(backbone), cohort.tiles, device="cpu"))
     np.testing.assert_array_equal(student.embedding_ids, row_ids(E))
     assert student.learned_from.keys() == {"teacher", "clusters", "student"}
     np.testing.assert_array_equal(student.learned_from["clusters"], labeler.fitted_on_)
@@ -161,19 +166,21 @@ def test_each_labeler_has_separate_labels_of_the_same_embedding(cohort, cache, e
 
 def test_fitted_teacher_is_fitted_again_for_every_fold(cohort, cache, embedded):
     one, two = targets(cohort), targets(cohort, rows=ROWS + 10)
-    assert not np.array_equal(one.ids["embedding"], two.ids["embedding"])
+    assert not np.array_equal(one[3]["embedding"], two[3]["embedding"])
     assert len(embedded) == 2 * len(cohort.slides)
     assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (2, 2)
 
 
 def test_folds_share_the_embedding_of_a_pretrained_teacher(cohort, cache, monkeypatch):
     teacher, calls = pretrained(cohort), []
-    monkeypatch.setattr(_teacher_labels, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
-    one, two = (targets(cohort, rows=rows, teacher=teacher) for rows in (ROWS, ROWS + 10))
-    assert (one.ids["teacher"], two.ids["teacher"], len(calls)) == (None, None, 1)
-    np.testing.assert_array_equal(one.ids["embedding"], two.ids["embedding"])
-    np.testing.assert_array_equal(one.embedding, embed_cohort(teacher, cohort)[ROWS])
-    assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (1, 2)
+    monkeypatch.setattr(features_module, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
+    features = make(cohort, teacher=teacher)
+    one, two = (features._make_targets(rows) for rows in (ROWS, ROWS + 10))
+    assert (one[3]["teacher"], two[3]["teacher"], len(calls)) == (None, None, 1)
+    np.testing.assert_array_equal(one[3]["embedding"], two[3]["embedding"])
+    np.testing.assert_array_equal(one[0], embed_cohort(teacher, cohort)[ROWS])
+    # One folder per slide: the embedding is stored once, and each fold has its labels.
+    assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (len(cohort.slides), 2)
 
 
 def test_teacher_marked_as_pretrained_that_learns_in_fit_raises(cohort, cache):
@@ -206,8 +213,9 @@ def test_any_other_input_of_an_embedding_changes_its_folder(cohort, cache, other
         first = pretrained(cohort)
         second = pretrained(cohort, precision={"cpu": torch.bfloat16})
     targets(cohort, teacher=first)
+    stored = len(folders(cache, "embeddings"))
     targets(cohort, teacher=second, **changes)
-    assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (2, 2)
+    assert (len(folders(cache, "embeddings")), len(folders(cache, "labels"))) == (2 * stored, 2)
 
 
 def test_changed_counts_change_hash_and_folder(cohort, cache):
@@ -263,7 +271,7 @@ def test_stopped_training_resumes_with_the_same_result(cohort, cache, epochs, mo
     assert epochs == [1]
     assert partial.exists() == (machine == "other")  # another machine may still use it
     monkeypatch.setenv("PEKA_LITE_CACHE", str(cache / "uninterrupted"))
-    np.testing.assert_array_equal(resumed.features, train(cohort, settings).features)
+    np.testing.assert_array_equal(resumed.values, train(cohort, settings).values)
 
 
 def test_training_stopped_without_a_lock_leaves_no_files(cohort, cache, epochs, monkeypatch):
@@ -295,13 +303,13 @@ def test_stopped_embedding_resumes(cohort, cache, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["embeddings", "labels", "students"])
 def test_incomplete_cache_folder_is_replaced(cohort, cache, kind):
-    before, features = targets(cohort), np.array(train(cohort).features)
+    before, features = targets(cohort), np.array(train(cohort).values)
     (folder,) = (cache / kind).iterdir()
     (folder / RECORD).unlink()
     for file in folder.glob("*.npy"):
         file.write_bytes(b"half")
     assert_same(targets(cohort), before)
-    np.testing.assert_array_equal(train(cohort).features, features)
+    np.testing.assert_array_equal(train(cohort).values, features)
     assert_one_of_each(cache)
 
 
@@ -337,8 +345,8 @@ def compete(rank, start, results, root, base):
             result = targets(cohort, rows=rows)
             start.wait(timeout=120)
             student = train(cohort, rows=rows)
-            digest = hashlib.sha256(student.features.tobytes() + result.labels.tobytes() + result.embedding.tobytes())
-            inode = (student.folder / "features.npy").stat().st_ino
+            digest = hashlib.sha256(student.values.tobytes() + result[1].tobytes() + result[0].tobytes())
+            inode = os.stat(student.values.filename).st_ino
             results.put((kind, sum(embedded), len(epochs), (digest.hexdigest(), inode)))
     except BaseException:
         start.abort()  # so that the other process does not wait
@@ -350,7 +358,7 @@ def raced(mini_root, tmp_path_factory):
     """Return the cache folder and the results of two competing processes."""
     base = tmp_path_factory.mktemp("raced")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peka_lite.experiments.cache", "peka_lite.teachers.scfoundation"])
+    context.set_forkserver_preload(["peka_lite.experiments.features", "peka_lite.teachers.scfoundation"])
     start, queue = context.Barrier(2), context.Queue()
     jobs = [context.Process(target=compete, args=(rank, start, queue, str(mini_root), str(base))) for rank in (0, 1)]
     for job in jobs:
