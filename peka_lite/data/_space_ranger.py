@@ -17,13 +17,14 @@ from scipy import sparse
 from scipy.io import mmread
 
 from peka_lite._core._file_kinds import read_text
-from peka_lite._core.hdf5 import FLOOR, RATIO, Hdf5Error, check_compressed, check_sizes, open_hdf5
+from peka_lite._core.hdf5 import FLOOR, RATIO, check_compressed, check_sizes, open_hdf5
 from peka_lite.data._format import HestFormatError, read_h5ad
 
 MAX_TABLE = 2**27  # bytes of the decompressed table of barcodes or features; 500,000 barcodes take 10 million
 MAX_ROWS = 2**21  # of that table
 MAX_LINE = 10_000  # characters of a line of a table with few columns
 MAX_ENTRY = 64  # bytes of a line of matrix.mtx: two indices and a count
+_FROM_OUTS = "Take the folder from Space Ranger's outs"
 
 
 def read_counts(path: str | os.PathLike) -> ad.AnnData:
@@ -81,14 +82,9 @@ def _read_matrix(outs: Path) -> ad.AnnData:
     else:
         try:
             X, barcodes, features = _read_hdf5(path)
-        except Hdf5Error as error:
-            raise HestFormatError(
-                path, f"cannot be read as Space Ranger's matrix ({error.problem})", "Take the one from its outs folder"
-            ) from None
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise HestFormatError(
-                path, f"cannot be read as Space Ranger's matrix ({error})", "Take the one from its outs folder"
-            ) from None
+            problem = f"cannot be read as Space Ranger's matrix ({getattr(error, 'problem', error)})"
+            raise HestFormatError(path, problem, "Take the one from its outs folder") from None
     names = features.get("name", features["id"])
     var = pd.DataFrame({"gene_ids": features["id"]}, index=names)
     if "feature_type" in features:
@@ -131,34 +127,30 @@ def _read_mtx(folder: Path) -> tuple[sparse.csr_matrix, list[str], dict[str, lis
     features = dict(zip(("id", "name", "feature_type"), map(list, zip(*rows, strict=False)), strict=False))
     barcodes = [row[0] for row in _read_table(codes)]
     shape = (len(rows), len(barcodes))
-    fix = "Take the folder from Space Ranger's outs"
     try:
         with _open(matrix, 2**16) as file:
             kind = file.readline(2**10).decode("ascii").lower().split()
             while (line := file.readline(2**10)).startswith(b"%"):
                 pass
         declared = [int(number) for number in line.split()]  # rows, columns, entries
-        if kind[:3] != ["%%matrixmarket", "matrix", "coordinate"] or kind[3:] not in (
-            ["integer", "general"],
-            ["real", "general"],
-        ):
-            raise HestFormatError(matrix, f"is not a matrix of counts: {' '.join(kind)!r}", fix)
+        if kind not in [f"%%matrixmarket matrix coordinate {number} general".split() for number in ("integer", "real")]:
+            raise HestFormatError(matrix, f"is not a matrix of counts: {' '.join(kind)!r}", _FROM_OUTS)
         if tuple(declared[:2]) != shape or len(declared) != 3:
             problem = f"is declared as {declared}, with {shape[0]} features and {shape[1]} barcodes"
-            raise HestFormatError(matrix, problem, fix)
+            raise HestFormatError(matrix, problem, _FROM_OUTS)
         if not 0 <= (n := declared[2]) <= min(FLOOR + RATIO * matrix.stat().st_size, 2**40) // 24:
-            raise HestFormatError(matrix, f"declares {n:,} counts, more than a file of its size can hold", fix)
+            raise HestFormatError(matrix, f"declares {n:,} counts, more than a file of its size can hold", _FROM_OUTS)
         with _open(matrix, MAX_ENTRY * n + 2**16) as file:
             X = sparse.csr_matrix(mmread(file).T)
     except HestFormatError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, IndexError, OverflowError) as error:
-        raise HestFormatError(matrix, f"cannot be read as MatrixMarket ({error})", fix) from None
+        raise HestFormatError(matrix, f"cannot be read as MatrixMarket ({error})", _FROM_OUTS) from None
     return X, barcodes, features
 
 
 class _LimitedFile(io.RawIOBase):
-    """A file that raises an error after `limit` bytes, since the decompressed size is not known in advance."""
+    """Raise an error after `limit` bytes of a file, whose decompressed size is not known in advance."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self.file, self.left = file, limit
@@ -180,26 +172,22 @@ class _LimitedFile(io.RawIOBase):
 
 def _open(path: Path, limit: int) -> io.BufferedReader:
     if not path.is_file():
-        raise HestFormatError(path, "no such file", "Take the folder from Space Ranger's outs")
+        raise HestFormatError(path, "no such file", _FROM_OUTS)
     file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 -- _LimitedFile closes it
     return io.BufferedReader(_LimitedFile(file, limit))
 
 
 def _read_table(path: Path) -> list[list[str]]:
     """Read a tab-separated table."""
-    fix = "Take the folder from Space Ranger's outs"
     try:
         text = read_text(path, longest=MAX_TABLE)
         if text.count("\n") > MAX_ROWS:
             raise ValueError(f"has more than {MAX_ROWS:,} lines")
-        lines = text.splitlines()
-    except FileNotFoundError:
-        raise HestFormatError(path, "no such file", fix) from None
-    except ValueError as error:
-        raise HestFormatError(path, str(error).removeprefix(f"{path}: "), fix) from None
-    if max(map(len, lines), default=0) > MAX_LINE:
-        raise HestFormatError(path, f"is not a table (a line has more than {MAX_LINE:,} characters)", fix)
-    return [line.split("\t") for line in lines if line]
+        if max(map(len, lines := text.splitlines()), default=0) > MAX_LINE:
+            raise ValueError(f"is not a table (a line has more than {MAX_LINE:,} characters)")
+        return [line.split("\t") for line in lines if line]
+    except (FileNotFoundError, ValueError) as error:
+        raise HestFormatError(path, str(error).removeprefix(f"{path}: "), _FROM_OUTS) from None
 
 
 def _read_positions(outs: Path) -> pd.DataFrame:
@@ -226,6 +214,5 @@ def _read_positions(outs: Path) -> pd.DataFrame:
             raise ValueError(f"the position of {positions.index[invalid][0]!r} is not finite")
         return positions
     except (KeyError, ValueError) as error:
-        error = str(error).removeprefix(f"{path}: ")
-        problem = f"is not a table of positions ({error})"
+        problem = f"is not a table of positions ({str(error).removeprefix(f'{path}: ')})"
         raise HestFormatError(path, problem, f"It needs the columns {', '.join(names)}") from None
