@@ -97,9 +97,8 @@ def read_pixel_centers(adata: ad.AnnData, path) -> np.ndarray:
             return spatial[:, :2].astype(float)
     except (KeyError, IndexError, TypeError, ValueError):
         pass
-    raise HestFormatError(
-        path, "obsm['spatial'] is missing, not finite or beyond 1e9 pixels", "It must hold (N, 2) pixel centers"
-    )
+    problem = "obsm['spatial'] is missing, not finite or beyond 1e9 pixels"
+    raise HestFormatError(path, problem, "It must hold (N, 2) pixel centers")
 
 
 def check_sparse(matrix, path) -> None:
@@ -119,11 +118,11 @@ def read_tile_barcodes(path: Path) -> pd.Index:
             key = next((k for k in ("barcode", "barcodes") if isinstance(file.get(k), h5py.Dataset)), None)
             img = open_tiles(file, path)
             if key is None:
-                fix = "Tiles are joined to spots on it ('barcodes' works too)"
-                raise HestFormatError(path, "dataset 'barcode' is missing", fix)
-            if (n_barcodes := math.prod(file[key].shape or ())) != len(img):
-                problem = f"{n_barcodes:,} barcodes for {len(img):,} tiles"
-                raise HestFormatError(path, problem, "There must be one barcode per tile")
+                raise Hdf5Error(
+                    path, "dataset 'barcode' is missing", "Tiles are joined to spots on it ('barcodes' works too)"
+                )
+            if (n := math.prod(file[key].shape or ())) != len(img):
+                raise Hdf5Error(path, f"{n:,} barcodes for {len(img):,} tiles", "There must be one barcode per tile")
             check_sizes(path, [file[key]])
             barcodes = decode_text(file[key][()])
     except Hdf5Error as error:
@@ -188,11 +187,9 @@ def read_patients(patients, known: Collection[str]) -> dict[str, str]:
             raise HestFormatError(path, f"line {line} names slide {slide!r}, which is not in the cohort", fix)
         before, first = seen.setdefault(slide, (patient, line))
         if patient != before:
-            raise HestFormatError(
-                path,
-                f"lines {first} and {line} give two patients for {slide}: {before or 'blank'} and {patient or 'blank'}",
-                "Keep the correct line",
-            )
+            names = f"{before or 'blank'} and {patient or 'blank'}"
+            problem = f"lines {first} and {line} give two patients for {slide}: {names}"
+            raise HestFormatError(path, problem, "Keep the correct line")
     return {slide: patient for slide, (patient, _) in seen.items() if patient}
 
 
@@ -201,7 +198,8 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
     try:
         raw = read_bytes(path)
     except ValueError as error:
-        raise HestFormatError(path, _strip_path(path, error), "Write one line per slide: id,patient") from None
+        problem = str(error).removeprefix(f"{path}: ")
+        raise HestFormatError(path, problem, "Write one line per slide: id,patient") from None
     try:
         text = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,10 +209,8 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
     try:
         table = [(lines.line_num, cells) for cells in lines]
     except csv.Error as error:
-        problem = f"line {lines.line_num} is not valid CSV ({error})"
-        raise HestFormatError(path, problem, "Save the table as CSV") from None
-    names: list[str] = []
-    n_rows = 0
+        raise HestFormatError(path, f"line {lines.line_num} is not valid CSV ({error})", "Save it as CSV") from None
+    names, n_rows = [], 0
     for line, cells in table:
         cells = [cell.strip() for cell in cells]
         if not any(cells):
@@ -226,20 +222,14 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
             continue
         n_rows += 1
         if any(cells[len(names) :]):
-            raise HestFormatError(
-                path,
-                f"line {line} has {len(cells)} fields, the header {len(names)}",
-                'Put a field that contains the separator in "quotes"',
-            )
+            problem = f"line {line} has {len(cells)} fields, the header {len(names)}"
+            raise HestFormatError(path, problem, 'Put a field that contains the separator in "quotes"')
         cells += [""] * (len(names) - len(cells))  # spreadsheets omit trailing blanks
         yield line, {column: cells[names.index(column)] for column in columns}
     if not n_rows:
         reason = describe_mismatch(path, {"text", "empty"})
-        raise HestFormatError(
-            path,
-            f"columns {' and '.join(columns)} are missing" + (f" ({reason})" if reason else ""),
-            f"Write one line per slide: {','.join(columns)}",
-        )
+        problem = f"columns {' and '.join(columns)} are missing" + (f" ({reason})" if reason else "")
+        raise HestFormatError(path, problem, f"Write one line per slide: {','.join(columns)}")
 
 
 def read_metadata(path: Path) -> dict:
@@ -247,12 +237,8 @@ def read_metadata(path: Path) -> dict:
     try:
         fields = parse_json(read_text(path))
     except ValueError as error:
-        reason = describe_mismatch(path, {"text", "pickle"}) or _strip_path(path, error)
+        reason = describe_mismatch(path, {"text", "pickle"}) or str(error).removeprefix(f"{path}: ")
         raise HestFormatError(path, f"not valid JSON ({reason})", "Download the file again") from None
     if not isinstance(fields, dict):
         raise HestFormatError(path, f"is a JSON {type(fields).__name__}", "It must be one JSON object")
     return fields
-
-
-def _strip_path(path: Path, error: ValueError) -> str:
-    return str(error).removeprefix(f"{path}: ")
