@@ -148,34 +148,27 @@ def _create_slide(
     off_tissue = counts.n_obs - spots.n_obs
     centers = spots.obsm["spatial"]  # (N, 2)
     distance = spot_distance(centers) if len(centers) > 1 else None  # px
+    embedded = mpp is None
     if isinstance(mpp, str):
         mpp = _compute_mpp(mpp, distance)
-        embedded = None
-    else:
-        embedded = mpp is None
     try:
         opened = open_slide(image, mpp=mpp)
     except ResolutionError as error:
-        raise ResolutionError(
-            error.path, error.problem, f"{error.fix}; for Visium, 'visium' derives them from the distance between spots"
-        ) from None
+        fix = f"{error.fix}; for Visium, 'visium' derives them from the distance between spots"
+        raise ResolutionError(error.path, error.problem, fix) from None
     with opened as slide:
         if slide.orientation != 1:
-            raise SlideError(
-                image,
-                f"its Orientation tag, {slide.orientation}, rotates or mirrors it, so spot centers could refer to the "
-                "image as stored or as displayed",
-                "Save it as Space Ranger read it, without the tag",
-            )
+            problem = f"its Orientation tag, {slide.orientation}, rotates or mirrors it, so spot centers could refer to"
+            fix = "Save it as Space Ranger read it, without the tag"
+            raise SlideError(image, f"{problem} the image as stored or as displayed", fix)
         _check_centers(centers, slide, slide_id)
         if technology == "Visium" and distance is not None:
             _check_distance(distance, slide, slide_id)
         half = np.array(slide.tile) / 2
         inside = ((centers - half >= 0) & (centers + half <= slide.size)).all(1)  # (N,)
         if not inside.any():
-            raise HestFormatError(
-                slide.path, f"none of {len(centers)} tiles of 112 um is inside it", "Give an uncropped image"
-            )
+            problem = f"none of {len(centers)} tiles of 112 um is inside it"
+            raise HestFormatError(slide.path, problem, "Give an uncropped image")
         picture, scale = slide.thumbnail(1000)
         check_stain(slide, _select_pixels(picture, centers[inside] * scale, half * scale))
         fields = _describe_slide(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
@@ -191,11 +184,10 @@ def _create_slide(
 def describe_next_step(root: str | os.PathLike) -> str:
     """Return a sentence with the next command for a folder of added slides."""
     root = Path(root)
-    patients = [
-        clean_patient_name(read_metadata(path).get("patient")) for path in sorted((root / "metadata").glob("*.json"))
-    ]  # (slides,)
+    patients = [clean_patient_name(read_metadata(path).get("patient")) for path in (root / "metadata").glob("*.json")]
     known, unknown = len(set(patients) - {None}), patients.count(None)
-    has = f"{root} has {_counted(len(patients), 'slide')}" + (f" of {_counted(known, 'patient')}" if known else "")
+    has = f"{root} has {len(patients)} slide" + "s" * (len(patients) != 1)
+    has += f" of {known} patient" + "s" * (known != 1) if known else ""
     if unknown:
         has += f", {unknown} with no patient named"
     cohort, out = shlex.quote(str(root)), shlex.quote(f"runs/{root.resolve().name}")
@@ -205,10 +197,6 @@ def describe_next_step(root: str | os.PathLike) -> str:
     if unknown:
         return f"{has}; next: name the patients in a file with the columns id,patient, then `{run} --patients FILE.csv`"
     return f"{has}; next: add more, or `{run}`"
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def spot_distance(centers: np.ndarray) -> float:
@@ -272,11 +260,8 @@ def _identify(path: Path) -> list[int]:
 def _select_spots(counts: ad.AnnData, name: str) -> ad.AnnData:
     """Return a copy of the spots on tissue, in the form of `read_spots`."""
     if "spatial" not in counts.obsm:
-        raise HestFormatError(
-            name,
-            "obsm['spatial'] is missing",
-            "Read the counts with squidpy.read.visium, or add the (N, 2) pixel centers",
-        )
+        fix = "Read the counts with squidpy.read.visium, or add the (N, 2) pixel centers"
+        raise HestFormatError(name, "obsm['spatial'] is missing", fix)
     spatial = read_pixel_centers(counts, name)
     rows = np.ones(counts.n_obs, dtype=bool)
     if "in_tissue" in counts.obs:
@@ -287,11 +272,10 @@ def _select_spots(counts: ad.AnnData, name: str) -> ad.AnnData:
     if counts.X is not None:
         counts = load_in_memory(counts)
         check_sparse(counts.X, name)  # before indexing rows
+    positions = [c for c in POSITION_COLUMNS if c in counts.obs and is_numeric_dtype(counts.obs[c])]
     spots = ad.AnnData(
         sparse.csr_matrix(counts.X[rows]) if counts.X is not None else None,
-        obs=counts.obs.loc[
-            rows, [c for c in POSITION_COLUMNS if c in counts.obs and is_numeric_dtype(counts.obs[c])]
-        ].copy(),
+        obs=counts.obs.loc[rows, positions].copy(),
         var=counts.var[[c for c in counts.var if str(c).lower() in GENE_COLUMNS]].copy(),
         obsm={"spatial": spatial[rows]},
     )
@@ -309,25 +293,20 @@ def _compute_mpp(mpp: str, distance: float | None) -> float:
 def _check_centers(centers: np.ndarray, slide: WholeSlide, slide_id: str) -> None:
     outside = ((centers < 0) | (centers > slide.size)).any(1)
     if outside.any():
-        width, height = slide.size
-        x, y = centers.max(0)
-        raise HestFormatError(
-            f"counts of {slide_id}",
-            f"{outside.sum()} of {len(centers)} centers are outside {slide.path.name}, {width} x {height} px "
-            f"(the largest are x={x:.0f}, y={y:.0f})",
-            "obsm['spatial'] is in pixels of the full-resolution image: give the input image of Space Ranger",
-        )
+        place = f"{slide.path.name}, {slide.size[0]} x {slide.size[1]} px"
+        most = "(the largest are x={:.0f}, y={:.0f})".format(*centers.max(0))
+        problem = f"{outside.sum()} of {len(centers)} centers are outside {place} {most}"
+        fix = "obsm['spatial'] is in pixels of the full-resolution image: give the input image of Space Ranger"
+        raise HestFormatError(f"counts of {slide_id}", problem, fix)
 
 
 def _check_distance(distance: float, slide: WholeSlide, slide_id: str) -> None:
     pitch = distance * float(np.sqrt(np.prod(slide.mpp)))  # um
     if abs(pitch / PITCH_UM - 1) > MAX_PITCH_ERROR:
-        raise HestFormatError(
-            f"counts of {slide_id}",
-            f"spots are {pitch:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um",
-            f"If {slide.path.name} is the input image of Space Ranger, 'visium' as mpp derives "
-            f"{PITCH_UM / distance:.4g} um/px from the spots; for other spots, give their technology",
-        )
+        problem = f"spots are {pitch:.0f} um apart at {slide.mpp[0]:.4g} um/px, Visium's {PITCH_UM:.0f} um"
+        fix = f"If {slide.path.name} is the input image of Space Ranger, 'visium' as mpp derives "
+        fix += f"{PITCH_UM / distance:.4g} um/px from the spots; for other spots, give their technology"
+        raise HestFormatError(f"counts of {slide_id}", problem, fix)
 
 
 def _select_pixels(picture: np.ndarray, centers: np.ndarray, half: np.ndarray) -> np.ndarray:
@@ -362,9 +341,8 @@ def _write_files(
     """Write the three files to `draft` and move them into place; remove all of them on an error."""
     centers, side = spots.obsm["spatial"][rows], TILE_SHAPE[0]
     corners = np.rint(centers - np.array(slide.tile) / 2).astype(np.int64)  # (n_tiles, 2)
-    factor = slide.tile[0] / side
-    attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side, "downsample": factor}
-    attributes["pixel_size"] = slide.mpp[0]
+    attributes = {"patch_size_src": slide.tile[0], "patch_size_target": side}
+    attributes |= {"downsample": slide.tile[0] / side, "pixel_size": slide.mpp[0]}
     text = json.dumps(fields, indent=1) + "\n"
     draft.mkdir()
     paths, moved = _slide_paths(root, slide_id), []
