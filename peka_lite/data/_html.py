@@ -9,7 +9,7 @@ import numpy as np
 
 from peka_lite._core.names import escape_html
 
-_THUMBNAIL_PX = 220
+_THUMBNAIL_PX = 220  # height
 
 
 def render_slide(slide) -> str:
@@ -39,22 +39,11 @@ def render_slide(slide) -> str:
 def render_cohort(cohort) -> str:
     """Return a table with one row per slide, and the slides left out, as HTML."""
     head = "".join(f"<th>{h}</th>" for h in ("slide", "patient", "organ", "spots", "genes", "dropped"))
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{escape_html(v)}</td>"
-            for v in (
-                s.id,
-                s.patient or "unknown",
-                s.metadata.get("organ") or "",
-                s.n_spots,
-                s.adata.n_vars,
-                "; ".join(f"{n} {reason}" for reason, n in s.dropped.items()) or "none",
-            )
-        )
-        + "</tr>"
-        for s in cohort.slides
-    )
+    rows = ""
+    for s in cohort.slides:
+        dropped = "; ".join(f"{n} {reason}" for reason, n in s.dropped.items()) or "none"
+        cells = (s.id, s.patient or "unknown", s.metadata.get("organ") or "", s.n_spots, s.adata.n_vars, dropped)
+        rows += f"<tr>{''.join(f'<td>{escape_html(cell)}</td>' for cell in cells)}</tr>"
     out = "".join(f"<li>left out {escape_html(i)}: {escape_html(text)}</li>" for i, text in cohort.left_out.items())
     synthetic = any(s.metadata.get("synthetic") for s in cohort.slides)
     title = f"{len(cohort.slides)} slides, {len(cohort)} spots, {len(cohort.genes)} shared genes"
