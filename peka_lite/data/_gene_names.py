@@ -28,36 +28,13 @@ _CONTROL = re.compile(
 
 
 def keep_one_naming(slides: Sequence[Slide], path: Path) -> tuple[list[Slide], dict[str, str]]:
-    """Keep the slides that share one gene naming, whatever their order.
+    """Return the slides that share one gene naming, in order, and slide id -> reason of those left out.
 
     Two slides are linked if at least half of the names of the one with fewer genes are in the other, not counting
-    controls of imaging panels. The largest group of linked slides is kept. A slide outside it is renamed if its names
-    without spaces, genome prefix and Ensembl version, or a column of ``var``, match the group's names. Other slides
-    are left out.
-
-    Parameters
-    ----------
-    slides
-        Slides as read; `adata.var_names` of renamed ones is changed in place.
-    path
-        Folder that errors name.
-
-    Returns
-    -------
-    list of Slide
-        Kept slides, in the given order.
-    dict
-        Slide id -> reason it was left out.
-
-    Raises
-    ------
-    HestFormatError
-        If fewer than two of several slides are left, or two groups are equally large.
-
-    Warns
-    -----
-    UserWarning
-        For each slide that is renamed or left out.
+    controls of imaging panels. The largest group of linked slides is kept. A slide outside it is renamed, in place, if
+    its names without spaces, genome prefix and Ensembl version, or a column of ``var``, match the group's names. Other
+    slides are left out; each change warns. A `HestFormatError` that names the folder `path` is raised if fewer than two
+    of several slides are left, or two groups are equally large.
     """
     groups = _group_slides(slides)
     if len(groups) == 1:
