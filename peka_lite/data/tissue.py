@@ -84,19 +84,13 @@ def tissue_tiles(slide: WholeSlide, *, min_tissue: float = 0.5) -> TissueTiles:
     glass = picture.min(-1) > GLASS_LEVEL
     check_stain(slide, picture[mask] if mask.any() and glass.mean() > MIN_GLASS else picture[~glass])
     if not mask.any():
-        raise SlideError(
-            slide.path,
-            f"no tissue found on its thumbnail at {slide.mpp[0]:.4g} um/px",
-            "Is it an H&E slide, and is the resolution right? If not, give --mpp",
-        )
+        problem = f"no tissue found on its thumbnail at {slide.mpp[0]:.4g} um/px"
+        raise SlideError(slide.path, problem, "Is it an H&E slide, and is the resolution right? If not, give --mpp")
     share = tissue_share(mask, tile=(slide.tile[0] * scale, slide.tile[1] * scale))  # (rows, cols)
     rows, cols = np.nonzero(share >= min_tissue)
     if not len(rows):
-        raise SlideError(
-            slide.path,
-            f"no tile has {min_tissue:.0%} tissue or more (the largest share is {share.max():.1%})",
-            "Give a lower --min-tissue",
-        )
+        problem = f"no tile has {min_tissue:.0%} tissue or more (the largest share is {share.max():.1%})"
+        raise SlideError(slide.path, problem, "Give a lower --min-tissue")
     obs = pd.DataFrame(
         {"array_row": rows, "array_col": cols, "tissue_share": share[rows, cols].astype(np.float32)},
         index=[f"tile_{row}_{col}" for row, col in zip(rows, cols, strict=True)],
@@ -105,20 +99,7 @@ def tissue_tiles(slide: WholeSlide, *, min_tissue: float = 0.5) -> TissueTiles:
 
 
 def check_stain(slide: WholeSlide, pixels: np.ndarray) -> None:
-    """Raise an error for colors that H&E cannot have: gray, on a black background, or inverted.
-
-    Parameters
-    ----------
-    slide
-        The slide, for the error message.
-    pixels
-        (n, 3) uint8, the tissue pixels of the thumbnail.
-
-    Raises
-    ------
-    SlideError
-        The message gives the colors.
-    """
+    """Raise a `SlideError` if the tissue's `pixels` (n, 3) uint8 are gray, on black or inverted, unlike H&E."""
     pixels = pixels[pixels.max(-1) > DARK].astype(int) if (pixels > DARK).any() else pixels.astype(int)
     if not len(pixels):
         return
