@@ -196,12 +196,10 @@ class WholeSlide:
                 handle = self._open()
             region = handle.read_region(corner, level, size)
         except openslide.OpenSlideError as error:  # drop the handle: later reads would fail
-            raise SlideError(
-                self.path,
-                f"cannot be read around pixel x={origin[0]:.0f}, y={origin[1]:.0f} of level 0, from level {level} "
-                f"({error})",
-                "The file is damaged: copy it again or repeat the conversion",
-            ) from None
+            place = "x={:.0f}, y={:.0f}".format(*origin)
+            problem = f"cannot be read around pixel {place} of level 0, from level {level} ({error})"
+            fix = "The file is damaged: copy it again or repeat the conversion"
+            raise SlideError(self.path, problem, fix) from None
         self._idle.append(handle)
         if region.getextrema()[3][0] == 255:
             return region.convert("RGB")
