@@ -42,14 +42,7 @@ class PictureError(ValueError):
 def check_in_memory(declared: int, path: Path, *, needed: int | None = None) -> None:
     """Check that pixels decoded at once are plausible for the file's size and fit into memory.
 
-    Parameters
-    ----------
-    declared
-        Bytes of the pixels.
-    path
-        The file.
-    needed
-        Bytes of memory that decoding takes; None: `declared`.
+    The pixels have `declared` bytes, and decoding takes `needed` bytes of memory (by default as many).
     """
     import psutil
 
@@ -85,13 +78,7 @@ def _describe_excess(amount: str, size: int) -> str:
 
 
 def find_slide_files(path: Path) -> list[Path]:
-    """Return the files of a slide: itself, and the files that its index lists.
-
-    Raises
-    ------
-    PictureError
-        If the index lists a file in another folder, or anything but a regular file.
-    """
+    """Return the files of a slide: itself, and those of its index, which must be regular files of the same folder."""
     with path.open("rb") as file:
         index = file.read(2**20)
     folder, files = path.parent, [path]
@@ -101,10 +88,8 @@ def find_slide_files(path: Path) -> list[Path]:
             with slidedat.open("rb") as file:
                 index = file.read(2**20)
             files.append(slidedat)
-            sides = [
-                int(side) for side in re.findall(rb"^DIGITIZER_(?:WIDTH|HEIGHT)[ \t]*=[ \t]*(\d{1,18})", index, re.M)
-            ]
-            check_in_memory(4 * max(sides, default=0) ** 2, path)
+            sides = re.findall(rb"^DIGITIZER_(?:WIDTH|HEIGHT)[ \t]*=[ \t]*(\d{1,18})", index, re.M)
+            check_in_memory(4 * max(map(int, sides), default=0) ** 2, path)
     if path.suffix.lower() == ".mrxs" or b"Virtual Microscope Specimen]" in index:
         for name in re.findall(FILE_KEYS, index, re.M):
             name = name.decode(errors="replace").strip()
@@ -120,14 +105,7 @@ def find_slide_files(path: Path) -> list[Path]:
 
 
 def check_tags(path: Path) -> None:
-    """Check a TIFF's tags for endless or oversized content; other files pass.
-
-    Raises
-    ------
-    PictureError
-        If pages form a cycle or are more than 10,000, tags are larger than the file, tiles exceed memory, or XML
-        declares entities.
-    """
+    """Check that a TIFF has at most 10,000 pages without a cycle, tags and tiles that fit, and XML without entities."""
     size, declared = path.stat().st_size, 0
     with path.open("rb") as file:
         if (layout := _read_layout(file.read(4), ndpi=path.suffix.lower() == ".ndpi")) is None:
