@@ -45,32 +45,18 @@ TRANSPOSE = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in memory.
-
-    Attributes
-    ----------
-    image
-        RGB, upright.
-    orientation
-        The file's Orientation tag (1 to 8), which has been applied; 1: as stored.
-    properties
-        Resolution, under the names of OpenSlide's properties.
-    """
+    """Hold an image, RGB and upright, the file's Orientation tag (applied; 1: as stored), and its resolution."""
 
     image: Image.Image
     orientation: int
-    properties: dict
+    properties: dict  # names as OpenSlide's
 
 
 def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | None:
     """Read the largest image of a file into memory; return None if `slide`, the file in OpenSlide, reads it correctly.
 
-    Raises
-    ------
-    PictureError
-        If several images have the largest size, it is not RGB, or the range of its values is unknown.
-    OSError, SyntaxError, ValueError
-        If the file cannot be decoded.
+    A file with several images of that size, or whose image is not RGB or has an unknown range of values, is a
+    `PictureError`; one that cannot be decoded an OSError, SyntaxError or ValueError.
     """
     import tifffile
 
@@ -110,9 +96,7 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
                 pass
         photometric = _code(page.photometric)
         in_rgb = photometric == RGB or (photometric == YCBCR and _code(page.compression) in JPEG)
-        if order is None and not in_rgb:
-            raise PictureError(f"its largest image is not plain RGB ({_describe(chosen)})")
-        array = _channels_last(chosen, path)  # (h, w, channels)
+        array = _channels_last(chosen, path) if order or in_rgb else np.empty(0)  # (h, w, channels)
         if not array.size or array.shape[-1] < 3:
             raise PictureError(f"its largest image is not plain RGB ({_describe(chosen)})")
         has_alpha = order is None and extra and extra[0] != UNSPECIFIED and array.shape[-1] > 3
@@ -121,10 +105,11 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
             alpha = None
         colors = array[..., list(order or (0, 1, 2))]
         image = Image.fromarray(_to_8_bits(colors, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
-        properties = {f"tiff.{axis}Resolution": _tag(page, tag, None) for axis, tag in (("X", 282), ("Y", 283))}
-        fractions = {name: value for name, value in properties.items() if isinstance(value, tuple) and len(value) == 2}
-        properties = {name: str(top / bottom) for name, (top, bottom) in fractions.items() if bottom}
-        properties["tiff.ResolutionUnit"] = UNITS.get(_code(_tag(page, 296, 2)), "")
+        properties = {"tiff.ResolutionUnit": UNITS.get(_code(_tag(page, 296, 2)), "")}
+        for axis, tag in (("X", 282), ("Y", 283)):
+            dots = _tag(page, tag, None)
+            if isinstance(dots, tuple) and len(dots) == 2 and dots[1]:
+                properties[f"tiff.{axis}Resolution"] = str(dots[0] / dots[1])
         if first and slide is not None:
             properties |= slide.properties
         return _make_picture(image, orientation, properties)
