@@ -237,11 +237,8 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
     (190, 'Mini patient 1', {'spots without a tile': 2})
     """
     root = Path(root)
-    st, patches, meta = (
-        root / "st" / f"{slide_id}.h5ad",
-        root / "patches" / f"{slide_id}.h5",
-        root / "metadata" / f"{slide_id}.json",
-    )
+    kinds = {"st": ".h5ad", "patches": ".h5", "metadata": ".json"}
+    st, patches, meta = (root / kind / f"{slide_id}{end}" for kind, end in kinds.items())
     for path in (st, patches, meta):
         if not path.is_file():  # reading a pipe would hang
             problem = "not a regular file" if path.exists() else "file is missing"
@@ -252,11 +249,8 @@ def read_slide(root: str | os.PathLike, slide_id: str, *, patient: str | None = 
     tile_of = pd.Series(np.arange(len(barcodes)), index=barcodes)
     has_tile = adata.obs_names.isin(tile_of.index)
     if not has_tile.any():
-        raise HestFormatError(
-            patches,
-            f"no barcode is shared with {st} (tiles: {barcodes[0]!r}, spots: {adata.obs_names[0]!r})",
-            "Both files must come from one slide and spell barcodes the same way",
-        )
+        problem = f"no barcode is shared with {st} (tiles: {barcodes[0]!r}, spots: {adata.obs_names[0]!r})"
+        raise HestFormatError(patches, problem, "Both files must come from one slide and spell barcodes the same way")
     n_joined = int(has_tile.sum())
     dropped = {"spots without a tile": adata.n_obs - n_joined, "tiles without a spot": len(barcodes) - n_joined}
     adata = adata[has_tile].copy()
@@ -335,30 +329,22 @@ def read_cohort(
         warnings.warn(f"left out {slide_id}: {reason}; keep_targeted=True keeps it", stacklevel=2)
     slides = [s for s in slides if s.id not in targeted]
     if left_out and len(slides) == 1:
-        raise HestFormatError(
-            root / "st", f"only {slides[0].id} is left, without {', '.join(left_out | targeted)}", ONE_KIND
-        )
+        problem = f"only {slides[0].id} is left, without {', '.join(left_out | targeted)}"
+        raise HestFormatError(root / "st", problem, ONE_KIND)
 
     # "Patient 1" of two studies is two people, so names from metadata get their study appended. Names in `patients`
     # stay unchanged, also if metadata use them: merging two patients costs data, splitting one causes leakage.
     if len({str(s.metadata.get("dataset_title")) for s in slides}) > 1:  # str: a title may have any type
-        given = {None, *patients.values()}
-        slides = [
-            s
-            if s.patient in given
-            else dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
-            for s in slides
-        ]
+        for i, s in enumerate(slides):
+            if s.patient not in {None, *patients.values()}:
+                slides[i] = dataclasses.replace(s, patient=f"{s.patient} ({s.metadata.get('dataset_title')})")
     cohort = Cohort(tuple(slides), left_out | targeted)
     fewest = min(slides, key=lambda s: s.adata.n_vars)
     if not len(cohort.genes):
         raise HestFormatError(root / "st", "the slides share no gene", ONE_KIND)
     if 2 * len(cohort.genes) < fewest.adata.n_vars:
-        warnings.warn(
-            f"the slides share {len(cohort.genes)} genes, but {fewest.id} has {fewest.adata.n_vars}: read fewer slides "
-            "(ids, --slides) to share more genes",
-            stacklevel=2,
-        )
+        shared = f"the slides share {len(cohort.genes)} genes, but {fewest.id} has {fewest.adata.n_vars}"
+        warnings.warn(f"{shared}: read fewer slides (ids, --slides) to share more genes", stacklevel=2)
     return cohort
 
 
@@ -376,10 +362,9 @@ def tissue_window(adata: ad.AnnData) -> tuple[np.ndarray, float, float, tuple[in
     coords = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]  # (N, 2) full-resolution pixels
     edge = image.shape[1::-1]  # width, height
     if not ((coords * scale >= 0) & (coords * scale <= edge)).all(1).any():
-        raise ValueError(
-            f"no spot is inside the slide's image of {edge[0]} x {edge[1]} px: obsm['spatial'] times the scale factor "
-            f"{scale:g} must give pixel coordinates of the image"
-        )
+        problem = f"no spot is inside the slide's image of {edge[0]} x {edge[1]} px"
+        fix = f"obsm['spatial'] times the scale factor {scale:g} must give pixel coordinates of the image"
+        raise ValueError(f"{problem}: {fix}")
     if "tissue_share" in adata.obs:
         return image, scale, diameter, (0, 0, *edge)
     low = np.clip((coords.min(0) - 2 * diameter) * scale, 0, edge).astype(int)
