@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import os
@@ -152,7 +151,7 @@ def _read_h5(path: Path, _) -> _Table:
         check_sizes(path, [file[values], file[place]])
         X, size, rows = _check_values(file[values][()], path, values), _tile_size(file[place].attrs), file[place][()]
     if place != "coords":
-        return _add_barcodes(_Table(path, X), decode_text(rows))
+        return _Table(path, X, barcodes=decode_text(rows))
     corners = rows[0] if np.ndim(rows) == 3 and len(rows) == 1 else np.asarray(rows)
     if corners.dtype.kind not in "iuf" or corners.shape != (len(X), 2) or not np.isfinite(corners).all():
         problem = f"coords are {corners.dtype} {corners.shape} for {len(X)} rows of features"
@@ -200,7 +199,7 @@ def _read_h5ad(path: Path, key: str | None) -> _Table:
         check_sizes(path, [file["obs"], node])
         obs, X = read_table(file["obs"], path), _check_values(node[()], path, name)
     slides = pd.Index(obs["slide"]).astype(str) if "slide" in obs else None
-    return _add_barcodes(_Table(path, X, slides), pd.Index(obs.get("barcode", obs.index)).astype(str))
+    return _Table(path, X, slides, pd.Index(obs.get("barcode", obs.index)).astype(str))
 
 
 def _read_npy(path: Path, _) -> _Table:
@@ -212,7 +211,7 @@ def _read_npy(path: Path, _) -> _Table:
     except ValueError as error:
         seen = describe_mismatch(path, {"numpy"}) or error
         raise ValueError(f"{path}: cannot be read as .npy ({seen}); write it with numpy.save") from None
-    return _add_barcodes(_Table(path, _check_values(values, path, "the array")), pd.Index(read_text(beside).split()))
+    return _Table(path, _check_values(values, path, "the array"), barcodes=pd.Index(read_text(beside).split()))
 
 
 _READERS = {".h5": _read_h5, ".h5ad": _read_h5ad, ".npy": _read_npy}
@@ -231,14 +230,10 @@ def _check_values(values, path: Path, name: str) -> np.ndarray:
     return rows
 
 
-def _add_barcodes(table: _Table, barcodes: pd.Index) -> _Table:
-    if (n := len(table.X)) != len(barcodes):
-        raise ValueError(f"{table.path}: {len(barcodes)} barcodes for {n} rows of features; give each row its barcode")
-    return dataclasses.replace(table, barcodes=barcodes)
-
-
 def _join_barcodes(table: _Table, slide: Slide) -> np.ndarray:
     """Return the row of each spot of a slide."""
+    if (n := len(table.barcodes)) != len(table.X):
+        raise ValueError(f"{table.path}: {n} barcodes for {len(table.X)} rows of features; give each row its barcode")
     rows = np.arange(len(table.X)) if table.slides is None else np.flatnonzero(table.slides == slide.id)
     barcodes = table.barcodes[rows]
     if not barcodes.is_unique:
