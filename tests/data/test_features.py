@@ -277,7 +277,7 @@ def expect_rows(corners, size, cohort):
 @pytest.mark.parametrize("shift", [(3, 7), (103, -41)])
 def test_a_spot_gets_the_tile_that_contains_it(tmp_path, one, attributes, shift, caplog):
     caplog.set_level(logging.INFO, "peka_lite")
-    corners = tile_grid(one, 512, shift=shift).astype(np.int64)
+    corners = np.vstack([tile_grid(one, 512, shift=shift), [[-9000, -9000]]]).astype(np.int64)  # the last one is apart
     X = np.random.default_rng(1).normal(size=(len(corners), D)).astype("f2")
     path = write_h5(tmp_path / "MINI1.h5", features=X[None], coords=corners, attributes=attributes)
     same, read = pk.data.read_features(path, one)
