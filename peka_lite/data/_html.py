@@ -6,6 +6,7 @@ import base64
 import io
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from peka_lite._core.names import escape_html
 
@@ -14,11 +15,12 @@ _THUMBNAIL_PX = 220  # height
 
 def render_slide(slide) -> str:
     """Return a slide's thumbnail with spots, one tile and a table of facts as self-contained HTML."""
+    tile = Image.fromarray(slide.tiles[slide.n_spots // 2])
     pictures = "".join(
-        f'<img src="data:image/png;base64,{png}" alt="{escape_html(alt)}" '
+        f'<img src="data:image/png;base64,{_encode_png(picture)}" alt="{escape_html(alt)}" '
         f'style="height:{_THUMBNAIL_PX}px;margin-right:8px">'
-        for png, alt in ((_draw_thumbnail(slide), f"Slide {slide.id} with its spots"), (_draw_tile(slide), "One tile"))
-        if png
+        for picture, alt in ((_draw_thumbnail(slide), f"Slide {slide.id} with its spots"), (tile, "One tile"))
+        if picture
     )
     facts = {
         "spots": slide.n_spots,
@@ -53,9 +55,7 @@ def render_cohort(cohort) -> str:
     )
 
 
-def _draw_thumbnail(slide) -> str | None:
-    from PIL import Image, ImageDraw
-
+def _draw_thumbnail(slide) -> Image.Image | None:
     library = next(iter(slide.adata.uns.get("spatial", {}).values()), None)
     image = (library or {}).get("images", {}).get("downscaled_fullres")
     if image is None:
@@ -68,16 +68,10 @@ def _draw_thumbnail(slide) -> str | None:
     radius = max(1.5, float(library["scalefactors"]["spot_diameter_fullres"]) * scale * zoom / 2)
     for x, y in np.asarray(slide.adata.obsm["spatial"])[:, :2] * scale * zoom:
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=(20, 60, 160))
-    return _encode_png(picture)
+    return picture
 
 
-def _draw_tile(slide) -> str:
-    from PIL import Image
-
-    return _encode_png(Image.fromarray(slide.tiles[slide.n_spots // 2]))
-
-
-def _encode_png(picture) -> str:
+def _encode_png(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
