@@ -81,7 +81,7 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
                 return _read_plain(path)  # Pillow reads more depths, and its errors name the mode
             raise
         page = chosen.keyframe
-        orientation = _code(_tag(page, 274, 1))
+        orientation = _code(page.tags.valueof(274, 1))
         extra = [int(kind) for kind in page.extrasamples]
         first = page.offset == tiff.pages.first.offset  # page.index restarts in SubIFDs
         plain = order is None and page.dtype == np.uint8 and _depth(page) == 8
@@ -105,9 +105,9 @@ def read_picture(path: Path, slide: openslide.OpenSlide | None) -> Picture | Non
             alpha = None
         colors = array[..., list(order or (0, 1, 2))]
         image = Image.fromarray(_to_8_bits(colors, alpha, _depth(page), premultiplied=extra[:1] == [PREMULTIPLIED]))
-        properties = {"tiff.ResolutionUnit": UNITS.get(_code(_tag(page, 296, 2)), "")}
+        properties = {"tiff.ResolutionUnit": UNITS.get(_code(page.tags.valueof(296, 2)), "")}
         for axis, tag in (("X", 282), ("Y", 283)):
-            dots = _tag(page, tag, None)
+            dots = page.tags.valueof(tag)
             if isinstance(dots, tuple) and len(dots) == 2 and dots[1]:
                 properties[f"tiff.{axis}Resolution"] = str(dots[0] / dots[1])
         if first and slide is not None:
@@ -255,10 +255,6 @@ def _size(series: TiffPageSeries) -> tuple[int, int]:
 
 def _count(series: TiffPageSeries, axis: str) -> int:
     return dict(zip(series.axes, series.shape, strict=True)).get(axis, 1)
-
-
-def _tag(page: TiffPage, code: int, default):
-    return page.tags.valueof(code, default)
 
 
 def _code(value) -> int:
