@@ -209,15 +209,15 @@ def _draw_nuclei(rng, length, width, spread, irregular, density, coarse):
     return bank
 
 
-def _stamp(hematoxylin, points, bank, angles, variants):
-    """Draw nuclei of the given angles and variants in the bank; where two overlap the darker one shows."""
+def _place(rng, hematoxylin, points, bank, turn):
+    """Draw nuclei of one type, turned by about `turn` radians; where two overlap the darker one shows."""
+    angles = np.round((turn + rng.normal(0, 0.15, len(points))) / np.pi * N_ANGLES).astype(int) % N_ANGLES
+    variants = rng.integers(0, N_VARIANTS, len(points))
     reach = STAMP // 2
     height, width = hematoxylin.shape
     points = points.astype(int)
     inside = ((points >= reach) & (points < np.array([height, width]) - reach)).all(1)
-    for (row, column), a, v in zip(
-        points[inside].tolist(), angles[inside].tolist(), variants[inside].tolist(), strict=True
-    ):
+    for row, column, a, v in np.column_stack([points, angles, variants])[inside].tolist():
         window = hematoxylin[row - reach : row + reach + 1, column - reach : column + reach + 1]
         np.maximum(window, bank[a, v], out=window)
 
@@ -235,12 +235,6 @@ def _draw_cells(rng, labels, holes, angle, hematoxylin, banks):
         points, cell = points[keep], tuple(axis[keep] for axis in cell)
         turn = angle[cell] if name == "fibroblast" else rng.uniform(0, np.pi, len(points))
         _place(rng, hematoxylin, points, banks[name], turn)
-
-
-def _place(rng, hematoxylin, points, bank, turn):
-    """Draw nuclei of one type, turned by about `turn` radians."""
-    angles = np.round((turn + rng.normal(0, 0.15, len(points))) / np.pi * N_ANGLES).astype(int) % N_ANGLES
-    _stamp(hematoxylin, points, bank, angles, rng.integers(0, N_VARIANTS, len(points)))
 
 
 def _draw_glands(rng, labels, hematoxylin, eosin, bank):
