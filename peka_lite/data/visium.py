@@ -171,9 +171,25 @@ def _create_slide(
             raise HestFormatError(slide.path, problem, "Give an uncropped image")
         picture, scale = slide.thumbnail(1000)
         check_stain(slide, _select_pixels(picture, centers[inside] * scale, half * scale))
-        fields = _describe_slide(slide_id, slide, spots, technology, distance, patient) | dict(metadata or {})
-        fields |= {"spot_diameter": spot_um, "pixel_size_um_embedded": slide.mpp[0] if embedded else None}
-        factors = {"spot_diameter_fullres": spot_um / slide.mpp[0], f"tissue_{IMAGE_KEY}_scalef": scale}
+        um = slide.mpp[0]  # of a pixel
+        fields = {  # HEST's
+            "dataset_title": "own slides",
+            "id": slide_id,
+            "patient": clean_patient_name(patient),
+            "st_technology": technology,
+            "image": slide.path.name,
+            "pixel_size_um": um,
+            "pixel_size_um_estimated": PITCH_UM / distance if technology == "Visium" and distance else None,
+            "fullres_px_width": slide.size[0],
+            "fullres_px_height": slide.size[1],
+            "spots_under_tissue": spots.n_obs,
+            "inter_spot_dist": distance and distance * um,
+            "nb_genes": spots.n_vars,
+            **(metadata or {}),
+            "spot_diameter": spot_um,
+            "pixel_size_um_embedded": um if embedded else None,
+        }
+        factors = {"spot_diameter_fullres": spot_um / um, f"tissue_{IMAGE_KEY}_scalef": scale}
         spots.uns["spatial"] = {"ST": {"images": {IMAGE_KEY: picture}, "scalefactors": factors}}
         _write_files(root, slide_id, slide, spots, np.flatnonzero(inside), fields, draft, progress)
     stored = read_slide(root, slide_id)
@@ -315,24 +331,6 @@ def _select_pixels(picture: np.ndarray, centers: np.ndarray, half: np.ndarray) -
     for (left, top), (right, bottom) in zip((centers - half).astype(int), (centers + half).astype(int), strict=True):
         covered[top : bottom + 1, left : right + 1] = True
     return picture[covered]
-
-
-def _describe_slide(slide_id, slide: WholeSlide, spots: ad.AnnData, technology: str, distance, patient) -> dict:
-    """Return HEST's metadata fields."""
-    return {
-        "dataset_title": "own slides",
-        "id": slide_id,
-        "patient": clean_patient_name(patient),
-        "st_technology": technology,
-        "image": slide.path.name,
-        "pixel_size_um": slide.mpp[0],
-        "pixel_size_um_estimated": PITCH_UM / distance if technology == "Visium" and distance else None,
-        "fullres_px_width": slide.size[0],
-        "fullres_px_height": slide.size[1],
-        "spots_under_tissue": spots.n_obs,
-        "inter_spot_dist": distance and distance * slide.mpp[0],
-        "nb_genes": spots.n_vars,
-    }
 
 
 def _write_files(
