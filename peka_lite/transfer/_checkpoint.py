@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from peka_lite._core._torch_files import read_torch_file
-from peka_lite._core.io import report_full_disk
+from peka_lite._core.io import open_new_file
 
 
 def hash_training_data(teacher: np.ndarray, labels: np.ndarray) -> str:
@@ -23,35 +23,31 @@ def hash_training_data(teacher: np.ndarray, labels: np.ndarray) -> str:
 
 def save_checkpoint(path: Path, model, optimizer, scaler, settings: dict, history: list[dict]) -> None:
     """Write the state needed to resume training, by an atomic replace."""
-    adapter = model.backbone.adapter
+    tuner = model.backbone.adapter.tuner
     state = {
         "settings": settings,
         "history": history,
-        "weights": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or _is_saved_frozen(n)},
+        "weights": {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            # Frozen: the ranks of AdaLoRA, and the teacher head of kd_space="logits".
+            if p.requires_grad or "ranknum" in name or name.startswith("classifier.")
+        },
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    if adapter.tuner is not None:
-        ranks = adapter.tuner.rankallocator
-        state["ranks"] = {k: getattr(ranks, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
-        state["rank_pattern"] = adapter.tuner.peft_config["default"].rank_pattern
+    if tuner is not None:
+        state["ranks"] = {k: getattr(tuner.rankallocator, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        state["rank_pattern"] = tuner.peft_config["default"].rank_pattern
     tensors = [*state["weights"].values()]
     tensors += [value for each in optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         stale.unlink(missing_ok=True)  # of a run killed while writing
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with report_full_disk(path, sum(tensor.nbytes for tensor in tensors)):
-            try:
-                torch.save(state, partial)
-            except RuntimeError:
-                with partial.open("ab") as file:  # PyTorch hides why a write failed: write again for the OSError
-                    file.write(bytes(2**20))
-                raise
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_new_file(partial, sum(tensor.nbytes for tensor in tensors), of=path) as file:
+        torch.save(state, file)
+    os.replace(partial, path)
 
 
 def restore_checkpoint(path: Path, model, optimizer, scaler, settings: dict) -> list[dict]:
@@ -75,7 +71,3 @@ def restore_checkpoint(path: Path, model, optimizer, scaler, settings: dict) -> 
             setattr(tuner.rankallocator, key, value)
         tuner.peft_config["default"].rank_pattern = state["rank_pattern"]
     return state["history"]
-
-
-def _is_saved_frozen(name: str) -> bool:
-    return "ranknum" in name or name.startswith("classifier.")  # the teacher head of kd_space="logits"

@@ -187,7 +187,7 @@ def fit(
                         z, logits = (network if len(rows) == piece else model)(x)
                     S = z if model.kd_space == "embedding" else logits
                     loss, kd, ce = transfer_loss(S, T_rows, logits, y_rows, **terms)
-                    if adapter.method == "adalora":
+                    if adapter.tuner is not None:  # AdaLoRA
                         weight = adapter.tuner.peft_config["default"].orth_reg_weight
                         loss = loss + weight * orthogonal_term(backbone)
                     # The mean over the whole batch, however it is split into pieces and processes.
@@ -232,7 +232,7 @@ def split_epoch(
 
 def take_step(backbone: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int) -> None:
     """Take an optimizer step, the `step`-th from 1, update the ranks of AdaLoRA, and clear the gradients."""
-    tuner = backbone.adapter.tuner if backbone.adapter.method == "adalora" else None
+    tuner = backbone.adapter.tuner  # of AdaLoRA only
     if tuner is not None:
         scaler.unscale_(optimizer)  # AdaLoRA ranks by unscaled gradients
         scale = scaler.get_scale()

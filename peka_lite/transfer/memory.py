@@ -19,16 +19,15 @@ def frozen_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Autocast casts these weights at every use and saves each copy for the backward pass. In the compute dtype they take
     half the memory, are never copied, and give the same products. The originals are stored in CPU memory.
     """
-    frozen = [
-        p
+    originals = [
+        (p, p.data.cpu(), p.device)
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         for p in module.parameters(recurse=False)
         if not p.requires_grad and p.dtype != dtype
     ]
-    originals = [(p, p.data.cpu(), p.device) for p in frozen]
     try:
-        for p in frozen:
+        for p, _, _ in originals:
             p.data = p.data.to(dtype)
         yield
     finally:
@@ -77,7 +76,7 @@ def compile_if_possible(model: nn.Module, step: Callable[[nn.Module], torch.Tens
         # Many causes: no C++ compiler, an unsupported GPU, an unsupported graph.
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         warnings.warn(
-            f"torch.compile failed ({type(error).__name__}: {first[:200]}); training continues without it", stacklevel=3
+            f"torch.compile failed ({type(error).__name__}: {first[:200]}); training continues without it", stacklevel=4
         )
         torch._dynamo.reset()
         return model

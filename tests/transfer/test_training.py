@@ -1,6 +1,7 @@
 """Training gives the same result in micro-batches and processes, resumes after a kill, and explains its errors."""
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -79,6 +80,18 @@ def assert_same_training(a, b, gradients, expected):
             torch.testing.assert_close(g, e, rtol=2e-4, atol=2e-6, msg=lambda m, step=step: f"step {step}: {m}")
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6, msg=lambda m, k=k: f"{k}: {m}")
+
+
+def test_the_loop_itself_asks_for_the_loss(monkeypatch):
+    callers = []
+
+    def spy(*args, loss=transfer.transfer_loss, **options):
+        callers.append(sys._getframe(1).f_code)
+        return loss(*args, **options)
+
+    monkeypatch.setattr(transfer, "transfer_loss", spy)
+    train(student(), micro_batch=3)
+    assert callers == [fit.__code__] * 8  # a reader finds the loss in the loop
 
 
 # micro-batches --------------------------------------------------------------------------------------------------------
@@ -235,15 +248,12 @@ def train_until_killed(out, death, within):
             if events["left"] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def slowly(state, path):
-        save(state, whole := Path(f"{path}.whole"))
-        data = whole.read_bytes()
-        whole.unlink()
-        with open(path, "wb") as file:
-            for at in range(0, len(data), len(data) // 6 + 1):
-                count_event(True)
-                file.write(data[at : at + len(data) // 6 + 1])
-                file.flush()
+    def slowly(state, file):
+        save(state, whole := io.BytesIO())
+        data = whole.getvalue()
+        for at in range(0, len(data), len(data) // 6 + 1):
+            count_event(True)
+            file.write(data[at : at + len(data) // 6 + 1])
         count_event(True)
 
     def replacing(a, b):

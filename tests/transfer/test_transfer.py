@@ -322,8 +322,8 @@ def test_checkpoint_is_written_atomically(tmp_path, monkeypatch, stop):
     train(student(), checkpoint=file)
     before = file.read_bytes()
 
-    def fail(state, path):
-        path.write_bytes(b"half")
+    def fail(state, file):
+        file.write(b"half")
         raise stop
 
     with monkeypatch.context() as patch:
