@@ -146,7 +146,8 @@ def fit(
         with torch.no_grad():
             T = model.classifier(T)  # (N, n_classes), after the classifier was restored
 
-    hash_tiles = not hasattr(tiles, "ids")  # in the first epoch, which reads every tile; a finished training reads none
+    # Tiles without ids are hashed in the first epoch. Zeros match no row: a training that was finished reads no tiles.
+    hash_tiles = not hasattr(tiles, "ids")
     learned_from = np.zeros(n, dtype=np.uint64) if hash_tiles else np.array(tiles.ids)
     gradients = GradientCheck(model, scaled=scaler.is_enabled())
     model.train()
