@@ -40,12 +40,8 @@ _MAGIC = (
 def file_kind(path: Path) -> tuple[str, str, str]:
     """Return a file's kind, its description, and the fix if another kind is expected.
 
-    Returns
-    -------
-    tuple of str
-        Kind: ``"empty"``, ``"page"``, ``"pointer"``, ``"text"``, ``"torch"`` (a zip of torch.save), ``"torchscript"``,
-        ``"pickle"`` (torch.save before PyTorch 1.6 too), ``"safetensors"``, ``"hdf5"``, ``"numpy"``, ``"zip"``,
-        ``"cut"`` (a zip without its end), ``"packed"``, ``"picture"`` or ``"unknown"``.
+    Kinds are empty, page, pointer, text, torch (a zip of torch.save), torchscript, pickle (torch.save before PyTorch
+    1.6 too), safetensors, hdf5, numpy, zip, cut (a zip without its end), packed, picture and unknown.
     """
     with path.open("rb") as file:
         head = file.read(HEAD)
@@ -85,15 +81,7 @@ def describe_mismatch(path: Path, expected: Collection[str]) -> str | None:
 
 
 def read_text(path: Path, *, longest: int = LONGEST) -> str:
-    """Read a UTF-8 text file, decompressing ``.gz``; line ends are unchanged.
-
-    Raises
-    ------
-    FileNotFoundError
-        If `path` is not a file.
-    ValueError
-        If it is larger than `longest` bytes or not UTF-8; the message names the file.
-    """
+    """Read a UTF-8 text file of at most `longest` bytes, decompressing ``.gz``; line ends are unchanged."""
     try:
         return read_bytes(path, longest=longest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,13 +107,7 @@ def read_bytes(path: Path, *, longest: int = LONGEST) -> bytes:
 
 
 def parse_json(text: str):
-    r"""Parse JSON; lone surrogates and NUL, which files and terminals cannot take, become U+FFFD.
-
-    Raises
-    ------
-    ValueError
-        If it is invalid, nested too deeply, or has integers of thousands of digits.
-    """
+    r"""Parse JSON; lone surrogates and NUL, which files and terminals cannot take, become U+FFFD."""
     try:
         value = json.loads(text)
         return _storable(value) if "\\u" in text else value

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from peka_lite._core._file_kinds import read_bytes
+
 LARGEST = 2**25  # bytes of a file; a sweep of 100,000 points takes about a third
 MOST = 3_000_000  # values, keys and list ends in a file; reading that many takes about 20 seconds
 DEEPEST = 32  # nested lists and mappings; a manifest has 5
@@ -51,22 +53,10 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quote text 
 
 
 def read_yaml(path: str | os.PathLike, *, largest: int = LARGEST):
-    """Read a UTF-8 YAML file of at most `largest` bytes.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If `parse_yaml` refuses it; the message names the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: has {size:,} bytes, more than are read (at most {largest:,})")
+    """Read a UTF-8 YAML file of at most `largest` bytes; errors are those of `parse_yaml`, and name the file."""
+    content = read_bytes(path := Path(path), longest=largest)
     try:
-        return parse_yaml(path.read_text("utf-8"))
+        return parse_yaml(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: invalid YAML: not UTF-8 text ({error}); save it as UTF-8") from None
     except ValueError as error:
@@ -76,11 +66,8 @@ def read_yaml(path: str | os.PathLike, *, largest: int = LARGEST):
 def parse_yaml(text: str):
     """Parse YAML into plain values: text, numbers, booleans, null, lists and mappings.
 
-    Raises
-    ------
-    ValueError
-        If it is invalid, or has a duplicate key, a tag, an alias or anchor (``*name``, ``&name``: a few lines can
-        expand without limit), or more than 32 nested levels.
+    Refuse duplicate keys, tags, more than 32 nested levels, and aliases and anchors (``*name``, ``&name``: a few lines
+    can expand without limit).
     """
     try:
         depth = 0

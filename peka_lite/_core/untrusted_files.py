@@ -18,26 +18,11 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 def file_inside(
     folder: str | os.PathLike, *names: str, within: str | os.PathLike | None = None, largest: int | None = None
 ) -> Path:
-    """Return the path of a file in a folder, after checking that it is a regular file inside.
+    """Return the path of a file in a folder, given by plain names, after checking that it is a regular file inside.
 
-    Parameters
-    ----------
-    folder
-        As given by the user; it may be a link.
-    names
-        Plain names of the subfolders, if any, and of the file.
-    within
-        Folder that links may lead to; by default `folder`.
-    largest
-        Most bytes that the file may have.
-
-    Raises
-    ------
-    FileNotFoundError
-        If nothing is there.
-    ValueError
-        For a name that is not plain, a link that leads out of `within`, a pipe or device (reading it would hang), and a
-        file that is too large.
+    The folder itself may be a link; links in it may lead anywhere in `within` (by default the folder). Raises
+    FileNotFoundError if nothing is there, else ValueError, also for a pipe (reading it would hang) and for more than
+    `largest` bytes.
     """
     path, real = _resolve(folder, names, within)
     status = real.stat()
@@ -62,11 +47,9 @@ def read_json_inside(
     """Read a JSON file of a folder, after `file_inside` and `check_values`."""
     path = file_inside(folder, *names, within=within, largest=largest)
     try:
-        value = parse_json(path.read_text("utf-8"))
-        check_values(value)
+        return check_values(parse_json(path.read_text("utf-8")))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
-    return value
 
 
 def read_yaml_inside(
@@ -76,10 +59,9 @@ def read_yaml_inside(
     path = file_inside(folder, *names, within=within, largest=largest)
     value = read_yaml(path, largest=largest)
     try:
-        check_values(value)
+        return check_values(value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return value
 
 
 def check_name(name: object) -> str:
@@ -89,8 +71,8 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_values(value: object, *, deep: int = 0) -> None:
-    """Check a value for large integers, long text, lone surrogates and deep nesting, which no record has."""
+def check_values(value, *, deep: int = 0):
+    """Return a value without large integers, long text, lone surrogates and deep nesting, which no record has."""
     if isinstance(value, str):
         if len(value) > LONGEST:
             raise ValueError(f"a text has {len(value):,} characters; at most {LONGEST:,} are read")
@@ -103,6 +85,7 @@ def check_values(value: object, *, deep: int = 0) -> None:
             raise ValueError(f"nested more than {DEEPEST} levels deep")
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             check_values(part, deep=deep + 1)
+    return value
 
 
 def _resolve(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:
@@ -117,13 +100,9 @@ def _resolve(folder, names: tuple[str, ...], within) -> tuple[Path, Path]:
             raise
         raise ValueError(f"{path} is a broken link; put the file itself there") from None
     root = allowed.resolve()
-    if root.parent.name == "snapshots" and (blobs := root.parent.parent / "blobs").is_dir() and _is_inside(real, blobs):
-        return path, real  # Hugging Face's cache, where every file is a link to a blob of the same repository
-    if not _is_inside(real, root):
+    # Hugging Face's cache, where every file is a link to a blob of the same repository
+    blobs = [(root.parents[1] / "blobs").resolve()] if root.parent.name == "snapshots" else []
+    if not any(map(real.is_relative_to, [root, *blobs])):
         fix = "give that folder itself" if real.is_dir() else "put the file itself there"
         raise ValueError(f"{path} is a link that leads out of {allowed}; {fix}")
     return path, real
-
-
-def _is_inside(real: Path, root: Path) -> bool:
-    return real.is_relative_to(root.resolve())
