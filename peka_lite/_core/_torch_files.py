@@ -88,26 +88,9 @@ def read_torch_file(
 ):
     """Read a torch.save file of tensors, plain values, NumPy scalars and the classes in `also`.
 
-    Parameters
-    ----------
-    kind
-        Description of the expected file, for messages.
-    instead
-        Fix to suggest if a file is refused because of the code that it names.
-    published
-        Return whether a file is the published one, for which the fix would not help.
-    also
-        More classes to allow.
-    device
-        Device of the tensors.
-    mmap
-        Read tensors from disk when they are used, if the format allows it.
-
-    Raises
-    ------
-    ValueError
-        If it is another kind of file, would run code, or has values or tensors that take many times the memory of the
-        file. The message names the kind or the code.
+    Raises ValueError for another kind of file, for one that would run code, and for values or tensors that take many
+    times the memory of the file. Its message has the `kind` of file that is expected, and, if the file names code, the
+    fix `instead`, unless the file is the `published` one. With `mmap`, tensors are read from disk when they are used.
     """
     if other := describe_mismatch(path, {"torch", "pickle"}):
         raise ValueError(f"{path}: cannot be read as {kind}: {other}")
@@ -125,17 +108,12 @@ def read_torch_file(
         except Exception as error:  # a truncated file fails anywhere; PyTorch's message suggests an unsafe load
             reason, names = _reason(error), _refused_names(path)
     if not names:
-        raise ValueError(
-            f"{path}: cannot be read as {kind} ({reason}); fetch it again, or save it again with torch.save"
-        )
+        fix = "fetch it again, or save it again with torch.save"
+        raise ValueError(f"{path}: cannot be read as {kind} ({reason}); {fix}")
     if published and published(path):
-        instead = (
-            "it is the published file (same SHA-256), so another copy will not help: report these names to peka_lite"
-        )
-    more = ", ..." if len(names) > 8 else ""
-    raise ValueError(
-        f"{path}: refused, for reading it would run code that it names: {', '.join(names[:8])}{more}; {instead}"
-    )
+        instead = "it is the published file (same SHA-256): another copy does not help, report these names to peka_lite"
+    code = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise ValueError(f"{path}: refused, for reading it would run code that it names: {code}; {instead}")
 
 
 def _check_pickles(path: Path) -> None:
