@@ -35,6 +35,8 @@ _ELEMENTS = {
 }  # fmt: skip
 _INSIDE = "Ask for a file that contains all of its data"
 _AGAIN = "Download the file again"
+_ALONE = "Give a file with the slide alone"
+_ANNDATA = "Give a file that anndata wrote"
 
 
 class Hdf5Error(ValueError):
@@ -48,13 +50,8 @@ class Hdf5Error(ValueError):
 def open_hdf5(path: str | os.PathLike) -> h5py.File:
     """Open a received HDF5 file for reading, after checking all of its links and datasets; no data are read.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    Hdf5Error
-        For a pipe, device or folder, invalid HDF5, soft, external and user-defined links, datasets with values in other
-        files (external storage, virtual datasets), more than 100,000 links, and groups nested more than 64 deep.
+    Raise `Hdf5Error` for a pipe, device or folder, invalid HDF5, soft, external and user-defined links, datasets with
+    values in other files (external storage, virtual datasets), more than 100,000 links, and more than 64 nested groups.
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -82,9 +79,9 @@ def _check_links(file: h5py.File, path: Path) -> None:
         group.links.iterate(lambda name: names.append(name) or (n_links + len(names) > LINKS or None))  # noqa: B023
         n_links += len(names)
         if n_links > LINKS:
-            raise Hdf5Error(path, f"holds more than {LINKS:,} links", "Give a file with the slide alone")
+            raise Hdf5Error(path, f"holds more than {LINKS:,} links", _ALONE)
         if depth >= DEEPEST:
-            raise Hdf5Error(path, f"groups are nested more than {DEEPEST} deep", "Give a file with the slide alone")
+            raise Hdf5Error(path, f"groups are nested more than {DEEPEST} deep", _ALONE)
         for name in names:
             kind = group.links.get_info(name).type
             place = f"{above}/{name.decode('utf-8', 'backslashreplace')}"
@@ -112,22 +109,18 @@ def check_sizes(path: Path, nodes: Iterable[h5py.Group | h5py.Dataset], pictures
     Declared sizes count, at least 8 bytes per number: up to 1 GiB for any file, 256 bytes per byte of a larger one
     (gzip reaches a factor of 1,032, counts in a dense matrix about 200), and 64 GiB in all.
     """
-    n_bytes, left, n_seen = 0, [(node, 0) for node in nodes], 0
+    n_bytes, left, n_seen, texts = 0, [(node, 0) for node in nodes], 0, []
     size = path.stat().st_size
     most = min(FLOOR + RATIO * size, LARGEST)
-    texts = []
 
     def count(dataset: h5py.Dataset, each: int) -> None:
         nonlocal n_bytes
         n_bytes += max(each * math.prod(dataset.shape or ()), _chunk_bytes(dataset))
         if n_bytes > most:
             shape = " x ".join(f"{n:,}" for n in dataset.shape)
-            raise Hdf5Error(
-                path,
-                f"{dataset.name!r} is declared as {shape} of {dataset.dtype}: {n_bytes:,} bytes would be read from "
-                f"a file of {size:,}; the limit is {most:,}",
-                "Is it damaged? Give a file with the slide alone",
-            )
+            problem = f"{n_bytes:,} bytes would be read from a file of {size:,}; the limit is {most:,}"
+            declared = f"{dataset.name!r} is declared as {shape} of {dataset.dtype}"
+            raise Hdf5Error(path, f"{declared}: {problem}", f"Is it damaged? {_ALONE}")
 
     for picture in pictures:
         count(picture, picture.dtype.itemsize)
@@ -271,7 +264,7 @@ def read_table(node, path: Path) -> pd.DataFrame:
     """Read a table of an ``.h5ad`` file, after `check_sizes`."""
     if not isinstance(node, h5py.Group) or "_index" not in node.attrs:
         old = isinstance(node, h5py.Dataset)
-        fix = "Read it with anndata 0.10 and write it again" if old else "Give a file that anndata wrote"
+        fix = "Read it with anndata 0.10 and write it again" if old else _ANNDATA
         raise Hdf5Error(path, "obs or var is not a table" + (" of anndata 0.7 or newer" if old else ""), fix)
     inside, columns = set(node), [_text(name) for name in node.attrs["column-order"]]
     length = None
@@ -350,25 +343,11 @@ def read_anndata(
     uns: Collection[str] = ("spatial",),
     as_csr: bool = False,
 ) -> ad.AnnData:
-    """Read X, obs and var of an ``.h5ad`` file, and the named other parts that it has.
+    """Read X (with `as_csr` always as CSR), obs and var of an ``.h5ad`` file, and the named other parts that it has.
 
-    Of ``uns["spatial"]``, only the images ``hires``, ``lowres`` and ``downscaled_fullres`` and their scale factors
-    (`FACTORS`) are read.
-
-    Parameters
-    ----------
-    path
-        Path of the file.
-    obsm, layers, uns
-        Names of the parts to read.
-    as_csr
-        Return X as CSR, however it is stored.
-
-    Raises
-    ------
-    FileNotFoundError, Hdf5Error
-        As `open_hdf5`. Also for a declared size above the limit (`check_sizes`), inconsistent parts, and images of more
-        than 50 million pixels.
+    Of ``uns["spatial"]``, only the images in `PICTURES` and their scale factors (`FACTORS`) are read. Raise `Hdf5Error`
+    as `open_hdf5`, and for sizes above the limit (`check_sizes`), inconsistent parts, and images of more than 50
+    million pixels.
     """
     path = Path(path)
     with open_hdf5(path) as file, _name_file(path, ".h5ad"):
@@ -379,34 +358,25 @@ def read_anndata(
             if isinstance(file.get(slot), h5py.Group)
         }
         if missing := {"obs", "var"} - set(file):
-            raise Hdf5Error(path, f"{' and '.join(sorted(missing))} is missing", "Give a file that anndata wrote")
+            raise Hdf5Error(path, f"{' and '.join(sorted(missing))} is missing", _ANNDATA)
         matrices = [node for node in (file.get("X"), *parts.get("layers", {}).values()) if node is not None]
         # A sparse matrix is checked by its arrays; its own type is not in `_ELEMENTS`.
         arrays = [part for node in matrices for part in (node.values() if isinstance(node, h5py.Group) else [node])]
         pictures = _find_pictures(parts.get("uns", {}).pop("spatial", None), path)
         others = [node for slot in ("obsm", "uns") for node in parts.get(slot, {}).values()]
-        check_sizes(
-            path,
-            [file["obs"], file["var"], *arrays, *others],
-            [image for images, _ in pictures.values() for image in images.values()],
-        )
+        images = [image for images, _ in pictures.values() for image in images.values()]
+        check_sizes(path, [file["obs"], file["var"], *arrays, *others], images)
         obs, var = read_table(file["obs"], path), read_table(file["var"], path)
         shape = (len(obs), len(var))
-        elements = {
-            slot: {name: read_elem(node) for name, node in parts.get(slot, {}).items()} for slot in ("obsm", "uns")
-        }
+        obsm, uns = ({name: read_elem(node) for name, node in parts.get(slot, {}).items()} for slot in ("obsm", "uns"))
         if pictures:
-            elements["uns"]["spatial"] = {
+            uns["spatial"] = {
                 name: {"images": {key: image[()] for key, image in images.items()}, "scalefactors": factors}
                 for name, (images, factors) in pictures.items()
             }
-        return ad.AnnData(
-            read_matrix(file["X"], path, shape, as_csr=as_csr) if "X" in file else None,
-            obs=obs,
-            var=var,
-            layers={k: read_matrix(v, path, shape, as_csr=False) for k, v in parts.get("layers", {}).items()},
-            **elements,
-        )
+        X = read_matrix(file["X"], path, shape, as_csr=as_csr) if "X" in file else None
+        layers = {name: read_matrix(node, path, shape, as_csr=False) for name, node in parts.get("layers", {}).items()}
+        return ad.AnnData(X, obs=obs, var=var, layers=layers, obsm=obsm, uns=uns)
 
 
 def read_obs(path: str | os.PathLike) -> pd.DataFrame:
@@ -414,7 +384,7 @@ def read_obs(path: str | os.PathLike) -> pd.DataFrame:
     path = Path(path)
     with open_hdf5(path) as file, _name_file(path, ".h5ad"):
         if "obs" not in file:
-            raise Hdf5Error(path, "obs is missing", "Give a file that anndata wrote")
+            raise Hdf5Error(path, "obs is missing", _ANNDATA)
         check_sizes(path, [file["obs"]])
         return read_table(file["obs"], path)
 
@@ -424,16 +394,14 @@ def _find_pictures(node, path: Path) -> dict[str, tuple[dict[str, h5py.Dataset],
     libraries = {}
     for name in node if isinstance(node, h5py.Group) else ():
         images, factors = (
-            {key: part[key] for key in known if isinstance(part.get(key), h5py.Dataset)}
-            if isinstance(part := node.get(f"{name}/{kind}"), h5py.Group)
-            else {}
+            {key: part for key in known if isinstance(part := node.get(f"{name}/{kind}/{key}"), h5py.Dataset)}
             for kind, known in (("images", PICTURES), ("scalefactors", FACTORS))
         )
         for image in images.values():
             shape = image.shape or ()
             if image.dtype.kind not in "buif" or len(shape) not in (2, 3) or not 0 < math.prod(shape[2:]) <= 4:
-                fix = "It must be an image of up to four channels"
-                raise Hdf5Error(path, f"{image.name!r} is {image.dtype} {shape}", fix)
+                problem = f"{image.name!r} is {image.dtype} {shape}"
+                raise Hdf5Error(path, problem, "It must be an image of up to four channels")
             if not 0 < math.prod(shape[:2]) <= PIXELS:
                 problem = f"{image.name!r} is an image of {shape[1]:,} x {shape[0]:,} pixels"
                 raise Hdf5Error(path, problem, f"At most {PIXELS:,} are read: make it smaller, or remove it")
@@ -460,6 +428,5 @@ def _name_file(path: Path, kind: str):
     except (Hdf5Error, MemoryError):
         raise
     except Exception as error:
-        raise Hdf5Error(
-            path, f"cannot be read as {kind} ({describe_mismatch(path, {'hdf5'}) or error})", _AGAIN
-        ) from error
+        seen = describe_mismatch(path, {"hdf5"}) or error
+        raise Hdf5Error(path, f"cannot be read as {kind} ({seen})", _AGAIN) from error
