@@ -38,16 +38,9 @@ class DiskFull(OSError):
 def as_full_disk(
     error: BaseException | None, path: str | os.PathLike | None = None, n_bytes: int = 0
 ) -> DiskFull | None:
-    """Return a `DiskFull` if a full disk caused an error, else None.
+    """Return a `DiskFull` if a full disk caused an error, or a cause of it, else None.
 
-    Parameters
-    ----------
-    error
-        Any exception; its causes are checked too.
-    path
-        File that was being written; by default that of the error.
-    n_bytes
-        Bytes that the file needs, 0 if unknown.
+    The message names `path` (by default the error's) and the `n_bytes` that it needs, 0 if unknown.
     """
     while error is not None:
         if isinstance(error, DiskFull):
@@ -63,8 +56,7 @@ def as_full_disk(
 
 def require_space(path: str | os.PathLike, n_bytes: int) -> None:
     """Raise `DiskFull` if the disk of `path`, which need not exist, has fewer bytes free."""
-    free = _free(path)
-    if free is not None and n_bytes > free:
+    if (free := _free(path)) is not None and n_bytes > free:
         raise _disk_full_error(errno.ENOSPC, path, n_bytes)
 
 
@@ -156,12 +148,7 @@ class _Sink:
 def open_new_file(path: str | os.PathLike, n_bytes: int = 0, *, of: str | os.PathLike | None = None) -> Iterator[_Sink]:
     """Open a file for a library to write; remove it on any error, and raise `DiskFull` for a full disk.
 
-    Parameters
-    ----------
-    n_bytes
-        Smallest size of the file in bytes.
-    of
-        Path that errors name, by default `path`.
+    It gets at least `n_bytes`. Errors name `of`, by default `path`.
     """
     path = Path(path)
     require_space(of or path, n_bytes)

@@ -24,16 +24,10 @@ _FORMULA = re.compile(
 
 
 def unique_file_name(name: str, given: dict[str, object], *, of: object = None) -> str:
-    """Return a file name for any text, distinct from earlier ones even if the disk ignores case.
+    """Return a file name for any text, distinct from those `given` earlier even if the disk ignores case.
 
-    Parameters
-    ----------
-    name
-        Any text. Letters, digits, ``_``, ``.`` and ``-`` are unchanged, others become ``-``.
-    given
-        Earlier names, to which this one is added.
-    of
-        Object that the file is of, if several may have the same `name`; by default the name.
+    Letters, digits, ``_``, ``.`` and ``-`` are unchanged, others become ``-``. The name is added to `given`. `of` is
+    the object that the file is of, if several may have the same `name`.
     """
     of = name if of is None else of
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-")
