@@ -33,21 +33,8 @@ def check_file(
 ) -> None:
     """Check that `by` may write a file at `out`: it is no input, and is absent or was written by `by`.
 
-    A link is checked by its target, and is itself replaced.
-
-    Parameters
-    ----------
-    by
-        Writer, such as ``"peka-lite map"`` or ``"TileStore.to_memmap"``.
-    inputs
-        Files that are read. They are never overwritten, under any name.
-    may_replace
-        Return whether `by` wrote a file; by default whether it ends in the mark.
-
-    Raises
-    ------
-    FileExistsError, IsADirectoryError, NotADirectoryError
-        With the fix in the message.
+    `inputs` are never overwritten, under any name. `may_replace` returns whether `by` (``"peka-lite map"``, ...) wrote
+    a file; by default, whether the file ends in its mark. A link is checked by its target, and is itself replaced.
     """
     _check_parents(out)
     if not os.path.lexists(out):
@@ -61,9 +48,8 @@ def check_file(
         if os.path.exists(path) and os.path.samefile(out, path):
             raise FileExistsError(f"{out} is an input of `{by}` ({path}): {fix}")
     if not (may_replace or (lambda path: _has_mark(path, by)))(out):
-        raise FileExistsError(
-            f"{out} is there already and was not written by `{by}`, or was changed since: {fix}, or remove it"
-        )
+        problem = f"is there already and was not written by `{by}`, or was changed since"
+        raise FileExistsError(f"{out} {problem}: {fix}, or remove it")
 
 
 def find_link(folder: Path) -> Path | None:
@@ -76,30 +62,26 @@ def check_work(work: Path, names: Iterable[str] | None = None) -> None:
 
     `names` are the command's files in it, without suffixes; None allows any. Removing a pipe would hang.
     """
+    why = "temporary files must be written there"
     if not os.path.lexists(work):
         return
     if work.is_symlink() or not work.is_dir():
-        raise FileExistsError(f"{work} is a link or not a folder, but temporary files must be written there: remove it")
+        raise FileExistsError(f"{work} is a link or not a folder, but {why}: remove it")
     for path in sorted(work.iterdir()) if names is not None else ():
         if path.name.lstrip(".").split(".")[0] not in names:
-            raise FileExistsError(
-                f"{path} is no command's file, but temporary files must be written there: move it away"
-            )
+            raise FileExistsError(f"{path} is no command's file, but {why}: move it away")
 
 
 @contextlib.contextmanager
-def write_output(
-    out: Path, by: str, *, inputs: Iterable[str | os.PathLike] = (), may_replace: Callable[[Path], bool] | None = None
-) -> Iterator[Path]:
+def write_output(out: Path, by: str, **allowed) -> Iterator[Path]:
     """Lock an output file (`check_file`) and yield a temporary path; move it into place when it is complete."""
-    inputs = tuple(inputs)
-    check_file(out, by, inputs=inputs, may_replace=may_replace)
+    check_file(out, by, **allowed)
     with lock(out):
-        check_file(out, by, inputs=inputs, may_replace=may_replace)  # again, since another process may have been first
+        check_file(out, by, **allowed)  # again, since another process may have been first
         partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
         try:
             yield partial
-            place_file(partial, out, by, inputs=inputs, may_replace=may_replace)
+            place_file(partial, out, by, **allowed)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -118,16 +100,13 @@ def write_output_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def place_file(
-    partial: Path, out: Path, by: str, *, inputs: Iterable[str | os.PathLike] = (),
-    may_replace: Callable[[Path], bool] | None = None,
-) -> None:  # fmt: skip
+def place_file(partial: Path, out: Path, by: str, **allowed) -> None:
     """Mark a complete file, and move it into place if that is still allowed (`check_file`)."""
-    if may_replace is None and out.suffix.lower() not in _UNMARKED:
+    if "may_replace" not in allowed and out.suffix.lower() not in _UNMARKED:
         size = partial.stat().st_size
         with report_full_disk(out), partial.open("ab") as file:
             file.write(_mark(out, by, size))
-    check_file(out, by, inputs=inputs, may_replace=may_replace)
+    check_file(out, by, **allowed)
     os.replace(partial, out)
 
 
