@@ -14,47 +14,6 @@ from peka_lite.data.download import find_fetched
 from peka_lite.teachers._choices import TEACHERS
 
 
-def make_pca(**options):
-    """Create the PCA teacher."""
-    from peka_lite.teachers.pca import PCATeacher
-
-    return PCATeacher(**options)
-
-
-def make_scfoundation(*, checkpoint: str | os.PathLike | None = None, **options):
-    """Load scFoundation from a checkpoint, by default the downloaded one."""
-    from peka_lite.teachers.scfoundation import ScFoundation  # imports PyTorch
-
-    checkpoint = checkpoint or find_fetched("scfoundation")
-    if checkpoint is None:
-        raise FileNotFoundError(
-            "scFoundation's checkpoint is not in the cache: run `peka-lite fetch scfoundation`, or pass a file"
-        )
-    return ScFoundation.from_checkpoint(checkpoint, **options)
-
-
-def make_scfoundation_mini(**options):
-    """Load the small scFoundation of the package; ``weights/scfoundation_mini.md`` is its model card.
-
-    Its vocabulary is the sorted genes of the mini cohort. `options` are ``precision`` and ``mapping`` of
-    `ScFoundation.from_checkpoint`.
-    """
-    from peka_lite.teachers.scfoundation import ScFoundation
-
-    if unknown := options.keys() - {"precision", "mapping"}:
-        raise ValueError(
-            f"teacher 'scfoundation-mini' takes precision and mapping, not {', '.join(sorted(unknown))}; use "
-            "teacher 'scfoundation' for another checkpoint or gene list"
-        )
-    weights = Path(str(resources.files("peka_lite.teachers"))) / "weights"
-    lines = resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines()
-    genes = sorted(gene for line in lines if not line.startswith("#") for gene in line.split())
-    return ScFoundation.from_checkpoint(weights / "scfoundation_mini.ckpt", genes=genes, **options)
-
-
-_MAKERS = dict(zip(TEACHERS, (make_pca, make_scfoundation, make_scfoundation_mini), strict=True))
-
-
 def load_teacher(name: str, **options):
     """Load a teacher by name.
 
@@ -78,7 +37,24 @@ def load_teacher(name: str, **options):
     """
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}; known: {', '.join(TEACHERS)}")
-    return _MAKERS[name](**options)
+    if name == "pca":
+        from peka_lite.teachers.pca import PCATeacher
+
+        return PCATeacher(**options)
+    from peka_lite.teachers.scfoundation import ScFoundation  # imports PyTorch
+
+    if name == "scfoundation":
+        if path := options.pop("checkpoint", None) or find_fetched("scfoundation"):
+            return ScFoundation.from_checkpoint(path, **options)
+        fix = "run `peka-lite fetch scfoundation`, or pass a file"
+        raise FileNotFoundError(f"scFoundation's checkpoint is not in the cache: {fix}")
+    if unknown := options.keys() - {"precision", "mapping"}:
+        fix = "use teacher 'scfoundation' for another checkpoint or gene list"
+        raise ValueError(f"teacher {name!r} takes precision and mapping, not {', '.join(sorted(unknown))}; {fix}")
+    weights = Path(str(resources.files("peka_lite.teachers"))) / "weights"  # with a model card, scfoundation_mini.md
+    lines = resources.files("peka_lite.data.mini").joinpath("genes.txt").read_text("utf-8").splitlines()
+    genes = sorted(gene for line in lines if not line.startswith("#") for gene in line.split())
+    return ScFoundation.from_checkpoint(weights / "scfoundation_mini.ckpt", genes=genes, **options)
 
 
 def embed_cohort(
