@@ -19,6 +19,7 @@ from peka_lite.data.expression import align_genes
 
 # Columns of HGNC's complete set (genenames.org), in order of priority.
 _NAME_COLUMNS = ("symbol", "prev_symbol", "alias_symbol")
+_COLUMNS = (*_NAME_COLUMNS, "ensembl_gene_id")
 _TEXT_KINDS = ("text", "pickle")  # the oldest pickles are text
 _MAX_HEADER = 10_000  # characters of a table's first line
 _MAX_BYTES = 2**26  # HGNC's set has 17 million
@@ -26,13 +27,7 @@ _MAX_GENES = 2**20  # HGNC's set has 45,000
 
 
 def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
-    """Read a gene order: a TSV file with columns gene_name and index, a JSON list, or a sequence of names.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        For a missing file, a file in another format, and a name that occurs twice.
-    """
+    """Read a gene order: a TSV file with columns gene_name and index, a JSON list, or a sequence of names."""
     if not isinstance(genes, str | os.PathLike):
         names, source = list(genes), "genes"
     else:
@@ -58,45 +53,30 @@ def read_vocabulary(genes: str | os.PathLike | Sequence[str]) -> pd.Index:
 def read_gene_mapping(path: str | os.PathLike, vocabulary: Sequence[str]) -> dict[str, str]:
     """Read a mapping from Ensembl ids, former symbols and aliases to a vocabulary's symbols.
 
-    Parameters
-    ----------
-    path
-        HGNC's complete set as TSV (columns symbol, prev_symbol, alias_symbol, ensembl_gene_id; lists split by ``|``),
-        from ``peka-lite fetch hgnc``.
-    vocabulary
-        The target symbols.
-
-    Returns
-    -------
-    dict
-        Name -> symbol of the vocabulary, without the vocabulary's symbols. A name of two genes is assigned by priority
-        (symbol, then former symbol, then alias), and left out if both have the same priority.
+    The file is HGNC's complete set as TSV (columns symbol, prev_symbol, alias_symbol, ensembl_gene_id; lists split by
+    ``|``), from ``peka-lite fetch hgnc``. A name of two genes is assigned by priority (symbol, then former symbol, then
+    alias), and left out if both have the same priority. The vocabulary's symbols are no keys.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: gene mapping not found; run `peka-lite fetch hgnc`")
     if mismatch := describe_mismatch(path, _TEXT_KINDS):
         raise ValueError(f"{path}: not a gene mapping: {mismatch}")
-    rows = _read_genes(path)
     symbols = set(vocabulary)
-    names_of = [[[name for name in cell.split("|") if name] for cell in cells] for *cells, _ in rows]
+    names_of = [[[name for name in cell.split("|") if name] for cell in cells] for cells in _read_genes(path)]
     genes_of: dict[str, list[int]] = {}  # vocabulary symbol -> genes with this name in the column of highest priority
     for column in range(len(_NAME_COLUMNS)):
         matches = defaultdict(list)
         for gene, columns in enumerate(names_of):
-            for name in columns[column]:
-                if name in symbols:
-                    matches[name].append(gene)
-        genes_of = dict(matches) | genes_of
-    target_of = {
-        gene: next((name for names in columns for name in names if genes_of.get(name) == [gene]), None)
-        for gene, columns in enumerate(names_of)
-    }
-    targets: list[dict[str, set[str | None]]] = [defaultdict(set) for _ in (*_NAME_COLUMNS, "ensembl_gene_id")]
-    for gene, columns in enumerate(names_of):
-        for column, names in enumerate([*columns, [rows[gene][-1]]]):
+            for name in filter(symbols.__contains__, columns[column]):
+                matches[name].append(gene)
+        genes_of = matches | genes_of
+    targets: list[dict[str, set[str | None]]] = [defaultdict(set) for _ in _COLUMNS]
+    for gene, (*columns, ids) in enumerate(names_of):
+        target = next((name for names in columns for name in names if genes_of.get(name) == [gene]), None)
+        for names, targets_of in zip((*columns, ids), targets, strict=True):
             for name in names:  # also of genes that the vocabulary lacks: their names must not map to another gene
-                targets[column][name].add(target_of[gene])
+                targets_of[name].add(target)
     mapping: dict[str, str | None] = {}
     seen = {*symbols, ""}
     for column in targets:
@@ -128,21 +108,10 @@ def rename(names: Sequence[str], vocabulary: pd.Index, mapping: Mapping[str, str
 def align_to_vocabulary(
     adata: ad.AnnData, genes: pd.Index, *, mapping: Mapping[str, str] | None = None, logged: bool = False
 ) -> tuple[sparse.csr_matrix, float]:
-    """Reorder the columns of expression to the vocabulary by gene name.
+    """Reorder the columns of expression to the vocabulary by gene name: (N, len(genes)) float32, and the coverage.
 
-    Columns of the same gene are summed. If `logged`, values are summed as counts (expm1).
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix
-        (N, len(genes)) float32.
-    float
-        Coverage, as in `align_genes`.
-
-    Raises
-    ------
-    ValueError
-        If fewer than half of the expressed genes are in the vocabulary.
+    Columns of the same gene are summed; if `logged`, as counts (expm1). The coverage is that of `align_genes`; below
+    one half it is a ValueError.
     """
     names = rename(adata.var_names, genes, mapping)
     sum_as_counts = logged and not names.is_unique
@@ -165,10 +134,9 @@ def align_to_vocabulary(
 
 
 def _read_list(path: Path) -> list:
-    names = parse_json(read_text(path))
-    if not isinstance(names, list):
-        raise ValueError(f"it contains a {type(names).__name__}")
-    return names
+    if isinstance(names := parse_json(read_text(path)), list):
+        return names
+    raise ValueError(f"it contains a {type(names).__name__}")
 
 
 def _read_order(path: Path) -> list[str]:
@@ -187,12 +155,11 @@ def _read_order(path: Path) -> list[str]:
 def _read_genes(path: Path) -> list[list[str]]:
     """Read the names of each gene by column, and its Ensembl id, from HGNC's set."""
     lines = csv.reader(io.StringIO(read_text(path, longest=_MAX_BYTES), newline=""), delimiter="\t")
-    columns = (*_NAME_COLUMNS, "ensembl_gene_id")
     try:
         header = next(lines, [])
-        if missing := set(columns) - set(header):
+        if missing := set(_COLUMNS) - set(header):
             raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; use HGNC's complete set")
-        places, rows = [header.index(name) for name in columns], []
+        places, rows = [header.index(name) for name in _COLUMNS], []
         for cells in lines:
             row = [cells[place] if place < len(cells) else "" for place in places]  # trailing empty cells may be absent
             rows += [row] if any(row) else []
