@@ -29,13 +29,11 @@ def read_encoder(path: Path, *, key: str) -> Encoder:
 
 def find_genes(path: Path) -> Path:
     """Return the gene list in a checkpoint's folder, or the one in the cache."""
-    adjacent = next((path.with_name(name) for name in _GENE_LISTS if path.with_name(name).is_file()), None)
-    if genes := adjacent or find_fetched("scfoundation-genes"):
+    adjacent = (path.with_name(name) for name in _GENE_LISTS)
+    if genes := next(filter(Path.is_file, adjacent), None) or find_fetched("scfoundation-genes"):
         return genes
-    raise FileNotFoundError(
-        f"no gene list next to {path} ({' or '.join(_GENE_LISTS)}) or in the cache: pass one, or run "
-        "`peka-lite fetch scfoundation-genes`"
-    )
+    fix = "pass one, or run `peka-lite fetch scfoundation-genes`"
+    raise FileNotFoundError(f"no gene list next to {path} ({' or '.join(_GENE_LISTS)}) or in the cache: {fix}")
 
 
 def _read_entry(path: Path, key: str) -> dict:

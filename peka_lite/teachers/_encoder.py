@@ -50,10 +50,8 @@ class EncoderConfig:
         merged = {**config["model_config"][config["model"]], **config["dataset_config"]["rnaseq"]}
         encoder = merged["encoder"]
         if encoder["module_type"] != "transformer" or encoder.get("norm_first"):
-            raise ValueError(
-                f"encoder {encoder['module_type']!r} with norm_first={encoder.get('norm_first')} is not supported; "
-                "scFoundation's is a post-norm 'transformer'"
-            )
+            other = f"{encoder['module_type']!r} with norm_first={encoder.get('norm_first')}"
+            raise ValueError(f"encoder {other} is not supported; scFoundation's is a post-norm 'transformer'")
         return cls(
             **{name: int(encoder[name]) for name in ("hidden_dim", "depth", "heads")},
             **{name: int(merged[name]) for name in ("seq_len", "bin_num")},

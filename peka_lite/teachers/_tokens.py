@@ -103,7 +103,7 @@ def tokenize(
     X.eliminate_zeros()
     names = np.arange(X.shape[0]).astype(str) if names is None else np.asarray(names, dtype=str)
     check_values(X.data, pre_normalized=pre_normalized, input_type=input_type)
-    n_genes, lengths = np.diff(X.indptr), np.diff(X.indptr) + 2
+    n_genes = np.diff(X.indptr)
     _reject(names, n_genes == 0, "express no gene of the vocabulary", "drop them, for example with `qc`")
 
     if pre_normalized == "A":
@@ -125,7 +125,7 @@ def tokenize(
     _reject(names, S <= 0, "have a source depth S that is not above zero", "drop spots with very few counts")
     _reject(names, T <= 0, f"have a target depth T that is not above zero at {resolution!r}", "raise the resolution")
 
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    indptr = np.concatenate([[0], np.cumsum(n_genes + 2)])
     values, positions = np.empty(indptr[-1], dtype=np.float32), np.empty(indptr[-1], dtype=np.int64)
     index = np.arange(X.nnz) + 2 * np.repeat(np.arange(len(n_genes)), n_genes)  # shifted by T and S of earlier spots
     values[index], positions[index] = X.data, X.indices

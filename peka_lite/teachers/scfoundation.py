@@ -119,11 +119,8 @@ class ScFoundation:
             For a file that is missing, unreadable, would run code, or contains no such model.
         """
         path = Path(path)
-        encoder = read_encoder(path, key=key)
-        return cls(
-            encoder, find_genes(path) if genes is None else genes,
-            mapping=mapping, origin=f"{path.name}, {key}", precision=precision,
-        )  # fmt: skip
+        encoder, genes = read_encoder(path, key=key), find_genes(path) if genes is None else genes
+        return cls(encoder, genes, mapping=mapping, origin=f"{path.name}, {key}", precision=precision)
 
     @classmethod
     def random(
@@ -164,13 +161,8 @@ class ScFoundation:
         """Align genes to the vocabulary by name and convert spots to tokens, as `tokenize`.
 
         Columns of the same gene are summed (log-normalized values as counts). Totals are computed over genes of the
-        vocabulary. For `pre_normalized` A, raw totals are ``obs["total_counts"]``, or the last column if there is no
-        such entry.
-
-        Raises
-        ------
-        ValueError
-            As `tokenize`, and if fewer than half of the expressed genes are in the vocabulary.
+        vocabulary, which must have at least half of the expressed genes. For `pre_normalized` A, raw totals are
+        ``obs["total_counts"]``, or the last column if there is no such entry.
         """
         options = {"resolution": resolution, "pre_normalized": pre_normalized, "input_type": input_type}
         check_options(**options)
@@ -217,7 +209,7 @@ class ScFoundation:
             ``{out}.{machine}.partial``, on the same machine. An existing file written by this method is replaced when
             the new one is complete.
         progress
-            Print the share of genes in the vocabulary, and show a bar with spots per second and the time remaining.
+            Log the share of genes in the vocabulary, and show a bar with spots per second and the time remaining.
 
         Returns
         -------
@@ -242,16 +234,17 @@ class ScFoundation:
         if progress:
             logger.info(f"{self.coverage(adata):.0%} of the expressed genes are in the vocabulary")
         shape = (adata.n_obs, self.encoder.config.hidden_dim * (4 if pool == "all" else 1))
-        run = (tokens, pool, device, batch_size, max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"])
+        max_tokens = max_tokens or MAX_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+        run = (tokens, pool, device, batch_size, max_tokens, progress)
         if out is None:
             rows = np.empty(shape, dtype=np.float32)
-            self._fill(rows, np.zeros(len(rows), dtype=bool), *run, progress)
+            self._fill(rows, np.zeros(len(rows), dtype=bool), *run)
             return rows
         key = self.cache_key(adata, device=device, pool=pool, **options)
         check_file(Path(out), BY)
         with lock_work_folder(Path(out)) as work:
             rows, done = open_partial(work, shape=shape, key=key)
-            self._fill(rows, done, *run, progress)
+            self._fill(rows, done, *run)
             finish(Path(out), rows)
         return np.load(out, mmap_mode="r")
 
@@ -285,9 +278,8 @@ class ScFoundation:
                     if not _is_out_of_memory(error):
                         raise
                     if len(batch) == 1:
-                        raise MemoryError(
-                            f"a spot of {longest} tokens does not fit on {device}; use a larger device"
-                        ) from error
+                        problem = f"a spot of {longest} tokens does not fit on {device}"
+                        raise MemoryError(f"{problem}; use a larger device") from error
                     E = None
                 if E is None:  # after the except block, which keeps the failed pass's tensors
                     max_tokens = longest * (len(batch) // 2)
