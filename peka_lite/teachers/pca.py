@@ -81,11 +81,9 @@ class PCATeacher:
             raise RuntimeError("this PCATeacher is not fitted; call fit(training AnnData) first")
         columns = adata.var_names.get_indexer(self.genes_)
         if (share := float(np.mean(columns >= 0))) < 0.5:
-            raise ValueError(
-                f"only {share:.0%} of the teacher's {len(columns)} genes are in the data; at least half must be"
-            )
-        step = batch_size or 4096
-        parts = []
+            genes = f"only {share:.0%} of the teacher's {len(columns)} genes"
+            raise ValueError(f"{genes} are in the data; at least half must be")
+        step, parts = batch_size or 4096, []
         for start in range(0, adata.n_obs, step):
             part = adata[start : start + step]
             X = np.tile(self.pca_.mean_, (part.n_obs, 1))  # (n, n_genes)

@@ -55,11 +55,9 @@ class PseudoLabeler:
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
         if unknown := options.keys() - METHODS[method].keys():
-            raise ValueError(
-                f"{method!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(METHODS[method])}"
-            )
-        self.method, self.seed = method, seed
-        self.options = METHODS[method] | options
+            has = ", ".join(METHODS[method])
+            raise ValueError(f"{method!r} has no option {', '.join(sorted(unknown))}; it has {has}")
+        self.method, self.seed, self.options = method, seed, METHODS[method] | options
         if invalid := [f"{k}={v}" for k, v in self.options.items() if v is None or v <= 0]:
             raise ValueError(f"must be above 0: {', '.join(invalid)}")
 
@@ -90,15 +88,13 @@ class PseudoLabeler:
         if not hasattr(self, "labels_"):
             raise RuntimeError("this PseudoLabeler is not fitted; call fit(E) first")
         distance, index = self._neighbors.kneighbors(_check(E))  # (M, k)
-        neighbor_labels = self.labels_[index]
-        votes = np.zeros((len(neighbor_labels), self.n_labels_))
+        rows, votes = np.arange(len(index)), np.zeros((len(index), self.n_labels_))
         nearness = np.zeros_like(votes)
-        rows = np.arange(len(neighbor_labels))
-        for j in range(neighbor_labels.shape[1]):
-            votes[rows, neighbor_labels[:, j]] += 1
-            nearness[rows, neighbor_labels[:, j]] += 1 / (1 + distance[:, j])
+        for labels, away in zip(self.labels_[index].T, distance.T, strict=True):
+            votes[rows, labels] += 1
+            nearness[rows, labels] += 1 / (1 + away)
         # Divided by k + 1, nearness sums to less than one vote, so it only breaks ties.
-        return np.argmax(votes + nearness / (neighbor_labels.shape[1] + 1), axis=1).astype(np.int64)
+        return np.argmax(votes + nearness / (index.shape[1] + 1), axis=1).astype(np.int64)
 
     def _leiden(self, E: np.ndarray) -> np.ndarray:
         import scanpy as sc
@@ -107,20 +103,10 @@ class PseudoLabeler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Exact neighbors: scanpy 1.11 cannot read the approximate graph of newer pynndescent versions.
-            sc.pp.neighbors(
-                graph,
-                n_neighbors=self.options["n_neighbors"],
-                use_rep="X",
-                random_state=self.seed,
-                transformer="sklearn",
-            )
-            sc.tl.leiden(
-                graph,
-                resolution=self.options["resolution"],
-                random_state=self.seed,
-                flavor="leidenalg",
-                n_iterations=-1,
-            )
+            options = {"use_rep": "X", "transformer": "sklearn", "random_state": self.seed}
+            sc.pp.neighbors(graph, n_neighbors=self.options["n_neighbors"], **options)
+            options = {"flavor": "leidenalg", "n_iterations": -1, "random_state": self.seed}
+            sc.tl.leiden(graph, resolution=self.options["resolution"], **options)
         return graph.obs["leiden"].astype(int).to_numpy()
 
     def _kmeans(self, E: np.ndarray) -> np.ndarray:
