@@ -57,13 +57,18 @@ def local_pcc(
         if Y.shape[1] < 3:
             raise ValueError(f"over='genes' needs at least 3 genes, not {Y.shape[1]}")
         return pearson(_zscore(Y).T, _zscore(P).T)
-    if not 3 <= n_neighbors < len(Y):
-        raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
-    near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(coords).kneighbors(coords, return_distance=False)
+    near = find_neighbors(coords, n_neighbors)
     per_gene = np.stack([pearson(Y[rows], P[rows]) for rows in near])  # (N, G)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN where no gene varies
         return np.nanmean(per_gene, axis=1)
+
+
+def find_neighbors(coords: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """Return the rows of each spot and its nearest neighbors, (N, n_neighbors + 1)."""
+    if not 3 <= n_neighbors < len(coords):
+        raise ValueError(f"n_neighbors must be at least 3 and below the {len(coords)} spots, not {n_neighbors}")
+    return NearestNeighbors(n_neighbors=n_neighbors + 1).fit(coords).kneighbors(coords, return_distance=False)
 
 
 def pcc_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarray, *, n_neighbors: int = 18) -> Figure:

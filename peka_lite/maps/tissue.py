@@ -54,8 +54,7 @@ def expression_map(adata: ad.AnnData, measured: np.ndarray, predicted: np.ndarra
     """
     measured, predicted = np.asarray(measured, dtype=float).ravel(), np.asarray(predicted, dtype=float).ravel()
     pcc = pearson(measured[:, None], predicted[:, None])[0]
-    residual = measured - predicted
-    limit = residual_limit(residual)
+    limit = residual_limit(residual := measured - predicted)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     shared = {"cmap": "viridis", "norm": Normalize(*color_limits(measured, predicted)), "label": "log1p expression"}
     draw_spots(axes[0], adata, measured, title=f"{short_name(gene)}: measured", **shared)
@@ -188,8 +187,7 @@ def describe_constant(values: np.ndarray, unit: str) -> str | None:
 def list_remarks(adata: ad.AnnData, gene: str) -> list[str]:
     """Return sentences on a gene's prediction that a reader of its map needs."""
     values, unit, sentences = _get_values(adata, gene), spot_or_tile(adata), []
-    finite = _drop_nonfinite(values)
-    name = short_name(gene)
+    finite, name = _drop_nonfinite(values), short_name(gene)
     if constant := describe_constant(values, unit):
         sentences.append(f"The prediction of {name} {constant}.")
     elif len(finite) < len(values):
@@ -251,8 +249,8 @@ def save_predicted_map(
 ) -> tuple[str, list[str]]:
     """Save `predicted_map` of a predictions file as an image; the suffix gives the format (png, svg, pdf, ...).
 
-    Return the gene and its remarks (`list_remarks`). An existing image is overwritten only if this function wrote it
-    and it has not changed since; otherwise FileExistsError is raised.
+    Return the gene and its remarks (`list_remarks`). FileExistsError protects an image that another program wrote or
+    changed.
     """
     predictions, out = Path(predictions), Path(out)
     if (kind := out.suffix.removeprefix(".").lower()) not in FigureCanvasBase.filetypes:

@@ -17,13 +17,12 @@ import anndata as ad
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 
 from peka_lite._core.io import write_file
 from peka_lite._core.names import escape_html
 from peka_lite._core.outputs import write_output
 from peka_lite.data.hest import IMAGE_KEY, tissue_window
-from peka_lite.maps.local_pcc import local_pcc
+from peka_lite.maps.local_pcc import find_neighbors, local_pcc
 from peka_lite.maps.tissue import color_limits, describe_constant, residual_limit
 from peka_lite.probe.metrics import pearson
 
@@ -124,7 +123,7 @@ def slide_viewer(
     SlideViewer(title='2 genes at 30 spots')
     """
     Y, P, names = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float), [str(g) for g in genes]
-    _check_input(adata, Y, P, names, n_neighbors)
+    _check_input(adata, Y, P, names)
     pcc = pearson(Y, P)  # (G,)
     order = np.argsort(-np.nan_to_num(pcc, nan=-2), kind="stable")
     image, scale, diameter, (x0, y0, x1, y1) = tissue_window(adata)
@@ -160,8 +159,8 @@ def _encode_layers(xy: np.ndarray, Y: np.ndarray, P: np.ndarray, n_neighbors: in
     both = np.concatenate([Y, P])  # (2N, G)
     low, step = both.min(0), np.maximum(np.ptp(both, axis=0), 1e-9) / 255
     # `local_pcc` of each gene, in one call with (k + 1, N * G) values.
-    near = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(xy).kneighbors(xy, return_distance=False).T  # (k + 1, N)
-    local = pearson(Y[near].reshape(n_neighbors + 1, -1), P[near].reshape(n_neighbors + 1, -1)).reshape(Y.shape)
+    near = find_neighbors(xy, n_neighbors).T  # (k + 1, N)
+    local = pearson(Y[near].reshape(len(near), -1), P[near].reshape(len(near), -1)).reshape(Y.shape)
     over = local_pcc(xy, Y, P, over="genes") if Y.shape[1] >= 3 else np.empty(0)
     return {
         "measured": _encode_base64(np.rint((Y - low) / step).T),  # (G, N)
@@ -186,12 +185,10 @@ def _encode_base64(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _check_input(adata: ad.AnnData, Y: np.ndarray, P: np.ndarray, names: list[str], n_neighbors: int) -> None:
+def _check_input(adata: ad.AnnData, Y: np.ndarray, P: np.ndarray, names: list[str]) -> None:
     shape = (adata.n_obs, len(names))
     if not names or Y.shape != shape or P.shape != shape:
         raise ValueError(f"shapes do not match: measured {Y.shape}, predicted {P.shape}, adata and genes {shape}")
-    if not 3 <= n_neighbors < len(Y):
-        raise ValueError(f"n_neighbors must be at least 3 and below the {len(Y)} spots, not {n_neighbors}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"genes: {', '.join(repeated)} given more than once")
     for kind, A in (("measured", Y), ("predicted", P)):
