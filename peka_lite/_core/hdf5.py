@@ -274,8 +274,9 @@ def read_table(node, path: Path) -> pd.DataFrame:
         column = node[name]
         if isinstance(column, h5py.Group):
             column = column.get("codes", column.get("values"))
-        length = getattr(column, "shape", None) if length is None else length
-        if getattr(column, "shape", None) != length or length is None or len(length) != 1:
+        shape = getattr(column, "shape", None) or ()
+        length = length or shape
+        if len(shape) != 1 or shape != length:
             raise Hdf5Error(path, f"column {name!r} of {node.name!r} does not have one value per row", _AGAIN)
         # Early versions of anndata stored the categories elsewhere, with a reference to them.
         if "categories" in node[name].attrs and _text(node.attrs.get("encoding-version")) == "0.1.0":
@@ -302,10 +303,10 @@ def read_matrix(node, path: Path, shape: tuple[int, int], *, as_csr: bool) -> np
         rows = max(1, CHUNK // max(1, shape[1] * node.dtype.itemsize))
         parts = [sparse.csr_matrix(node[start : start + rows]) for start in range(0, max(1, shape[0]), rows)]
         return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
-    kind = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))[:3]
+    kind = _text(node.attrs.get("encoding-type", ""))[:3]
     if kind not in ("csr", "csc"):
         raise Hdf5Error(path, f"{node.name!r} is neither dense nor sparse (csr, csc)", "Write it with anndata")
-    declared = tuple(int(n) for n in np.ravel(node.attrs["shape" if "shape" in node.attrs else "h5sparse_shape"]))
+    declared = tuple(int(n) for n in np.ravel(node.attrs["shape"]))
     if declared != shape:
         raise Hdf5Error(path, f"{node.name!r} has the shape {declared}, obs and var give {shape}", _AGAIN)
     parts = [node[name][()] for name in ("data", "indices", "indptr")]
