@@ -16,17 +16,8 @@ def launched() -> int:
 class Processes:
     """Communicate between the processes of a run; in a single process every method does nothing.
 
-    Parameters
-    ----------
-    device
-        Device of this process; on the CPU the processes communicate through gloo.
-    alone
-        Ignore other processes, even if several were launched.
-
-    Attributes
-    ----------
-    rank, count : int
-        Index of this process, and number of processes.
+    `rank` is the index of this process, `count` the number of processes; if `alone`, others are ignored. On the CPU
+    they communicate through gloo.
     """
 
     def __init__(self, device: str | torch.device, *, alone: bool = False):
