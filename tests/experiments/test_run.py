@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from scipy import sparse
+from scipy.stats import spearmanr
 
 from peka_lite.backbones import BACKBONES
 from peka_lite.data import hash_cohort, open_cohort
@@ -78,6 +79,10 @@ def test_summary_describes_the_run(bone_run, mini_cohort):
     summary = json.loads((bone_run / "summary.json").read_text())
     table = pd.read_csv(bone_run / "metrics.csv")
     assert summary["mean_pcc"] == pytest.approx(table.groupby("fold")["pcc"].mean().mean())
+    for name in ("r2", "rmse", "spearman"):
+        mean = table.groupby("fold")[name].mean().mean()
+        assert summary["other_scores"][summary["normalization"]][name] == pytest.approx(mean)
+    assert set(summary["other_scores"]) == set(summary["scores"])
     assert summary["ci_low"] < summary["mean_pcc"] < summary["ci_high"]
     assert re.fullmatch(r"package mini_student\.safetensors, sha256 [0-9a-f]{12}", summary["weights"])
     assert summary["data_fingerprint"] == hash_cohort(mini_cohort)
@@ -97,7 +102,11 @@ def test_predictions_agree_with_metrics(bone_run):
     _, table, _, predictions = load_run(bone_run)
     row = table.dropna(subset="pcc").iloc[0]
     test = predictions[predictions.obs["fold"] == row["fold"], row["gene"]]
-    assert np.corrcoef(test.X.ravel(), test.layers["measured"].ravel())[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
+    y, p = test.layers["measured"].ravel().astype(float), test.X.ravel().astype(float)
+    assert np.corrcoef(p, y)[0, 1] == pytest.approx(row["pcc"], abs=1e-4)
+    assert 1 - ((y - p) ** 2).mean() / y.var() == pytest.approx(row["r2"], abs=1e-4)
+    assert np.sqrt(((y - p) ** 2).mean()) == pytest.approx(row["rmse"], abs=1e-4)
+    assert spearmanr(y, p).statistic == pytest.approx(row["spearman"], abs=1e-4)
 
 
 def test_same_seed_gives_the_same_numbers(bone_run, mini_root, tmp_path, fresh_cache):
