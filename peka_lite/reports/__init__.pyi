@@ -16,4 +16,9 @@ from .paper_tables import (
 )
 from .points import metrics_table as metrics_table, points_table as points_table
 from .runs import read_runs as read_runs, row_label as row_label
-from .tables import difference_table as difference_table, leak_table as leak_table, protocol_table as protocol_table
+from .tables import (
+    difference_table as difference_table,
+    leak_table as leak_table,
+    protocol_table as protocol_table,
+    score_table as score_table,
+)

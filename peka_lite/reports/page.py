@@ -21,7 +21,7 @@ from peka_lite.reports._settings import average_seeds, format_settings, split_by
 from peka_lite.reports.paper_tables import table1, table2
 from peka_lite.reports.points import metrics_table, points_table, shorten_for_page, write_tidy
 from peka_lite.reports.runs import PROTOCOLS, TARGETS, Run, group_runs, read_runs, row_label, split_panels
-from peka_lite.reports.tables import difference_table, leak_table, protocol_table
+from peka_lite.reports.tables import difference_table, leak_table, protocol_table, score_table
 
 SUFFIXES = (".md", ".csv", ".parquet", ".png")
 
@@ -60,10 +60,10 @@ def write_report(folders: Iterable[str | os.PathLike], out: str | os.PathLike, *
     >>> small = {"method": "none", "slides": ["MINI3"], "split": "spot", "n_splits": 2, "n_genes": 10}
     >>> _ = pk.load_or_run(pk.RunConfig(features="depth", **small), "depth", maps=False)
     >>> files = pk.write_report(["depth"], "report")
-    >>> [path.name for path in files if path.suffix == ".csv"]
-    ['metrics.csv', 'points.csv', 'protocol_mini-MINI3_custom.csv', 'table1.csv', 'table2.csv']
-    >>> [path.name for path in files if path.suffix in (".md", ".png")]
-    ['figure2.png', 'points.png', 'protocol_mini-MINI3_custom.md', 'report.md', 'table1.md', 'table2.md']
+    >>> [path.name for path in files if path.suffix == ".md"]
+    ['protocol_mini-MINI3_custom.md', 'report.md', 'scores_mini-MINI3_custom.md', 'table1.md', 'table2.md']
+    >>> [path.name for path in files if path.suffix in (".parquet", ".png")]
+    ['figure2.png', 'metrics.parquet', 'points.parquet', 'points.png']
     """
     out, folders = Path(out), [Path(folder) for folder in folders]
     _check_out(out, replace)
@@ -182,6 +182,7 @@ def _add_protocols(page: _Page, runs: Sequence[Run]) -> None:
             name = f"{cohort}_{protocol}"
             targets = _order_targets(panel)
             page.add_tables(f"protocol_{name}", {m: protocol_table(panel, normalization=m) for m in targets})
+            page.add_tables(f"scores_{name}", {m: score_table(panel, normalization=m) for m in targets})
             if "frozen" in (rows := [row_label(run) for run in panel]) and len(rows) > 1:
                 page.add_tables(f"differences_{name}", {m: difference_table(panel, normalization=m) for m in targets})
             else:
@@ -221,10 +222,11 @@ def _check_out(out: Path, replace: bool) -> None:
 
 
 def format_markdown(table: pd.DataFrame) -> str:
-    """Return a table as GitHub Markdown, with three decimals and empty cells for missing values."""
+    """Return a table as GitHub Markdown, with three decimals, and nothing or ``attrs["missing"]`` for NaN."""
     flat = table.reset_index() if any(table.index.names) else table
     lines = [[_format_cell(str(column).strip()) for column in flat]]
-    lines += [[_format_cell(value) for value in row] for row in flat.itertuples(index=False)]
+    missing = table.attrs.get("missing", "")
+    lines += [[_format_cell(value, missing) for value in row] for row in flat.itertuples(index=False)]
     lines = [[escape_markdown(text) for text in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * flat.shape[1], *lines[1:]])
 
@@ -246,7 +248,7 @@ def _write_tables(path: Path, tables: dict[str, pd.DataFrame]) -> None:
     write_file(path.with_name(path.name + ".md"), "\n".join(texts).encode())
 
 
-def _format_cell(value: object) -> str:
+def _format_cell(value: object, missing: str = "") -> str:
     if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.3f}"
+        return missing if pd.isna(value) else f"{value:.3f}"
     return short_name(str(value), longest=200)

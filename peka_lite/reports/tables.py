@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from peka_lite.evaluation.scores import bootstrap_difference
+from peka_lite.evaluation.scores import bootstrap_difference, pool_scores
 from peka_lite.reports._settings import seed_scores, seed_sd
 from peka_lite.reports.runs import (
     INTERVALS,
@@ -29,6 +29,10 @@ CAUTION = {
     "strict": "Student, clusters, genes, PCA and regularization strength come from training rows only.",
     "custom": "Custom protocol: see config.yml of each run for how rows were held out.",
 }
+NO_INTERCEPT = (
+    " HEST-bench's ridge has no intercept: it predicts differences from the genes' training means and is scored on the "
+    "values themselves, so its R2 can be far below 0 at any PCC."
+)
 
 
 def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> pd.DataFrame:
@@ -90,6 +94,45 @@ def protocol_table(runs: Sequence[Run], *, normalization: str | None = None) -> 
     if normalization != default:
         note += f" The protocol's targets are {default}; its genes were selected for those."
     table.attrs = {"title": table_title(runs, normalization=normalization), "note": note}
+    return table
+
+
+def score_table(runs: Sequence[Run], *, normalization: str | None = None) -> pd.DataFrame:
+    """Tabulate PCC, R2, RMSE and Spearman's correlation of runs of one protocol, cohort and backbone, one per row.
+
+    Parameters and errors are those of `protocol_table`. All are of a fold's test spots together, then means over genes
+    and folds; Spearman's is NaN for runs of older versions.
+
+    Examples
+    --------
+    >>> import peka_lite as pk
+    >>> small = {"method": "none", "slides": ["MINI1", "MINI3", "MINI5"], "n_splits": 3, "n_genes": 10}
+    >>> for protocol in ("hest", "strict"):
+    ...     folder = f"color_{protocol}"
+    ...     _ = pk.load_or_run(pk.RunConfig(features="color", protocol=protocol, **small), folder, maps=False)
+    ...     table = pk.reports.score_table(pk.reports.read_runs([folder]), normalization="log1p")
+    ...     print(protocol, table.loc["color and texture"].round(2).to_dict())
+    hest {'PCC': 0.35, 'R2': -1.89, 'RMSE': 0.74, 'Spearman': 0.26}
+    strict {'PCC': 0.33, 'R2': 0.08, 'RMSE': 0.44, 'Spearman': 0.25}
+    """
+    runs = require_shared(runs)
+    normalization = normalization or runs[0].summary["normalization"]
+    rows = []
+    for run in runs:
+        scores = pool_scores(run.moments[run.moments["normalization"] == normalization])
+        means = scores.groupby("fold")[["r2", "rmse"]].mean().mean()
+        known = [part.summary.get("other_scores", {}).get(normalization, {}) for part in run.parts or (run,)]
+        row = {"PCC": run.score(normalization=normalization)["pcc"], "R2": means["r2"], "RMSE": means["rmse"]}
+        rows.append(row | {"Spearman": sum(scores.get("spearman", math.nan) for scores in known) / len(known)})
+    table = pd.DataFrame(rows, index=pd.Index([row_label(run) for run in runs], name="features"))
+    note = (
+        "Means over genes, then over folds. R2 and RMSE depend on level and scale of the predictions, PCC and Spearman "
+    )
+    note += "do not: compare R2 and RMSE within one protocol and kind of targets only."
+    if runs[0].summary["protocol"] == "hest":
+        note += NO_INTERCEPT
+    table.attrs = {"title": f"other scores · {table_title(runs, normalization=normalization)}", "note": note}
+    table.attrs["missing"] = "–"
     return table
 
 

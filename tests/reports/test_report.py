@@ -9,6 +9,7 @@ import pytest
 from run_folders import draw_fold
 
 from peka_lite.cli.main import main
+from peka_lite.probe import r2, rmse
 from peka_lite.reports import (
     describe_comparability,
     difference_table,
@@ -19,6 +20,7 @@ from peka_lite.reports import (
     read_published,
     read_runs,
     row_label,
+    score_table,
     table1,
     table2,
     write_report,
@@ -278,6 +280,44 @@ def test_controls_share_a_table_with_any_backbone(write_run):
     assert "· UNI ·" in table.attrs["title"]
 
 
+def add_other_scores(folder, **values):
+    """Add the scores beyond PCC to a run folder, as `run` writes them."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["other_scores"] = {m: {"r2": 0.1, "rmse": 0.2, "spearman": 0.3} | values for m in summary["scores"]}
+    path.write_text(json.dumps(summary))
+
+
+def test_other_scores_stand_beside_pcc_and_old_runs_have_a_dash_for_ranks(write_run, tmp_path):
+    old, new = write_run("old"), write_run("new", method="bone", noise=0.7)
+    add_other_scores(new)
+    runs = read_runs([old, new])
+    table = score_table(runs)
+    assert table["PCC"].equals(protocol_table(runs)["PCC"])
+    for label, noise in (("frozen", 1.0), ("Bone", 0.7)):
+        pairs = [draw_fold("log1p-cp10k", fold, noise=noise) for fold in range(3)]
+        assert table.loc[label, "R2"] == pytest.approx(np.mean([r2(Y, P) for Y, P in pairs]))
+        assert table.loc[label, "RMSE"] == pytest.approx(np.mean([rmse(Y, P) for Y, P in pairs]))
+    assert table["Spearman"].tolist() == [pytest.approx(np.nan, nan_ok=True), 0.3]
+    assert "no intercept" not in table.attrs["note"]
+    assert "no intercept" in score_table(read_runs([write_run("h", protocol="hest")])).attrs["note"]
+    write_report([old, new], tmp_path / "out")
+    frozen, bone = split_cells((tmp_path / "out" / "scores_mini_strict.md").read_text().split("\n\n")[1])[2:]
+    assert (frozen[0], frozen[-1]) == ("frozen", "–")
+    assert (bone[0], bone[-1]) == ("Bone", "0.300")
+    stored = pd.read_csv(tmp_path / "out" / "scores_mini_strict.csv").set_index(["targets", "features"])
+    assert stored.loc["log1p-cp10k", "R2"].to_numpy() == pytest.approx(table["R2"].to_numpy())
+    assert stored["Spearman"].isna().tolist() == [True, False] * 2
+
+
+@pytest.mark.parametrize("values", [{"spearman": None}, {"r2": "0.1"}, {"rmse": [1]}])
+def test_invalid_other_scores_are_named(write_run, values):
+    folder = write_run("a")
+    add_other_scores(folder, **values)
+    with pytest.raises(ValueError, match=r"other_scores of log1p-cp10k in summary.json is \{"):
+        read_runs([folder])
+
+
 def test_differences_are_paired_to_the_reference(write_run):
     runs = read_runs(
         [write_run("a", noise=2.0), write_run("b", method="bone", noise=0.5), write_run("c", features="depth")]
@@ -402,7 +442,7 @@ def test_report_writes_all_tables_and_figures_and_shows_them_in_report_md(write_
     assert sorted(out.iterdir()) == written
     names = {path.name for path in written}
     for protocol in ("paper", "hest", "strict"):
-        for stem in ("table1", "table2", "protocol_mini", "differences_mini"):
+        for stem in ("table1", "table2", "protocol_mini", "scores_mini", "differences_mini"):
             assert {f"{stem}_{protocol}.csv", f"{stem}_{protocol}.md"} <= names
         assert f"figure2_{protocol}.png" in names
     assert {"leak_mini.csv", "leak_mini.md", "leak_mini.png", "report.md"} <= names
