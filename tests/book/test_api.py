@@ -13,10 +13,9 @@ PUBLIC = {
     for package in PACKAGES
     for name in getattr(pk, package).__all__
 }
-# Shown by the example of another function, or replaced when `evaluate` takes arrays.
+# Shown by the example of another function.
 WITHOUT_EXAMPLE = {
-    "backbones.build_network", "backbones.preprocess", "data.tissue_window", 
-    "experiments.FeatureSource", "experiments.project_features", "experiments.train_student", "probe.gather",
+    "backbones.build_network", "backbones.preprocess", "data.tissue_window", "probe.gather",
 }  # fmt: skip
 CALLABLE = [name for name, thing in PUBLIC.items() if callable(thing)]
 
