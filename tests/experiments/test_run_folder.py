@@ -192,17 +192,18 @@ def test_every_field_of_a_record_is_checked(model, copy_of, name):
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         metadata = file.metadata()
-    (entry,) = metadata
+    (entry,) = (key for key, text in metadata.items() if text.startswith("{"))
     record = json.loads(metadata[entry])
     refused = 0
     for place in leaves(record):
         for value in broken_values(reduce(lambda inner, part: inner[part], place, record)):
             path.unlink()
-            save_file(tensors, path, {entry: json.dumps(changed(record, place, value))})
+            save_file(tensors, path, metadata | {entry: json.dumps(changed(record, place, value))})
             refused += opens(partial(load_trained, path.parent, device="cpu"), path) is None
     assert refused > 50
     for key, tensor in tensors.items():
-        for content in ({k: v for k, v in tensors.items() if k != key}, tensors | {key: tensor.flatten()[:1].clone()}):
+        without = {} if key.endswith(".range") else {k: v for k, v in tensors.items() if k != key}  # 0.1 has no ranges
+        for content in filter(None, (without, tensors | {key: tensor.flatten()[:1].clone()})):
             path.unlink()
             save_file(content, path, metadata)
             with pytest.raises(ValueError, match=name) as caught:
