@@ -257,7 +257,7 @@ def test_library_logs_its_plan_and_prints_nothing(mini_root, tmp_path, capsys, c
     assert logged(caplog).startswith("plan: no training, ")
 
 
-def test_no_thread_is_started_if_nobody_listens():
+def test_no_thread_is_started_without_a_handler():
     with stage("run"):
         assert not lines_are_logged()
 
