@@ -117,7 +117,7 @@ def parser(*, command: str | None = None) -> argparse.ArgumentParser:
 
 def _add_settings(experiment: argparse.ArgumentParser) -> None:
     """Add one option per setting, in groups by what it decides."""
-    from peka_lite.experiments.config import DECIDES, SETTINGS
+    from peka_lite.experiments.settings import DECIDES, SETTINGS
 
     groups = {what: experiment.add_argument_group(f"{what} ({words})") for what, words in DECIDES.items()}
     for name, row in SETTINGS.items():

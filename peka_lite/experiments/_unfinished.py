@@ -13,7 +13,7 @@ from peka_lite._core.untrusted_files import file_inside, read_yaml_inside
 from peka_lite.backbones.custom import ROW_FILE as BACKBONE
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
-from peka_lite.experiments.config import SETTINGS as SETTINGS_TABLE
+from peka_lite.experiments.settings import SETTINGS as SETTINGS_TABLE
 
 COMMAND = Path("scratch", "command")  # in an unfinished folder; scratch is removed at the end
 SETTINGS, SUMMARY = "config.yml", "summary.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from glob import escape
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,11 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from peka_lite import __version__
 from peka_lite._core._processes import Processes
 from peka_lite._core.cache import cached, find_cached
 from peka_lite._core.device import default_device
 from peka_lite._core.hashing import row_ids, sha256
-from peka_lite._core.io import new_array, open_new_file, report_full_disk, save_array, write_file
+from peka_lite._core.io import new_array, open_new_file, report_full_disk, write_file
 from peka_lite._core.locks import RECORD
 from peka_lite._core.progress import stage
 from peka_lite.adapters.adapt import adapt, adapted_share, merge
@@ -36,12 +33,12 @@ from peka_lite.data.cohorts import hash_cohort
 from peka_lite.data.tiles import TileStore
 from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
 from peka_lite.evaluation.leaks import FittedFeatures
-from peka_lite.experiments.config import RunConfig, settings_deciding
-from peka_lite.teachers.load import embed_cohort
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.settings import settings_deciding
+from peka_lite.experiments.targets import TeacherTargets, hash_rows, list_versions
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.model import NotFinite, TransferModel, mlp
 
-FORMAT = 5  # increase when the same key would give other numbers
 #: Settings of a frozen student; all that decide a trained one are `settings_deciding("student")`.
 _FROZEN = ("backbone", "weights", "seed")
 _FITTING = ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed")
@@ -90,6 +87,7 @@ class Features:
         self.kind = config.feature_kind
         self.teacher = config.load_teacher() if self.trains_student or self.kind == "teacher" else None
         self.data = hash_cohort(cohort)
+        self.targets = TeacherTargets(self.teacher, cohort, data=self.data, device=self.device, progress=self.progress)
         self._uses_all = config.resolve_protocol().student == "all"
         self._latest: tuple[tuple, FittedFeatures] = ((), None)
 
@@ -97,7 +95,7 @@ class Features:
         """Return the features (N, D) of all spots, whose teacher, clusters and student learned from `rows` only."""
         rows = self.student_rows(rows)
         depends = self.trains_student or self.kind == "teacher"  # on the rows; the others are the same for every fold
-        key = (self.kind, _hash_rows(rows) if depends else None)
+        key = (self.kind, hash_rows(rows) if depends else None)
         if self._latest[0] != key:
             self._latest = key, self._compute(rows)
         return self._latest[1]
@@ -114,7 +112,7 @@ class Features:
 
     def required(self, sets: Iterable[np.ndarray]) -> list[np.ndarray | None]:
         """Return the rows of each different student that these sets of rows need; None for the frozen student."""
-        rows = {_hash_rows(r): r for r in map(self.student_rows, sets)} if self.trains_student else {}
+        rows = {hash_rows(r): r for r in map(self.student_rows, sets)} if self.trains_student else {}
         frozen = self.kind.startswith("frozen+") or (self.kind == "student" and not self.trains_student)
         return [*rows.values(), *([None] if frozen else [])]
 
@@ -131,13 +129,14 @@ class Features:
     def describe_work(self, sets: Sequence[np.ndarray], missing: Sequence[np.ndarray | None]) -> str:
         """Return the amount of work for these sets of rows: trainings, and spots and tiles to embed."""
         n, trainings = len(self.cohort), [rows for rows in missing if rows is not None]
-        parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) == 1 else 'trainings'}"]
+        parts = [f"{len(trainings) or 'no'} {'training' if len(trainings) < 2 else 'trainings'}"]
         if trainings:
             steps = sum(self.config.epochs * -(-len(rows) // self.config.batch_size) for rows in trainings)
             parts.append(f"{steps:,} optimizer steps")
         if ready := len(self.required(sets)) - len(missing):
             parts.append(f"{ready}{' more' if missing else ''} from the cache")
-        if spots := self._count_spots(sets if self.kind == "teacher" else trainings):
+        needed = map(self.student_rows, sets) if self.kind == "teacher" else trainings
+        if spots := self.targets.count_missing(needed):
             parts.append(f"{spots:,} spots for the teacher to embed")
         if missing:
             parts.append(f"{len(missing) * n:,} tiles to embed")
@@ -205,7 +204,7 @@ class Features:
             compute = coordinate_features if self.kind == "coordinates" else depth_features
             return FittedFeatures(compute(self.cohort), {})
         if self.kind == "teacher":
-            E, learned_from = self._embed_teacher(rows)
+            E, learned_from = self.targets.embed(rows)
             return FittedFeatures(E, {"teacher": learned_from}, row_ids(E))
         if self.kind == "file":
             raise ValueError(f"features of a file are read, not computed: {self.config.features}")
@@ -227,13 +226,13 @@ class Features:
         }
         key |= {
             "backbone": config.spec.name, "weights": identify_weights(config.spec, config.weights), "data": self.data,
-            "versions": _list_versions("torch", "timm", "peft", "scanpy", "scikit-learn"),
+            "versions": list_versions("torch", "timm", "peft", "scanpy", "scikit-learn"),
             "device": torch.device(self.device).type,
         }  # fmt: skip
         if config.spec.name not in PACKAGED_NAMES:
             key["row"] = row_fields(config.spec)
         if trained:
-            key |= {"r": config.block_size, "rows": _hash_rows(rows), "labeler": repr(config.make_labeler())}
+            key |= {"r": config.block_size, "rows": hash_rows(rows), "labeler": repr(config.make_labeler())}
             key["teacher"] = [repr(self.teacher), getattr(self.teacher, "fingerprint", None)]
         return key
 
@@ -247,7 +246,7 @@ class Features:
                 _copy_checkpoint(work, self.folder(rows))
             else:
                 self.processes.wait()  # until the first process has cached the targets
-            E, labels, n_labels, learned = self._make_targets(rows)
+            E, labels, n_labels, learned = self.targets.make(rows, config.make_labeler())
             if first:
                 self.processes.wait()
             if config.shuffle_teacher:  # control: each tile gets the targets of another spot
@@ -306,74 +305,6 @@ class Features:
                 file.write(X)
         processes.wait()
 
-    # Teacher and pseudo-labels ---------------------------------------------------------------------------------------
-
-    def _make_targets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, dict[str, np.ndarray | None]]:
-        """Return embedding (n, D_t) and labels (n,) of the rows, the number of labels, and what each step learned from.
-
-        Only the embedding of these rows is clustered.
-        """
-        E, learned_from = self._embed_teacher(rows)  # (N, D_t)
-        labeler, selected = self.config.make_labeler(), E[rows]
-        packages = ("igraph", "leidenalg", "umap-learn", "pynndescent")
-        key = self._embedding_key(rows) | {"labeler": _full_name(labeler), "labeled": _hash_rows(rows)}
-        key["clustering"] = _list_versions(*packages)
-        folder = cached("labels", key, partial(_cluster, labeler, selected))
-        learned = {"teacher": learned_from, "clusters": np.load(folder / "learned_from.npy"), "embedding": row_ids(E)}
-        n_labels = json.loads((folder / RECORD).read_text())["n_labels"]
-        return selected, np.load(folder / "labels.npy"), n_labels, learned
-
-    def _embed_teacher(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the teacher's embedding (N, D_t) of every spot, and the ids of the rows that its fit recorded.
-
-        A teacher whose ``fitted_on_`` is None before any fit is pretrained: all folds share its embedding, and the ids
-        are None.
-        """
-        if self._is_pretrained:
-            return self._pretrained_embedding, None
-        folder = cached("embeddings", self._embedding_key(rows), partial(self._fit_teacher, rows))
-        return np.load(folder / "E.npy", mmap_mode="r"), np.load(folder / "learned_from.npy")
-
-    @property
-    def _is_pretrained(self) -> bool:
-        return getattr(self.teacher, "fitted_on_", "not fitted") is None
-
-    @cached_property
-    def _pretrained_embedding(self) -> np.ndarray:
-        if self.teacher.fit(self.cohort.by_slide(np.arange(len(self.cohort)))).fitted_on_ is not None:
-            raise ValueError(
-                f"{self.teacher!r} has fitted_on_ = None (pretrained) but learns in fit; set fitted_on_ only there"
-            )
-        with stage(f"teacher's embedding of {len(self.cohort):,} spots"):
-            return embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
-
-    def _fit_teacher(self, rows: np.ndarray, work: Path) -> dict:
-        with stage("fitting the teacher"):
-            learned_from = self.teacher.fit(self.cohort.by_slide(rows)).fitted_on_  # without it leaks go unnoticed
-        with stage(f"teacher's embedding of {len(self.cohort):,} spots"):
-            E = embed_cohort(self.teacher, self.cohort, device=self.device, progress=self.progress)
-        save_array(work / "E.npy", E)
-        save_array(work / "learned_from.npy", learned_from)
-        return {"teacher": repr(self.teacher)}
-
-    def _embedding_key(self, rows: np.ndarray) -> dict:
-        key = {
-            "teacher": [_full_name(self.teacher), getattr(self.teacher, "fingerprint", None)], "data": self.data,
-            "rows": None if self._is_pretrained else _hash_rows(rows), "device": torch.device(self.device).type,
-            "versions": _list_versions("torch", "numpy", "scipy", "scanpy", "scikit-learn"),
-        }  # fmt: skip
-        if hasattr(self.teacher, "cache_key"):  # further settings that change the numbers, such as the compute type
-            key["options"] = self.teacher.cache_key(self.cohort.slides[0].adata, device=self.device)
-        return key
-
-    def _count_spots(self, sets: Iterable[np.ndarray]) -> int:
-        """Return how many spots a fitted teacher must embed for these sets of rows."""
-        if self.teacher is None or self._is_pretrained:
-            return 0
-        keys = [self._embedding_key(self.student_rows(rows)) for rows in sets]
-        folders = {find_cached("embeddings", key) for key in keys}
-        return len(self.cohort) * sum(not (folder / RECORD).is_file() for folder in folders)
-
 
 def select_training_spots(cohort, share: float, seed: int) -> np.ndarray:
     """Select the spots that may be trained on, the same share of every slide; (N,) bool."""
@@ -396,14 +327,6 @@ def _project(X: np.ndarray, path: Path) -> np.ndarray:
         return torch.cat([projector(batch) for batch in torch.from_numpy(np.array(X)).split(4096)]).numpy()
 
 
-def _cluster(labeler, E: np.ndarray, work: Path) -> dict:
-    with stage(f"clustering {len(E):,} spots"):
-        labeler.fit(E)
-    save_array(work / "labels.npy", labeler.labels_)
-    save_array(work / "learned_from.npy", labeler.fitted_on_)
-    return {"labeler": repr(labeler), "n_labels": int(labeler.n_labels_)}
-
-
 def _copy_checkpoint(work: Path, folder: Path) -> None:
     """Copy the newest checkpoint of another process that trains this student, unless `work` has one.
 
@@ -424,15 +347,3 @@ def _identify(value):
     if isinstance(value, str) and Path(value).is_file():
         return f"sha256 {sha256(Path(value))}"
     return list(value) if isinstance(value, tuple) else value
-
-
-def _full_name(model) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__} {model!r}"
-
-
-def _hash_rows(rows: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()
-
-
-def _list_versions(*packages: str) -> list:
-    return [FORMAT, __version__, *map(version, packages)]

@@ -28,7 +28,8 @@ from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS
 from peka_lite.experiments._sweep_folder import RUN_FILES
 from peka_lite.experiments._tables import METRICS, MOMENTS, TRAINING, read_csv_table, read_parquet_table
 from peka_lite.experiments._unfinished import COMMAND, SETTINGS, SUMMARY, explain_missing, remake_command
-from peka_lite.experiments.config import FEATURES, RunConfig, update_words
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.settings import FEATURES, update_words
 
 if TYPE_CHECKING:
     import anndata as ad

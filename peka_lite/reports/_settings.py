@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from peka_lite.evaluation.scores import bootstrap_interval
-from peka_lite.experiments.config import settings_deciding
+from peka_lite.experiments.settings import settings_deciding
 from peka_lite.reports.runs import CONTROLS, ELSEWHERE, METHODS, Run, format_seeds, group_runs, row_label, widest_seeds
 
 UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")  # labels of runs without a trained student

@@ -12,7 +12,7 @@ from peka_lite._core.io import report_full_disk, write_file
 from peka_lite._core.names import write_spreadsheet_csv
 from peka_lite.evaluation.scores import pool_scores
 from peka_lite.experiments._sweep_folder import SweepFolder
-from peka_lite.experiments.config import OLD_FEATURES
+from peka_lite.experiments.settings import OLD_FEATURES
 from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings, format_value
 from peka_lite.reports.runs import BACKBONES, ELSEWHERE, INTERVALS, Run, row_label
 

@@ -15,8 +15,8 @@ from peka_lite._core.locks import PARTIAL
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.evaluation.protocols import PROTOCOLS as KNOWN_PROTOCOLS
 from peka_lite.experiments._sweep_folder import is_sweep, read_sweep_folder
-from peka_lite.experiments.config import WITH_STUDENT, update_words
 from peka_lite.experiments.folder import RunFolder
+from peka_lite.experiments.settings import WITH_STUDENT, update_words
 
 PROTOCOLS = (*KNOWN_PROTOCOLS, "custom")
 TARGETS = NORMALIZATIONS

@@ -12,6 +12,7 @@ import pytest
 from tiny import task
 
 import peka_lite.experiments.features
+import peka_lite.experiments.targets
 from peka_lite._core import progress
 from peka_lite._core.progress import logger, progress_bar, show_messages, stage, steps
 from peka_lite.adapters import adapt
@@ -65,7 +66,7 @@ def count(monkeypatch, caplog):
     counted(peka_lite.experiments.features, "fit")
     counted(importlib.import_module("peka_lite.transfer.fit"), "take_step")
     counted(peka_lite.experiments.features, "embed_tiles", lambda _, tiles: len(tiles))
-    counted(peka_lite.experiments.features, "embed_cohort", lambda _, cohort: len(cohort))
+    counted(peka_lite.experiments.targets, "embed_cohort", lambda _, cohort: len(cohort))
     counted(peka_lite.experiments.features, "color_features", lambda tiles: len(tiles))
     return done
 

@@ -14,7 +14,7 @@ from peka_lite.backbones import BACKBONES, Backbone, custom, load_backbone, read
 from peka_lite.backbones.custom import row_fields
 from peka_lite.backbones.registry import IMAGENET
 from peka_lite.cli.main import main
-from peka_lite.experiments.config import check_field
+from peka_lite.experiments.settings import check_field
 
 CUSTOM = Backbone(
     "custom-vit", "vit_tiny_patch16_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32, pooling="avg", bone_r=16,

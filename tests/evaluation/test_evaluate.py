@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from peka_lite._core.hashing import row_ids
 from peka_lite.data import Cohort, expression_targets, top_hvg
 from peka_lite.evaluation import ALPHAS, PROTOCOLS, FittedFeatures, LeakError, evaluate, folds
-from peka_lite.experiments import RunConfig, features as features_module, run
+from peka_lite.experiments import RunConfig, features as features_module, run, targets
 from peka_lite.probe import PCARidge, pearson
 from peka_lite.probe.moments import CellSums
 from peka_lite.teachers import PCATeacher, PseudoLabeler
@@ -92,10 +92,8 @@ def test_clusters_of_all_rows_are_rejected(mini_root, mini_cohort, tmp_path, mon
             self.labels_ = self.labels_[: len(E)]
             return self
 
-    embeddings, real = [], features_module.embed_cohort
-    monkeypatch.setattr(
-        features_module, "embed_cohort", lambda *a, **k: embeddings.append(real(*a, **k)) or embeddings[-1]
-    )
+    embeddings, real = [], targets.embed_cohort
+    monkeypatch.setattr(targets, "embed_cohort", lambda *a, **k: embeddings.append(real(*a, **k)) or embeddings[-1])
     monkeypatch.setattr(RunConfig, "make_labeler", lambda self: LeakyLabeler(resolution=0.5))
     with pytest.raises(LeakError, match="the clusters learned from"):
         run(small(mini_root), tmp_path / "out")

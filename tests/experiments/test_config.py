@@ -11,7 +11,7 @@ import pytest
 import peka_lite.experiments.config as config_module
 from peka_lite.data import read_manifest
 from peka_lite.experiments import RunConfig, check_field, describe_settings
-from peka_lite.experiments.config import DECIDES, SETTINGS, settings_deciding
+from peka_lite.experiments.settings import DECIDES, SETTINGS, settings_deciding
 
 HEAVY = ["torch", "torchvision", "timm", "peft", "scanpy", "anndata", "sklearn", "skimage", "squidpy", "h5py", "pandas"]
 
@@ -37,7 +37,7 @@ def test_checking_settings_imports_no_heavy_packages(cache):
     code = f"""
 import sys
 from peka_lite.experiments import RunConfig, check_field, describe_settings
-from peka_lite.experiments.config import DECIDES, SETTINGS, settings_deciding
+from peka_lite.experiments.settings import DECIDES, SETTINGS, settings_deciding
 for settings in (
     {{"weights": "random"}},
     {{"backbone": "uni2-h", "cohort": "breast", "protocol": "strict"}},

@@ -18,7 +18,7 @@ from test_model import write_folder
 
 from peka_lite.cli.main import main
 from peka_lite.experiments import RunConfig, RunFolder, load_trained
-from peka_lite.experiments.config import SETTINGS
+from peka_lite.experiments.settings import SETTINGS
 from peka_lite.reports import read_runs, write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")

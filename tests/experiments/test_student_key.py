@@ -13,7 +13,7 @@ from peka_lite._core.cache import KINDS, cached, list_cache, prune_cache
 from peka_lite.backbones import load_backbone
 from peka_lite.cli.main import main
 from peka_lite.experiments import Features, RunConfig, features, load_or_run, run
-from peka_lite.experiments.config import SETTINGS, settings_deciding
+from peka_lite.experiments.settings import SETTINGS, settings_deciding
 from peka_lite.teachers import ScFoundation
 
 fit_module = importlib.import_module("peka_lite.transfer.fit")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from peka_lite._core.names import did_you_mean
-from peka_lite.experiments.config import SETTINGS, check_field
+from peka_lite.experiments.settings import SETTINGS, check_field
 from peka_lite.experiments.sweeps._notebook import read_parameters
 
 KEYS = ("title", "notebook", "memory", "fixed", "grid", "zip", "list", "exclude")

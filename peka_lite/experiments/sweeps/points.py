@@ -23,8 +23,8 @@ from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
 from peka_lite._core.progress import format_duration, show_messages, stage
 from peka_lite.experiments._sweep_folder import explain_incomplete, read_json
-from peka_lite.experiments.config import update_words
 from peka_lite.experiments.folder import RunFolder
+from peka_lite.experiments.settings import update_words
 from peka_lite.experiments.sweeps.read import Point, Sweep
 
 _COST = ("epochs", "n_splits", "train_share", "batch_size")  # numeric settings that affect the run time

@@ -14,7 +14,8 @@ from pathlib import Path
 from peka_lite._core._yaml import parse_yaml, read_yaml
 from peka_lite._core.names import did_you_mean, short_name
 from peka_lite.backbones.custom import is_backbone_file
-from peka_lite.experiments.config import FEATURES, SETTINGS, RunConfig
+from peka_lite.experiments.config import RunConfig
+from peka_lite.experiments.settings import FEATURES, SETTINGS
 from peka_lite.experiments.sweeps._checks import (
     KEYS,
     check_excluded,

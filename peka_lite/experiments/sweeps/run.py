@@ -288,7 +288,7 @@ class _Attempt:
 def _used_cache(job: dict, *, since: float) -> bool:
     """Return whether all students of a run were in the cache, so that its run time is not representative."""
     from peka_lite._core.cache import cache_dir
-    from peka_lite.experiments.config import WITH_STUDENT
+    from peka_lite.experiments.settings import WITH_STUDENT
 
     settings = job["settings"]
     if job["notebook"] is not None or settings["features"] not in WITH_STUDENT:
