@@ -35,7 +35,7 @@ from peka_lite.evaluation.scores import bootstrap_interval, mean_scores
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.features import Features, select_training_spots
 from peka_lite.experiments.folder import RunFolder, write_metrics, write_summary
-from peka_lite.maps.tissue import draw_maps
+from peka_lite.maps.draw import draw_maps
 from peka_lite.probe.files import save_probes
 from peka_lite.probe.moments import gather
 from peka_lite.probe.pca_ridge import PCARidge

@@ -18,7 +18,8 @@ from peka_lite._core.locks import RECORD
 from peka_lite.adapters import adapt, merge
 from peka_lite.backbones import embed_tiles, load_backbone
 from peka_lite.data import Cohort, read_cohort
-from peka_lite.experiments import Features, RunConfig, features as features_module
+from peka_lite.experiments import Features, RunConfig, targets as targets_module
+from peka_lite.experiments.targets import TeacherTargets
 from peka_lite.teachers import PCATeacher, ScFoundation, embed_cohort
 from peka_lite.transfer import TransferModel, fit
 
@@ -63,14 +64,14 @@ def pretrained(cohort, **options):
 def make(cohort, settings=None, teacher=None, **changes):
     features = Features(settings or config(), cohort, device="cpu")
     features.teacher = teacher or PCATeacher()
-    for name, value in changes.items():
-        setattr(features, name, value)
+    features.targets = TeacherTargets(features.teacher, cohort, **{"data": features.data, "device": "cpu"} | changes)
     return features
 
 
 def targets(cohort, settings=None, rows=ROWS, teacher=None, **changes):
     """Return embedding, labels and number of labels of the rows, and what each step learned from."""
-    return make(cohort, settings, teacher, **changes)._make_targets(rows)
+    settings = settings or config()
+    return make(cohort, settings, teacher, **changes).targets.make(rows, settings.make_labeler())
 
 
 def train(cohort, settings=None, rows=ROWS, teacher=None):
@@ -173,9 +174,9 @@ def test_fitted_teacher_is_fitted_again_for_every_fold(cohort, cache, embedded):
 
 def test_folds_share_the_embedding_of_a_pretrained_teacher(cohort, cache, monkeypatch):
     teacher, calls = pretrained(cohort), []
-    monkeypatch.setattr(features_module, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
+    monkeypatch.setattr(targets_module, "embed_cohort", lambda *a, **k: calls.append(1) or embed_cohort(*a, **k))
     features = make(cohort, teacher=teacher)
-    one, two = (features._make_targets(rows) for rows in (ROWS, ROWS + 10))
+    one, two = (features.targets.make(rows, config().make_labeler()) for rows in (ROWS, ROWS + 10))
     assert (one[3]["teacher"], two[3]["teacher"], len(calls)) == (None, None, 1)
     np.testing.assert_array_equal(one[3]["embedding"], two[3]["embedding"])
     np.testing.assert_array_equal(one[0], embed_cohort(teacher, cohort)[ROWS])
