@@ -109,6 +109,10 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         write_metrics(table, this.work / "metrics.csv")
         write_h5ad(predictions, this.work / "predictions.h5ad")
         record = this.features.save_students(this.outer_students(), this.work)
+        if config.feature_kind == "file":
+            record["weights"] = (
+                f"features of {Path(config.features).name}, {hashlib.sha256(np.ascontiguousarray(this.X)).hexdigest()[:16]}"
+            )
         if config.features in ("student", "frozen+student"):
             _save_probes(this, {f"fold{i}": probe for i, probe in result.probes.items()}, record)
         if maps:
@@ -260,7 +264,7 @@ def _start(config: RunConfig, out: str | os.PathLike, *, command: str, progress:
             )  # fmt: skip
         X = None
         if config.feature_kind == "file":
-            cohort, X = read_features(config.features, cohort)
+            cohort, X = read_features(config.features, cohort)  # without spots outside all tiles
         protocol, splits, checker = config.resolve_protocol(), [], None
         train_mask = select_training_spots(cohort, config.train_share, config.seed)
         if command != "train" or protocol.alpha == "inner":

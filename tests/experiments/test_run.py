@@ -5,6 +5,7 @@ import re
 import shutil
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,10 +15,11 @@ from safetensors import safe_open
 from scipy import sparse
 from scipy.stats import spearmanr
 
-from peka_lite.backbones import BACKBONES
+from peka_lite.backbones import BACKBONES, load_backbone
 from peka_lite.data import hash_cohort, open_cohort
 from peka_lite.evaluation import ALPHAS, LeakError, pool_scores
-from peka_lite.experiments import RunConfig, features, load_or_run, load_run, run, run_name
+from peka_lite.experiments import RunConfig, features, load_or_run, load_run, run, run_name, train, write_features
+from peka_lite.reports import protocol_table, read_runs
 from peka_lite.teachers import ScFoundation
 
 pytestmark = [
@@ -160,6 +162,29 @@ def test_projector_features_are_projections_of_the_adapted_student(mini_root, tm
     assert projected_all[0].shape == (len(tiles), model.projector[-1].out_features)
     assert np.allclose(projected_all[0][:16], projected, atol=2e-3)
     assert not (tmp_path / "out" / "probe.safetensors").exists()
+
+
+def test_features_of_a_file_are_evaluated_as_those_of_a_run(mini_root, tmp_path):
+    cohort, settings = open_cohort(mini_root), TINY_STUDENT | {"method": "none", "protocol": "hest"}
+    file = tmp_path / "features" / "frozen.h5ad"
+    file.parent.mkdir()
+    write_features(cohort, file, load_backbone("tiny", weights="random"))
+    own = run(config(mini_root, **settings), tmp_path / "own", maps=False)
+    given = run(config(mini_root, **settings, features=str(file)), tmp_path / "given", maps=False)
+    assert given["mean_pcc"] == pytest.approx(own["mean_pcc"], abs=1e-6)
+    assert (given["features"], given["learned_from"]) == ("file", "not declared")
+    assert own["learned_from"] == "recorded by each fit"
+    assert given["weights"].startswith("features of frozen.h5ad, ")
+    table = load_run(tmp_path / "given")[1]
+    assert table["features"].unique() == ["file"]
+    assert "file frozen.h5ad" in str(protocol_table(read_runs([tmp_path / "given"])))
+    with pytest.raises(ValueError, match="have no student to train"):
+        train(config(mini_root, **settings, features=str(file)), tmp_path / "model")
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["x"] = 1
+    with pytest.raises(ValueError, match=r"other\.h5"):
+        run(config(mini_root, **settings, features=str(tmp_path / "other.h5")), tmp_path / "bad")
+    assert not (tmp_path / "bad.partial").exists()
 
 
 def test_features_backbone_is_an_alias_of_student():
