@@ -110,9 +110,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         write_h5ad(predictions, this.work / "predictions.h5ad")
         record = this.features.save_students(this.outer_students(), this.work)
         if config.feature_kind == "file":
-            record["weights"] = (
-                f"features of {Path(config.features).name}, {hashlib.sha256(np.ascontiguousarray(this.X)).hexdigest()[:16]}"
-            )
+            digest = hashlib.sha256(np.ascontiguousarray(this.X)).hexdigest()[:16]
+            record["weights"] = f"features of {Path(config.features).name}, {digest}"
         if config.features in ("student", "frozen+student"):
             _save_probes(this, {f"fold{i}": probe for i, probe in result.probes.items()}, record)
         if maps:
