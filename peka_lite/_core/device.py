@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peka_lite._core.lazy import LazyMapping
+from peka_lite._core._lazy import LazyMapping
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from peka_lite._core._lazy import DTYPES, LAYER_TYPES, LazyMapping
 from peka_lite._core._yaml import is_line, read_yaml, yaml_text
 from peka_lite._core.device import PRECISION
 from peka_lite._core.io import write_file_atomically
-from peka_lite._core.lazy import DTYPES, LAYER_TYPES, LazyMapping
 from peka_lite._core.names import did_you_mean
 from peka_lite._core.untrusted_files import file_inside
 from peka_lite.backbones.registry import _BACKBONES, BACKBONES, Backbone, check_block_size

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peka_lite._core._file_kinds import file_kind
+from peka_lite._core._lazy import LazyMapping
 from peka_lite._core._torch_files import OPTIONS, read_torch_file
 from peka_lite._core.device import compute_dtype
 from peka_lite._core.hashing import sha256
-from peka_lite._core.lazy import LazyMapping
 from peka_lite._core.names import did_you_mean
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.backbones.custom import PACKAGED_NAMES, check_architecture, get_backbone

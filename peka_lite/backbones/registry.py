@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from peka_lite._core._lazy import LazyMapping
 from peka_lite._core.device import PRECISION
-from peka_lite._core.lazy import LazyMapping
 
 if TYPE_CHECKING:
     import torch

@@ -119,7 +119,7 @@ def _add_settings(experiment: argparse.ArgumentParser) -> None:
     """Add one option per setting, in groups by what it decides."""
     from peka_lite.experiments.settings import DECIDES, SETTINGS
 
-    groups = {what: experiment.add_argument_group(f"{what} ({words})") for what, words in DECIDES.items()}
+    groups = {kind: experiment.add_argument_group(f"{kind} ({text})") for kind, text in DECIDES.items()}
     for name, row in SETTINGS.items():
         group, flag = groups[row.decides], f"--{name.replace('_', '-')}"
         text = row.help.replace("%", "%%")

@@ -145,8 +145,11 @@ def read_sweep_folder(folder: str | os.PathLike) -> SweepFolder:
         record = _read_record(folder, name)
         if isinstance(record.get("seconds"), int | float):
             seconds[name] = float(record["seconds"])
-        if (folder / name).is_dir() and not explain_incomplete(folder_inside(folder, name), notebook is not None):
+        inside = folder_inside(folder, name) if (folder / name).is_dir() else None
+        if inside and not (problem := explain_incomplete(inside, notebook is not None)):
             finished.append(name)
+        elif inside:
+            missing[name] = f"failed: {problem}"
         elif record.get("state") == "failed":
             missing[name] = f"failed: {record.get('last_line', '')}"
         else:

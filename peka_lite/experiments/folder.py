@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from peka_lite._core._yaml import is_line, read_yaml, yaml_text
-from peka_lite._core.hdf5 import read_anndata
 from peka_lite._core.io import write_file, write_file_atomically
 from peka_lite._core.locks import PARTIAL, lock_output_folder, move_if_absent
 from peka_lite._core.outputs import check_free, check_work, find_link
 from peka_lite._core.untrusted_files import file_inside, folder_inside, read_json_inside, read_yaml_inside
 from peka_lite.adapters._choices import METHODS
-from peka_lite.backbones.custom import restore_backbone, save_backbone
+from peka_lite.backbones.custom import ROW_FILE, is_backbone_file, restore_backbone, save_backbone
 from peka_lite.data._choices import NORMALIZATIONS
 from peka_lite.evaluation.protocols import PROTOCOLS, SPLITS
 from peka_lite.experiments._sweep_folder import RUN_FILES
@@ -37,6 +36,13 @@ if TYPE_CHECKING:
 
     from peka_lite._core._processes import Processes
     from peka_lite.probe.files import Probes
+
+
+_EXPECTED = {  # type of pydantic's error -> what was expected
+    "int_type": "must be a whole number", "float_type": "must be a number", "bool_type": "must be true or false",
+    "string_type": "must be text", "list_type": "must be a list", "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+}  # fmt: skip
 
 
 def _check_line(value: str) -> str:
@@ -236,6 +242,8 @@ class RunFolder:
 
     def predictions(self) -> ad.AnnData:
         """Read ``predictions.h5ad``: held-out predictions of all spots, with layer ``measured``."""
+        from peka_lite._core.hdf5 import read_anndata  # a sweep plans thousands of points without anndata
+
         path = self.file("predictions.h5ad")
         adata = read_anndata(path, layers=("measured",))
         if absent := {"slide", "patient", "barcode", "fold"} - set(adata.obs) or {"measured"} - set(adata.layers):
@@ -338,10 +346,12 @@ def _read(folder: Path, name: str, read):
     try:
         return read(folder, name)
     except ValueError as error:
-        if "link" in str(error):
+        path, reason = folder / name, str(error)
+        if "is a link" in reason or "is not a regular file" in reason:
             raise
+        reason = reason.removeprefix(str(path)).lstrip(": ")
         raise ValueError(
-            f"{folder / name} is truncated or damaged ({error}); remove its folder and run `{remake_command(folder)}`"
+            f"{path} is truncated or damaged ({reason}); remove its folder and run `{remake_command(folder)}`"
         ) from None
 
 
@@ -349,6 +359,8 @@ def _check_config(path: Path, fields) -> RunConfig:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} has no settings; give a folder written by this version of peka_lite")
     try:
+        if isinstance(fields.get("backbone"), str) and is_backbone_file(fields["backbone"]):
+            raise ValueError(f"backbone is the name of a backbone defined in {ROW_FILE}, not a file")
         return RunConfig(**{str(name): value for name, value in update_words(fields).items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}; give a folder written by this version of peka_lite") from None
@@ -365,8 +377,9 @@ def _check_summary(path: Path, summary) -> dict:
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        given = "" if problem["type"] == "missing" else f", not {repr(problem['input'])[:120]}"
-        message = "is missing (the folder may be of an older version)" if problem["type"] == "missing" else message
+        message, given = _EXPECTED.get(problem["type"], problem["msg"]), f", not {repr(problem['input'])[:120]}"
+        message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+        if problem["type"] == "missing":
+            message, given = "is missing (the folder may be of an older version)", ""
         raise ValueError(f"{path}: {field} {message}{given}; remove the folder and run the command again") from None
     return summary

@@ -192,12 +192,12 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
         record = this.features.save_students({name: rows}, this.work)
         _save_probes(this, {name: (probe, list(genes))}, record)
         seen = set(this.cohort.obs["slide"].to_numpy()[this.features.student_rows(rows)].astype(str))
-        own = {
+        details = {
             "split": None if fold is None else this.protocol.split, "mean_pcc": None, "fold": fold, "alpha": alpha,
             "held_out": sorted({s.id for s in this.cohort.slides} - seen), "n_train": len(rows),
             "pca_components": int(probe.n_components_),
         }  # fmt: skip
-        return write_summary(this.describe(record) | own, this.work)
+        return write_summary(this.describe(record) | details, this.work)
 
 
 @dataclasses.dataclass

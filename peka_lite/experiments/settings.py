@@ -157,9 +157,9 @@ def _read_table() -> dict[str, Setting]:
 SETTINGS = MappingProxyType(_read_table())
 
 
-def settings_deciding(*what: str) -> tuple[str, ...]:
+def settings_deciding(*kinds: str) -> tuple[str, ...]:
     """Return the names of the settings that decide one of these (keys of `DECIDES`), in the table's order."""
-    return tuple(name for name, row in SETTINGS.items() if row.decides in what)
+    return tuple(name for name, row in SETTINGS.items() if row.decides in kinds)
 
 
 def describe_settings() -> pd.DataFrame:

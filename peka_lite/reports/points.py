@@ -96,8 +96,8 @@ def metrics_table(runs: Sequence[Run], *, sweeps: Sequence[SweepFolder] = ()) ->
     """
     names, parts = _varying_settings(runs, sweeps), []
     for run in runs:
-        if run.files is not None:
-            table = run.files.metrics().replace({"features": OLD_FEATURES})
+        if run.metrics is not None:
+            table = run.metrics.replace({"features": OLD_FEATURES})
         else:
             table = pool_scores(run.moments[run.moments["normalization"] == run.summary["normalization"]])
             table = table[["fold", "gene", "pcc"]]

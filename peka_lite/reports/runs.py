@@ -35,8 +35,8 @@ class Run:
 
     Attributes
     ----------
-    files
-        The run's files; None for a mean over seeds.
+    folder, metrics
+        Folder of the run, and its table of scores; None for a mean over seeds.
     points
         The sweep points of the run; several if they have the same run.
     varied
@@ -49,7 +49,8 @@ class Run:
     config: dict
     summary: dict
     moments: pd.DataFrame
-    files: RunFolder | None = None
+    folder: Path | None = None
+    metrics: pd.DataFrame | None = None
     points: tuple[str, ...] = ()
     varied: dict = dataclasses.field(default_factory=dict)
     parts: tuple[Run, ...] = ()
@@ -139,9 +140,7 @@ def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
         if (first := runs.setdefault(key, run)) is run:
             continue
         if not (first.points or points):
-            raise ValueError(
-                f"{first.files.path} and {folder} are the same run (same settings, same data); leave one out"
-            )
+            raise ValueError(f"{first.folder} and {folder} are the same run (same settings, same data); leave one out")
         varied = {k: v for k, v in first.varied.items() if k in varied and varied[k] == v}
         points = tuple(dict.fromkeys(first.points + points))
         runs[key] = dataclasses.replace(first, points=points, varied=varied)
@@ -286,4 +285,5 @@ def group_runs(runs: Iterable[Run], key: Callable, *, order: Sequence[str] = ())
 
 def _read_run(folder: Path, within: Path) -> Run:
     files = RunFolder.open(folder, kind="run", within=within)
-    return Run(folder.resolve().name, files.config.as_dict(), files.summary, files.moments(), files)
+    name, config = folder.resolve().name, files.config.as_dict()
+    return Run(name, config, files.summary, files.moments(), files.path, files.metrics())

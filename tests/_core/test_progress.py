@@ -151,7 +151,7 @@ def test_every_long_part_of_a_run_has_a_name(mini_root, tmp_path, monkeypatch):
     assert {
         "reading the cohort", "hashing the data: slide", "training", "loading tiny", "fitting the teacher",
         "copying tiles to a memory map: part", "transfer:", "embed tiles:", "choosing genes: fold",
-        "alpha: pair of folds", "probe: fold", "maps: slide",
+        "alpha: folds left out", "probe: fold", "maps: slide",
     } <= set(named)  # fmt: skip
     assert any(name.startswith("clustering ") for name in named)
 

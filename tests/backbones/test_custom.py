@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 import peka_lite as pk
-from peka_lite._core.lazy import LazyMapping
+from peka_lite._core._lazy import LazyMapping
 from peka_lite.backbones import BACKBONES, Backbone, custom, load_backbone, read_backbone, register_backbone, registry
 from peka_lite.backbones.custom import row_fields
 from peka_lite.backbones.registry import IMAGENET
@@ -107,7 +107,7 @@ def test_invalid_or_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"b\.yml: invalid YAML"):
         read_backbone(tmp_path / "b.yml")
     with pytest.raises(FileNotFoundError, match=r"c\.yml: file not found; a backbone is a registered name or"):
-        pk.RunConfig(backbone=str(tmp_path / "c.yml"))
+        pk.RunConfig(backbone=str(tmp_path / "c.yml")).check()
     with pytest.raises(ValueError, match=r"options: act_layer is <class.*'timm.layers:SwiGLUPacked'"):
         register_backbone(dataclasses.replace(CUSTOM, options={"act_layer": nn.SiLU}))
 
@@ -133,10 +133,11 @@ def test_unknown_name_error_mentions_register_backbone():
             call("minni")
 
 
-def test_config_accepts_a_file_and_stores_the_name(file):
+def test_config_keeps_a_file_and_gives_its_row(file):
     config = pk.RunConfig(backbone=str(file), weights="random")
-    assert config.backbone == "custom-vit"
-    assert config.as_dict()["backbone"] == "custom-vit"
+    assert config.as_dict()["backbone"] == config.backbone == str(file)
+    assert config.spec == CUSTOM
+    assert config.with_backbone_name().backbone == "custom-vit"
     assert BACKBONES["custom-vit"] == CUSTOM
     assert load_backbone(file, weights="random").spec == CUSTOM
 
@@ -170,7 +171,7 @@ def test_run_restores_an_unregistered_row(mini_root, file, tmp_path, isolated_ca
     pk.load_or_run(config, tmp_path / "run", maps=False)
     del registry._BACKBONES["custom-vit"]
     again, table, summary, _ = pk.load_run(tmp_path / "run")
-    assert again == config
+    assert again == config.with_backbone_name()
     assert summary["backbone"] == "custom-vit"
     assert set(table["backbone"]) == {"custom-vit"}
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
@@ -195,7 +196,7 @@ def test_sweep_passes_the_file_to_its_points(mini_root, file, tmp_path):
     (tmp_path / "mini").mkdir()  # a folder named like a backbone is ignored
     points = pk.experiments.read_sweep(sweep).points
     assert {p.settings["backbone"] for p in points} == {"mini", str(file.resolve())}
-    assert pk.RunConfig(**points[-1].settings).backbone == "custom-vit"
+    assert pk.RunConfig(**points[-1].settings).spec.name == "custom-vit"
     change_fields(file, dim="remove")
     registry._BACKBONES.pop("custom-vit", None)
     with pytest.raises(ValueError, match=r"custom_vit\.yml: dim missing"):

@@ -106,7 +106,7 @@ def test_run_with_other_packaged_weights_is_not_reused(mini_root, isolated_cache
 def test_missing_packaged_weights_raise_one_clear_error(tmp_path, monkeypatch):
     path = replace_package_data(monkeypatch, tmp_path)
     words = re.escape(f"{path}: the weights of mini are missing from the package; reinstall it")
-    for load in (lambda: load_backbone("mini"), RunConfig, lambda: read_sweep("quick")):
+    for load in (lambda: load_backbone("mini"), lambda: RunConfig().check(), lambda: read_sweep("quick")):
         with pytest.raises(FileNotFoundError, match=words) as error:
             load()
         assert "\n" not in str(error.value)

@@ -61,7 +61,7 @@ def test_an_unknown_cohort_is_refused_with_the_known_names():
 
 def test_the_error_for_an_unfetched_cohort_gives_the_command():
     with pytest.raises(FileNotFoundError, match="peka-lite fetch kidney"):
-        RunConfig(cohort="kidney", weights="random")
+        RunConfig(cohort="kidney", weights="random").check()
 
 
 def test_a_fetched_cohort_is_found_by_name(fetched, monkeypatch):

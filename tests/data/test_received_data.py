@@ -179,8 +179,7 @@ def test_a_point_or_a_run_that_is_a_link_out_of_the_folder_is_not_read(tmp_path,
 def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(tmp_path, outside, name):
     good = write_run_folder(tmp_path / "runs" / "good")
     bad = write_run_folder(tmp_path / "runs" / "bad", method="bone")
-    table = pd.DataFrame({"fold": 0, "gene": [SECRET], "pcc": 0.5})
-    table.to_csv(bad / "metrics.csv", index=False)
+    pd.read_csv(bad / "metrics.csv").assign(gene=SECRET).to_csv(bad / "metrics.csv", index=False)
     os.replace(bad / name, outside / name)
     (bad / name).symlink_to(outside / name)
     with pytest.warns(UserWarning, match=rf"skipped: .*bad.*{re.escape(name)} is a link that leads out of"):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -49,6 +50,10 @@ def write_folder(folder, *, adapters=("fold0", "fold1"), probes=("fold0", "fold1
     (folder / "config.yml").write_text(yaml.safe_dump(config))
     about = training_summary() if summary == {} else complete_summary(**(summary or {}))
     (folder / "summary.json").write_text(json.dumps(about))
+    if summary != {}:
+        row = {name: about[name] for name in ("method", "backbone", "split", "protocol", "features", "normalization")}
+        row |= {"fold": 0, "gene": GENES, "pcc": [0.1, 0.2, 0.3], "n_train": 120, "n_test": 63}
+        pd.DataFrame(row).to_csv(folder / "metrics.csv", index=False)
     if config["method"] != "none":
         paths = {name: folder / name for name in adapters}
         for draw, path in enumerate(paths.values()):
@@ -200,7 +205,7 @@ def test_cohort_and_teacher_may_be_absent(copy):
     (copy / "config.yml").write_text(yaml.safe_dump(settings))
     trained = load_trained(copy, device="cpu")
     assert trained.config.slides == ("S1",)
-    assert trained.config.epochs == RunConfig.epochs  # the default for a setting that the file lacks
+    assert trained.config.epochs == RunConfig().epochs  # the default for a setting that the file lacks
 
 
 def test_weights_can_be_given_as_a_file(tmp_path, copy):
@@ -238,8 +243,8 @@ def test_unknown_fold_is_refused(folder):
         ({"normalization": "log1p"}, "has normalization 'log1p-cp10k', but the run has 'log1p'"),
         ({"seed": 1}, "'random, seed 0' .* 'random, seed 1' .* load those of the adapter"),
         ({"features": "frozen+student"}, "takes 192 features, but the student has 384"),
-        ({"protocol": "paper"}, "no adapter 'all'; it has fold0, fold1"),
-        ({"flavour": "mint"}, "unknown settings flavour"),
+        ({"protocol": "paper", "split": "spot", "alpha": 1.0}, "no adapter 'all'; it has fold0, fold1"),
+        ({"flavour": "mint"}, "unknown setting 'flavour'"),
     ],
     ids=str,
 )

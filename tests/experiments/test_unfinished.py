@@ -90,7 +90,7 @@ def folders(mini_root, tmp_path):
     points = {"seed=1": {"seed": 1}, "seed=2": {"seed": 2}}
     sweep = yaml.safe_dump({"title": "T", "notebook": None, "varied": ["seed"], "points": points})
     write(tmp_path / "sweep", sweep_yml=sweep)
-    write(tmp_path / "sweep" / "seed=1", config_yml=settings, summary_json="{}")
+    write(tmp_path / "sweep" / "seed=1", config_yml=settings, summary_json='{"n": 1}')
     (tmp_path / "genes.h5ad").write_text("")
     write(tmp_path / "genes.h5ad.node7.partial")
     return tmp_path
@@ -102,7 +102,7 @@ def folders(mini_root, tmp_path):
         ("bone", r"bone: .*stopped before its end.*`peka-lite run .*--protocol strict --epochs 4 --out \S+/bone`"),
         ("bone.partial", r"bone\.partial: .*stopped.*`peka-lite run .*--epochs 4 --out \S+/bone`"),
         ("cut", r"cut: .*\(summary\.json missing\): remove the folder and give `peka-lite run .* --out \S+/cut`"),
-        ("short", r"short/summary\.json is truncated or damaged; remove its folder and run `peka-lite run"),
+        ("short", r"short/summary\.json is truncated or damaged \(.*\); remove its folder and run `peka-lite run"),
         ("list", r"list/summary\.json is not a mapping"),
         ("garbled", r"garbled/config\.yml is truncated or damaged"),
         ("empty", r"empty: .*\(config\.yml, summary\.json missing\); `peka-lite train` creates one"),

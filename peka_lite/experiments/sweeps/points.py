@@ -117,8 +117,9 @@ def read_finished(out: Path, job: dict) -> dict | None:
     if not folder.is_dir() or explain_incomplete(folder, notebook is not None):
         return None
     record = read_json(folder / "point.json")
-    if not record and notebook is None:  # by `peka-lite run`
-        record = {"settings": RunFolder.open(folder).config.as_dict()}
+    if not record and notebook is None:
+        with contextlib.suppress(ValueError, OSError):  # by `peka-lite run`
+            record = {"settings": RunFolder.open(folder).config.as_dict()}
     expected = _build_record(job)
     settings = record.get("settings")
     if not isinstance(settings, dict) or (record.get("code") is None) != (expected["code"] is None):

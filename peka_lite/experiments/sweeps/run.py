@@ -294,8 +294,8 @@ def _used_cache(job: dict, *, since: float) -> bool:
     if job["notebook"] is not None or settings["features"] not in WITH_STUDENT:
         return False
     name = settings["backbone"] if settings["method"] == "none" else f"{settings['backbone']}_{settings['method']}"
-    made = (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/features.npy")
-    return not any(path.stat().st_mtime >= since - 1 for path in made)
+    written = (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/features.npy")
+    return not any(path.stat().st_mtime >= since - 1 for path in written)
 
 
 def _find_mismatches(client) -> list[str]:

@@ -563,12 +563,12 @@ def test_plan_reports_unknown_run_times(tmp_path):
 def test_cached_students_are_detected(tmp_path, monkeypatch):
     monkeypatch.setenv("PEKA_LITE_CACHE", str(tmp_path))
     job = {"notebook": None, "settings": {"features": "student", "backbone": "mini", "method": "bone"}}
-    other = tmp_path / "students" / "mini_0123456789abcdef" / "record.json"
+    other = tmp_path / "students" / "mini_0123456789abcdef" / "features.npy"
     other.parent.mkdir(parents=True)
     other.touch()
     begun = time.time()
     assert sweep_run._used_cache(job, since=begun)
-    trained = tmp_path / "students" / "mini_bone_0123456789abcdef" / "record.json"
+    trained = tmp_path / "students" / "mini_bone_0123456789abcdef" / "features.npy"
     trained.parent.mkdir()
     trained.touch()
     assert not sweep_run._used_cache(job, since=begun)

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from run_folders import complete_summary
 
 from peka_lite.experiments import RunConfig, plan_sweep, read_sweep, ready_sweeps, sweep_states
 from peka_lite.experiments.sweeps._notebook import read_parameters
@@ -256,11 +257,11 @@ def test_states_follow_folders_and_settings(write, tmp_path):
     done = out / "seed=0"
     done.mkdir()
     (done / "config.yml").write_text(yaml.safe_dump(sweep.points[0].settings))
-    (done / "summary.json").write_text('{"mean_pcc": 0.1}')
+    (done / "summary.json").write_text(json.dumps(complete_summary()))
     assert list(sweep_states(sweep, out)["state"]) == ["done", "unfinished", "missing"]
     (done / "summary.json").write_text('{"mean_pcc": 0.')
     assert sweep_states(sweep, out)["state"].iloc[0] == "failed"
-    (done / "summary.json").write_text('{"mean_pcc": 0.1}')
+    (done / "summary.json").write_text(json.dumps(complete_summary()))
     other = read_sweep(write(fixed=FIXED | {"tau": 3.0}, grid={"seed": [0]}))
     with pytest.raises(FileExistsError, match=r"seed=0 has other settings \(tau\)"):
         sweep_states(other, out)
