@@ -12,7 +12,8 @@ from run_folders import write_run_folder
 import peka_lite as pk
 from peka_lite._core.names import escape_markdown, unique_file_name
 from peka_lite.experiments import RunFolder
-from peka_lite.experiments.folder import draw_maps, write_metrics
+from peka_lite.experiments.folder import write_metrics
+from peka_lite.maps.draw import draw_maps
 from peka_lite.maps.tissue import save_predicted_map
 
 ODD = (

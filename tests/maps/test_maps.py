@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import pearsonr
 
 from peka_lite.data import read_slide
-from peka_lite.experiments.folder import draw_maps
 from peka_lite.maps import expression_map, local_pcc, pcc_map, predicted_map
+from peka_lite.maps.draw import draw_maps
 from peka_lite.maps.tissue import choose_gene, color_limits, list_remarks, save_predicted_map
 
 

@@ -98,8 +98,8 @@ def damage(folder, how):
         ("hidden", r"\.b\.77\.partial: no finished run here, it was stopped"),
         ("stats", r"b: no finished run here \(summary\.json missing\): remove the folder and give `peka-lite run"),
         ("summary.json", r"b/summary.json is truncated or damaged .* run `peka-lite run"),
-        ("slides.parquet", r"b: cannot read a file of the run"),
-        ("config.yml", r"b: cannot read a file of the run"),
+        ("slides.parquet", r"b/slides\.parquet: .*; repeat the run"),
+        ("config.yml", r"b/config\.yml is truncated or damaged .* run `peka-lite run"),
         ("empty", None),
     ],
 )
