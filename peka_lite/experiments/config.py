@@ -78,13 +78,13 @@ class RunConfig(Settings):
             if getattr(self, field) is not None and self.teacher != "scfoundation":
                 raise ValueError(f"{field} belongs to teacher 'scfoundation', not {self.teacher!r}")
         if not is_backbone_file(self.backbone):
-            self._check_adapter()
+            self._check_adapter(self.spec)
 
-    def _check_adapter(self) -> None:
-        if self.method != "none" and self.spec.bone_r is None:
-            raise ValueError(f"backbone {self.spec.name!r} takes only method 'none': it has no plain attention layers")
+    def _check_adapter(self, spec: Backbone) -> None:
+        if self.method != "none" and spec.bone_r is None:
+            raise ValueError(f"backbone {spec.name!r} takes only method 'none': it has no plain attention layers")
         if self.method == "bone":
-            check_block_size(self.spec, self.block_size)
+            check_block_size(spec, self.block_size)
 
     def check(self) -> None:
         """Look for the files, the cohort and the device that the settings name.
@@ -96,9 +96,10 @@ class RunConfig(Settings):
         ValueError
             For an invalid backbone file, and a GPU that PyTorch does not find.
         """
-        self._check_adapter()
+        spec = self.spec  # reads the file of a custom backbone
+        self._check_adapter(spec)
         if self.weights == "hub":
-            find_packaged(self.spec)  # raises if packaged weights are missing
+            find_packaged(spec)  # raises if packaged weights are missing
         elif self.weights != "random" and not Path(self.weights).is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file; give a file, 'hub' or 'random'")
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):

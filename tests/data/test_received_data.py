@@ -496,7 +496,7 @@ def test_a_report_escapes_nasty_names(nasty_sweep, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp("models") / "run", method="none", features="frozen+student")
+    folder = write_folder(tmp_path_factory.mktemp("models") / "run", features="frozen+student")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return load_trained(folder, fold=1, device="cpu")

@@ -169,11 +169,11 @@ def test_features_of_a_file_are_evaluated_as_those_of_a_run(mini_root, tmp_path)
     file = tmp_path / "features" / "frozen.h5ad"
     file.parent.mkdir()
     write_features(cohort, file, load_backbone("tiny", weights="random"))
-    own = run(config(mini_root, **settings), tmp_path / "own", maps=False)
+    computed = run(config(mini_root, **settings), tmp_path / "computed", maps=False)
     given = run(config(mini_root, **settings, features=str(file)), tmp_path / "given", maps=False)
-    assert given["mean_pcc"] == pytest.approx(own["mean_pcc"], abs=1e-6)
+    assert given["mean_pcc"] == pytest.approx(computed["mean_pcc"], abs=1e-6)
     assert (given["features"], given["learned_from"]) == ("file", "not declared")
-    assert own["learned_from"] == "recorded by each fit"
+    assert computed["learned_from"] == "recorded by each fit"
     assert given["weights"].startswith("features of frozen.h5ad, ")
     table = load_run(tmp_path / "given")[1]
     assert table["features"].unique() == ["file"]

@@ -58,13 +58,13 @@ class Recorded:
 )  # fmt: skip
 def test_every_setting_that_reaches_a_student_decides_it(mini_cohort, tmp_path, monkeypatch, settings):
     config = RunConfig(**SMALL | settings)
-    made = Features(config, mini_cohort, device="cpu")
-    made.config = recorded = Recorded(config)
+    built = Features(config, mini_cohort, device="cpu")
+    built.config = recorded = Recorded(config)
     recorded.load_teacher(), recorded.make_labeler()
     monkeypatch.setattr(features, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     tmp_path.joinpath("work").mkdir()
     with pytest.raises(KeyboardInterrupt):  # all arguments of `fit` have been read
-        made._make_student(np.arange(40), tmp_path / "work")
+        built._make_student(np.arange(40), tmp_path / "work")
     assert {"seed", "method", "layers", "tau", "lr", "epochs", "kd_space", "teacher", "label_method"} <= recorded.read
     forgotten = recorded.read - set(settings_deciding("student", "memory"))
     assert not forgotten, f"{forgotten} reach a student: set decides='student' in the table of settings"
@@ -99,9 +99,9 @@ def test_each_setting_of_a_student_changes_its_cache_key(mini_cohort, tmp_path, 
 
 def test_settings_of_memory_and_probe_share_a_student(mini_cohort):
     changes = ({}, {"micro_batch": 4}, {"recompute": True}, {"n_genes": 9}, {"alpha": 3.0}, {"features": "projector"})
-    made = [Features(RunConfig(**SMALL | change), mini_cohort, device="cpu") for change in changes]
-    assert len({each.folder(np.arange(40)) for each in made}) == 1
-    assert len({each.folder(np.arange(k)) for each in made for k in (39, 40)}) == 2  # other rows, another student
+    built = [Features(RunConfig(**SMALL | change), mini_cohort, device="cpu") for change in changes]
+    assert len({each.folder(np.arange(40)) for each in built}) == 1
+    assert len({each.folder(np.arange(k)) for each in built for k in (39, 40)}) == 2  # other rows, another student
 
 
 def test_weights_of_the_hub_are_keyed_by_their_commit(mini_cohort, tmp_path, monkeypatch):

@@ -82,7 +82,10 @@ def write_notebook_sweep(tmp_path):
 
 def test_runs_of_notebook_points_are_read_at_any_depth_and_once(tmp_path):
     folder = write_notebook_sweep(tmp_path)
-    runs = {run.name + str(run.config.get("tau", "")): run for run in read_runs([folder])}
+    runs = {
+        run.name + ("" if run.config["method"] == "none" else str(run.config["tau"])): run
+        for run in read_runs([folder])
+    }
     assert sorted(runs) == ["bone1.0", "bone2.0", "frozen"]
     assert runs["frozen"].points == ("tau=1.0", "tau=2.0")
     assert runs["frozen"].varied == {}  # its points differ in tau
