@@ -83,12 +83,18 @@ def _run(*, out: str, maps: bool, **options) -> int:
     if not summary:  # not the first process
         return 0
     _echo(
-        f"{summary['method']}, features {summary['features']}, on {summary['backbone']} ({summary['weights']}), "
+        f"{summary['method']}, {_describe_features(summary)}, "
         f"protocol {summary['protocol']}, {summary['split']} split, {summary['n_folds']} folds: "
         f"mean PCC {summary['mean_pcc']:.3f} "
         f"[{summary['ci_low']:.3f}, {summary['ci_high']:.3f}], {summary['n_nan']} undefined; {out}"
     )
     return 0
+
+
+def _describe_features(summary: dict) -> str:
+    if summary["features"] == "file":
+        return f"{summary['weights']}, learned from: {summary['learned_from']}"
+    return f"features {summary['features']}, on {summary['backbone']} ({summary['weights']})"
 
 
 def _train(*, out: str, fold: int | None, **options) -> int:

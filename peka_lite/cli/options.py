@@ -150,16 +150,25 @@ def _text_or_number(text: str) -> str | float:
 
 
 class _Parser(argparse.ArgumentParser):
+    given: tuple[str, ...] = ()
+
     def error(self, message):
+        known = self._option_string_actions
+        unknown = [name for arg in self.given if (name := arg.partition("=")[0]).startswith("--") and name not in known]
+        if unknown:  # rather than an option that is missing because its name was misspelt
+            message = f"unrecognized arguments: {unknown[0]}{did_you_mean(unknown[0], known)}"
         super().error(escape_control(message))  # the message repeats the arguments, which may be file names
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = tuple(args or ())
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            subparser = self._subparsers._group_actions[0].choices[options.command]
-            name = unknown[0].partition("=")[0]
-            near = did_you_mean(name, subparser._option_string_actions) if name.startswith("-") else ""
-            subparser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+            self._subparsers._group_actions[0].choices[options.command].error(
+                f"unrecognized arguments: {' '.join(unknown)}"
+            )
         return options
 
 

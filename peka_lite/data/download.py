@@ -116,7 +116,7 @@ def fetch(name: str | Artifact, *, root: str | os.PathLike | None = None, progre
     root
         Folder to download to; by default a folder in the cache (`cache_dir`).
     progress
-        Print name, size and license to stderr.
+        Log name, size and license, and show progress bars in a terminal or a notebook.
 
     Raises
     ------

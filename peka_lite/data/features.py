@@ -15,11 +15,20 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from peka_lite._core._file_kinds import describe_mismatch, read_text
+from peka_lite._core.hashing import sha256
 from peka_lite._core.hdf5 import check_sizes, open_hdf5, read_table
 from peka_lite.data._format import decode_text, read_pixel_centers
 from peka_lite.data.hest import Cohort, Slide
 
 LOG = logging.getLogger("peka_lite")
+
+
+def describe_features(path: str | os.PathLike) -> str:
+    """Return the name of a file or folder of features with a hash of its content, as text."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    digest = hashlib.sha256("".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
+    return f"features of {path.resolve().name}, sha256 {digest[:12]}"
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def add_slide(
     metadata
         More fields for the slide's JSON file, such as organ or disease_state.
     progress
-        Print the plan and show a progress bar; if stderr is not a terminal, print a line every half minute.
+        Show a progress bar in a terminal or a notebook; the plan goes to the logger ``peka_lite``.
 
     Returns
     -------

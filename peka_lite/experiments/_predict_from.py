@@ -8,7 +8,6 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-from peka_lite._core.hdf5 import read_obs
 from peka_lite.data.cohorts import cohort_root
 from peka_lite.data.hest import read_slide
 from peka_lite.experiments.folder import RunFolder
@@ -87,7 +86,8 @@ def predict_from(
             raise ValueError(f"{slide} is an image file; a cohort can be given only with the id of a HEST slide")
         trained = load_trained(model, fold=fold, weights=weights, device=device)
         return predict_slide(slide, trained, out, mpp=mpp, min_tissue=min_tissue, **options)
-    config = RunFolder.open(model).config
+    run = RunFolder.open(model)
+    config = run.config
     root = cohort_root(cohort or config.cohort)
     if not (root / "st" / f"{slide}.h5ad").is_file():
         known = sorted(path.stem for path in (root / "st").glob("*.h5ad"))
@@ -98,7 +98,7 @@ def predict_from(
     if mpp is not None:
         raise ValueError(f"{slide} is a HEST slide, whose tiles are already cut; give mpp only with an image file")
     in_cohort = cohort is None or root == _find_root(config.cohort)
-    test_fold = fold_without(model, slide) if in_cohort else None
+    test_fold = fold_without(run, slide) if in_cohort else None
     trained = load_trained(model, fold=test_fold if fold is None else fold, weights=weights, device=device)
     status = "other cohort" if not in_cohort else "no" if test_fold is None or trained.fold != test_fold else "yes"
     return predict_spots(read_slide(root, slide), trained, out, held_out=status, **options)
@@ -112,14 +112,12 @@ def _find_root(cohort: str) -> Path | None:
         return None
 
 
-def fold_without(model: str | os.PathLike, slide: str) -> int | None:
+def fold_without(run: RunFolder, slide: str) -> int | None:
     """Return the fold whose model was trained on no spot of a slide of the run's cohort; None if there is none."""
-    run = RunFolder.open(model)
-    config, summary = run.config, run.summary
-    if config.resolve_protocol().student == "all":
+    if run.config.resolve_protocol().student == "all":
         return None
-    if "held_out" in summary:
-        return summary["fold"] if slide in summary["held_out"] else None
-    spots = read_obs(Path(model) / "predictions.h5ad")
+    if run.is_training:
+        return run.summary["fold"] if slide in run.summary["held_out"] else None
+    spots = run.spots()
     folds = np.unique(spots.loc[spots["slide"].astype(str) == slide, "fold"])
     return int(folds[0]) if len(folds) == 1 and folds[0] >= 0 else None

@@ -14,7 +14,14 @@ from peka_lite.backbones.registry import Backbone, check_block_size
 from peka_lite.data.cohorts import find_cohort
 from peka_lite.data.download import find_fetched
 from peka_lite.evaluation.protocols import PROTOCOLS, Protocol
-from peka_lite.experiments.settings import FEATURES, WITH_STUDENT, Settings, check_field, list_attributes
+from peka_lite.experiments.settings import (
+    FEATURES,
+    WITH_STUDENT,
+    Settings,
+    check_field,
+    list_attributes,
+    split_features,
+)
 
 # A sweep checks thousands of settings, so heavy packages (PyTorch, scanpy, ...) are imported where they are used.
 if TYPE_CHECKING:
@@ -105,8 +112,8 @@ class RunConfig(Settings):
         for field in ("teacher_checkpoint", "teacher_genes", "teacher_mapping"):
             if (path := getattr(self, field)) is not None and not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file for {field}")
-        if self.feature_kind == "file" and not Path(self.features).exists():
-            raise FileNotFoundError(f"{self.features}: no such file or folder of features")
+        if self.feature_kind == "file" and not Path(path := split_features(self.features)[0]).exists():
+            raise FileNotFoundError(f"{path}: no such file or folder of features")
         if self.teacher == "scfoundation" and self.teacher_checkpoint is None and find_fetched("scfoundation") is None:
             raise FileNotFoundError(
                 "teacher 'scfoundation' needs weights: run `peka-lite fetch scfoundation`, or give teacher_checkpoint"

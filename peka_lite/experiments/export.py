@@ -59,7 +59,7 @@ def export(
     trained = load_trained(folder, fold=fold, weights=weights, device="cpu")
     n = sum(tensor.numel() for tensor in trained.student.state_dict().values())
     logger.info(f"plan: {n:,} merged weights to write, with their probe and a model card")
-    run = RunFolder.open(folder)
+    run = RunFolder(trained.folder, trained.config, trained.summary, trained.folder)
     metrics = None if run.is_training else run.metrics()
     try:
         card = model_card(trained, metrics)

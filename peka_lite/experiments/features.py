@@ -34,13 +34,13 @@ from peka_lite.data.tiles import TileStore
 from peka_lite.evaluation.controls import color_features, coordinate_features, depth_features
 from peka_lite.evaluation.leaks import FittedFeatures
 from peka_lite.experiments.config import RunConfig
-from peka_lite.experiments.settings import settings_deciding
+from peka_lite.experiments.settings import SETTINGS, settings_deciding
 from peka_lite.experiments.targets import TeacherTargets, hash_rows, list_versions
 from peka_lite.transfer.fit import fit
 from peka_lite.transfer.model import NotFinite, TransferModel, mlp
 
 #: Settings of a frozen student; all that decide a trained one are `settings_deciding("student")`.
-_FROZEN = ("backbone", "weights", "seed")
+_FROZEN = ("backbone", "weights")
 _FITTING = ("epochs", "batch_size", "lr", "tau", "kd_weight", "ce_weight", "augment", "seed")
 _PROJECTOR = "projector.safetensors"
 
@@ -197,6 +197,15 @@ class Features:
         with stage(f"loading {self.config.backbone}"):
             return load_backbone(self.config.backbone, weights=self.config.weights, seed=self.config.seed)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return backbone_fingerprint(self._frozen)
+
+    def end_training(self) -> None:
+        """Release the network, and end the work with other processes."""
+        self.processes = Processes(self.device, alone=True)
+        self.__dict__.pop("_frozen", None)
+
     def _compute(self, rows: np.ndarray) -> FittedFeatures:
         if self.kind == "color":
             return FittedFeatures(color_features(self.tiles, progress=self.progress), {})
@@ -221,14 +230,15 @@ class Features:
 
     def _key(self, rows: np.ndarray | None) -> dict:
         config, trained = self.config, rows is not None
-        key = {
-            name: _identify(getattr(config, name)) for name in (settings_deciding("student") if trained else _FROZEN)
-        }
+        names = settings_deciding("student") if trained else _FROZEN
+        key = {name: _identify(name, getattr(config, name)) for name in names}
         key |= {
             "backbone": config.spec.name, "weights": identify_weights(config.spec, config.weights), "data": self.data,
             "versions": list_versions("torch", "timm", "peft", "scanpy", "scikit-learn"),
             "device": torch.device(self.device).type,
         }  # fmt: skip
+        if config.weights == "random":
+            key["seed"] = config.seed
         if config.spec.name not in PACKAGED_NAMES:
             key["row"] = row_fields(config.spec)
         if trained:
@@ -277,11 +287,12 @@ class Features:
                     save_file(projector, work / _PROJECTOR)
             student = merge(student)
         self._write_features(student, work / "features.npy")
+        self._frozen.cpu()  # the next training adapts a copy of it
         if first:
             with open_new_file(work / "learned_from.npz") as file:
                 np.savez(file, **{step: ids for step, ids in learned.items() if ids is not None})
             (work / "student.pt").unlink(missing_ok=True)
-        record |= {"weights": self._frozen.weights_origin, "fingerprint": backbone_fingerprint(self._frozen)}
+        record |= {"weights": self._frozen.weights_origin, "fingerprint": self._fingerprint}
         return record | {"pretrained": [step for step, ids in learned.items() if ids is None]}
 
     def _name_spots(self, rows: np.ndarray) -> str:
@@ -342,8 +353,8 @@ def _copy_checkpoint(work: Path, folder: Path) -> None:
             os.replace(work / "student.pt.copy", work / "student.pt")
 
 
-def _identify(value):
+def _identify(name: str, value):
     """Return a setting's value, or the content's hash where it is the path of a file."""
-    if isinstance(value, str) and Path(value).is_file():
+    if SETTINGS[name].path and isinstance(value, str) and Path(value).is_file():
         return f"sha256 {sha256(Path(value))}"
     return list(value) if isinstance(value, tuple) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -54,7 +53,7 @@ def _check_line(value: str) -> str:
 Line = Annotated[str, AfterValidator(_check_line)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Pcc = Annotated[float, Field(ge=-1, le=1)]
+Pcc = Annotated[float, Field(ge=-1 - 1e-9, le=1 + 1e-9)]  # rounding
 Normalization = Literal[NORMALIZATIONS]
 
 
@@ -103,7 +102,7 @@ class _Summary(_Record):
     teacher_coverage: Share | None
     weights: Line | None
     backbone_fingerprint: Line | None
-    adapted_share: Share
+    adapted_share: Annotated[float, Field(ge=0)]  # of the frozen weights; more than 1 with a large rank
     n_labels_per_fold: list[Count]
     n_spots: Count
     slides: list[Line]
@@ -202,8 +201,8 @@ class RunFolder:
             folder_inside(path, within=within)
         within = within or path
         restore_backbone(path)
-        summary = _read(path, SUMMARY, functools.partial(read_json_inside, within=within))
-        fields = _read(path, SETTINGS, functools.partial(read_yaml_inside, within=within))
+        summary = _read(path, SUMMARY, read_json_inside, within=within)
+        fields = _read(path, SETTINGS, read_yaml_inside, within=within)
         return cls(path, _check_config(path / SETTINGS, fields), _check_summary(path / SUMMARY, summary), within)
 
     @staticmethod
@@ -219,7 +218,7 @@ class RunFolder:
     @property
     def is_training(self) -> bool:
         """Return whether it is of `train`, which has no scores."""
-        return "scores" not in self.summary
+        return _is_training(self.summary)
 
     def file(self, name: str, *, largest: int | None = None) -> Path:
         """Return the path of a file after checking that it is a regular file of this folder."""
@@ -246,9 +245,24 @@ class RunFolder:
 
         path = self.file("predictions.h5ad")
         adata = read_anndata(path, layers=("measured",))
-        if absent := {"slide", "patient", "barcode", "fold"} - set(adata.obs) or {"measured"} - set(adata.layers):
-            raise ValueError(f"{path}: {', '.join(sorted(absent))} is missing; {self._repeat()}")
+        if "measured" not in adata.layers:
+            raise ValueError(f"{path}: layer measured is missing; {self._repeat()}")
+        self._check_spots(adata.obs)
         return adata
+
+    def spots(self) -> pd.DataFrame:
+        """Read the spots of ``predictions.h5ad`` alone: slide, patient, barcode and the fold that held out each."""
+        from peka_lite._core.hdf5 import read_obs
+
+        spots = read_obs(self.file("predictions.h5ad"))
+        self._check_spots(spots)
+        return spots
+
+    def _check_spots(self, spots: pd.DataFrame) -> None:
+        for name, kind in (("slide", "text"), ("patient", "text"), ("barcode", "text"), ("fold", "whole numbers")):
+            numeric = name in spots and spots[name].dtype.kind in "iu"
+            if name not in spots or numeric != (name == "fold"):
+                raise ValueError(f"{self.path / 'predictions.h5ad'}: obs has no {name} ({kind}); {self._repeat()}")
 
     def probes(self) -> Probes:
         """Read ``probe.safetensors``: the fitted probe and genes of each fold."""
@@ -342,14 +356,12 @@ def _check_work(config: RunConfig, out: Path, work: Path) -> None:
         )
 
 
-def _read(folder: Path, name: str, read):
+def _read(folder: Path, name: str, read, *, within: Path):
+    path = file_inside(folder, name, within=within)
     try:
-        return read(folder, name)
+        return read(folder, name, within=within)
     except ValueError as error:
-        path, reason = folder / name, str(error)
-        if "is a link" in reason or "is not a regular file" in reason:
-            raise
-        reason = reason.removeprefix(str(path)).lstrip(": ")
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
         raise ValueError(
             f"{path} is truncated or damaged ({reason}); remove its folder and run `{remake_command(folder)}`"
         ) from None
@@ -366,6 +378,10 @@ def _check_config(path: Path, fields) -> RunConfig:
         raise ValueError(f"{path}: {error}; give a folder written by this version of peka_lite") from None
 
 
+def _is_training(summary: dict) -> bool:
+    return any(name in summary for name in ("fold", "held_out", "n_train"))
+
+
 def _check_summary(path: Path, summary) -> dict:
     if not isinstance(summary, dict):
         raise ValueError(f"{path} is not a mapping; remove the folder and run the command again")
@@ -373,7 +389,7 @@ def _check_summary(path: Path, summary) -> dict:
     if "n_taught" in summary:  # of version 0.1
         summary["n_train"] = summary.pop("n_taught")
     try:
-        (_TrainingSummary if "held_out" in summary else _RunSummary).model_validate(summary)
+        (_TrainingSummary if _is_training(summary) else _RunSummary).model_validate(summary)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])

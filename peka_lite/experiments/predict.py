@@ -73,7 +73,7 @@ def predict_slide(
     workers
         Threads that read tiles, one batch each.
     progress
-        Print the plan and show a progress bar, or a line every half minute if stderr is not a terminal.
+        Show a progress bar in a terminal or a notebook; the plan goes to the logger ``peka_lite``.
 
     Returns
     -------

@@ -24,7 +24,7 @@ from peka_lite._core.progress import logger, stage, steps
 from peka_lite.backbones._packaged import describe_file, find_packaged
 from peka_lite.data.cohorts import open_cohort
 from peka_lite.data.expression import expression_targets, top_hvg
-from peka_lite.data.features import read_features
+from peka_lite.data.features import describe_features, read_features
 from peka_lite.data.hest import Cohort
 from peka_lite.evaluation.ceiling import expression_ceiling
 from peka_lite.evaluation.evaluate import Evaluation, choose_alpha, evaluate, left_out_sets
@@ -35,6 +35,7 @@ from peka_lite.evaluation.scores import bootstrap_interval, mean_scores
 from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.features import Features, select_training_spots
 from peka_lite.experiments.folder import RunFolder, write_metrics, write_summary
+from peka_lite.experiments.settings import split_features
 from peka_lite.maps.draw import draw_maps
 from peka_lite.probe.files import save_probes
 from peka_lite.probe.moments import gather
@@ -65,7 +66,8 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
     maps
         Draw the maps, the slowest part of a run with cached students.
     progress
-        Print the plan, then progress bars, or a line every half minute if stderr is no terminal.
+        Show bars in a terminal or a notebook. The plan, and elsewhere a line every half minute, go to the logger
+        ``peka_lite``.
 
     Returns
     -------
@@ -97,7 +99,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
             cached(**this.features.entry(rows))  # train the student, unless another job has just done so
         if not this.processes.first:
             return {}
-        this.features.processes = Processes(this.features.device, alone=True)
+        this.features.end_training()
 
         result = evaluate(
             this.cohort, this.folds, this.X, protocol=this.protocol, n_genes=config.n_genes,
@@ -110,8 +112,7 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         write_h5ad(predictions, this.work / "predictions.h5ad")
         record = this.features.save_students(this.outer_students(), this.work)
         if config.feature_kind == "file":
-            digest = hashlib.sha256(np.ascontiguousarray(this.X)).hexdigest()[:16]
-            record["weights"] = f"features of {Path(config.features).name}, {digest}"
+            record["weights"] = describe_features(split_features(config.features)[0])
         if config.features in ("student", "frozen+student"):
             _save_probes(this, {f"fold{i}": probe for i, probe in result.probes.items()}, record)
         if maps:
@@ -172,7 +173,7 @@ def train(config: RunConfig, out: str | os.PathLike, *, fold: int | None = None,
             cached(**this.features.entry(rows))
         if not this.processes.first:
             return {}
-        this.features.processes = Processes(this.features.device, alone=True)
+        this.features.end_training()
 
         rows = this.rows(left_out)
         genes = top_hvg(
@@ -227,7 +228,7 @@ class _Experiment:
         return {f"fold{i}": self.rows((i,)) for i in range(len(self.folds))}
 
     def plan(self, left_out: list[tuple[int, ...]]) -> list[np.ndarray | None]:
-        """Print the amount of work, and return the rows of each student to train (None: the frozen one)."""
+        """Log the amount of work, and return the rows of each student to train (None: the frozen one)."""
         sets = [self.rows(folds) for folds in left_out]
         missing = self.features.missing(sets)
         logger.info(f"plan: {self.features.describe_work(sets, missing)}")
@@ -263,7 +264,8 @@ def _start(config: RunConfig, out: str | os.PathLike, *, command: str, progress:
             )  # fmt: skip
         X = None
         if config.feature_kind == "file":
-            cohort, X = read_features(config.features, cohort)  # without spots outside all tiles
+            path, key = split_features(config.features)
+            cohort, X = read_features(path, cohort, key=key)  # without spots outside all tiles
         protocol, splits, checker = config.resolve_protocol(), [], None
         train_mask = select_training_spots(cohort, config.train_share, config.seed)
         if command != "train" or protocol.alpha == "inner":
@@ -320,7 +322,8 @@ def run_name(config: RunConfig) -> str:
 def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progress: bool = False):
     """Return `load_run` of `out`, after running the experiment if `out` does not exist.
 
-    Raises FileExistsError if `out` was run with other settings, or if its teacher or packaged weights have changed.
+    Raises FileExistsError if `out` was run with other settings, or if its teacher, packaged weights or file of features
+    have changed.
 
     Examples
     --------
@@ -343,13 +346,16 @@ def load_or_run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True,
     loaded = load_run(out)
     if loaded[0] != config.with_backbone_name():
         raise FileExistsError(f"{out} holds a run with other settings; name another folder or remove it")
+    file = config.feature_kind == "file"
+    if file and (current := describe_features(split_features(config.features)[0])) != loaded[2]["weights"]:
+        raise FileExistsError(f"{out} holds a run of {loaded[2]['weights']}, now {current}; remove it to run again")
     fingerprint = loaded[2]["teacher_fingerprint"]
     if fingerprint is not None and config.load_teacher().fingerprint != fingerprint:
         raise FileExistsError(f"{out} holds a run with another teacher under the same name; remove it to run again")
-    file = find_packaged(config.spec) if config.weights == "hub" else None
-    if file is not None and (used := loaded[2]["weights"]) not in (None, describe_file(file)):
+    packaged = find_packaged(config.spec) if config.weights == "hub" and not file else None
+    if packaged is not None and (used := loaded[2]["weights"]) not in (None, describe_file(packaged)):
         raise FileExistsError(
-            f"{out} holds a run with weights {used!r}, now {describe_file(file)!r}; remove it to run again"
+            f"{out} holds a run with weights {used!r}, now {describe_file(packaged)!r}; remove it to run again"
         )
     return loaded
 

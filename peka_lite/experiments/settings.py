@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FEATURES = ("student", "frozen+student", "projector", "frozen+projector", "teacher", "color", "coordinates", "depth")
 WITH_STUDENT = FEATURES[:4]
+_FEATURE_FILES = (".h5", ".h5ad", ".npy")
 #: Names of earlier versions, and names of the design, still accepted.
 OLD_FEATURES = {"backbone": "student", "frozen+backbone": "frozen+student", "colour": "color"}
 DECIDES = MappingProxyType(
@@ -100,7 +101,8 @@ class Settings(BaseModel):
     seed: int = setting(0, "seed of every random choice", "student", metavar="N", ge=0, le=2**32 - 1)
     features: str = setting("student", "input of the probe: the student's output, with the frozen student's before it "
                             "(frozen+), projected to the teacher's space (projector), a control, or a file or folder "
-                            "of features made elsewhere", "probe", choices=FEATURES, metavar="KIND|FILE", path=True)
+                            "of features made elsewhere (FILE.h5ad:KEY for obsm)", "probe", choices=FEATURES,
+                            metavar="KIND|FILE", path=True)
     normalization: str | None = setting(None, "of the predicted counts; log1p-cp10k by default", "probe",
                                         choices=NORMALIZATIONS)
     n_genes: int = setting(50, "number of highly variable genes that are predicted", "probe", metavar="N", gt=0)
@@ -182,6 +184,12 @@ def describe_settings() -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=object).rename_axis("setting")
 
 
+def split_features(value: str) -> tuple[str, str | None]:
+    """Split ``FILE.h5ad:KEY``, features in ``obsm[KEY]``, into path and key; the key is None in any other path."""
+    path, colon, key = value.rpartition(".h5ad:")
+    return (f"{path}.h5ad", key) if colon else (value, None)
+
+
 def update_words(settings: dict) -> dict:
     """Return stored settings with the words of earlier versions replaced by today's."""
     old = settings.get("features") if isinstance(settings, dict) else None
@@ -237,12 +245,11 @@ def check_field(field: str, value):
         get_backbone(value)
     if field == "alpha" and value is not None:
         check_alpha(value, names=("hest", "inner"))
-    if field == "features" and (Path(value).suffix in (".h5", ".h5ad", ".npy") or "/" in value):
+    if field == "features" and (Path(split_features(value)[0]).suffix in _FEATURE_FILES or "/" in value):
         return value
     if row.choices and value is not None and value not in row.choices:
-        raise ValueError(
-            f"unknown {field} {value!r}; known: {', '.join(row.choices)}{did_you_mean(value, row.choices)}"
-        )
+        known = ", ".join(row.choices) + (", or a path such as ./FOLDER" if row.path else "")
+        raise ValueError(f"unknown {field} {value!r}; known: {known}{did_you_mean(value, row.choices)}")
     return value
 
 

@@ -15,12 +15,17 @@ from peka_lite.evaluation.scores import bootstrap_interval
 from peka_lite.experiments.settings import settings_deciding
 from peka_lite.reports.runs import CONTROLS, ELSEWHERE, METHODS, Run, format_seeds, group_runs, row_label, widest_seeds
 
-UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")  # labels of runs without a trained student
+_UNTRAINED = (METHODS["none"], *CONTROLS.values(), "teacher (upper line)")
 ROW = ("protocol", "method", "features", "shuffle_teacher", "backbone")  # settings shown by a row or a title
 OF_PROTOCOL = ("split", "normalization", "alpha")
 #: Settings without effect where no student is trained.
 TRAINED = tuple(set(settings_deciding("student", "memory")) - {*ROW, *ELSEWHERE, "weights", "seed"})
 _SAME_IN_COHORT = ("data_fingerprint", "n_splits", "seed", "n_genes", "train_share", "epochs", "teacher")
+
+
+def is_untrained(label: str) -> bool:
+    """Return whether the label of a row (`row_label`) is that of runs without a trained student."""
+    return label in _UNTRAINED or label.startswith("file ")
 
 
 def average_seeds(runs: Sequence[Run]) -> list[Run]:

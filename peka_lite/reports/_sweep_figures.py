@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peka_lite._core.names import disable_mathtext
-from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings
+from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, format_settings, is_untrained
 from peka_lite.reports.figures import MARKERS
 from peka_lite.reports.points import describe_distinction, setting_columns
 from peka_lite.reports.runs import BACKBONES, CONTROLS, METHODS, PROTOCOLS
@@ -149,7 +149,7 @@ def _find_numeric_axis(groups: Sequence[pd.DataFrame], names: Sequence[str]) -> 
     """Return the only numeric setting with at least three values in every group, if most lines have three points."""
     common = set()
     for group in groups:
-        trained = group[~group["label"].isin(UNTRAINED)]
+        trained = group[~group["label"].map(is_untrained)]
         axes = []
         for name in names:
             column = (trained if name in TRAINED else group)[name]
@@ -171,7 +171,7 @@ def _tabulate_lines(runs: pd.DataFrame, axis: str, names: Sequence[str]) -> pd.D
     several = runs["backbone"].dropna().nunique() > 1
     parts, values = [], sorted(runs[axis].dropna().unique())
     for _, run in runs.iterrows():
-        untrained = run["label"] in UNTRAINED
+        untrained = is_untrained(run["label"])
         labels = [run["label"]] + (
             [BACKBONES.get(run["backbone"], run["backbone"])] if several and run["backbone"] else []
         )

@@ -13,7 +13,7 @@ from peka_lite._core.names import write_spreadsheet_csv
 from peka_lite.evaluation.scores import pool_scores
 from peka_lite.experiments._sweep_folder import SweepFolder
 from peka_lite.experiments.settings import OLD_FEATURES
-from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, UNTRAINED, format_settings, format_value
+from peka_lite.reports._settings import OF_PROTOCOL, ROW, TRAINED, format_settings, format_value, is_untrained
 from peka_lite.reports.runs import BACKBONES, ELSEWHERE, INTERVALS, Run, row_label
 
 _EXCLUDED = ("protocol", "backbone", *ELSEWHERE)  # settings with another column, or without effect on scores
@@ -133,11 +133,11 @@ def describe_distinction(points: pd.DataFrame, names: Sequence[str]) -> tuple[li
         The usual settings, those of most trained students; empty if at most two vary.
     """
     vary = [name for name in names if points[name].nunique(dropna=False) > 1]
-    trained = points[~points["label"].isin(UNTRAINED)]
+    trained = points[~points["label"].map(is_untrained)]
     usual = {k: (points if trained.empty else trained)[k].mode(dropna=False).iloc[0] for k in vary if len(vary) > 2}
     several, texts = points["backbone"].dropna().nunique() > 1, []
     for row in points.to_dict("records"):
-        used = {k: row[k] for k in vary if not (row["label"] in UNTRAINED and k in TRAINED)}
+        used = {k: row[k] for k in vary if not (is_untrained(row["label"]) and k in TRAINED)}
         unusual = format_settings(
             {k: v for k, v in used.items() if k not in usual or format_value(v) != format_value(usual[k])}
         )

@@ -169,7 +169,7 @@ def row_label(run: Run) -> str:
     if features == "teacher":
         return "teacher (upper line)"
     if features == "file":
-        return f"file {Path(run.config['features']).name}"
+        return f"file {Path(run.config['features']).name or '.'} (learned from: {run.summary['learned_from']})"
     name = {
         "frozen+student": f"[frozen, {method}]", "projector": f"{method}, projector",
         "frozen+projector": f"[frozen, {method} projector]",

@@ -163,6 +163,7 @@ def fit(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         network = model
+        optimizer.zero_grad(set_to_none=True)  # gradients of an earlier use of the model
         if compile and len(history) < epochs:
             network = _compile(model, piece=piece, device=device, autocast=autocast)
         for epoch in range(len(history), epochs):

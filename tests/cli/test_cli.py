@@ -52,6 +52,33 @@ def test_unknown_options_are_refused(argv, capsys):
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--taw", "3", "--out", "x"], "unrecognized arguments: --taw; did you mean '--tau'?"),
+        (["run", "--ouy", "x"], "unrecognized arguments: --ouy; did you mean '--out'?"),
+        (["embed", "--cohrt=mini"], "unrecognized arguments: --cohrt; did you mean '--cohort'?"),
+        (["fetch", "breast", "kidney"], "unrecognized arguments: kidney"),
+    ],
+)
+def test_misspelt_option_gets_the_nearest_named(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_groups_settings_with_a_sentence_and_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert "VALUE" not in shown
+    assert "example: peka-lite run --cohort" in shown
+    assert [shown.index(f"\n{kind} (") for kind in ("data", "student", "probe", "memory")] == sorted(
+        shown.index(f"\n{kind} (") for kind in ("data", "student", "probe", "memory")
+    )
+
+
 def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])

@@ -11,7 +11,7 @@ import pytest
 import peka_lite.experiments.config as config_module
 from peka_lite.data import read_manifest
 from peka_lite.experiments import RunConfig, check_field, describe_settings
-from peka_lite.experiments.settings import DECIDES, SETTINGS, settings_deciding
+from peka_lite.experiments.settings import DECIDES, SETTINGS, settings_deciding, split_features
 
 HEAVY = ["torch", "torchvision", "timm", "peft", "scanpy", "anndata", "sklearn", "skimage", "squidpy", "h5py", "pandas"]
 
@@ -67,7 +67,7 @@ INVALID = [
     ("method", "bonne", "unknown method 'bonne'; known: none, bone, lora, adalora, miss; did you mean 'bone'?"),
     ("method", "xyz", "unknown method 'xyz'; known: none, bone, lora, adalora, miss"),
     ("protocol", "strickt", "unknown protocol 'strickt'; known: paper, hest, strict; did you mean 'strict'?"),
-    ("features", "colr", "projector, frozen+projector, teacher, color, coordinates, depth; did you mean 'color'?"),
+    ("features", "colr", "teacher, color, coordinates, depth, or a path such as ./FOLDER; did you mean 'color'?"),
     ("teacher", "scFoundation", "known: pca, scfoundation, scfoundation-mini; did you mean 'scfoundation'?"),
     ("backbone", "UNI", "h-optimus-1, virchow2, gigapath, mini; did you mean 'uni'?"),
     ("split", "patients", "unknown split 'patients'; known: patient, slide, spot; did you mean 'patient'?"),
@@ -171,6 +171,15 @@ def test_error_of_unknown_setting_names_closest_or_all():
         check_field("metod", "bone")
     with pytest.raises(ValueError, match=r"^unknown setting 'qqq'; known: cohort, slides, .*, compile, device$"):
         check_field("qqq", 1)
+
+
+def test_features_of_a_file_have_a_path_and_maybe_a_key():
+    assert split_features("a/b.h5ad:X_uni") == ("a/b.h5ad", "X_uni")
+    assert split_features("a/b.h5ad") == ("a/b.h5ad", None)
+    for value in ("uni.h5", "./folder", "x.h5ad:k"):
+        assert RunConfig(features=value, method="none").feature_kind == "file"
+    with pytest.raises(ValueError, match="use no student: set method 'none'"):
+        RunConfig(features="uni.h5")
 
 
 def test_slides_become_a_tuple_and_protocol_fills_in_none():

@@ -174,12 +174,15 @@ def test_features_of_a_file_are_evaluated_as_those_of_a_run(mini_root, tmp_path)
     assert given["mean_pcc"] == pytest.approx(computed["mean_pcc"], abs=1e-6)
     assert (given["features"], given["learned_from"]) == ("file", "not declared")
     assert computed["learned_from"] == "recorded by each fit"
-    assert given["weights"].startswith("features of frozen.h5ad, ")
-    table = load_run(tmp_path / "given")[1]
+    assert given["weights"].startswith("features of frozen.h5ad, sha256 ")
+    table = load_or_run(config(mini_root, **settings, features=str(file)), tmp_path / "given")[1]
     assert table["features"].unique() == ["file"]
-    assert "file frozen.h5ad" in str(protocol_table(read_runs([tmp_path / "given"])))
+    assert "file frozen.h5ad (learned from: not declared)" in str(protocol_table(read_runs([tmp_path / "given"])))
     with pytest.raises(ValueError, match="have no student to train"):
         train(config(mini_root, **settings, features=str(file)), tmp_path / "model")
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(FileExistsError, match=r"holds a run of features of frozen\.h5ad, .*, now features of"):
+        load_or_run(config(mini_root, **settings, features=str(file)), tmp_path / "given")
     with h5py.File(tmp_path / "other.h5", "w") as other:
         other["x"] = 1
     with pytest.raises(ValueError, match=r"other\.h5"):

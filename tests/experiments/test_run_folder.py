@@ -7,6 +7,7 @@ import shutil
 import warnings
 from functools import partial, reduce
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -209,6 +210,23 @@ def test_every_field_of_a_record_is_checked(model, copy_of, name):
             with pytest.raises(ValueError, match=name) as caught:
                 [load_trained(path.parent, fold=fold, device="cpu") for fold in (0, 1)]
             require_sentence(caught.value, path)
+
+
+def test_every_column_of_predictions_is_checked(scored, copy_of):
+    run = RunFolder.open(copy_of(scored))
+    obs = pd.DataFrame({"slide": ["S1"], "patient": ["P"], "barcode": ["b"], "fold": [0]}, index=["S1/b"])
+    path, X = run.path / "predictions.h5ad", np.zeros((1, 2), np.float32)
+    ad.AnnData(X, obs=obs, layers={"measured": X}).write_h5ad(path)
+    assert run.predictions().n_obs == len(run.spots()) == 1
+    for name in obs:
+        for broken in (obs.drop(columns=name), obs.assign(**{name: "x" if name == "fold" else 5})):
+            ad.AnnData(X, obs=broken, layers={"measured": X}).write_h5ad(path)
+            for read in (run.predictions, run.spots):
+                with pytest.raises(ValueError, match=rf"predictions\.h5ad: obs has no {name}"):
+                    read()
+    ad.AnnData(X, obs=obs).write_h5ad(path)
+    with pytest.raises(ValueError, match="layer measured is missing"):
+        run.predictions()
 
 
 def test_folder_made_elsewhere_opens(scored, copy_of, monkeypatch):

@@ -104,6 +104,18 @@ def test_settings_of_memory_and_probe_share_a_student(mini_cohort):
     assert len({each.folder(np.arange(k)) for each in built for k in (39, 40)}) == 2  # other rows, another student
 
 
+def test_seed_and_files_named_like_a_setting_change_no_frozen_student(mini_cohort, tmp_path, monkeypatch):
+    def folder(rows=None, **settings):
+        return Features(RunConfig(**settings), mini_cohort, device="cpu").folder(rows)
+
+    assert folder(method="none", seed=0) == folder(method="none", seed=1)  # published weights
+    assert folder(**SMALL, method="none", seed=0) != folder(**SMALL, method="none", seed=1)  # random ones
+    before = folder(np.arange(9))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bone").write_text("x")
+    assert folder(np.arange(9)) == before
+
+
 def test_weights_of_the_hub_are_keyed_by_their_commit(mini_cohort, tmp_path, monkeypatch):
     folders = []
     for commit in ("a" * 40, "b" * 40):

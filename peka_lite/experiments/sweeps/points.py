@@ -23,6 +23,7 @@ from peka_lite._core.names import escape_control, short_name
 from peka_lite._core.outputs import check_work
 from peka_lite._core.progress import format_duration, show_messages, stage
 from peka_lite.experiments._sweep_folder import explain_incomplete, read_json
+from peka_lite.experiments.config import RunConfig
 from peka_lite.experiments.folder import RunFolder
 from peka_lite.experiments.settings import update_words
 from peka_lite.experiments.sweeps.read import Point, Sweep
@@ -117,7 +118,7 @@ def read_finished(out: Path, job: dict) -> dict | None:
     if not folder.is_dir() or explain_incomplete(folder, notebook is not None):
         return None
     record = read_json(folder / "point.json")
-    if not record and notebook is None:
+    if by_run := not record and notebook is None:
         with contextlib.suppress(ValueError, OSError):  # by `peka-lite run`
             record = {"settings": RunFolder.open(folder).config.as_dict()}
     expected = _build_record(job)
@@ -125,6 +126,8 @@ def read_finished(out: Path, job: dict) -> dict | None:
     if not isinstance(settings, dict) or (record.get("code") is None) != (expected["code"] is None):
         raise FileExistsError(f"{folder} is not from this sweep; remove it, or give another folder with --out")
     settings = update_words(settings) if notebook is None else settings
+    if by_run:  # its folder has the name of a backbone's file
+        expected["settings"] = RunConfig(**expected["settings"]).with_backbone_name().as_dict()
     if settings != expected["settings"]:
         names = [k for k in expected["settings"] | settings if settings.get(k) != expected["settings"].get(k)]
         shown = short_name(", ".join(map(str, names)), longest=LONGEST_LINE)
@@ -248,7 +251,6 @@ def make_point(job: dict, out: Path) -> None:
             raise FileExistsError(f"{folder} exists, but {explain_incomplete(folder, notebook is not None)}; remove it")
         _prepare_folder(work, job)
         if notebook is None:
-            from peka_lite.experiments.config import RunConfig
             from peka_lite.experiments.run import run
 
             run(RunConfig(**job["settings"]), folder, maps=False, progress=True)

@@ -288,12 +288,14 @@ class _Attempt:
 def _used_cache(job: dict, *, since: float) -> bool:
     """Return whether all students of a run were in the cache, so that its run time is not representative."""
     from peka_lite._core.cache import cache_dir
+    from peka_lite.backbones.custom import get_backbone
     from peka_lite.experiments.settings import WITH_STUDENT
 
     settings = job["settings"]
     if job["notebook"] is not None or settings["features"] not in WITH_STUDENT:
         return False
-    name = settings["backbone"] if settings["method"] == "none" else f"{settings['backbone']}_{settings['method']}"
+    backbone = get_backbone(settings["backbone"]).name
+    name = backbone if settings["method"] == "none" else f"{backbone}_{settings['method']}"
     written = (cache_dir() / "students").glob(f"{escape(name)}_{'?' * 16}/features.npy")
     return not any(path.stat().st_mtime >= since - 1 for path in written)
 
