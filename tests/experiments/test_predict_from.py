@@ -11,7 +11,7 @@ import tifffile
 
 from peka_lite.cli.main import main
 from peka_lite.data import expression_targets, read_cohort, read_slide
-from peka_lite.experiments import RunConfig, load_trained, predict_from, run, train
+from peka_lite.experiments import RunConfig, RunFolder, load_trained, predict_from, run, train
 from peka_lite.experiments._predict_from import fold_without
 
 pytestmark = [
@@ -76,7 +76,7 @@ def test_range_is_that_of_the_folds_training_rows(finished_run, mini_root, tmp_p
 
 
 def test_given_fold_is_used_and_slide_marked_as_trained_on(finished_run, tmp_path):
-    test_fold = fold_without(finished_run, "MINI1")
+    test_fold = fold_without(RunFolder.open(finished_run), "MINI1")
     got = predict_from(finished_run, "MINI1", tmp_path / "p.h5ad", fold=(test_fold + 1) % 3, device="cpu")
     assert got.uns["peka_lite"]["held_out"] == "no"
 
@@ -105,7 +105,7 @@ def test_training_records_its_excluded_slides(mini_root, tmp_path, changes, fold
     excluded = json.loads((tmp_path / "model" / "summary.json").read_text())["held_out"]
     assert excluded == slides if isinstance(slides, list) else len(excluded) >= slides
     for slide in ("MINI1", "MINI2", "MINI3", "MINI4"):
-        assert fold_without(tmp_path / "model", slide) == (fold if slide in excluded else None)
+        assert fold_without(RunFolder.open(tmp_path / "model"), slide) == (fold if slide in excluded else None)
 
 
 def test_image_is_predicted_tile_by_tile(finished_run, image, tmp_path, capsys):
