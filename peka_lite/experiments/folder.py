@@ -101,7 +101,7 @@ class _Summary(_Record):
     teacher_fingerprint: Line | None
     teacher_coverage: Share | None
     weights: Line | None
-    backbone_fingerprint: Line | None
+    backbone_fingerprint: Line | None = None  # some folders of version 0.1 lack it
     adapted_share: Annotated[float, Field(ge=0)]  # of the frozen weights; more than 1 with a large rank
     n_labels_per_fold: list[Count]
     n_spots: Count

@@ -77,9 +77,7 @@ def spearman(Y: np.ndarray, P: np.ndarray) -> np.ndarray:
     [0.866, nan]
     """
     Y, P = _as_pair(Y, P)
-    # One gene after the other in memory: sorting is then twice as fast.
-    ranks = (rankdata(np.ascontiguousarray(values.T), axis=1).T for values in (Y, P))
-    return np.where(_is_constant(Y) | _is_constant(P), np.nan, pearson(*ranks))
+    return np.where(_is_constant(Y) | _is_constant(P), np.nan, pearson(_rank(Y), _rank(P)))
 
 
 def fold_table(fold: int, genes: Sequence[str], Y: np.ndarray, P: np.ndarray, *, n_train: int) -> pd.DataFrame:
@@ -93,6 +91,17 @@ def _as_pair(Y, P) -> tuple[np.ndarray, np.ndarray]:
     if Y.shape != P.shape:
         raise ValueError(f"measured {Y.shape} and predicted {P.shape} differ in shape")
     return Y, P
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value in its column, with the average rank for equal values."""
+    columns = np.ascontiguousarray(values.T)  # sorting is twice as fast with one gene after the other in memory
+    order, ranks = np.argsort(columns, axis=1), np.empty(columns.shape)
+    np.put_along_axis(ranks, order, np.arange(1.0, len(values) + 1)[None], axis=1)
+    tied = (np.diff(np.take_along_axis(columns, order, axis=1), axis=1) == 0).any(axis=1)
+    if tied.any():  # three times slower than a sort, and rarely needed for predictions
+        ranks[tied] = rankdata(columns[tied], axis=1)
+    return ranks.T
 
 
 def _is_constant(values: np.ndarray) -> np.ndarray:

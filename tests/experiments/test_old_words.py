@@ -33,6 +33,15 @@ def test_a_stored_run_of_version_0_1_is_reported_beside_others():
     assert "color and texture" in str(table)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*/*/config.yml")), ids=lambda p: p.parent.name
+)
+def test_a_stored_run_of_version_0_1_opens(path):
+    run = RunFolder.open(path.parent)
+    assert len(run.metrics()) > 0
+    assert set(run.moments()["fold"]) == set(run.metrics()["fold"])
+
+
 def test_an_unfinished_run_of_version_0_1_is_resumed(tmp_path):
     config = RunConfig(features="color", method="none")
     work = tmp_path / "out.partial"
