@@ -58,11 +58,10 @@ def run(config: RunConfig, out: str | os.PathLike, *, maps: bool = True, progres
         normalization, pooled over the fold's test spots), ``slides.parquet`` (`slide_moments` for both normalizations,
         from which all scores are computed), ``summary.json``, ``predictions.h5ad`` (held-out predictions, NaN where a
         gene was not among a fold's targets; layer ``measured``), ``maps/*.png``, ``backbone.yml`` for a custom
-        backbone,
-        and for an adapted student ``training.csv`` and ``adapter.safetensors`` (one set of tensors per fold, or one for
-        all folds). With features ``"student"`` or ``"frozen+student"`` there is also ``probe.safetensors`` (one probe
-        per fold), and `load_trained` reads the folder. `RunFolder` reads it again. An incomplete run is in
-        ``{out}.partial``. Students are cached, so an interrupted run resumes when it is started again.
+        backbone, and for an adapted student ``training.csv`` and ``adapter.safetensors`` (one set of tensors per fold,
+        or one for all folds). With features ``"student"`` or ``"frozen+student"`` there is also ``probe.safetensors``
+        (one probe per fold), and `load_trained` reads the folder. `RunFolder` reads every file of it. An incomplete run
+        is in ``{out}.partial``. Students are cached, so an interrupted run resumes when it is started again.
     maps
         Draw the maps, the slowest part of a run with cached students.
     progress

@@ -15,6 +15,7 @@ from peka_lite.backbones.custom import row_fields
 from peka_lite.backbones.registry import IMAGENET
 from peka_lite.cli.main import main
 from peka_lite.experiments.settings import check_field
+from peka_lite.experiments.sweeps.run import _used_cache
 
 CUSTOM = Backbone(
     "custom-vit", "vit_tiny_patch16_224", None, 48, *IMAGENET, "Apache-2.0", input_size=32, pooling="avg", bone_r=16,
@@ -197,6 +198,7 @@ def test_sweep_passes_the_file_to_its_points(mini_root, file, tmp_path):
     points = pk.experiments.read_sweep(sweep).points
     assert {p.settings["backbone"] for p in points} == {"mini", str(file.resolve())}
     assert pk.RunConfig(**points[-1].settings).spec.name == "custom-vit"
+    assert _used_cache({"notebook": None, "settings": points[-1].settings}, since=1e12)  # its name, not the path
     change_fields(file, dim="remove")
     registry._BACKBONES.pop("custom-vit", None)
     with pytest.raises(ValueError, match=r"custom_vit\.yml: dim missing"):
