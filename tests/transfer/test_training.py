@@ -117,6 +117,15 @@ def test_forward_passes_have_at_most_micro_batch_tiles():
     assert seen == [3, 3, 2, 3, 3, 2, 3, 1]
 
 
+def test_gradients_of_an_earlier_use_do_not_enter_a_training():
+    clean, used = student(), student()
+    for parameter in used.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    train(clean), train(used)
+    assert differing(weights(clean), weights(used)) == []
+
+
 def test_micro_batch_larger_than_the_batch_is_the_batch():
     whole, cut = student(), student()
     train(whole)
